@@ -1,0 +1,50 @@
+"""Token-level Direct Preference Optimization (TDPO) for Hugging Face language models.
+
+Names are imported on first use, so that ``import tdpo`` (and ``tdpo --help``) does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tdpo import objectives, ops
+    from tdpo.errors import UserError
+    from tdpo.score import PairScores, score_pairs
+    from tdpo.types import PackedBatch, PairStats, PreferenceRecord, TokenisedPair, TokenStats
+
+_HOMES = {
+    "objectives": "tdpo.objectives",
+    "ops": "tdpo.ops",
+    "UserError": "tdpo.errors",
+    "PairScores": "tdpo.score",
+    "score_pairs": "tdpo.score",
+    "PackedBatch": "tdpo.types",
+    "PairStats": "tdpo.types",
+    "PreferenceRecord": "tdpo.types",
+    "TokenisedPair": "tdpo.types",
+    "TokenStats": "tdpo.types",
+}
+
+__all__ = [
+    "PackedBatch",
+    "PairScores",
+    "PairStats",
+    "PreferenceRecord",
+    "TokenStats",
+    "TokenisedPair",
+    "UserError",
+    "objectives",
+    "ops",
+    "score_pairs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tdpo' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    return module if name in ("objectives", "ops") else getattr(module, name)

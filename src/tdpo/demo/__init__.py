@@ -1,0 +1,1 @@
+"""The embedded default: a small world of controlled sentiment that needs no download."""

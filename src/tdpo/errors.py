@@ -1,0 +1,24 @@
+"""The one exception that means: the user can mend this."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the user's input, with a message that names the place and says what would be right.
+
+    The command line prints the message alone and exits with code 2; from Python it is an ordinary exception.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string.
+
+    Example:
+        >>> nearest("learning_rat", ["learning_rate", "beta"])
+        " Did you mean 'learning_rate'?"
+        >>> nearest("zzz", ["learning_rate", "beta"])
+        ''
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""Metrics of a trained policy: preferences, samples, divergence."""

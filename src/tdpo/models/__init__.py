@@ -1,0 +1,1 @@
+"""Policy and reference: from token ids to hidden states."""

@@ -1,0 +1,57 @@
+"""The reference: where its hidden states come from. One strategy so far, a frozen copy."""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from tdpo.errors import UserError
+from tdpo.models.policy import head_of, prove_head, response_hidden
+from tdpo.types import Hidden, PackedBatch
+
+
+class Reference(Protocol):
+    """Anything that gives the reference's hidden states of a batch."""
+
+    def hidden(self, batch: PackedBatch) -> Hidden:
+        """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
+
+
+class FrozenCopy:
+    """A second model in evaluation mode whose parameters take no gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @classmethod
+    def of(cls, policy: nn.Module) -> FrozenCopy:
+        """Copies the policy as it is in memory; nothing is reloaded by name."""
+        return cls(copy.deepcopy(policy))
+
+    def hidden(self, batch: PackedBatch) -> Hidden:
+        """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
+        with torch.no_grad():
+            return response_hidden(self.model, batch)
+
+
+def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
+    """Refuses a reference whose vocabulary differs from the policy's: KL(reference || policy) would mean nothing.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    ours, theirs = head_of(policy).vocab_size, head_of(reference).vocab_size
+    if ours != theirs:
+        raise UserError(
+            f"the policy's vocabulary has {ours} entries, the reference's {theirs}: KL(reference || policy) needs "
+            "one vocabulary. Take the model the policy was fine-tuned from as the reference"
+        )
+
+
+def frozen(model: nn.Module) -> FrozenCopy:
+    """A reference from a model the user handed over; proves that its head is understood."""
+    prove_head(model)
+    return FrozenCopy(model)

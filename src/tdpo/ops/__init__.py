@@ -1,0 +1,118 @@
+"""The per-token operation: log-probabilities and the exact KL(reference || policy) of every response token.
+
+Backends promise the same values and gradients: ``naive`` is the specification, ``chunked`` bounds the memory.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tdpo.errors import UserError
+from tdpo.ops import chunked, naive
+from tdpo.types import Head, Hidden, TokenStats
+
+Backend = Literal["auto", "naive", "chunked"]
+
+__all__ = ["Backend", "response_stats", "token_stats"]
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    backend: Backend = "auto",
+) -> TokenStats:
+    r"""Statistics of N response tokens from the final hidden states of two models.
+
+    .. math::
+        \text{logp}_t = \log \pi(y_t), \quad
+        \text{kl}_t = \sum_v \pi_{ref}(v) \, (\log \pi_{ref}(v) - \log \pi(v))
+
+    Args:
+        hidden: ``[N, D]`` states of the policy that predict the labels; differentiable.
+        weight: ``[V, D]`` head of the policy; differentiable.
+        ref_hidden: ``[N, D']`` states of the reference; constant.
+        ref_weight: ``[V, D']`` head of the reference; constant.
+        labels: ``[N]`` int64, the response tokens.
+        bias: ``[V]`` bias of the policy's head, if it has one; differentiable.
+        ref_bias: ``[V]`` bias of the reference's head; constant.
+        backend: ``"naive"``, ``"chunked"``, or ``"auto"`` for the fastest that fits.
+
+    Returns:
+        :class:`~tdpo.types.TokenStats` in nats: float64 for float64 inputs, float32 for all others.
+
+    Raises:
+        ValueError: if shapes disagree, the vocabularies of the two heads included.
+        tdpo.UserError: for an unknown backend.
+
+    Source: TDPO (arXiv 2404.11999), eq. 12 and 14.
+
+    Example:
+        >>> hidden, weight = torch.ones(3, 4), torch.eye(5, 4)
+        >>> stats = token_stats(hidden, weight, hidden, weight, torch.tensor([0, 1, 4]))
+        >>> stats.kl.tolist()
+        [0.0, 0.0, 0.0]
+    """
+    policy, reference = Hidden(hidden, Head(weight, bias)), Hidden(ref_hidden, Head(ref_weight, ref_bias))
+    return response_stats(policy, reference, labels, backend)
+
+
+def response_stats(
+    policy: Hidden,
+    reference: Hidden,
+    labels: Tensor,
+    backend: Backend = "auto",
+    logits_budget: int | None = None,
+) -> TokenStats:
+    """:func:`token_stats` for heads with a logit scale or soft-cap; what the rest of the package calls.
+
+    Args:
+        policy: States ``[N, D]`` and head of the policy; differentiable.
+        reference: The same of the reference; constant.
+        labels: ``[N]`` int64, the response tokens.
+        backend: As in :func:`token_stats`.
+        logits_budget: Bytes the chunked backend may use for logits; None for the device's default.
+    """
+    _check_shapes(policy, reference, labels)
+    if backend not in get_args(Backend):
+        raise UserError(f"unknown backend {backend!r}; there are: {', '.join(get_args(Backend))}")
+    policy, reference = _in_autocast_dtype(policy), _in_autocast_dtype(reference)
+    # Inside autocast the products would come out in half precision; the statistics need them wide.
+    with torch.autocast(policy.states.device.type, enabled=False):
+        if backend == "naive":
+            return naive.response_stats(policy, reference, labels)
+        return chunked.response_stats(policy, reference, labels, logits_budget)
+
+
+def _check_shapes(policy: Hidden, reference: Hidden, labels: Tensor) -> None:
+    for name, side in (("policy", policy), ("reference", reference)):
+        states, weight, bias = side.states, side.head.weight, side.head.bias
+        if states.ndim != 2 or weight.ndim != 2 or states.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"{name}: states {list(states.shape)} and head {list(weight.shape)} are not [N, D], [V, D]"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}: bias {list(bias.shape)} does not match the head {list(weight.shape)}")
+        if labels.shape != states.shape[:1]:
+            raise ValueError(f"labels {list(labels.shape)} do not match the {name}'s states {list(states.shape)}")
+    if policy.head.vocab_size != reference.head.vocab_size:
+        raise ValueError(
+            f"the policy's vocabulary has {policy.head.vocab_size} entries, the reference's "
+            f"{reference.head.vocab_size}; KL(reference || policy) needs one vocabulary"
+        )
+
+
+def _in_autocast_dtype(hidden: Hidden) -> Hidden:
+    device = hidden.states.device.type
+    if not torch.is_autocast_enabled(device) or hidden.states.dtype == torch.float64:
+        return hidden
+    dtype = torch.get_autocast_dtype(device)
+    head = hidden.head
+    return Hidden(hidden.states.to(dtype), Head(head.weight.to(dtype), head.bias, head.scale, head.soft_cap))

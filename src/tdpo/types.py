@@ -1,0 +1,209 @@
+"""The nouns of the data flow, in its order. Every stage takes one of them and gives the next.
+
+Shape legend, used as suffixes of tensor names throughout the package:
+    R rows of a packed batch, T positions of a row, N response tokens of a batch, P preference pairs,
+    D width of the hidden states, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Message = dict[str, Any]
+Text = str | list[Message]
+Layout = Literal["padded", "tree"]
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """One preference as a person would read it.
+
+    Attributes:
+        prompt: Plain text, or a list of chat messages (``{"role": ..., "content": ...}``).
+        chosen: The preferred response, of the same kind as ``prompt``.
+        rejected: The other response.
+        source: The file or dataset the record was read from, for messages.
+        row: Its row there, counted from 1 as an editor counts lines.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    source: str = "memory"
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class TokenisedPair:
+    """One preference as token ids. Responses include their end token unless truncation removed it.
+
+    Attributes:
+        prompt_ids: Ids of the prompt, a beginning-of-sequence token included where the tokenizer adds one.
+        chosen_ids: Ids of the preferred response.
+        rejected_ids: Ids of the other response.
+        row: Row number in the source, 0 if unknown; only used to name the pair in messages.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    row: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            if not len(getattr(self, name)):
+                raise ValueError(
+                    f"TokenisedPair (row {self.row}): {name} is empty; every response needs a prompt token to be "
+                    "predicted from and at least one token of its own"
+                )
+
+    @property
+    def swapped(self) -> TokenisedPair:
+        """The same pair with the preference turned around."""
+        return TokenisedPair(self.prompt_ids, self.rejected_ids, self.chosen_ids, self.row)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """P pairs laid out in R rows for one forward pass, with the place of every response token.
+
+    Attributes:
+        input_ids: ``[R, T]`` int64.
+        position_ids: ``[R, T]`` int64, the position each token has in its own sequence.
+        tree_ids: ``[R, T]`` int64, which tree (pair or single sequence) of the row a position is in; -1 is padding.
+        branch_ids: ``[R, T]`` int64: 0 prompt, 1 chosen, 2 rejected, -1 padding. A position attends to earlier
+            positions of its own tree that are prompt or of its own branch; see :meth:`attends`.
+        source_index: ``[N]`` int64, flat position in ``[R * T]`` whose hidden state predicts the response token.
+        labels: ``[N]`` int64, the response tokens.
+        sequence_ids: ``[N]`` int64, ``2p`` for chosen and ``2p + 1`` for rejected tokens of pair p; a pair's
+            tokens are contiguous.
+        pair_rows: ``[P]`` int64, source row of each pair (0 if unknown).
+        layout: ``"padded"``: one sequence a row, so a causal mask is enough. ``"tree"``: the mask is needed.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    tree_ids: Tensor
+    branch_ids: Tensor
+    source_index: Tensor
+    labels: Tensor
+    sequence_ids: Tensor
+    pair_rows: Tensor
+    layout: Layout = "padded"
+
+    @property
+    def num_pairs(self) -> int:
+        """P, the number of preference pairs."""
+        return self.pair_rows.numel()
+
+    def attends(self) -> Tensor:
+        """The exact attention pattern, ``[R, T, T]`` bool: may query position i (dim 1) see key position j (dim 2)?"""
+        length = self.input_ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.input_ids.device).tril()
+        same_tree = (self.tree_ids[:, :, None] == self.tree_ids[:, None, :]) & (self.tree_ids[:, None, :] >= 0)
+        visible = (self.branch_ids[:, None, :] == 0) | (self.branch_ids[:, :, None] == self.branch_ids[:, None, :])
+        return causal & same_tree & visible
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, the form in which data loaders move a batch between devices."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> PackedBatch:
+        """Inverse of :meth:`as_dict`."""
+        return cls(**fields)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on ``device``."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.as_dict().items()}
+        return PackedBatch.from_dict(moved)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language-model head: what turns a hidden state into a row of logits.
+
+    ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = soft_cap * tanh(z / soft_cap)`` where given.
+
+    Attributes:
+        weight: ``[V, D]``.
+        bias: ``[V]`` or None.
+        scale: Constant factor on the logits (Cohere multiplies, Granite divides).
+        soft_cap: Bound of the logits (Gemma 2), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the weight."""
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Final hidden states of response positions only, and the head that would make logits of them. Never logits.
+
+    Attributes:
+        states: ``[N, D]``, after the model's final norm.
+        head: The head they are meant for.
+    """
+
+    states: Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of every response token, in nats, float32 (float64 for float64 models).
+
+    Attributes:
+        logp: ``[N]``, log pi(y_t | x, y_<t) of the policy; differentiable.
+        ref_logp: ``[N]``, the reference's; constant.
+        kl: ``[N]``, KL(reference || policy) over the full vocabulary at the position of y_t; differentiable.
+    """
+
+    logp: Tensor
+    ref_logp: Tensor
+    kl: Tensor
+
+
+@dataclass(frozen=True)
+class PairStats:
+    """Sums over the response tokens of each side of each pair, all ``[P]``, in nats.
+
+    Attributes:
+        chosen_logratio: sum_t log pi(y_t) - log pi_ref(y_t) of the chosen response.
+        rejected_logratio: The same of the rejected response.
+        chosen_kl: Sequential KL(reference || policy) along the chosen response.
+        rejected_kl: The same along the rejected response.
+    """
+
+    chosen_logratio: Tensor
+    rejected_logratio: Tensor
+    chosen_kl: Tensor
+    rejected_kl: Tensor
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """What an objective says of each pair, all ``[P]``.
+
+    Attributes:
+        loss: The pair's loss; differentiable in the statistics.
+        chosen_reward: The objective's own implicit reward of the chosen response; carries no gradient.
+        rejected_reward: The same of the rejected response.
+    """
+
+    loss: Tensor
+    chosen_reward: Tensor
+    rejected_reward: Tensor
