@@ -12,13 +12,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tdpo import objectives, ops
+    from tdpo.config import SFTConfig, TDPOConfig
     from tdpo.errors import UserError
     from tdpo.score import PairScores, score_pairs
+    from tdpo.train.sft import SFTTrainer
+    from tdpo.train.trainer import TDPOTrainer
     from tdpo.types import PackedBatch, PairStats, PreferenceRecord, TokenisedPair, TokenStats
 
 _HOMES = {
     "objectives": "tdpo.objectives",
     "ops": "tdpo.ops",
+    "SFTConfig": "tdpo.config",
+    "SFTTrainer": "tdpo.train.sft",
+    "TDPOConfig": "tdpo.config",
+    "TDPOTrainer": "tdpo.train.trainer",
     "UserError": "tdpo.errors",
     "PairScores": "tdpo.score",
     "score_pairs": "tdpo.score",
@@ -34,6 +41,10 @@ __all__ = [
     "PairScores",
     "PairStats",
     "PreferenceRecord",
+    "SFTConfig",
+    "SFTTrainer",
+    "TDPOConfig",
+    "TDPOTrainer",
     "TokenStats",
     "TokenisedPair",
     "UserError",

@@ -6,19 +6,31 @@ name: the conventions transformers models share are used, and :func:`prove_head`
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdpo.errors import UserError
-from tdpo.ops.numerics import head_logits
+from tdpo.ops.numerics import finish_logits, head_logits
 from tdpo.types import Head, Hidden, PackedBatch
 
-PROBE_LENGTH = 6
+PROBE_SIZES = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
+"""Sizes of the logits a probe's positions get: a soft cap shows in the large ones, an added constant in the small."""
 
-_proven: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# What configs call a factor or a bound of the logits. A name alone decides nothing: logits_scaling divides in one model
+# and multiplies in another, and logit_scale may be there unused. `prove_head` finds out which reading is the model's.
+DIVISORS = ("logits_scaling",)
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+ABSENT = torch.finfo(torch.float16).min
+"""Logits down here are vocabulary entries the model leaves out."""
+
+_proven: weakref.WeakKeyDictionary[nn.Module, tuple[float, float | None]] = weakref.WeakKeyDictionary()
 
 
 def causal_lm(model: Any) -> Any:
@@ -27,20 +39,26 @@ def causal_lm(model: Any) -> Any:
 
 
 def head_of(model: nn.Module) -> Head:
-    """Describes the model's head: weight, bias, and what its config says is done to the logits.
+    """Describes the model's head: weight, bias, and the scale and soft-cap :func:`prove_head` found.
 
     Raises:
-        UserError: if the model has no output embeddings, so is no causal language model.
+        UserError: as :func:`prove_head`, which it calls for a model that has not been through it.
     """
     lm = causal_lm(model)
+    prove_head(lm)
+    return _plain_head(lm, *_proven[lm])
+
+
+def _plain_head(lm: Any, scale: float = 1.0, soft_cap: float | None = None) -> Head:
     output = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
     if output is None or getattr(output, "weight", None) is None:
         raise UserError(f"{type(lm).__name__} has no language-model head; tdpo needs a causal language model")
-    config = lm.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)  # Gemma
-    return Head(output.weight, getattr(output, "bias", None), scale, cap)
+    if getattr(output, "base_layer", None) is not None:
+        raise UserError(
+            f"{type(lm).__name__} has an adapter on its language-model head; tdpo reads the head's weight alone, so "
+            "the adapter would never be trained. Leave the head out of target_modules, or name it in modules_to_save"
+        )
+    return Head(output.weight, getattr(output, "bias", None), scale, soft_cap)
 
 
 def body_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -65,39 +83,93 @@ def response_hidden(model: nn.Module, batch: PackedBatch) -> Hidden:
 
 
 def prove_head(model: nn.Module) -> None:
-    """Checks once per model that body and described head give the model's own logits.
+    """Finds out, once per model, how its logits follow from its body and head, and that tdpo can do the same.
+
+    One forward pass compares the head's output with hidden states times weight, then hands the rest of the model
+    made-up outputs of many sizes and compares what becomes of them with every scale and soft-cap the config may mean.
 
     Raises:
-        UserError: if they do not, which would make every statistic wrong without a sign.
+        UserError: if no reading fits, which would make every statistic wrong without a sign, or the model is no causal
+            language model.
     """
     lm = causal_lm(model)
     if lm in _proven:
         return
-    head = head_of(model)
-    ids = (torch.arange(PROBE_LENGTH, device=head.weight.device) + 3)[None] % head.vocab_size
-    was_training = lm.training
-    lm.eval()
-    with torch.no_grad():
-        expected = lm(input_ids=ids, use_cache=False).logits[0].to(torch.float32)
-        ours = head_logits(body_states(model, input_ids=ids)[0], head).to(torch.float32)
-    lm.train(was_training)
-    finite = expected > torch.finfo(torch.float16).min  # some models push padded entries to a large negative number
+    head = _plain_head(lm)
+    ids = (torch.arange(len(PROBE_SIZES), device=head.weight.device) + 3)[None] % head.vocab_size
+    outputs: list[Tensor] = []
+    probe = torch.tensor(PROBE_SIZES)[:, None] * torch.linspace(-1, 1, head.vocab_size)
+
+    def swap(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        outputs.append(output[0])
+        return probe.to(output)[None]
+
+    with _evaluating(lm), torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+        handle = lm.get_output_embeddings().register_forward_hook(swap)
+        try:
+            logits = lm(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            handle.remove()
+        states = body_states(lm, input_ids=ids)[0]
+    ours = head_logits(states, head)
+    # A model that never calls its head's layer makes its logits some other way; then only those can be compared.
+    error = _difference(ours, outputs[0]) if outputs else 0.0
+    finish = probe.to(outputs[0]).to(ours.dtype) if outputs else ours
+    readings = {reading: _difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)}
     tolerance = 5e-2 if head.weight.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    error = ((ours - expected)[finite].abs().max() / expected[finite].abs().max().clamp(min=1e-6)).item()
-    if not error < tolerance:
+    fitting = [reading for reading, misfit in readings.items() if misfit < tolerance]
+    if not (error < tolerance and fitting):
         raise UserError(
-            f"{type(lm).__name__}: hidden states times head differ from the model's own logits by {error:.1e} "
-            "(relative); it does something to its logits that tdpo does not know, so its statistics would be wrong"
+            f"{type(lm).__name__}: hidden states times head differ from the model's own logits by "
+            f"{max(error, min(readings.values())):.1e} (relative); it does something to its logits that tdpo does not "
+            "know, so its statistics would be wrong"
         )
-    _proven.add(lm)
+    _proven[lm] = fitting[0]
+
+
+def _readings(config: Any) -> list[tuple[float, float | None]]:
+    """Every (scale, soft-cap) of the logits that the config may mean, the likeliest first."""
+    text = config.get_text_config()
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        values = (getattr(text, name, None) for name in names)
+        return [float(value) for value in values if isinstance(value, (int, float)) and value > 0]
+
+    scales = [*(1 / value for value in numbers(DIVISORS)), *numbers(FACTORS), 1.0]
+    return list(itertools.product(scales, [*numbers(CAPS), None]))
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference within a row over the row's largest entry; entries absent on both sides agree."""
+    absent = (ours <= ABSENT) & (theirs <= ABSENT)
+    ours, theirs = (logits.to(torch.float32).masked_fill(absent, 0.0) for logits in (ours, theirs))
+    error = ((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1).clamp(min=1e-6)).max().item()
+    return error if error == error else float("inf")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module gets back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout probability to 0: the log-ratio compares two models, not two dropout masks."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
-        for module in model.modules():
-            if isinstance(getattr(module, name, None), float):
+        # Many models keep the probability as a number (dropout, hidden_dropout, attn_pdrop) for functional dropout.
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """How many positions the model has, None where its config does not say."""
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)

@@ -25,7 +25,7 @@ def response_stats(policy: Hidden, reference: Hidden, labels_N: Tensor) -> Token
 
 
 def stats_from_logits(logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor) -> TokenStats:
-    """Token statistics of logits that are already there; the reference's are taken as constant.
+    """Token statistics of logits that are already there, in the policy's dtype; the reference's are constant.
 
     Example:
         A reference that is sure of the other token, by a gap of 200 nats, leaves everything finite:
@@ -38,7 +38,7 @@ def stats_from_logits(logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor
         [-0.6931, -200.0, 0.6931]
     """
     logp_NV = logits_NV.log_softmax(-1)
-    ref_logp_NV = ref_logits_NV.detach().log_softmax(-1)
+    ref_logp_NV = ref_logits_NV.detach().to(logits_NV.dtype).log_softmax(-1)
     index = labels_N[:, None]
     return TokenStats(
         logp=logp_NV.gather(1, index)[:, 0],

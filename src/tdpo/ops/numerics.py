@@ -37,11 +37,14 @@ def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
     logits = matmul_wide(hidden_ND, head.weight.t())
     if head.bias is not None:
         logits = logits + head.bias
-    if head.scale != 1.0:
-        logits = logits * head.scale
-    if head.soft_cap is not None:
-        logits = torch.tanh(logits / head.soft_cap) * head.soft_cap
-    return logits
+    return finish_logits(logits, head.scale, head.soft_cap)
+
+
+def finish_logits(logits: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """What some models do to the head's output: a constant factor, then a soft bound."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
 
 def kl_terms(logp: Tensor, ref_logp: Tensor) -> Tensor:

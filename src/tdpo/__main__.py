@@ -1,0 +1,7 @@
+"""``python -m tdpo``, and with it ``accelerate launch -m tdpo`` and ``torchrun -m tdpo``."""
+
+import sys
+
+from tdpo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,66 @@
+"""The command line. Thin: it finds the command, and turns what goes wrong into one readable message.
+
+Nothing heavy is imported here, so that ``tdpo --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from tdpo import __version__
+from tdpo.errors import UserError, nearest
+
+COMMANDS = {
+    "demo": "the whole path on an embedded small world, no download, about three minutes",
+    "sft": "fine-tune a model on responses, the starting point of preference training",
+    "train": "align a model with preference pairs: TDPO2, TDPO1 or DPO",
+    "eval": "score held-out pairs with a policy and its reference",
+    "generate": "sample from a policy and its reference side by side",
+}
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def usage() -> str:
+    """What ``tdpo --help`` prints."""
+    commands = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    return (
+        f"tdpo {__version__}: token-level direct preference optimization of language models\n\n"
+        "usage: tdpo <command> [--config file.yaml] [--option value ...]\n\n"
+        f"{commands}\n\n"
+        "  tdpo <command> --help lists every option of a command.\n"
+        "  --config takes any of them from a YAML file; what is on the command line wins."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+
+    A bug is left to raise, with its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name = arguments[0]
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"no command {name!r}; there are: {', '.join(COMMANDS)}.{nearest(name, COMMANDS)}")
+        command = importlib.import_module(f"tdpo.commands.{name}")
+        command.run(arguments[1:])
+    except UserError as error:
+        print(f"tdpo {name}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\ntdpo {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

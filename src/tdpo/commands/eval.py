@@ -1,0 +1,74 @@
+"""``tdpo eval``: the metrics of training for a saved policy and reference on held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tdpo.cli import COMMANDS
+from tdpo.commands.common import console, metric_table, quieten, write_json
+from tdpo.commands.options import parse
+from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, check_choices
+from tdpo.data.dataset import check_fits, prepare_pairs
+from tdpo.data.sources import read_source
+from tdpo.data.tokenise import Tokeniser
+from tdpo.evaluate.preference import evaluate_pairs
+from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
+from tdpo.models.policy import head_of, position_limit
+
+
+@dataclass
+class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions):
+    """What is evaluated and where the figures go."""
+
+    ref_model_name_or_path: str = field(metadata={"help": "Reference model: a hub name or a folder."}, kw_only=True)
+    dataset_name: str = field(
+        metadata={
+            "help": "Dataset: a .jsonl, .json, .csv or .parquet file (also .gz), a folder, a glob or a hub name."
+        },
+        kw_only=True,
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on: of a hub dataset, or the beginning of file names."}
+    )
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Pairs scored at a time."})
+    json: str | None = field(default=None, metadata={"help": "File to write the metrics to, as one flat object."})
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    model_config, options = parse("eval", COMMANDS["eval"], (ModelConfig, EvalOptions), argv)
+    quieten()
+    objective = options.build_objective()
+    tokenizer = load_tokenizer(model_config)
+    rows = read_source(options.dataset_name, options.dataset_test_split, options.dataset_config)
+    tokeniser = Tokeniser(tokenizer, options.lengths())
+    dataset = prepare_pairs(rows, tokeniser, options.dataset_format, options.on_bad_row)
+    out = console()
+    for line in dataset.report.lines():
+        out.print(line)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_model(model_config).to(device).eval()
+    reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
+    check_vocabulary(policy, tokenizer)
+    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy))
+    metrics = evaluate_pairs(
+        policy,
+        reference,
+        dataset.pairs,
+        objective,
+        batch_size=options.per_device_eval_batch_size,
+        backend=options.backend,
+        logits_budget=options.logits_budget,
+        progress=True,
+    )
+    out.print(metric_table(metrics, f"{objective}, {len(dataset)} pairs"))
+    if options.json:
+        write_json(options.json, metrics)
+        out.print(f"written to {options.json}")

@@ -1,0 +1,46 @@
+"""``tdpo sft``: fine-tunes a model on responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tdpo.cli import COMMANDS
+from tdpo.commands.common import console, prepare_output, quieten
+from tdpo.commands.options import parse
+from tdpo.config import EvalDataConfig, ModelConfig, SFTConfig
+from tdpo.data.sft import SFTDataset, prepare_sft
+from tdpo.data.sources import read_source
+from tdpo.data.tokenise import Tokeniser
+from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
+from tdpo.train.sft import SFTTrainer
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    model_config, data, args = parse("sft", COMMANDS["sft"], (ModelConfig, EvalDataConfig, SFTConfig), argv)
+    quieten()
+    checkpoint = prepare_output(args)
+    out = console()
+    tokenizer = load_tokenizer(model_config)
+    tokeniser = Tokeniser(tokenizer, args.lengths())
+
+    def dataset(name: str, split: str) -> SFTDataset:
+        prepared = prepare_sft(read_source(name, split, data.dataset_config), tokeniser, args.on_bad_row)
+        for line in prepared.report.lines():
+            out.print(line)
+        return prepared
+
+    train = dataset(data.dataset_name, data.dataset_train_split)
+    held_out = dataset(data.eval_dataset_name, data.dataset_test_split) if data.eval_dataset_name else None
+    model = load_model(model_config)
+    check_vocabulary(model, tokenizer)
+    trainer = SFTTrainer(model, args, train, held_out, tokenizer)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if held_out is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token")
+    out.print(f"saved to {args.output_dir}")

@@ -1,0 +1,53 @@
+"""``tdpo train``: aligns a model with preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tdpo.cli import COMMANDS
+from tdpo.commands.common import console, metric_table, prepare_output, quieten
+from tdpo.commands.options import parse
+from tdpo.config import EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
+from tdpo.data.dataset import PairDataset, prepare_pairs
+from tdpo.data.sources import read_source
+from tdpo.data.tokenise import Tokeniser
+from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
+from tdpo.train.trainer import TDPOTrainer
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command: options, data, then weights, so that mistakes show before anything is loaded."""
+    model_config, ref, data, args = parse(
+        "train", COMMANDS["train"], (ModelConfig, ReferenceConfig, EvalDataConfig, TDPOConfig), argv
+    )
+    quieten()
+    checkpoint = prepare_output(args)
+    out = console()
+    tokenizer = load_tokenizer(model_config)
+    tokeniser = Tokeniser(tokenizer, args.lengths())
+
+    def dataset(name: str, split: str) -> PairDataset:
+        rows = read_source(name, split, data.dataset_config)
+        prepared = prepare_pairs(rows, tokeniser, args.dataset_format, args.on_bad_row)
+        for line in prepared.report.lines():
+            out.print(line)
+        return prepared
+
+    train = dataset(data.dataset_name, data.dataset_train_split)
+    held_out = dataset(data.eval_dataset_name, data.dataset_test_split) if data.eval_dataset_name else None
+    model = load_model(model_config)
+    check_vocabulary(model, tokenizer)
+    reference = load_model(model_config, ref.ref_model_name_or_path) if ref.ref_model_name_or_path else None
+    trainer = TDPOTrainer(model, reference, args, None, train, held_out, tokenizer)
+    held_against = ref.ref_model_name_or_path or "a frozen copy of the policy"
+    out.print(f"objective {trainer.objective}, reference: {held_against}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if held_out is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        out.print(metric_table(shown, f"held out: {len(held_out)} pairs"))
+    out.print(f"saved to {args.output_dir}")

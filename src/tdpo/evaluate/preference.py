@@ -1,0 +1,79 @@
+"""The metrics of training on held-out pairs, outside of a trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from tdpo import ops
+from tdpo.data.pack import pack_padded
+from tdpo.errors import UserError
+from tdpo.models.policy import prove_head
+from tdpo.models.reference import check_same_vocabulary
+from tdpo.objectives import Objective
+from tdpo.score import score_batch
+from tdpo.train.metrics import MetricSums
+from tdpo.train.progress import bar, figures
+from tdpo.types import TokenisedPair
+
+
+def evaluate_pairs(
+    policy: nn.Module,
+    reference: nn.Module,
+    pairs: Sequence[TokenisedPair],
+    objective: Objective,
+    batch_size: int = 8,
+    backend: ops.Backend = "auto",
+    logits_budget: int | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Scores pairs in batches of similar length, without gradient, both models in evaluation mode.
+
+    Args:
+        policy: Causal language model; its training mode is restored.
+        reference: The same for the reference.
+        pairs: At least one pair.
+        objective: Decides ``loss`` and ``rewards/*``.
+        batch_size: Pairs at a time; no figure depends on it beyond rounding.
+        backend: See :func:`tdpo.ops.token_stats`.
+        logits_budget: See :func:`tdpo.ops.response_stats`.
+        progress: Whether to show a bar on a terminal's standard error.
+
+    Returns:
+        Means over the pairs under the names of training (:mod:`tdpo.train.metrics`), the number of ``pairs``, and
+        the binomial standard errors of the accuracies.
+
+    Raises:
+        UserError: without pairs, or if the vocabularies differ.
+    """
+    if not pairs:
+        raise UserError("there are no pairs to evaluate")
+    prove_head(policy)
+    prove_head(reference)
+    check_same_vocabulary(policy, reference)
+    ordered = sorted(pairs, key=lambda p: len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)), reverse=True)
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    modes = [(model, model.training) for model in (policy, reference)]
+    device = next(policy.parameters()).device
+    sums = MetricSums(objective.parameters["beta"])
+    shown = bar(Console(stderr=True, quiet=not progress), transient=True)
+    try:
+        policy.eval(), reference.eval()
+        with torch.no_grad(), shown:
+            task = shown.add_task("evaluating", total=len(batches), figures="")
+            for batch in batches:
+                packed = pack_padded(batch).to(device)
+                sums.add(score_batch(policy, reference, packed, objective, backend, logits_budget))
+                shown.update(task, advance=1, figures=figures(sums.means()) if shown.console.is_terminal else "")
+    finally:
+        for model, training in modes:
+            model.train(training)
+    metrics = sums.means()
+    for name in ("rewards", "implicit_rewards"):
+        p = metrics[f"{name}/accuracies"]
+        metrics[f"{name}/accuracies_stderr"] = math.sqrt(p * (1 - p) / len(pairs))
+    return {**metrics, "pairs": float(len(pairs))}

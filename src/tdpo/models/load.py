@@ -1,0 +1,96 @@
+"""Loads models and tokenizers by name, and says in words what is wrong when that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tdpo.config import ModelConfig
+from tdpo.errors import UserError
+from tdpo.models.policy import head_of
+
+
+def load_model(config: ModelConfig, name: str | None = None) -> Any:
+    """Loads a causal language model.
+
+    Args:
+        config: How to load it.
+        name: Hub name or folder, where it is not ``config.model_name_or_path`` (a reference).
+
+    Raises:
+        UserError: naming the model and what is wrong with it.
+    """
+    name = name or config.model_name_or_path
+    _check_folder(name, "config.json", "model")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=config.model_revision,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Loads the tokenizer and applies ``eos_token`` and ``chat_template_path``.
+
+    Raises:
+        UserError: naming the tokenizer and what is wrong with it.
+    """
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    _check_folder(name, "tokenizer_config.json", "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"tokenizer {name!r} cannot be loaded: {_first_line(error)}") from error
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise UserError(f"--eos_token {config.eos_token!r} is no token of the tokenizer {name!r}")
+        tokenizer.eos_token = config.eos_token
+    if config.chat_template_path is not None:
+        tokenizer.chat_template = _read(config.chat_template_path)
+    return tokenizer
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuses a tokenizer with more tokens than the model has rows for.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    rows, tokens = head_of(model).vocab_size, len(tokenizer)
+    if tokens > rows:
+        raise UserError(
+            f"the tokenizer has {tokens} tokens, the model's vocabulary {rows} entries: they do not belong together "
+            "(--tokenizer_name_or_path names another tokenizer)"
+        )
+
+
+def _check_folder(name: str, file: str, what: str) -> None:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise UserError(f"{name}: no {what} in this folder (it has no {file})")
+    elif folder.exists():
+        raise UserError(f"{name}: is a file; a {what} is a folder or a hub name")
+    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such folder")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat_template_path {path}: {error}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

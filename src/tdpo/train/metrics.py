@@ -1,0 +1,125 @@
+"""The metrics of pairs, the same in training, evaluation and ``tdpo eval``. They add up on the device.
+
+``rewards/*`` is the objective's own implicit reward, ``implicit_rewards/*`` is ``beta * log-ratio`` and comparable
+across objectives. ``kl/*`` is the sequential KL(reference || policy) in nats, ``kl_per_token/*`` that divided by the
+number of response tokens. Every margin is chosen minus rejected.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tdpo.score import PairScores, token_counts
+
+SIDES = ("chosen", "rejected")
+
+
+class MetricSums:
+    """Sums of every metric over the pairs seen so far; one tensor, so that reading it synchronises once.
+
+    Example:
+        >>> from tdpo.types import PairStats
+        >>> MetricSums(beta=0.1).means()
+        {}
+    """
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def add(self, scores: PairScores) -> None:
+        """Adds a batch; nothing leaves the device."""
+        columns = pair_columns(scores, self.beta)
+        sums = torch.stack([value.sum(dtype=torch.float32) for value in columns.values()])
+        self._names = list(columns)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def merge(self, gathered: Tensor) -> None:
+        """Replaces the sums by those of all processes, ``[processes, metrics]``."""
+        self._sums = gathered.sum(0)
+
+    @property
+    def sums(self) -> Tensor | None:
+        """The sums as a tensor, to be gathered from all processes; None before the first batch."""
+        return self._sums
+
+    def means(self) -> dict[str, float]:
+        """Every metric as its mean over the pairs added, empty if there were none."""
+        if self._sums is None:
+            return {}
+        total = dict(zip(self._names, self._sums.double().tolist(), strict=True))
+        pairs = total.pop("pairs")
+        tokens = {side: total.pop(f"tokens/{side}") for side in SIDES}
+        means = {name: value / pairs for name, value in total.items()}
+        per_token = {f"kl_per_token/{side}": total[f"kl/{side}"] / tokens[side] for side in SIDES}
+        return {
+            **means,
+            **per_token,
+            "kl_per_token/margin": per_token["kl_per_token/chosen"] - per_token["kl_per_token/rejected"],
+        }
+
+
+def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:
+    """Every metric of every pair, ``[P]`` each, under the names they are logged by."""
+    stats, tokens = scores.stats, token_counts(scores.batch)
+    columns = {"pairs": torch.ones_like(scores.loss), "loss": scores.loss}
+    columns |= {f"tokens/{side}": tokens[:, index] for index, side in enumerate(SIDES)}
+    columns |= compared("rewards", scores.chosen_reward, scores.rejected_reward)
+    columns |= compared("implicit_rewards", beta * stats.chosen_logratio, beta * stats.rejected_logratio)
+    columns |= {"logps/chosen": scores.chosen_logp, "logps/rejected": scores.rejected_logp}
+    columns |= {
+        "kl/chosen": stats.chosen_kl,
+        "kl/rejected": stats.rejected_kl,
+        "kl/margin": stats.chosen_kl - stats.rejected_kl,
+    }
+    return {name: value.detach() for name, value in columns.items()}
+
+
+def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Both sides of a reward, its margin, and whether it ranks the pair as the data does; a tie counts one half."""
+    margin = chosen - rejected
+    return {
+        f"{name}/chosen": chosen,
+        f"{name}/rejected": rejected,
+        f"{name}/accuracies": (1 + margin.sign()) / 2,
+        f"{name}/margins": margin,
+    }
+
+
+class DisplacementWatch:
+    """Notices likelihood displacement: chosen and rejected responses both becoming less likely, log after log.
+
+    The margin of a preference loss can grow while both sides fall, and probability moves to responses nobody rated.
+    """
+
+    def __init__(self, patience: int = 3) -> None:
+        self.patience = patience
+        self._falling = 0
+        self._warned = False
+        self._last: tuple[float, float] | None = None
+
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        """Takes one log's metrics and returns words when, for ``patience`` logs running, both log-ratios fell below 0.
+
+        Example:
+            >>> watch = DisplacementWatch(patience=1)
+            >>> watch.warning({"implicit_rewards/chosen": 0.0, "implicit_rewards/rejected": 0.0}) is None
+            True
+            >>> watch.warning({"implicit_rewards/chosen": -0.1, "implicit_rewards/rejected": -0.3})[:23]
+            'likelihood displacement'
+        """
+        now = (metrics["implicit_rewards/chosen"], metrics["implicit_rewards/rejected"])
+        last, self._last = self._last, now
+        both_fell = last is not None and all(n < min(old, 0.0) for n, old in zip(now, last, strict=True))
+        self._falling = self._falling + 1 if both_fell else 0
+        if self._warned or self._falling < self.patience:
+            return None
+        self._warned = True
+        return (
+            f"likelihood displacement: over the last {self.patience} logs chosen and rejected responses both became "
+            f"less likely than under the reference (implicit rewards {now[0]:.3g} and {now[1]:.3g}). The margin may "
+            "grow while the policy drifts to responses nobody rated; a lower learning rate, a larger beta, or a larger "
+            "alpha with tdpo2 holds it closer"
+        )

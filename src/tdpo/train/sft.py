@@ -1,0 +1,80 @@
+"""Supervised fine-tuning on response tokens: what makes the model that preference training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from tdpo.config import SFTConfig
+from tdpo.data.sft import IGNORED, SFTDataset, collate_sft, prepare_sft
+from tdpo.data.tokenise import Tokeniser
+from tdpo.models.policy import disable_dropout
+from tdpo.train.base import BatchMeanTrainer
+
+
+class SFTTrainer(BatchMeanTrainer):
+    """Trains a causal language model on responses; the loss is the mean negative log-likelihood of their tokens.
+
+    Args:
+        model: A causal language model, or a name to load.
+        args: Options; see :class:`tdpo.SFTConfig`.
+        train_dataset: Rows with ``text``, ``messages``, ``prompt`` and ``completion``, or preference rows, whose
+            chosen responses are learnt.
+        eval_dataset: The same, held out.
+        processing_class: The tokenizer.
+        callbacks: Further transformers callbacks.
+        optimizers: Optimizer and scheduler to use instead of those of ``args``.
+
+    Raises:
+        UserError: for data, tokenizer and options that do not fit together.
+    """
+
+    label = "fine-tuning"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig | None = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Iterable[Any] | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args or SFTConfig(output_dir="sft-output")
+        loaded = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+        if args.disable_dropout:
+            disable_dropout(loaded)
+
+        def prepared(data: Iterable[Any] | None, name: str) -> SFTDataset | None:
+            if data is None:
+                return None
+            return prepare_sft(data, Tokeniser(processing_class, args.lengths()), args.on_bad_row, name)  # type: ignore[arg-type]
+
+        super().__init__(
+            model=loaded,
+            args=args,
+            data_collator=collate_sft,
+            train_dataset=prepared(train_dataset, "train"),
+            eval_dataset=prepared(eval_dataset, "eval"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+
+    def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Summed negative log-likelihood of the batch's response tokens, by the model's own loss."""
+        fed = {name: value for name, value in self._prepare_inputs(inputs).items() if name != "rows"}
+        outputs = model(**fed)
+        return outputs.loss * self.item_count(inputs), outputs
+
+    def item_count(self, inputs: dict[str, Any]) -> int:
+        """Predicted tokens of a batch; nothing predicts the first token of a row."""
+        return int((inputs["labels"][:, 1:] != IGNORED).sum())
+
+    def rows_of(self, inputs: dict[str, Any]) -> str:
+        """The rows of a batch's examples."""
+        return f"rows {', '.join(str(row) for row in inputs['rows'].tolist())}"

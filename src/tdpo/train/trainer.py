@@ -1,0 +1,206 @@
+"""Preference training on ``transformers.Trainer``: loop, resume, saving, trackers are its; the loss is ours.
+
+The step, top to bottom: a batch of packed pairs -> hidden states of the reference -> hidden states of the policy,
+token statistics, pair statistics and objective inside the policy's forward -> sum of losses over the number of pairs
+in the whole optimizer step. Left out on purpose: everything ``Trainer`` already does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from tdpo.config import TDPOConfig
+from tdpo.data.dataset import PairDataset, check_fits, collate, prepare_pairs
+from tdpo.data.tokenise import Tokeniser
+from tdpo.errors import UserError
+from tdpo.models.inside import open_forward, run_inside
+from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
+from tdpo.models.reference import FrozenCopy, Reference, check_same_vocabulary
+from tdpo.objectives import Objective
+from tdpo.score import PairScores, score_batch
+from tdpo.train.base import BatchMeanTrainer, logger
+from tdpo.train.metrics import DisplacementWatch, MetricSums
+from tdpo.types import PackedBatch
+
+
+class TDPOTrainer(BatchMeanTrainer):
+    """Trains a policy on preference pairs; takes what TRL's ``DPOTrainer`` takes.
+
+    Args:
+        model: The policy: a causal language model, a peft model, or a name to load.
+        ref_model: The reference; by default a frozen copy of the policy as it is handed over.
+        args: Options; see :class:`tdpo.TDPOConfig`.
+        data_collator: Takes the place of :func:`tdpo.data.dataset.collate`.
+        train_dataset: Rows in any known format, records or tokenised pairs; see
+            :func:`tdpo.data.dataset.prepare_pairs`.
+        eval_dataset: The same, held out, or several of them by name.
+        processing_class: The tokenizer; by default the one saved with the model. Not needed for tokenised pairs.
+        callbacks: Further transformers callbacks.
+        optimizers: Optimizer and scheduler to use instead of those of ``args``.
+        peft_config: Wraps the model in an adapter; the reference is the model without it.
+
+    Raises:
+        UserError: for anything in models, tokenizer, data and options that does not fit together.
+
+    Metrics, in training and (prefixed ``eval_``) in evaluation: see :mod:`tdpo.train.metrics`.
+    """
+
+    label = "aligning"
+    args: TDPOConfig
+    objective: Objective
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: nn.Module | None = None,
+        args: TDPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = args or TDPOConfig(output_dir="tdpo-output")
+        policy = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+        if ref_model is policy:
+            raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
+        self.objective = args.build_objective()
+        self.reference = _reference(policy, ref_model, args)
+        if peft_config is not None:
+            policy = _with_adapter(policy, peft_config)
+        if args.disable_dropout:
+            disable_dropout(policy)
+        open_forward(policy)
+
+        self._sums = MetricSums(args.beta)
+        self._watch = DisplacementWatch()
+        tokenizer = processing_class or _tokenizer_of(policy, train_dataset)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or collate,
+            train_dataset=None if train_dataset is None else _prepare(train_dataset, tokenizer, policy, args, "train"),
+            eval_dataset=_prepare_each(eval_dataset, tokenizer, policy, args),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._device_of_reference()
+
+    def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, PairScores]:
+        """Sum of the pairs' losses, and their scores; policy, head and loss run inside the model's forward."""
+        batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
+
+        def step(policy: nn.Module) -> PairScores:
+            return score_batch(
+                policy, self.reference, batch, self.objective, self.args.backend, self.args.logits_budget
+            )
+
+        scores = run_inside(model, step)
+        self._sums.add(scores)
+        return scores.loss.sum(), scores
+
+    def item_count(self, inputs: dict[str, Any]) -> int:
+        """Pairs of a batch."""
+        return inputs["pair_rows"].numel()
+
+    def rows_of(self, inputs: dict[str, Any]) -> str:
+        """The rows of a batch's pairs."""
+        return f"the pairs of rows {', '.join(str(row) for row in inputs['pair_rows'].tolist())}"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of the pairs since the last log to a training log."""
+        if "loss" in logs:
+            metrics = self._take_metrics()
+            metrics.pop("loss", None)  # the Trainer's own, the mean over optimizer steps, is there already
+            logs |= metrics
+            warning = self._watch.warning(metrics) if metrics else None
+            if warning is not None:
+                logger.warning(warning)
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the Trainer's, with every metric of the pairs as its exact mean over the dataset."""
+        training, self._sums = self._sums, MetricSums(self.args.beta)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            means = self._take_metrics()
+        finally:
+            self._sums = training
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def _take_metrics(self) -> dict[str, float]:
+        """The metrics' means over all processes, and a fresh start."""
+        sums, self._sums = self._sums, MetricSums(self.args.beta)
+        if sums.sums is not None:
+            sums.merge(self.accelerator.gather(sums.sums[None]))
+        return sums.means()
+
+    def _device_of_reference(self) -> None:
+        if isinstance(self.reference, FrozenCopy) and self.place_model_on_device:
+            self.reference.model.to(self.args.device)
+
+
+def _reference(policy: nn.Module, ref_model: nn.Module | None, args: TDPOConfig) -> Reference:
+    """The frozen reference, checked against the policy before anything is trained."""
+    prove_head(policy)
+    if ref_model is None:
+        return FrozenCopy.of(policy)
+    prove_head(ref_model)
+    check_same_vocabulary(policy, ref_model)
+    return FrozenCopy(ref_model)
+
+
+def _with_adapter(policy: Any, peft_config: Any) -> Any:
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTuner
+
+    adapted = get_peft_model(policy, peft_config)
+    if not isinstance(adapted.base_model, BaseTuner):
+        raise UserError(
+            f"peft_config: {type(peft_config).__name__} changes the prompt; use LoRA or another tuner of weights"
+        )
+    return adapted
+
+
+def _tokenizer_of(policy: Any, dataset: Any) -> Any:
+    """The tokenizer saved beside the policy, as transformers would load it; None if the data needs none."""
+    if isinstance(dataset, PairDataset):
+        return None
+    name = getattr(policy.config, "_name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name) if name else None
+    except (OSError, ValueError):
+        return None
+
+
+def _prepare(data: Iterable[Any], tokenizer: Any, policy: nn.Module, args: TDPOConfig, name: str) -> PairDataset:
+    tokeniser = Tokeniser(tokenizer, args.lengths()) if tokenizer is not None else None
+    dataset = prepare_pairs(data, tokeniser, args.dataset_format, args.on_bad_row, name)  # type: ignore[arg-type]
+    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy))
+    return dataset
+
+
+def _prepare_each(data: Any, tokenizer: Any, policy: nn.Module, args: TDPOConfig) -> Any:
+    if data is None:
+        return None
+    if isinstance(data, Mapping):
+        return {name: _prepare(part, tokenizer, policy, args, name) for name, part in data.items()}
+    return _prepare(data, tokenizer, policy, args, "eval")
