@@ -17,6 +17,8 @@ from tdpo.data.tokenise import Lengths
 from tdpo.errors import UserError
 from tdpo.ops import Backend
 
+DATASET_HELP = "Dataset: a .jsonl, .json, .csv or .parquet file (also .gz), a folder, a glob or a hub name."
+
 
 @dataclass
 class ModelConfig:
@@ -59,9 +61,7 @@ class ReferenceConfig:
 class DataConfig:
     """Which data, and how its rows are read."""
 
-    dataset_name: str = field(
-        metadata={"help": "Dataset: a .jsonl, .json, .csv or .parquet file (also .gz), a folder, a glob or a hub name."}
-    )
+    dataset_name: str = field(metadata={"help": DATASET_HELP})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(
         default="train",

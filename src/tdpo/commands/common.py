@@ -19,6 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from tdpo.config import RunOptions
 from tdpo.errors import UserError
 
+OUTPUT = ("output_dir",)
+"""Options a training command cannot do without, though the trainer could."""
 MODEL_FILES = ("config.json", "model.safetensors", "adapter_config.json")
 
 
@@ -36,6 +38,7 @@ def quieten() -> None:
     """Sends warnings through one handler and takes away the libraries' own bars and advice."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING if is_main_process() else logging.ERROR, handlers=[handler], force=True)
@@ -48,13 +51,11 @@ def prepare_output(args: RunOptions) -> str | None:
         The checkpoint to resume from, or None.
 
     Raises:
-        UserError: if no folder is given, it cannot be written, or it holds a model that would be overwritten.
+        UserError: if it cannot be written, or holds a model that would be overwritten.
     """
-    if not args.output_dir:
-        raise UserError("--output_dir is required: the folder the model is written to")
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     check_writable(folder)
-    checkpoint = get_last_checkpoint(args.output_dir)
+    checkpoint = get_last_checkpoint(folder)
     holds = [name for name in MODEL_FILES if (folder / name).exists()] + ([checkpoint] if checkpoint else [])
     if holds and not (args.resume or args.overwrite_output_dir):
         raise UserError(

@@ -10,7 +10,7 @@ import torch
 from tdpo.cli import COMMANDS
 from tdpo.commands.common import console, metric_table, quieten, write_json
 from tdpo.commands.options import parse
-from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, check_choices
+from tdpo.config import DATASET_HELP, ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, check_choices
 from tdpo.data.dataset import check_fits, prepare_pairs
 from tdpo.data.sources import read_source
 from tdpo.data.tokenise import Tokeniser
@@ -25,9 +25,7 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions):
 
     ref_model_name_or_path: str = field(metadata={"help": "Reference model: a hub name or a folder."}, kw_only=True)
     dataset_name: str = field(
-        metadata={
-            "help": "Dataset: a .jsonl, .json, .csv or .parquet file (also .gz), a folder, a glob or a hub name."
-        },
+        metadata={"help": DATASET_HELP},
         kw_only=True,
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})

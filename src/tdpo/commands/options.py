@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from tdpo.errors import UserError, nearest
 
@@ -21,11 +23,16 @@ CONFIG = "--config"
 class Parser(HfArgumentParser):
     """``HfArgumentParser`` whose errors are :class:`UserError` and whose help is one line an option."""
 
-    def __init__(self, command: str, summary: str, dataclass_types: Sequence[Any]) -> None:
+    def __init__(self, command: str, summary: str, dataclass_types: Sequence[Any], required: Sequence[str]) -> None:
         super().__init__(dataclass_types, prog=f"tdpo {command}", description=summary, allow_abbrev=False)
+        for action in self._actions:
+            if action.type is string_to_bool:  # also for optional booleans the bare option means yes
+                action.nargs, action.const = "?", True
+            action.required = action.required or action.dest in required
 
     def error(self, message: str) -> NoReturn:
         """Raises argparse's message instead of printing all usage before it."""
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # transformers gives each option a second spelling
         raise UserError(f"{message} (tdpo {self.prog.split()[-1]} --help lists the options)")
 
     def format_help(self) -> str:
@@ -54,13 +61,16 @@ class Parser(HfArgumentParser):
                     yield _title(owner), [fields[name] for name in own]
 
 
-def parse(command: str, summary: str, dataclass_types: Sequence[Any], argv: Sequence[str]) -> tuple[Any, ...]:
+def parse(
+    command: str, summary: str, dataclass_types: Sequence[Any], argv: Sequence[str], required: Sequence[str] = ()
+) -> tuple[Any, ...]:
     """Parses a command's options.
 
     Args:
         command: Its name.
         summary: One line for its help.
         dataclass_types: The dataclasses that hold its options; no field name twice.
+        required: Options that must be given although their fields have defaults.
         argv: The command line after the command's name. ``--config file.yaml`` supplies defaults for the rest of it.
 
     Returns:
@@ -69,7 +79,7 @@ def parse(command: str, summary: str, dataclass_types: Sequence[Any], argv: Sequ
     Raises:
         UserError: for an unknown option (naming the nearest), a value that does not fit, options that contradict.
     """
-    parser = Parser(command, summary, dataclass_types)
+    parser = Parser(command, summary, dataclass_types, required)
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         raise SystemExit(0)

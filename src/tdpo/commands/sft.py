@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import console, prepare_output, quieten
+from tdpo.commands.common import OUTPUT, console, prepare_output, quieten
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.data.sft import SFTDataset, prepare_sft
@@ -17,7 +17,7 @@ from tdpo.train.sft import SFTTrainer
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    model_config, data, args = parse("sft", COMMANDS["sft"], (ModelConfig, EvalDataConfig, SFTConfig), argv)
+    model_config, data, args = parse("sft", COMMANDS["sft"], (ModelConfig, EvalDataConfig, SFTConfig), argv, OUTPUT)
     quieten()
     checkpoint = prepare_output(args)
     out = console()
@@ -38,9 +38,9 @@ def run(argv: Sequence[str]) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
     if held_out is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token")
+    trainer.save_state()
     out.print(f"saved to {args.output_dir}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import console, metric_table, prepare_output, quieten
+from tdpo.commands.common import OUTPUT, console, metric_table, prepare_output, quieten
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.data.dataset import PairDataset, prepare_pairs
@@ -18,7 +18,7 @@ from tdpo.train.trainer import TDPOTrainer
 def run(argv: Sequence[str]) -> None:
     """Runs the command: options, data, then weights, so that mistakes show before anything is loaded."""
     model_config, ref, data, args = parse(
-        "train", COMMANDS["train"], (ModelConfig, ReferenceConfig, EvalDataConfig, TDPOConfig), argv
+        "train", COMMANDS["train"], (ModelConfig, ReferenceConfig, EvalDataConfig, TDPOConfig), argv, OUTPUT
     )
     quieten()
     checkpoint = prepare_output(args)
@@ -44,10 +44,10 @@ def run(argv: Sequence[str]) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
     if held_out is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         out.print(metric_table(shown, f"held out: {len(held_out)} pairs"))
+    trainer.save_state()
     out.print(f"saved to {args.output_dir}")

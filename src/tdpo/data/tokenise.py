@@ -159,15 +159,16 @@ class Tokeniser:
             return None
         if len(prompt) > limits.max_prompt_length:
             report.truncated["prompt"].append(place.row)
-            prompt = self._cut_prompt(prompt)
+            prompt = self.cut_prompt(prompt, limits.max_prompt_length)
         room = limits.max_length - len(prompt)
         if longest > room:
             report.truncated["response"].append(place.row)
         return prompt, [response[:room] for response in responses]
 
-    def _cut_prompt(self, prompt: list[int]) -> list[int]:
-        """The prompt's part that stays; a beginning-of-sequence token stays at the beginning."""
-        limit = self.lengths.max_prompt_length
+    def cut_prompt(self, prompt: list[int], limit: int) -> list[int]:
+        """The part of a prompt that stays within a limit; a beginning-of-sequence token stays at the beginning."""
+        if len(prompt) <= limit:
+            return prompt
         if self.lengths.truncation_mode == "keep_start":
             return prompt[:limit]
         head = self.bos if self.bos and prompt[:1] == self.bos and limit > 1 else []

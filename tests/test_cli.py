@@ -1,0 +1,266 @@
+"""The command line: it answers at once, says every option, and turns every mistake into one readable message."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_model, make_tokenizer, preference_rows, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from tdpo.cli import COMMANDS, main
+from tdpo.commands.options import parse
+from tdpo.config import EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
+from tdpo.errors import UserError
+
+QUICK = [
+    "--max_length=96", "--max_prompt_length=48", "--max_steps=2", "--save_strategy=no", "--use_cpu", "--disable_tqdm",
+]  # fmt: skip
+TRAIN_OPTIONS = (ModelConfig, ReferenceConfig, EvalDataConfig, TDPOConfig)
+
+
+def mistake(capsys: pytest.CaptureFixture, *words: object) -> str:
+    """Runs a command that must fail as a user's mistake; returns the one message."""
+    assert main([str(word) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert told.startswith("tdpo ")
+    return told
+
+
+def train(model: object, data: object, out: object, *more: object) -> list[object]:
+    return [
+        "train", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", out, *QUICK, *more,
+    ]  # fmt: skip
+
+
+def test_help_answers_in_under_a_second() -> None:
+    start = time.perf_counter()
+    told = subprocess.run([sys.executable, "-m", "tdpo", "--help"], capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - start < 1
+    assert all(f"  {name} " in told for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_help_has_a_line_for_every_option(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    told = capsys.readouterr().out
+    options = re.findall(r"^  --(\w+)[^\n]*?(?:\s{2,}(\S.*)|\n\s{10,}(\S.*))$", told, re.M)
+    assert len(options) == len(re.findall(r"^  --", told, re.M)) > 2
+    for name, same_line, next_line in options:
+        assert len(same_line or next_line) > 10, name
+    if command == "train":
+        assert {field.name for kind in TRAIN_OPTIONS for field in dataclasses.fields(kind) if field.init} == {
+            name for name, *_ in options
+        }
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_yaml_and_command_line_are_one_grammar(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model_name_or_path: m\ndataset_name: d\noutput_dir: o\nlearning_rate: 5e-6\nbeta: 0.3\nresume: true\n"
+        "report_to: none\nlr_scheduler_kwargs: {num_cycles: 2}\neval_dataset_name: null\n"
+    )
+    model, _, data, args = parse("train", "", TRAIN_OPTIONS, ["--config", str(file), "--beta", "0.5", "--use_cpu"])
+    assert (model.model_name_or_path, data.dataset_name, data.eval_dataset_name) == ("m", "d", None)
+    assert (args.learning_rate, args.beta, args.resume) == (5e-6, 0.5, True)
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate'. Did you mean 'learning_rate'?"),
+        ("- a\n- b", "expected a mapping"),
+        ("a: [", "not valid YAML"),
+        ("max_steps: many", "argument --max_steps: invalid int value: 'many'"),
+    ],
+)
+def test_mistakes_in_a_config_file_are_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError) as raised:
+        parse("train", "", TRAIN_OPTIONS, ["--config", str(file)])
+    assert message in str(raised.value)
+
+
+def test_mistakes_in_options_are_named(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    start = ["train", "--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--output_dir", str(tmp_path / "o")]
+    assert "no command 'trian'" in mistake(capsys, "trian")
+    assert "Did you mean 'train'?" in mistake(capsys, "trian")
+    assert "unknown option --bta. Did you mean 'beta'?" in mistake(capsys, *start, "--bta", "1")
+    assert "--objective dpo: dpo has no alpha (tdpo2 does)" in mistake(
+        capsys, *start, "--objective", "dpo", "--alpha", "0.5"
+    )
+    assert "invalid choice: 'ppo'" in mistake(capsys, *start, "--objective", "ppo")
+    assert "--model_name_or_path" in mistake(capsys, "train")
+    assert "nofile.yaml: No such file" in mistake(capsys, *start, "--config", "nofile.yaml")
+    assert "arguments are required: --output_dir" in mistake(capsys, *start[:5])
+    assert "a value without an option: stray" in mistake(capsys, *start, "stray")
+
+
+def test_mistakes_in_data_are_named(
+    capsys: pytest.CaptureFixture, tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    def told(rows: list[Any], *more: object) -> str:
+        data = write_jsonl(tmp_path / "data.jsonl", rows)
+        return mistake(capsys, *train(model_folder, data, tmp_path / "out", *more))
+
+    rows = preference_rows(20)
+    assert "missing.jsonl: no such file or folder" in mistake(
+        capsys, *train(model_folder, "missing.jsonl", tmp_path / "out")
+    )
+    assert "no column 'rejected'; found the columns 'prompt', 'chosen'" in told([{"prompt": "a", "chosen": "b"}])
+    assert "data.jsonl, row 17: field 'chosen' must be a text or a list of chat messages, found the number 3" in told(
+        [*rows[:16], {**rows[16], "chosen": 3}, *rows[17:]]
+    )
+    assert "data.jsonl, row 2: field 'rejected' is an empty response" in told([rows[0], {**rows[1], "rejected": ""}])
+    assert "no pair is left" in told([{**rows[0], "rejected": rows[0]["chosen"]}])
+    chat = [{"role": "user", "content": "Hi"}]
+    assert "no chat template" in told([{"prompt": chat, "chosen": chat, "rejected": chat * 2}])
+    assert "row 1: prompt" in told([{**rows[0], "chosen": "x " * 200}], "--on_overlong", "error")
+    assert "nowhere.jsonl: no such file" in mistake(
+        capsys, *train(model_folder, pairs_file, tmp_path / "out", "--eval_dataset_name", "nowhere.jsonl")
+    )
+
+
+def test_mistakes_in_models_and_tokenizers_are_named(
+    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, model_folder: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"{empty}: no tokenizer in this folder" in mistake(capsys, *train(empty, pairs_file, tmp_path / "o"))
+    make_tokenizer().save_pretrained(empty)
+    assert f"{empty}: no model in this folder (it has no config.json)" in mistake(
+        capsys, *train(empty, pairs_file, tmp_path / "o")
+    )
+    assert "./none: no such folder" in mistake(capsys, *train("./none", pairs_file, tmp_path / "o"))
+    assert "is a file; a tokenizer is a folder" in mistake(capsys, *train(pairs_file, pairs_file, tmp_path / "o"))
+
+    ended = make_tokenizer()
+    ended.eos_token = ended.pad_token = None
+    ended.save_pretrained(tmp_path / "endless")
+    endless = ["--tokenizer_name_or_path", tmp_path / "endless"]
+    assert "no end-of-sequence token" in mistake(capsys, *train(model_folder, pairs_file, tmp_path / "o", *endless))
+    assert "'<end>' is no token of the tokenizer" in mistake(
+        capsys, *train(model_folder, pairs_file, tmp_path / "o", *endless, "--eos_token", "<end>")
+    )
+
+    make_model(100).save_pretrained(tmp_path / "small")
+    small = train(tmp_path / "small", pairs_file, tmp_path / "o", "--tokenizer_name_or_path", model_folder)
+    assert re.search(r"the tokenizer has \d+ tokens, the model's vocabulary 100 entries", mistake(capsys, *small))
+    other = train(model_folder, pairs_file, tmp_path / "o", "--ref_model_name_or_path", tmp_path / "small")
+    assert re.search(r"the policy's vocabulary has \d+ entries, the reference's 100", mistake(capsys, *other))
+
+    broken = tmp_path / "broken"
+    make_model(100).save_pretrained(broken)
+    make_tokenizer().save_pretrained(broken)
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    assert f"model '{broken}' cannot be loaded" in mistake(capsys, *train(broken, pairs_file, tmp_path / "o"))
+
+
+def test_an_end_token_may_be_named(tmp_path: Path, pairs_file: Path, model_folder: Path) -> None:
+    ended = make_tokenizer()
+    ended.eos_token = None
+    ended.save_pretrained(tmp_path / "endless")
+    words = train(model_folder, pairs_file, tmp_path / "o", "--tokenizer_name_or_path", tmp_path / "endless")
+    assert main([str(word) for word in [*words, "--eos_token", "."]]) == 0
+
+
+def test_output_that_would_be_lost_is_protected(
+    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, model_folder: Path
+) -> None:
+    words = train(model_folder, pairs_file, tmp_path / "out")
+    assert main([str(word) for word in words]) == 0
+    capsys.readouterr()
+    assert "already holds config.json, model.safetensors: --resume" in mistake(capsys, *words)
+    assert main([str(word) for word in [*words, "--overwrite_output_dir"]]) == 0
+    (tmp_path / "file").write_text("")
+    capsys.readouterr()
+    assert "cannot be written" in mistake(capsys, *train(model_folder, pairs_file, tmp_path / "file" / "out"))
+
+
+def test_train_and_eval_write_one_flat_object(
+    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, model_folder: Path
+) -> None:
+    words = train(model_folder, pairs_file, tmp_path / "out", "--eval_dataset_name", pairs_file)
+    assert main([str(word) for word in words]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "pairs.jsonl (preference): 24 rows, 24 kept" in told and "objective tdpo2(beta=0.1, alpha=0.5)" in told
+    figures = tmp_path / "deep" / "figures.json"
+    words = [
+        "eval", "--model_name_or_path", tmp_path / "out", "--ref_model_name_or_path", model_folder,
+        "--dataset_name", pairs_file, "--json", figures, *QUICK[:2],
+    ]  # fmt: skip
+    assert main([str(word) for word in words]) == 0
+    metrics = json.loads(figures.read_text())
+    assert {"loss", "rewards/accuracies", "implicit_rewards/accuracies", "kl/chosen"} <= metrics.keys()
+    assert all(isinstance(value, float) for value in metrics.values())
+    again = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert metrics["kl/rejected"] == pytest.approx(again["eval_kl/rejected"], rel=1e-4)
+
+
+def test_sft_learns_the_chosen_responses_and_says_the_loss(
+    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, model_folder: Path
+) -> None:
+    words = [
+        "sft", "--model_name_or_path", model_folder, "--dataset_name", pairs_file, "--eval_dataset_name", pairs_file,
+        "--output_dir", tmp_path / "out", "--max_steps", "20", "--learning_rate", "1e-2", "--use_cpu",
+        "--disable_tqdm", "--save_strategy", "no", "--max_length", "96", "--eval_on_start",
+    ]  # fmt: skip
+    assert main([str(word) for word in words]) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    losses = [log["eval_loss"] for log in history if "eval_loss" in log]
+    assert losses[-1] < 0.7 * losses[0]
+    assert f"held-out loss {losses[-1]:.4f} nats per token" in capsys.readouterr().out
+
+
+def test_generate_shows_policy_and_reference_side_by_side(
+    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, model_folder: Path
+) -> None:
+    words = [
+        "generate", "--model_name_or_path", model_folder, "--ref_model_name_or_path", model_folder,
+        "--dataset_name", pairs_file, "--num_prompts", "3", "--num_samples", "2", "--max_new_tokens", "5",
+        "--json", tmp_path / "samples.jsonl",
+    ]  # fmt: skip
+    assert main([str(word) for word in words]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [row["prompt"] for row in preference_rows(3)]
+    assert all(line["policy"] == line["reference"] and len(line["policy"]) == 2 for line in lines), (
+        "one seed, one model"
+    )
+    assert "policy" in capsys.readouterr().out
+    assert "give either --prompt or --dataset_name" in mistake(capsys, *words[:5])
+    assert "leave no room" in mistake(capsys, *words[:5], "--prompt", "The", "--max_new_tokens", "128")
+    assert "--top_p must be in (0, 1], got 2" in mistake(capsys, *words[:5], "--prompt", "The", "--top_p", "2")
+
+
+def test_ctrl_c_ends_with_a_word_and_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import tdpo.commands.train as command
+
+    def interrupted(argv: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    assert main(["train"]) == 130
+    assert "tdpo train: interrupted" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_launchers_run_it(tmp_path: Path) -> None:
+    told = subprocess.run([sys.executable, "-m", "tdpo", "train", "--bta", "1"], capture_output=True, text=True)
+    assert told.returncode == 2 and "Traceback" not in told.stderr

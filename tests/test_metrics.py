@@ -1,0 +1,80 @@
+"""The metrics are exact means over pairs, and displacement is noticed when it lasts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tdpo import objectives
+from tdpo.score import PairScores
+from tdpo.train.metrics import DisplacementWatch, MetricSums, compared
+from tdpo.types import PackedBatch, PairStats, TokenStats
+
+
+def scores(logratios: list[list[float]], kls: list[list[float]], tokens: list[list[int]]) -> PairScores:
+    """Scores of given ``[P, 2]`` log-ratios, KLs and token counts."""
+    ratio, kl, count = torch.tensor(logratios), torch.tensor(kls), torch.tensor(tokens)
+    pairs = len(ratio)
+    ids = torch.repeat_interleave(torch.arange(2 * pairs), count.flatten())
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = PackedBatch(none, none, none, none, none, ids, ids, torch.arange(pairs))
+    stats = PairStats(ratio[:, 0], ratio[:, 1], kl[:, 0], kl[:, 1])
+    zero = torch.zeros(len(ids))
+    logp = torch.arange(2.0 * pairs).view(-1, 2)
+    return PairScores(objectives.tdpo1(0.5)(stats), stats, logp[:, 0], logp[:, 1], TokenStats(zero, zero, zero), batch)
+
+
+def test_means_are_over_pairs_and_per_token_values_over_tokens() -> None:
+    sums = MetricSums(beta=0.5)
+    sums.add(scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]))
+    sums.add(scores([[4.0, 0.0]], [[5.0, 0.0]], [[4, 4]]))
+    means = sums.means()
+    assert means["implicit_rewards/chosen"] == pytest.approx(0.5 * 7 / 3)
+    assert means["implicit_rewards/accuracies"] == pytest.approx(2 / 3)
+    assert means["implicit_rewards/margins"] == pytest.approx(0.5 * (-2 + 4 + 4) / 3)
+    assert means["rewards/chosen"] == pytest.approx(0.5 * (2 + 5 + 9) / 3)
+    assert means["rewards/rejected"] == pytest.approx(0.5 * (5 + 2 + 0) / 3)
+    assert means["kl/chosen"] == pytest.approx(3) and means["kl/rejected"] == pytest.approx(2)
+    assert means["kl/margin"] == pytest.approx(1)
+    assert means["kl_per_token/chosen"] == pytest.approx(9 / 8)
+    assert means["kl_per_token/rejected"] == pytest.approx(6 / 8)
+    assert means["kl_per_token/margin"] == pytest.approx(3 / 8)
+    assert means["logps/chosen"] == pytest.approx((0 + 2 + 0) / 3)
+    scored = torch.tensor([0.5 * (2 - 5), 0.5 * (5 - 2), 0.5 * 9])
+    assert means["loss"] == pytest.approx(-torch.nn.functional.logsigmoid(scored).mean().item())
+
+
+def test_a_tie_is_half_right() -> None:
+    columns = compared("rewards", torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]))
+    assert columns["rewards/accuracies"].tolist() == [0.5, 0.0, 1.0]
+
+
+def test_sums_of_several_processes_merge() -> None:
+    parts = [MetricSums(0.5), MetricSums(0.5)]
+    parts[0].add(scores([[1.0, 3.0]], [[1.0, 2.0]], [[2, 1]]))
+    parts[1].add(scores([[2.0, -2.0]], [[3.0, 4.0]], [[2, 3]]))
+    whole = MetricSums(0.5)
+    whole.add(scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]))
+    parts[0].merge(torch.stack([part.sums for part in parts]))
+    ours, expected = parts[0].means(), whole.means()
+    names = set(expected) - {"logps/chosen", "logps/rejected"}
+    assert {n: ours[n] for n in names} == pytest.approx({n: expected[n] for n in names})
+
+
+def watch_of(chosen: list[float], rejected: list[float]) -> list[str | None]:
+    watch = DisplacementWatch(patience=3)
+    pairs = zip(chosen, rejected, strict=True)
+    return [watch.warning({"implicit_rewards/chosen": c, "implicit_rewards/rejected": r}) for c, r in pairs]
+
+
+def test_displacement_is_told_once_after_three_falling_logs() -> None:
+    told = watch_of([0.0, -0.1, -0.2, -0.3, -0.4, -0.5], [0.0, -0.5, -0.9, -1.5, -2.0, -2.5])
+    assert [t is not None for t in told] == [False, False, False, True, False, False]
+    assert "chosen and rejected responses both became less likely" in told[3]
+    assert "-0.3 and -1.5" in told[3]
+
+
+def test_a_rising_chosen_side_or_falling_above_zero_is_no_displacement() -> None:
+    assert not any(watch_of([0.0, 0.1, 0.2, 0.3, 0.4], [0.0, -1.0, -2.0, -3.0, -4.0]))
+    assert not any(watch_of([4.0, 3.0, 2.0, 1.0, 0.5], [0.0, -1.0, -2.0, -3.0, -4.0]))
+    assert not any(watch_of([0.0, -0.1, -0.2, -0.1, -0.2, -0.3], [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]))
