@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("TDPO_SHARED", REPOSITORY.parent / "shared"))
 END = "<|endoftext|>"
+torch.set_num_threads(1)  # the worlds are tiny: threads would spend their time waiting for each other
+
 NOUNS = ["river", "garden", "window", "teacher", "engine", "letter", "forest", "market", "violin", "harbour"]
 
 
@@ -101,3 +104,12 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"needs the real data and models, looked for in {SHARED} (TDPO_SHARED names another folder)")
     return SHARED
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """For the few tests whose models are large enough to share their work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)

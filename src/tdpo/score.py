@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tdpo import ops
+from tdpo.data.dataset import check_fits
 from tdpo.data.pack import pack_padded
 from tdpo.errors import UserError
-from tdpo.models.policy import prove_head, response_hidden
+from tdpo.models.policy import head_of, position_limit, prove_head, response_hidden
 from tdpo.models.reference import Reference, check_same_vocabulary
 from tdpo.objectives import Objective
 from tdpo.types import PackedBatch, PairLoss, PairStats, TokenisedPair, TokenStats
@@ -90,8 +91,8 @@ def score_pairs(
         raise UserError("score_pairs was given no pairs")
     prove_head(policy)
     if isinstance(reference, nn.Module):
-        prove_head(reference)
         check_same_vocabulary(policy, reference)
+    check_fits(pairs, head_of(policy).vocab_size, position_limit(policy))
     batch = pack_padded(pairs).to(next(policy.parameters()).device)
     return score_batch(policy, reference, batch, objective, backend)
 

@@ -50,12 +50,12 @@ def run(argv: Sequence[str]) -> None:
     dataset = prepare_pairs(rows, tokeniser, options.dataset_format, options.on_bad_row)
     out = console()
     for line in dataset.report.lines():
-        out.print(line)
+        out.print(line, soft_wrap=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()
     reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
     check_vocabulary(policy, tokenizer)
-    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy))
+    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy), dataset.report.source)
     metrics = evaluate_pairs(
         policy,
         reference,
@@ -69,4 +69,4 @@ def run(argv: Sequence[str]) -> None:
     out.print(metric_table(metrics, f"{objective}, {len(dataset)} pairs"))
     if options.json:
         write_json(options.json, metrics)
-        out.print(f"written to {options.json}")
+        out.print(f"written to {options.json}", soft_wrap=True)

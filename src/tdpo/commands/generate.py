@@ -85,7 +85,7 @@ def run(argv: Sequence[str]) -> None:
         lines = [{"prompt": prompt, **{side: answers[side][i] for side in answers}} for i, prompt in enumerate(prompts)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         Path(options.json).write_text(text, encoding="utf-8")
-        console().print(f"written to {options.json}")
+        console().print(f"written to {options.json}", soft_wrap=True)
 
 
 def _prompts(options: GenerateOptions) -> list[Text]:

@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> None:
     def dataset(name: str, split: str) -> SFTDataset:
         prepared = prepare_sft(read_source(name, split, data.dataset_config), tokeniser, args.on_bad_row)
         for line in prepared.report.lines():
-            out.print(line)
+            out.print(line, soft_wrap=True)
         return prepared
 
     train = dataset(data.dataset_name, data.dataset_train_split)
@@ -41,6 +41,6 @@ def run(argv: Sequence[str]) -> None:
     if held_out is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
-        out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token")
+        out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token", soft_wrap=True)
     trainer.save_state()
-    out.print(f"saved to {args.output_dir}")
+    out.print(f"saved to {args.output_dir}", soft_wrap=True)

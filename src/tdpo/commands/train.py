@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> None:
         rows = read_source(name, split, data.dataset_config)
         prepared = prepare_pairs(rows, tokeniser, args.dataset_format, args.on_bad_row)
         for line in prepared.report.lines():
-            out.print(line)
+            out.print(line, soft_wrap=True)
         return prepared
 
     train = dataset(data.dataset_name, data.dataset_train_split)
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
     reference = load_model(model_config, ref.ref_model_name_or_path) if ref.ref_model_name_or_path else None
     trainer = TDPOTrainer(model, reference, args, None, train, held_out, tokenizer)
     held_against = ref.ref_model_name_or_path or "a frozen copy of the policy"
-    out.print(f"objective {trainer.objective}, reference: {held_against}")
+    out.print(f"objective {trainer.objective}, reference: {held_against}", soft_wrap=True)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
@@ -50,4 +50,4 @@ def run(argv: Sequence[str]) -> None:
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         out.print(metric_table(shown, f"held out: {len(held_out)} pairs"))
     trainer.save_state()
-    out.print(f"saved to {args.output_dir}")
+    out.print(f"saved to {args.output_dir}", soft_wrap=True)

@@ -95,22 +95,26 @@ def _tokenised(row: SourceRow) -> TokenisedPair:
         raise UserError(f"{row.place}: {', '.join(TOKENISED_COLUMNS)} must be lists of token ids: {error}") from error
 
 
-def check_fits(dataset: PairDataset, vocab_size: int, positions: int | None = None) -> None:
+def check_fits(
+    pairs: Iterable[TokenisedPair], vocab_size: int, positions: int | None = None, source: str = "pairs"
+) -> None:
     """Refuses what would fail deep inside the model: ids outside its vocabulary, sequences beyond its positions.
 
     Raises:
-        UserError: naming the row and what is too large.
+        UserError: naming the source, the pair's row (its place where the row is unknown) and what is too large.
     """
-    for pair in dataset.pairs:
-        largest = max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
+    for number, pair in enumerate(pairs, 1):
+        ids = (*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
         length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+        stray = max(ids) if max(ids) >= vocab_size else min(ids)
+        place = f"{source}, row {pair.row or number}"
         if positions is not None and length > positions:
             raise UserError(
-                f"{dataset.report.source}, row {pair.row}: {length} tokens, but the model has {positions} positions; "
-                f"set --max_length to at most {positions}"
+                f"{place}: {length} tokens, but the model has {positions} positions; set --max_length to at most "
+                f"{positions}"
             )
-        if largest >= vocab_size:
+        if not 0 <= stray < vocab_size:
             raise UserError(
-                f"{dataset.report.source}, row {pair.row}: token id {largest} is outside the model's vocabulary of "
-                f"{vocab_size}; tokenizer and model do not belong together"
+                f"{place}: token id {stray} is outside the model's vocabulary of {vocab_size}; tokenizer and model do "
+                "not belong together"
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tdpo.types import PackedBatch, TokenisedPair
@@ -27,14 +26,49 @@ def pack_padded(pairs: Sequence[TokenisedPair]) -> PackedBatch:
         >>> batch.source_index.tolist(), batch.labels.tolist(), batch.sequence_ids.tolist()
         ([1, 5, 6], [7, 8, 9], [0, 1, 1])
     """
-    prompts = [len(pair.prompt_ids) for pair in pairs for _ in range(2)]
+    prompts = [pair.prompt_ids for pair in pairs for _ in range(2)]
     responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    rows = [torch.tensor([*pair.prompt_ids, *ids]) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    return _padded_rows(prompts, responses, list(range(2 * len(pairs))), [pair.row for pair in pairs])
+
+
+def pack_sequences(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: Sequence[int] | None = None
+) -> PackedBatch:
+    """Single sequences in padded rows: every row is a pair that has a chosen side only.
+
+    Args:
+        prompts: Token ids before each response.
+        responses: Token ids of each response.
+        rows: Source row of each sequence, 0 by default.
+
+    Returns:
+        A batch on the CPU with R = P rows; see :class:`~tdpo.types.PackedBatch`.
+
+    Raises:
+        ValueError: for an empty prompt or response.
+
+    Example:
+        >>> batch = pack_sequences([[5, 6], [5]], [[7], [8, 9]])
+        >>> batch.input_ids.tolist(), batch.source_index.tolist(), batch.sequence_ids.tolist()
+        ([[5, 6, 7], [5, 8, 9]], [1, 3, 4], [0, 2, 2])
+    """
+    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1):
+        if not len(prompt) or not len(response):
+            raise ValueError(f"sequence {number} of the batch: the {'response' if len(prompt) else 'prompt'} is empty")
+    return _padded_rows(prompts, responses, list(range(0, 2 * len(prompts), 2)), list(rows or [0] * len(prompts)))
+
+
+def _padded_rows(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], sequence_ids: list[int], pair_rows: list[int]
+) -> PackedBatch:
+    """One sequence a row; ``sequence_ids`` says which sequence each row is."""
+    rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=PADDING_ID)
-    length = input_ids.shape[1]
-    column = torch.arange(length)[None, :]
-    prompt_length, row_length = torch.tensor(prompts)[:, None], torch.tensor([len(row) for row in rows])[:, None]
-    branch = 1 + torch.arange(len(rows))[:, None] % 2
+    column = torch.arange(input_ids.shape[1])[None, :]
+    prompt_length = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    row_length = torch.tensor([len(row) for row in rows])[:, None]
+    response_length = torch.tensor([len(response) for response in responses])
+    sequence_id = torch.tensor(sequence_ids)
     real = column < row_length
     # The hidden state at column c predicts the token at column c + 1.
     predicts = (column >= prompt_length - 1) & (column < row_length - 1)
@@ -42,13 +76,9 @@ def pack_padded(pairs: Sequence[TokenisedPair]) -> PackedBatch:
         input_ids=input_ids,
         position_ids=column.expand_as(input_ids).contiguous(),
         tree_ids=torch.where(real, 0, -1),
-        branch_ids=torch.where(real, torch.where(column < prompt_length, 0, branch), -1),
+        branch_ids=torch.where(real, torch.where(column < prompt_length, 0, 1 + sequence_id[:, None] % 2), -1),
         source_index=predicts.flatten().nonzero()[:, 0],
-        labels=torch.cat([torch.tensor(ids) for ids in responses]),
-        sequence_ids=_repeat_ids([len(ids) for ids in responses]),
-        pair_rows=torch.tensor([pair.row for pair in pairs]),
+        labels=torch.cat([torch.tensor(response) for response in responses]),
+        sequence_ids=torch.repeat_interleave(sequence_id, response_length),
+        pair_rows=torch.tensor(pair_rows),
     )
-
-
-def _repeat_ids(lengths: list[int]) -> Tensor:
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))

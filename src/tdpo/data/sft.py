@@ -6,19 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from tdpo.data.formats import DataReport, OnBadRow, RowError, convert, detect_format, is_empty, text_of, to_records
-from tdpo.data.pack import PADDING_ID
+from tdpo.data.pack import pack_sequences
 from tdpo.data.sources import SourceRow, from_memory
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.types import Text
-
-IGNORED = -100
-"""Label of a position without loss, as transformers' models know it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +21,7 @@ class SFTExample:
     """One sequence to learn: the loss is on the response, its end token included.
 
     Attributes:
-        prompt_ids: Ids before the response; may be empty (plain text).
+        prompt_ids: Ids before the response; of plain text its first token, which nothing predicts.
         response_ids: Ids that are learnt.
         row: Row number in the source.
     """
@@ -55,15 +50,9 @@ class SFTDataset(Dataset[SFTExample]):
 
 
 def collate_sft(examples: Sequence[SFTExample]) -> dict[str, Any]:
-    """Padded rows ``[B, T]``: ``input_ids``, ``attention_mask``, ``labels`` (-100 off the response); ``rows [B]``."""
-    ids = [torch.tensor(example.prompt_ids + example.response_ids) for example in examples]
-    labels = [torch.tensor([IGNORED] * len(e.prompt_ids) + e.response_ids) for e in examples]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=PADDING_ID),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        "rows": torch.tensor([example.row for example in examples]),
-    }
+    """A batch as the loader delivers it: the fields of a :class:`~tdpo.types.PackedBatch`."""
+    prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
+    return pack_sequences(prompts, responses, [e.row for e in examples]).as_dict()
 
 
 def prepare_sft(
@@ -89,6 +78,8 @@ def prepare_sft(
         fitted = tokeniser.fit(prompt, (response,), row, report)
         if fitted is not None:
             prompt_ids, (response_ids,) = fitted
+            if not prompt_ids:
+                prompt_ids, response_ids = response_ids[:1], response_ids[1:]
             examples.append(SFTExample(prompt_ids, response_ids, row.row))
     report.kept = len(examples)
     return SFTDataset(examples, report)

@@ -16,7 +16,7 @@ from tdpo.types import Head, Hidden, TokenStats
 
 Backend = Literal["auto", "naive", "chunked"]
 
-__all__ = ["Backend", "response_stats", "token_stats"]
+__all__ = ["Backend", "response_logp", "response_stats", "token_stats"]
 
 
 def token_stats(
@@ -89,6 +89,19 @@ def response_stats(
         if backend == "naive":
             return naive.response_stats(policy, reference, labels)
         return chunked.response_stats(policy, reference, labels, logits_budget)
+
+
+def response_logp(policy: Hidden, labels: Tensor, logits_budget: int | None = None) -> Tensor:
+    """Log-probability of response tokens alone, ``[N]`` in nats, with the memory of one chunk of logits.
+
+    Args:
+        policy: States ``[N, D]`` and head; differentiable.
+        labels: ``[N]`` int64, the response tokens.
+        logits_budget: Bytes for the logits of a chunk; None for the device's default.
+    """
+    policy = _in_autocast_dtype(policy)
+    with torch.autocast(policy.states.device.type, enabled=False):
+        return chunked.response_logp(policy, labels, logits_budget)
 
 
 def _check_shapes(policy: Hidden, reference: Hidden, labels: Tensor) -> None:

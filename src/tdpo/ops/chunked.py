@@ -12,12 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from tdpo.ops.numerics import head_logits, kl_terms, statistics_dtype
 from tdpo.types import Head, Hidden, TokenStats
 
 LIVE_BUFFERS = 10
 """Buffers of a chunk's logits alive at once (9.5 measured): two models' logits and what the KL formula keeps."""
+
+
+CACHED_ELEMENTS = 2**18
+"""Logits of one model that fit a CPU core's cache together with what is computed from them."""
 
 
 def default_logits_budget(device: torch.device) -> int:
@@ -50,6 +56,18 @@ def response_stats(policy: Hidden, reference: Hidden, labels_N: Tensor, logits_b
     return TokenStats(logp, ref_logp, kl)
 
 
+def response_logp(policy: Hidden, labels_N: Tensor, logits_budget: int | None = None) -> Tensor:
+    """Log-probabilities ``[N]`` of the labels, chunk by chunk; the backward recomputes a chunk's logits."""
+    budget = default_logits_budget(policy.states.device) if logits_budget is None else logits_budget
+    rows = chunk_rows(policy.head.vocab_size, statistics_dtype(policy.states.dtype), budget)
+
+    def chunk(states_nD: Tensor, labels_n: Tensor) -> Tensor:
+        return -cross_entropy(head_logits(states_nD, policy.head), labels_n, reduction="none")
+
+    parts = zip(policy.states.split(rows), labels_N.split(rows), strict=True)
+    return torch.cat([checkpoint(chunk, states, labels, use_reentrant=False) for states, labels in parts])
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What the op needs beside the three tensors it differentiates."""
@@ -78,11 +96,9 @@ class _TokenStats(torch.autograd.Function):
             ref_logits_nV = head_logits(_widen(plan.reference.states[rows]), ref_head).to(wide)
             log_z[rows] = logits_nV.logsumexp(-1)
             ref_log_z[rows] = ref_logits_nV.logsumexp(-1)
-            logp_nV = logits_nV.sub_(log_z[rows, None])
-            ref_logp_nV = ref_logits_nV.sub_(ref_log_z[rows, None])
-            logp[rows] = logp_nV.gather(1, index)[:, 0]
-            ref_logp[rows] = ref_logp_nV.gather(1, index)[:, 0]
-            kl[rows] = kl_terms(logp_nV, ref_logp_nV).sum(-1)
+            logp[rows] = logits_nV.gather(1, index)[:, 0] - log_z[rows]
+            ref_logp[rows] = ref_logits_nV.gather(1, index)[:, 0] - ref_log_z[rows]
+            kl[rows] = _kl_rows(logits_nV, ref_logits_nV, log_z[rows], ref_log_z[rows])
         ctx.save_for_backward(states_ND, weight_VD, bias_V, log_z, ref_log_z)
         ctx.plan = plan
         ctx.mark_non_differentiable(ref_logp)
@@ -132,6 +148,31 @@ class _TokenStats(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias_V.dtype),
             None,
         )
+
+
+def _kl_rows(logits_nV: Tensor, ref_logits_nV: Tensor, log_z_n: Tensor, ref_log_z_n: Tensor) -> Tensor:
+    """KL(reference || policy) of each row, ``[n]``, from logits and their log-partition values.
+
+    On a CPU a few rows at a time, so that every pass after the first finds them in the cache, and by ``expm1``, which
+    is as accurate as the log-ratio it is given. Rows where that is not finite (a log-ratio that overflows, or -inf on
+    both sides) are done again by the formula that cannot fail.
+    """
+    if logits_nV.device.type != "cpu":
+        return kl_terms(logits_nV - log_z_n[:, None], ref_logits_nV - ref_log_z_n[:, None]).sum(-1)
+    parts = []
+    rows = max(1, CACHED_ELEMENTS // logits_nV.shape[1])
+    for z, ref_z, log_z, ref_log_z in zip(
+        logits_nV.split(rows), ref_logits_nV.split(rows), log_z_n.split(rows), ref_log_z_n.split(rows), strict=True
+    ):
+        ref_logp = ref_z - ref_log_z[:, None]
+        u = (z - log_z[:, None]).sub_(ref_logp)
+        kl = torch.expm1(u).sub_(u).clamp_(min=0).mul_(ref_logp.exp_()).sum(-1)
+        wrong = ~kl.isfinite()
+        if wrong.any():
+            logp, ref_logp = z[wrong] - log_z[wrong, None], ref_z[wrong] - ref_log_z[wrong, None]
+            kl[wrong] = kl_terms(logp, ref_logp).sum(-1)
+        parts.append(kl)
+    return torch.cat(parts)
 
 
 def _cap_slope(logits_nV: Tensor, plan: _Plan) -> Tensor | None:

@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from tdpo import ops
 from tdpo.config import SFTConfig
-from tdpo.data.sft import IGNORED, SFTDataset, collate_sft, prepare_sft
+from tdpo.data.sft import SFTDataset, collate_sft, prepare_sft
 from tdpo.data.tokenise import Tokeniser
-from tdpo.models.policy import disable_dropout
+from tdpo.models.inside import open_forward, run_inside
+from tdpo.models.policy import disable_dropout, prove_head, response_hidden
 from tdpo.train.base import BatchMeanTrainer
+from tdpo.types import PackedBatch
 
 
 class SFTTrainer(BatchMeanTrainer):
@@ -48,6 +51,8 @@ class SFTTrainer(BatchMeanTrainer):
         loaded = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
         if args.disable_dropout:
             disable_dropout(loaded)
+        prove_head(loaded)
+        open_forward(loaded)
 
         def prepared(data: Iterable[Any] | None, name: str) -> SFTDataset | None:
             if data is None:
@@ -66,15 +71,15 @@ class SFTTrainer(BatchMeanTrainer):
         )
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Summed negative log-likelihood of the batch's response tokens, by the model's own loss."""
-        fed = {name: value for name, value in self._prepare_inputs(inputs).items() if name != "rows"}
-        outputs = model(**fed)
-        return outputs.loss * self.item_count(inputs), outputs
+        """Summed negative log-likelihood of the batch's response tokens; only they meet the vocabulary."""
+        batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
+        logp = run_inside(model, lambda lm: ops.response_logp(response_hidden(lm, batch), batch.labels))
+        return -logp.sum(), logp
 
     def item_count(self, inputs: dict[str, Any]) -> int:
-        """Predicted tokens of a batch; nothing predicts the first token of a row."""
-        return int((inputs["labels"][:, 1:] != IGNORED).sum())
+        """Response tokens of a batch."""
+        return inputs["labels"].numel()
 
     def rows_of(self, inputs: dict[str, Any]) -> str:
         """The rows of a batch's examples."""
-        return f"rows {', '.join(str(row) for row in inputs['rows'].tolist())}"
+        return f"rows {', '.join(str(row) for row in inputs['pair_rows'].tolist())}"

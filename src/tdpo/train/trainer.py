@@ -194,7 +194,7 @@ def _tokenizer_of(policy: Any, dataset: Any) -> Any:
 def _prepare(data: Iterable[Any], tokenizer: Any, policy: nn.Module, args: TDPOConfig, name: str) -> PairDataset:
     tokeniser = Tokeniser(tokenizer, args.lengths()) if tokenizer is not None else None
     dataset = prepare_pairs(data, tokeniser, args.dataset_format, args.on_bad_row, name)  # type: ignore[arg-type]
-    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy))
+    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy), dataset.report.source)
     return dataset
 
 

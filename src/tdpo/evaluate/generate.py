@@ -1,0 +1,182 @@
+"""Sampling from a causal language model: batched, reproducible, and free of what a checkpoint's defaults would add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from tdpo.errors import UserError
+from tdpo.models.policy import causal_lm, position_limit
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. The defaults are plain ancestral sampling from the model's own distribution.
+
+    Attributes:
+        max_new_tokens: Longest response, its end token included.
+        temperature: Divides the logits; 0 takes the most likely token each time (greedy).
+        top_p: Nucleus sampling: the smallest set of tokens with at least this probability; 1 is off.
+        top_k: Keeps the k most likely tokens; 0 is off.
+        num_samples: Responses per prompt.
+        batch_size: Sequences generated at once. Greedy results do not depend on it, sampled ones do.
+        seed: Seed of the draws. The caller's random state is left as it was.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_samples: int = 1
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be in (0, 1], got {self.top_p}")
+        if self.temperature < 0 or self.top_k < 0:
+            raise UserError(
+                f"--temperature and --top_k must not be negative, got {self.temperature:g} and {self.top_k}"
+            )
+
+
+def sample_ids(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None = None,
+) -> list[list[list[int]]]:
+    """Samples responses to P prompts.
+
+    The model runs in evaluation mode and is handed back in the mode it came in. Its ``generation_config`` is set aside
+    meanwhile, so no default of the checkpoint (a top-k of 50, a repetition penalty) changes the distribution.
+
+    Args:
+        model: A transformers causal language model, with or without a LoRA adapter.
+        prompts: Token ids of each prompt, at least one.
+        sampling: How to draw.
+        eos_token_id: The token (or any of the tokens) that ends a response; None to always run to the full length.
+        pad_token_id: Fills short prompts on the left; attention never sees it. By default the first end token, or 0.
+
+    Returns:
+        ``result[p][s]``: ids of sample s for prompt p, the end token included where one was produced and nothing
+        after it. Prompts keep their order.
+
+    Raises:
+        UserError: for an empty prompt, or one that with ``max_new_tokens`` exceeds the positions of the model.
+    """
+    _check_prompts(model, prompts, sampling)
+    ends = _as_list(eos_token_id)
+    config = _generation_config(sampling, ends, pad_token_id if pad_token_id is not None else (ends or [0])[0])
+    # Prompts of like length share a batch: less padding. The sort is stable, so the draws depend on the input alone.
+    jobs = sorted((p for p in range(len(prompts)) for _ in range(sampling.num_samples)), key=lambda p: len(prompts[p]))
+    results: list[list[list[int]]] = [[] for _ in prompts]
+    with evaluating(model), _plain_defaults(model), _own_randomness(sampling.seed), torch.no_grad():
+        for start in range(0, len(jobs), sampling.batch_size):
+            batch = jobs[start : start + sampling.batch_size]
+            for p, response in zip(batch, _generate(model, [prompts[p] for p in batch], config), strict=True):
+                results[p].append(_until_end(response, ends))
+    return results
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside; every module gets back the mode it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _generate(model: nn.Module, prompts: Sequence[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """One batch, left-padded so that every response starts in the same column."""
+    width = max(len(prompt) for prompt in prompts)
+    pad = int(config.pad_token_id)
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    sequences: Tensor = causal_lm(model).generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+    return sequences[:, width:].tolist()
+
+
+def _generation_config(sampling: Sampling, ends: list[int], pad_token_id: int) -> GenerationConfig:
+    """Everything explicit: transformers fills a missing top_k with 50."""
+    greedy = sampling.temperature == 0
+    drawing: dict[str, Any] = (
+        {"do_sample": False}
+        if greedy
+        else {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
+    )
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=1.0,
+        eos_token_id=ends or None,
+        pad_token_id=pad_token_id,
+        **drawing,
+    )
+
+
+@contextmanager
+def _plain_defaults(model: nn.Module) -> Iterator[None]:
+    """Sets the checkpoint's own generation defaults aside: ``generate`` merges them into whatever it is given."""
+    lm = causal_lm(model)
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _until_end(response: list[int], ends: list[int]) -> list[int]:
+    """The ids up to and including the first end token; ``generate`` fills the rest of the row with padding."""
+    for index, token in enumerate(response):
+        if token in ends:
+            return response[: index + 1]
+    return response
+
+
+def _as_list(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+
+def _check_prompts(model: nn.Module, prompts: Sequence[list[int]], sampling: Sampling) -> None:
+    positions = position_limit(model)
+    for number, prompt in enumerate(prompts, start=1):
+        if not len(prompt):
+            raise UserError(f"prompt {number} has no tokens; a response needs at least one to start from")
+        if positions is not None and len(prompt) + sampling.max_new_tokens > positions:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens; with --max_new_tokens {sampling.max_new_tokens} that "
+                f"exceeds the {positions} positions of the model"
+            )
