@@ -6,9 +6,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from rich.console import Console
@@ -17,8 +17,12 @@ from rich.table import Table
 from transformers.trainer_utils import get_last_checkpoint
 
 from tdpo.config import RunOptions
+from tdpo.data.dataset import PairDataset
+from tdpo.data.sft import SFTDataset
+from tdpo.data.sources import SourceRow, read_source
 from tdpo.errors import UserError
 
+Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
 OUTPUT = ("output_dir",)
 """Options a training command cannot do without, though the trainer could."""
 MODEL_FILES = ("config.json", "model.safetensors", "adapter_config.json")
@@ -63,6 +67,14 @@ def prepare_output(args: RunOptions) -> str | None:
             "newest checkpoint, --overwrite_output_dir replaces"
         )
     return args.resume_from_checkpoint or (checkpoint if args.resume else None)
+
+
+def read_dataset(name: str, split: str, config: str | None, prepare: Callable[[list[SourceRow]], Prepared]) -> Prepared:
+    """Reads a dataset, prepares it, and prints the report of what became of its rows."""
+    prepared = prepare(read_source(name, split, config))
+    for line in prepared.report.lines():
+        console().print(line, soft_wrap=True)
+    return prepared
 
 
 def check_writable(folder: Path) -> None:

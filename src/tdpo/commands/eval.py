@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import console, metric_table, quieten, write_json
+from tdpo.commands.common import console, metric_table, quieten, read_dataset, write_json
 from tdpo.commands.options import parse
 from tdpo.config import DATASET_HELP, ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, check_choices
-from tdpo.data.dataset import check_fits, prepare_pairs
-from tdpo.data.sources import read_source
+from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
+from tdpo.data.sources import SourceRow
 from tdpo.data.tokenise import Tokeniser
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
@@ -45,12 +45,13 @@ def run(argv: Sequence[str]) -> None:
     quieten()
     objective = options.build_objective()
     tokenizer = load_tokenizer(model_config)
-    rows = read_source(options.dataset_name, options.dataset_test_split, options.dataset_config)
     tokeniser = Tokeniser(tokenizer, options.lengths())
-    dataset = prepare_pairs(rows, tokeniser, options.dataset_format, options.on_bad_row)
+
+    def prepare(rows: list[SourceRow]) -> PairDataset:
+        return prepare_pairs(rows, tokeniser, options.dataset_format, options.on_bad_row)
+
+    dataset = read_dataset(options.dataset_name, options.dataset_test_split, options.dataset_config, prepare)
     out = console()
-    for line in dataset.report.lines():
-        out.print(line, soft_wrap=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()
     reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import OUTPUT, console, metric_table, prepare_output, quieten
+from tdpo.commands.common import OUTPUT, console, metric_table, prepare_output, quieten, read_dataset
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.data.dataset import PairDataset, prepare_pairs
-from tdpo.data.sources import read_source
+from tdpo.data.sources import SourceRow
 from tdpo.data.tokenise import Tokeniser
 from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
 from tdpo.train.trainer import TDPOTrainer
@@ -26,15 +26,13 @@ def run(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, args.lengths())
 
-    def dataset(name: str, split: str) -> PairDataset:
-        rows = read_source(name, split, data.dataset_config)
-        prepared = prepare_pairs(rows, tokeniser, args.dataset_format, args.on_bad_row)
-        for line in prepared.report.lines():
-            out.print(line, soft_wrap=True)
-        return prepared
+    def prepare(rows: list[SourceRow]) -> PairDataset:
+        return prepare_pairs(rows, tokeniser, args.dataset_format, args.on_bad_row)
 
-    train = dataset(data.dataset_name, data.dataset_train_split)
-    held_out = dataset(data.eval_dataset_name, data.dataset_test_split) if data.eval_dataset_name else None
+    train = read_dataset(data.dataset_name, data.dataset_train_split, data.dataset_config, prepare)
+    held_out = None
+    if data.eval_dataset_name:
+        held_out = read_dataset(data.eval_dataset_name, data.dataset_test_split, data.dataset_config, prepare)
     model = load_model(model_config)
     check_vocabulary(model, tokenizer)
     reference = load_model(model_config, ref.ref_model_name_or_path) if ref.ref_model_name_or_path else None

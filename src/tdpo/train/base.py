@@ -89,7 +89,7 @@ class BatchMeanTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss of a batch without gradient; sum and count are kept for :meth:`evaluation_loop`."""
+        """The loss of a batch without gradient; what it adds up to is asked of :meth:`end_evaluation`."""
         with torch.no_grad(), self.compute_loss_context_manager():
             total, _ = self.loss_sum(model, inputs)
         count = self.item_count(inputs)
@@ -104,12 +104,20 @@ class BatchMeanTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As the Trainer's, with the loss as the exact mean over all items instead of a mean of batch means."""
-        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        """As the Trainer's, with exact means over all items instead of means of batch means."""
+        self.begin_evaluation()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        exact = {f"{metric_key_prefix}_{name}": value for name, value in self.end_evaluation().items()}
+        return output._replace(metrics={**(output.metrics or {}), **exact})
+
+    def begin_evaluation(self) -> None:
+        """Called before the first batch of an evaluation."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+
+    def end_evaluation(self) -> dict[str, float]:
+        """The metrics of the evaluation that just ended, over all processes, without prefix."""
         total, count = self.accelerator.gather(self._evaluated.float().to(self.args.device)[None]).sum(0).tolist()
-        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": total / max(count, 1.0)}
-        return output._replace(metrics=metrics)
+        return {"loss": total / max(count, 1.0)}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``transformers.Trainer.train``; the progress bar is closed whatever happens."""

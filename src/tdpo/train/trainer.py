@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 
 from tdpo.config import TDPOConfig
 from tdpo.data.dataset import PairDataset, check_fits, collate, prepare_pairs
@@ -126,25 +125,16 @@ class TDPOTrainer(BatchMeanTrainer):
                 logger.warning(warning)
         super().log(logs, start_time)
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As the Trainer's, with every metric of the pairs as its exact mean over the dataset."""
-        training, self._sums = self._sums, MetricSums(self.args.beta)
-        try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-            means = self._take_metrics()
-        finally:
-            self._sums = training
-        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return output._replace(metrics={**(output.metrics or {}), **named})
+    def begin_evaluation(self) -> None:
+        """Sets the sums of training aside."""
+        super().begin_evaluation()
+        self._training_sums, self._sums = self._sums, MetricSums(self.args.beta)
+
+    def end_evaluation(self) -> dict[str, float]:
+        """Every metric of the pairs as its exact mean over the dataset, the loss among them."""
+        metrics = super().end_evaluation() | self._take_metrics()
+        self._sums = self._training_sums
+        return metrics
 
     def _take_metrics(self) -> dict[str, float]:
         """The metrics' means over all processes, and a fresh start."""
