@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tdpo import UserError
-from tdpo.evaluate.generate import Sampling, evaluating, sample_ids
+from tdpo.evaluate.generate import Sampling, sample_ids
+from tdpo.models.policy import evaluating
 
 VOCAB, EOS = 19, 3
 PROMPTS = [[5, 6, 7, 8, 9], [4], [10, 11], [12, 13, 14], [15, 4]]

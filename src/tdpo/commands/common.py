@@ -45,7 +45,8 @@ def quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
-    logging.basicConfig(level=logging.WARNING if is_main_process() else logging.ERROR, handlers=[handler], force=True)
+    level = logging.WARNING if is_main_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
 def prepare_output(args: RunOptions) -> str | None:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from tdpo import ops
-from tdpo.data.pack import PADDING_ID
-from tdpo.evaluate.generate import evaluating
-from tdpo.models.policy import response_hidden
+from tdpo.data.pack import pack_sequences
+from tdpo.models.policy import evaluating, response_hidden
 from tdpo.models.reference import Reference
 from tdpo.ops.chunked import chunk_rows, default_logits_budget
 from tdpo.ops.numerics import head_logits, statistics_dtype
@@ -178,43 +176,6 @@ def predictive_entropy(hidden: Hidden, logits_budget: int | None = None) -> Tens
         p_nV = head_logits(states[start : start + step], head).softmax(-1)
         entropy[start : start + step] = torch.special.entr(p_nV).sum(-1)  # entr(p) = -p log p, and 0 at p = 0
     return entropy
-
-
-def pack_sequences(prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> PackedBatch:
-    """Single sequences in padded rows: every row is a pair that has a chosen side only.
-
-    Returns:
-        A batch on the CPU with R = P = S rows; see :class:`~tdpo.types.PackedBatch`.
-
-    Raises:
-        ValueError: for an empty prompt or response.
-
-    Example:
-        >>> batch = pack_sequences([[5, 6], [5]], [[7], [8, 9]])
-        >>> batch.input_ids.tolist(), batch.source_index.tolist(), batch.sequence_ids.tolist()
-        ([[5, 6, 7], [5, 8, 9]], [1, 3, 4], [0, 2, 2])
-    """
-    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1):
-        if not len(prompt) or not len(response):
-            raise ValueError(f"sequence {number} of the batch: the {'response' if len(prompt) else 'prompt'} is empty")
-    rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=PADDING_ID)
-    column = torch.arange(input_ids.shape[1])[None, :]
-    prompt_length = torch.tensor([len(prompt) for prompt in prompts])[:, None]
-    row_length = torch.tensor([len(row) for row in rows])[:, None]
-    real = column < row_length
-    # The hidden state at column c predicts the token at column c + 1.
-    predicts = (column >= prompt_length - 1) & (column < row_length - 1)
-    return PackedBatch(
-        input_ids=input_ids,
-        position_ids=column.expand_as(input_ids).contiguous(),
-        tree_ids=torch.where(real, 0, -1),
-        branch_ids=torch.where(real, (column >= prompt_length).long(), -1),
-        source_index=predicts.flatten().nonzero()[:, 0],
-        labels=torch.cat([torch.tensor(response) for response in responses]),
-        sequence_ids=2 * predicts.nonzero()[:, 0],
-        pair_rows=torch.zeros(len(rows), dtype=torch.int64),
-    )
 
 
 def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from tdpo.errors import UserError
-from tdpo.models.policy import causal_lm, position_limit
+from tdpo.models.policy import causal_lm, evaluating, position_limit
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,6 @@ def sample_ids(
             for p, response in zip(batch, _generate(model, [prompts[p] for p in batch], config), strict=True):
                 results[p].append(_until_end(response, ends))
     return results
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside; every module gets back the mode it had."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _generate(model: nn.Module, prompts: Sequence[list[int]], config: GenerationConfig) -> list[list[int]]:

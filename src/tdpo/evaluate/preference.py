@@ -12,7 +12,7 @@ from torch import nn
 from tdpo import ops
 from tdpo.data.pack import pack_padded
 from tdpo.errors import UserError
-from tdpo.models.policy import prove_head
+from tdpo.models.policy import evaluating
 from tdpo.models.reference import check_same_vocabulary
 from tdpo.objectives import Objective
 from tdpo.score import score_batch
@@ -52,26 +52,18 @@ def evaluate_pairs(
     """
     if not pairs:
         raise UserError("there are no pairs to evaluate")
-    prove_head(policy)
-    prove_head(reference)
     check_same_vocabulary(policy, reference)
     ordered = sorted(pairs, key=lambda p: len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)), reverse=True)
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    modes = [(model, model.training) for model in (policy, reference)]
     device = next(policy.parameters()).device
     sums = MetricSums(objective.parameters["beta"])
     shown = bar(Console(stderr=True, quiet=not progress), transient=True)
-    try:
-        policy.eval(), reference.eval()
-        with torch.no_grad(), shown:
-            task = shown.add_task("evaluating", total=len(batches), figures="")
-            for batch in batches:
-                packed = pack_padded(batch).to(device)
-                sums.add(score_batch(policy, reference, packed, objective, backend, logits_budget))
-                shown.update(task, advance=1, figures=figures(sums.means()) if shown.console.is_terminal else "")
-    finally:
-        for model, training in modes:
-            model.train(training)
+    with evaluating(policy, reference), torch.no_grad(), shown:
+        task = shown.add_task("evaluating", total=len(batches), figures="")
+        for batch in batches:
+            packed = pack_padded(batch).to(device)
+            sums.add(score_batch(policy, reference, packed, objective, backend, logits_budget))
+            shown.update(task, advance=1, figures=figures(sums.means()) if shown.console.is_terminal else "")
     metrics = sums.means()
     for name in ("rewards", "implicit_rewards"):
         p = metrics[f"{name}/accuracies"]

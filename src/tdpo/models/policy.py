@@ -104,7 +104,7 @@ def prove_head(model: nn.Module) -> None:
         outputs.append(output[0])
         return probe.to(output)[None]
 
-    with _evaluating(lm), torch.no_grad():
+    with evaluating(lm), torch.no_grad():
         handle = lm.get_output_embeddings().register_forward_hook(swap)
         try:
             logits = lm(input_ids=ids, use_cache=False).logits[0]
@@ -148,10 +148,11 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets back the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside; afterwards every module gets back the mode it had."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:

@@ -50,7 +50,7 @@ def finish_logits(logits: Tensor, scale: float, soft_cap: float | None) -> Tenso
 def kl_terms(logp: Tensor, ref_logp: Tensor) -> Tensor:
     r"""Elementwise terms of KL(reference || policy), each of them non-negative.
 
-    .. math:: p_{ref} (e^u - 1 - u), \quad u = \log p - \\log p_{ref}
+    .. math:: p_{ref} (e^u - 1 - u), \quad u = \log p - \log p_{ref}
 
     Summed over the vocabulary this is KL(reference || policy), since both distributions sum to one. Unlike
     :math:`p_{ref} (\log p_{ref} - \log p)` no term is negative, so rounding cannot push the sum below zero, and for

@@ -1,0 +1,187 @@
+"""What the demo prints: a line a stage while it runs, the table, one prompt side by side, and what to try next."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from transformers import TrainerCallback
+
+from tdpo.demo.results import OBJECTIVES, DemoResult, Point
+from tdpo.evaluate.diversity import Estimate
+from tdpo.report.plots import FrontierPoint, KLCurve, overview_figure, save_figure
+from tdpo.train.progress import bar, figures
+
+NAMES = {"sft": "SFT", "dpo": "DPO", "tdpo1": "TDPO1", "tdpo2": "TDPO2"}
+STAGES = 4 + len(OBJECTIVES)
+
+
+class Stages:
+    """Announces the stages one by one, with a bar where the console is a terminal, and keeps their wall time."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Stage]:
+        """Runs one stage; prints a line when it is done."""
+        number = f"[{len(self.seconds) + 1}/{STAGES}]"
+        started = time.perf_counter()
+        live = self.console.is_terminal
+        if not live:
+            self.console.print(f"{number} {title} ...", markup=False)
+        with bar(self.console if live else Console(quiet=True), transient=True) as progress:
+            stage = Stage(progress, escape(f"{number} {title}"))
+            yield stage
+        self.seconds[title] = time.perf_counter() - started
+        self.console.print(
+            f"{number} {title}: {stage.outcome}  ({self.seconds[title]:.1f} s)", markup=False, soft_wrap=True
+        )
+
+
+class Stage:
+    """One running stage: its bar, and the words that will stand behind it once it is done."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self.outcome = "done"
+        self._progress = progress
+        self._task = progress.add_task(title, total=None, figures="")
+
+    def update(self, completed: int, total: int, words: str = "") -> None:
+        """Moves the bar."""
+        self._progress.update(self._task, completed=completed, total=total)
+        if words:
+            self._progress.update(self._task, figures=words)
+
+
+class StageCallback(TrainerCallback):
+    """Moves a stage's bar along with a trainer."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One optimizer step further."""
+        self.stage.update(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Shows the newest figures."""
+        if logs and "loss" in logs:
+            self.stage.update(state.global_step, state.max_steps, figures(logs))
+
+
+def result_table(rows: Mapping[str, Point]) -> Table:
+    """The models side by side, 80 columns wide; :func:`legend` says what the columns mean."""
+    table = _table("Measured on held-out prompts and pairs")
+    for header in (
+        "model", "reward", "KL(pi||\nref)", "entropy", "distinct\n2-grams", "tokens", "accuracy",
+        "seq. KL\nchosen", "seq. KL\nrejected",
+    ):  # fmt: skip
+        table.add_column(header, justify="left" if header == "model" else "right", no_wrap=True)
+    for name, point in rows.items():
+        samples, held_out = point.samples, point.held_out
+        table.add_row(
+            NAMES.get(name, name),
+            plus_minus(point.reward, 3),
+            plus_minus(samples.kl, 2),
+            f"{samples.entropy.mean:.3f}",
+            f"{samples.distinct_2:.3f}",
+            f"{samples.length.mean:.1f}",
+            "-" if name == "sft" else f"{held_out['implicit_rewards/accuracies']:.3f}",
+            f"{held_out['kl/chosen']:.2f}",
+            f"{held_out['kl/rejected']:.2f}",
+        )
+    return table
+
+
+def legend(result: DemoResult) -> str:
+    """What the columns mean, in plain lines."""
+    options, pairs = result.options, result.data["held_out_pairs"]
+    return (
+        f"On {options.held_out_prompts} samples, one a prompt, ± standard errors: reward, the sentiment from -1 to 1 "
+        "(tdpo.demo.grammar); KL(policy || reference) in nats per response; predictive entropy of the policy in nats "
+        "per token; distinct 2-grams over all; response length.\n"
+        f"On {pairs} held-out pairs: accuracy, how often log pi / pi_ref ranks a pair as the reward does (the SFT "
+        "model is the reference and has none); sequential KL(reference || policy) in nats per response.\n"
+        f"One run, seed {options.seed}: the objectives share SFT model, pairs, data order, {options.steps} steps of "
+        f"{options.batch_size}, learning rate {options.learning_rate:g}, beta {options.beta:g}; alpha "
+        f"{options.alpha:g} (TDPO2)."
+    )
+
+
+def plus_minus(estimate: Estimate, digits: int) -> str:
+    """A mean with its standard error.
+
+    Example:
+        >>> plus_minus(Estimate(0.2849, 0.0204, 256), 2)
+        '0.28±0.02'
+    """
+    return f"{estimate.mean:.{digits}f}±{estimate.standard_error:.{digits}f}"
+
+
+def draw(result: DemoResult, path: Path) -> Path:
+    """The demo's figure: every measured point, and the sequential KL on held-out pairs over training."""
+    options = result.options
+    figure = overview_figure(
+        frontier={name: [_frontier_point(p) for p in points] for name, points in result.trajectories.items()}
+        | {"sft": [_frontier_point(result.sft)]},
+        growth={
+            name: KLCurve(
+                steps=[p.step for p in points],
+                chosen=[p.held_out["kl/chosen"] for p in points],
+                rejected=[p.held_out["kl/rejected"] for p in points],
+            )
+            for name, points in result.trajectories.items()
+        },
+        reward_label="mean reward of samples (from -1 to 1)",
+        caption=(
+            f"tdpo demo, seed {options.seed}: one run each with the same SFT model, pairs, order, {options.steps} "
+            f"steps and learning rate {options.learning_rate:g}; beta {options.beta:g}, alpha {options.alpha:g} "
+            f"(TDPO2).\nA point every {options.eval_every} steps; crosses are standard errors over "
+            f"{options.held_out_prompts} held-out prompts. Left: up and to the left is better."
+        ),
+    )
+    return save_figure(figure, path)
+
+
+def side_by_side(prompt: str, completions: Mapping[str, tuple[str, float]]) -> Table:
+    """One held-out prompt as every model goes on from it, with the reward."""
+    table = _table(escape(f'One held-out prompt: "{prompt} ..."'))
+    table.add_column("model", no_wrap=True)
+    table.add_column("sample")
+    table.add_column("reward", justify="right")
+    for name, (text, value) in completions.items():
+        table.add_row(NAMES.get(name, name), escape(text.strip()), f"{value:.2f}")
+    return table
+
+
+def next_commands(output_dir: Path) -> Sequence[str]:
+    """Commands that go on with the models the demo left behind."""
+    folder = shlex.quote(str(output_dir))
+    return (
+        f"tdpo eval --model_name_or_path {folder}/tdpo2 --ref_model_name_or_path {folder}/sft "
+        f"--dataset_name {folder}/pairs --objective tdpo2",
+        f"tdpo generate --model_name_or_path {folder}/tdpo2 --ref_model_name_or_path {folder}/sft "
+        f"--dataset_name {folder}/prompts.jsonl",
+        f"tdpo train --model_name_or_path {folder}/sft --dataset_name {folder}/pairs --objective tdpo2 --alpha 1.0 "
+        f"--learning_rate 2e-4 --output_dir my-tdpo2",
+    )
+
+
+def _frontier_point(point: Point) -> FrontierPoint:
+    kl = point.samples.kl
+    return FrontierPoint(kl.mean, kl.standard_error, point.reward.mean, point.reward.standard_error)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)

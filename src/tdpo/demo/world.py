@@ -1,0 +1,202 @@
+"""The small world's parts: tokenizer, model, texts and prompts, and preference pairs made from sampled completions."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tdpo.demo.grammar import distinct_texts, reward
+from tdpo.errors import UserError
+from tdpo.evaluate.generate import Sampling, sample_ids
+
+END_OF_TEXT = "<|endoftext|>"
+POSITIONS = 512
+PREFIX_WORDS = (3, 6)
+DRAWS_PER_PROMPT = 100
+"""Texts drawn for each prompt wanted before it is clear that there are not that many."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the grammar gave.
+
+    Attributes:
+        sft: Whole texts to fine-tune on.
+        train_prompts: Distinct prefixes of other texts, for preference pairs.
+        held_out_prompts: Distinct prefixes, none of them among the training prompts.
+    """
+
+    sft: list[str]
+    train_prompts: list[str]
+    held_out_prompts: list[str]
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """A preference pair with the rewards that ordered it; the fields are the columns of the demo's files."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_reward: float
+    rejected_reward: float
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Finished completions of one prompt, the best first.
+
+    Attributes:
+        prompt: The prompt.
+        completions: Rewards and texts of the completions; the reward judges prompt and completion together.
+    """
+
+    prompt: str
+    completions: list[tuple[float, str]]
+
+
+def make_texts(sft: int, train_prompts: int, held_out_prompts: int, seed: int) -> Texts:
+    """Draws texts and prefixes. Every text is distinct, and so is every prompt across both splits.
+
+    Prompts are the first three to six words of texts that are not among the SFT texts.
+
+    Raises:
+        UserError: if the grammar does not have that many prompts.
+    """
+    rng = random.Random(seed)
+    source = distinct_texts(rng)
+    whole = list(islice(source, sft))
+    wanted = train_prompts + held_out_prompts
+    prompts: dict[str, None] = {}  # a set that keeps its order
+    for text in islice(source, DRAWS_PER_PROMPT * wanted):
+        prompts[" ".join(text.split()[: rng.randint(*PREFIX_WORDS)])] = None
+        if len(prompts) == wanted:
+            break
+    if len(prompts) < wanted:
+        raise UserError(
+            f"the grammar has no {wanted} distinct prompts; --train_prompts and --held_out_prompts are too many"
+        )
+    ordered = list(prompts)
+    return Texts(whole, ordered[:train_prompts], ordered[train_prompts:])
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer: any text round-trips, and none needs an unknown token.
+
+    ``<|endoftext|>`` ends sequences and pads. Nothing is put in front of a text.
+
+    Raises:
+        UserError: if ``vocab_size`` does not hold the 256 bytes and the end token.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise UserError(f"a byte-level vocabulary needs at least {len(alphabet) + 1} entries, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 96, layers: int = 3) -> LlamaForCausalLM:
+    """A small Llama with random weights and a tied head; the caller's random state is left as it was."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def complete(model: nn.Module, tokenizer: Any, prompts: Sequence[str], sampling: Sampling) -> list[list[list[int]]]:
+    """Samples completions of text prompts: ``result[p][s]`` are the ids of sample s for prompt p."""
+    ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    return sample_ids(model, ids, sampling, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def rank_samples(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    score: Callable[[str], float] = reward,
+) -> list[Ranked]:
+    """Samples completions of every prompt and ranks them by reward.
+
+    Completions that are empty, or ran to the length limit without ending, are left out: a pair must be two whole
+    responses.
+
+    Args:
+        model: The SFT model, which the completions are drawn from.
+        tokenizer: Its tokenizer.
+        prompts: Text prompts.
+        sampling: How to draw.
+        score: The reward of a text.
+    """
+    ranked = []
+    for prompt, samples in zip(prompts, complete(model, tokenizer, prompts, sampling), strict=True):
+        finished = [ids[:-1] for ids in samples if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id]
+        texts = [text for text in map(tokenizer.decode, finished) if text.strip()]
+        ranked.append(Ranked(prompt, sorted(((score(prompt + text), text) for text in texts), reverse=True)))
+    return ranked
+
+
+def every_pair(ranked: Iterable[Ranked], margin: float) -> list[ScoredPair]:
+    """Training pairs as the DPO and TDPO papers make them for IMDb: every two completions of a prompt.
+
+    Two completions whose rewards differ by less than ``margin`` say nothing and make no pair, so four samples give up
+    to six.
+
+    Raises:
+        UserError: for a margin that is not positive, under which equal rewards would count as a preference.
+    """
+    if not margin > 0:
+        raise UserError(f"--min_margin must be positive, got {margin:g}: equal rewards prefer nothing")
+    return [
+        ScoredPair(entry.prompt, better[1], worse[1], better[0], worse[0])
+        for entry in ranked
+        for better, worse in combinations(entry.completions, 2)
+        if better[0] - worse[0] >= margin
+    ]
+
+
+def extreme_pairs(ranked: Iterable[Ranked], margin: float) -> list[ScoredPair]:
+    """Held-out pairs: the best against the worst completion of each prompt, so that pairs are independent."""
+    ends = (Ranked(r.prompt, [r.completions[0], r.completions[-1]]) for r in ranked if len(r.completions) > 1)
+    return every_pair(ends, margin)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any] | ScoredPair]) -> list[dict[str, Any]]:
+    """Writes one JSON object a line and returns the rows as they were written."""
+    plain = [asdict(row) if isinstance(row, ScoredPair) else dict(row) for row in rows]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain), encoding="utf-8")
+    return plain
