@@ -56,9 +56,18 @@ def run_demo(options: DemoOptions | None = None, console: Console | None = None)
         UserError: if the folder holds files the demo did not write, or the sizes are too small to give a pair.
     """
     options = options or DemoOptions()
-    started = time.perf_counter()
     folder = claim(Path(options.output_dir).expanduser())
-    stages = show.Stages(console or Console(highlight=False))
+    threads = torch.get_num_threads()
+    # A model this small gains little from a second thread, and loses everything where another process wants the core.
+    torch.set_num_threads(1)
+    try:
+        return _run(options, folder, show.Stages(console or Console(highlight=False)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(options: DemoOptions, folder: Path, stages: show.Stages) -> DemoResult:
+    started = time.perf_counter()
     the_world = _build_world(options, folder, stages)
     _fine_tune(the_world, stages)
     train_rows = _make_pairs(the_world, stages)

@@ -92,29 +92,34 @@ class DisplacementWatch:
     """Notices likelihood displacement: chosen and rejected responses both becoming less likely, log after log.
 
     The margin of a preference loss can grow while both sides fall, and probability moves to responses nobody rated.
+
+    Args:
+        beta: Of the objective, to read log-ratios off implicit rewards.
+        patience: Logs in a row that both log-ratios have to fall.
+        noticeable: What the mean chosen log-ratio must have fallen below, in nats.
     """
 
-    def __init__(self, patience: int = 3) -> None:
-        self.patience = patience
+    def __init__(self, beta: float, patience: int = 3, noticeable: float = -1.0) -> None:
+        self.patience, self.fallen = patience, beta * noticeable
         self._falling = 0
         self._warned = False
         self._last: tuple[float, float] | None = None
 
     def warning(self, metrics: dict[str, float]) -> str | None:
-        """Takes one log's metrics and returns words when, for ``patience`` logs running, both log-ratios fell below 0.
+        """Takes one log's metrics and returns words, once, when both log-ratios keep falling and have fallen far.
 
         Example:
-            >>> watch = DisplacementWatch(patience=1)
+            >>> watch = DisplacementWatch(beta=0.1, patience=1)
             >>> watch.warning({"implicit_rewards/chosen": 0.0, "implicit_rewards/rejected": 0.0}) is None
             True
-            >>> watch.warning({"implicit_rewards/chosen": -0.1, "implicit_rewards/rejected": -0.3})[:23]
+            >>> watch.warning({"implicit_rewards/chosen": -0.2, "implicit_rewards/rejected": -0.3})[:23]
             'likelihood displacement'
         """
         now = (metrics["implicit_rewards/chosen"], metrics["implicit_rewards/rejected"])
         last, self._last = self._last, now
         both_fell = last is not None and all(n < min(old, 0.0) for n, old in zip(now, last, strict=True))
         self._falling = self._falling + 1 if both_fell else 0
-        if self._warned or self._falling < self.patience:
+        if self._warned or self._falling < self.patience or now[0] > self.fallen:
             return None
         self._warned = True
         return (

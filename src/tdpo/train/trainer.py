@@ -79,7 +79,7 @@ class TDPOTrainer(BatchMeanTrainer):
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
-        self._watch = DisplacementWatch()
+        self._watch = DisplacementWatch(args.beta)
         tokenizer = processing_class or _tokenizer_of(policy, train_dataset)
         super().__init__(
             model=policy,
