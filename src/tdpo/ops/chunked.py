@@ -15,15 +15,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from tdpo.ops.numerics import head_logits, kl_terms, statistics_dtype
+from tdpo.ops.heads import HeadGradient, block_logits, cap_slope, detached, raw_gradient_, widened
+from tdpo.ops.numerics import head_logits, statistics_dtype
+from tdpo.ops.rows import RowStats, direction_, row_stats
 from tdpo.types import Head, Hidden, TokenStats
 
 LIVE_BUFFERS = 10
 """Buffers of a chunk's logits alive at once (9.5 measured): two models' logits and what the KL formula keeps."""
-
-
-CACHED_ELEMENTS = 2**18
-"""Logits of one model that fit a CPU core's cache together with what is computed from them."""
 
 
 def default_logits_budget(device: torch.device) -> int:
@@ -48,7 +46,7 @@ def response_stats(policy: Hidden, reference: Hidden, labels_N: Tensor, logits_b
     plan = _Plan(
         scale=policy.head.scale,
         soft_cap=policy.head.soft_cap,
-        reference=Hidden(reference.states.detach(), _detached(reference.head)),
+        reference=Hidden(reference.states.detach(), detached(reference.head)),
         labels_N=labels_N,
         budget=default_logits_budget(policy.states.device) if logits_budget is None else logits_budget,
     )
@@ -87,107 +85,41 @@ class _Plan:
 class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: _Plan) -> Any:
-        wide = statistics_dtype(states_ND.dtype)
-        head, ref_head = _widened(Head(weight_VD, bias_V, plan.scale, plan.soft_cap)), _widened(plan.reference.head)
-        logp, ref_logp, kl, log_z, ref_log_z = torch.empty(5, states_ND.shape[0], dtype=wide, device=states_ND.device)
-        for rows in plan.chunks(wide):
-            index = plan.labels_N[rows, None]
-            logits_nV = head_logits(_widen(states_ND[rows]), head)
-            ref_logits_nV = head_logits(_widen(plan.reference.states[rows]), ref_head).to(wide)
-            log_z[rows] = logits_nV.logsumexp(-1)
-            ref_log_z[rows] = ref_logits_nV.logsumexp(-1)
-            logp[rows] = logits_nV.gather(1, index)[:, 0] - log_z[rows]
-            ref_logp[rows] = ref_logits_nV.gather(1, index)[:, 0] - ref_log_z[rows]
-            kl[rows] = _kl_rows(logits_nV, ref_logits_nV, log_z[rows], ref_log_z[rows])
-        ctx.save_for_backward(states_ND, weight_VD, bias_V, log_z, ref_log_z)
+        """Statistics chunk by chunk; only the log-partition values stay for the backward."""
+        head, ref_head = widened(Head(weight_VD, bias_V, plan.scale, plan.soft_cap)), widened(plan.reference.head)
+        parts = []
+        for rows in plan.chunks(statistics_dtype(states_ND.dtype)):
+            logits_nV = block_logits(states_ND[rows], head)
+            ref_logits_nV = block_logits(plan.reference.states[rows], ref_head).to(logits_nV.dtype)
+            parts.append(row_stats(logits_nV, ref_logits_nV, plan.labels_N[rows]))
+        stats = RowStats.joined(parts)
+        ctx.save_for_backward(states_ND, weight_VD, bias_V, *stats.columns())
         ctx.plan = plan
-        ctx.mark_non_differentiable(ref_logp)
+        ctx.mark_non_differentiable(stats.ref_logp)
         ctx.set_materialize_grads(False)
-        return logp, ref_logp, kl
+        return stats.logp, stats.ref_logp, stats.kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Recomputes each chunk's logits, writes the gradient over them, and carries it back."""
         grad_logp, _, grad_kl = grads
-        states_ND, weight_VD, bias_V, log_z, ref_log_z = ctx.saved_tensors
+        states_ND, weight_VD, bias_V, *columns = ctx.saved_tensors
         plan: _Plan = ctx.plan
         if grad_logp is None and grad_kl is None:
             return None, None, None, None
-        need_states, need_weight, need_bias, _ = ctx.needs_input_grad
-        wide = statistics_dtype(states_ND.dtype)
-        head, ref_head = _widened(Head(weight_VD, bias_V, plan.scale, plan.soft_cap)), _widened(plan.reference.head)
-        grad_states = torch.empty_like(states_ND) if need_states else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=wide) if need_bias else None
-        for rows in plan.chunks(wide):
-            states = _widen(states_ND[rows])
-            logits_nV = head_logits(states, head)
-            slope = _cap_slope(logits_nV, plan)
-            grad_nV = logits_nV.sub_(log_z[rows, None]).exp_()  # the policy's probabilities
-            a = torch.zeros_like(log_z[rows]) if grad_logp is None else grad_logp[rows]
-            b = None if grad_kl is None else grad_kl[rows]
-            # d logp / d logits = onehot - p;  d KL(ref || pi) / d logits = p - p_ref
-            grad_nV.mul_((-a if b is None else b - a)[:, None])
-            if b is not None:
-                ref_logits_nV = head_logits(_widen(plan.reference.states[rows]), ref_head).to(wide)
-                grad_nV.sub_(ref_logits_nV.sub_(ref_log_z[rows, None]).exp_().mul_(b[:, None]))
-            grad_nV.scatter_add_(1, plan.labels_N[rows, None], a[:, None].to(wide))
-            if slope is not None:
-                grad_nV.mul_(slope)
-            if plan.scale != 1.0:
-                grad_nV.mul_(plan.scale)
-            if grad_states is not None:
-                grad_states[rows] = (grad_nV @ head.weight.to(wide)).to(grad_states.dtype)
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_nV.t(), states.to(wide))
-            if grad_bias is not None:
-                grad_bias += grad_nV.sum(0)
-        return (
-            grad_states,
-            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
-            None if grad_bias is None else grad_bias.to(bias_V.dtype),
-            None,
-        )
-
-
-def _kl_rows(logits_nV: Tensor, ref_logits_nV: Tensor, log_z_n: Tensor, ref_log_z_n: Tensor) -> Tensor:
-    """KL(reference || policy) of each row, ``[n]``, from logits and their log-partition values.
-
-    On a CPU a few rows at a time, so that every pass after the first finds them in the cache, and by ``expm1``, which
-    is as accurate as the log-ratio it is given. Rows where that is not finite (a log-ratio that overflows, or -inf on
-    both sides) are done again by the formula that cannot fail.
-    """
-    if logits_nV.device.type != "cpu":
-        return kl_terms(logits_nV - log_z_n[:, None], ref_logits_nV - ref_log_z_n[:, None]).sum(-1)
-    parts = []
-    rows = max(1, CACHED_ELEMENTS // logits_nV.shape[1])
-    for z, ref_z, log_z, ref_log_z in zip(
-        logits_nV.split(rows), ref_logits_nV.split(rows), log_z_n.split(rows), ref_log_z_n.split(rows), strict=True
-    ):
-        ref_logp = ref_z - ref_log_z[:, None]
-        u = (z - log_z[:, None]).sub_(ref_logp)
-        kl = torch.expm1(u).sub_(u).clamp_(min=0).mul_(ref_logp.exp_()).sum(-1)
-        wrong = ~kl.isfinite()
-        if wrong.any():
-            logp, ref_logp = z[wrong] - log_z[wrong, None], ref_z[wrong] - ref_log_z[wrong, None]
-            kl[wrong] = kl_terms(logp, ref_logp).sum(-1)
-        parts.append(kl)
-    return torch.cat(parts)
-
-
-def _cap_slope(logits_nV: Tensor, plan: _Plan) -> Tensor | None:
-    """Derivative of the soft cap at its own output: 1 - (logits / cap)^2."""
-    return None if plan.soft_cap is None else 1 - (logits_nV / plan.soft_cap) ** 2
-
-
-def _detached(head: Head) -> Head:
-    return Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.soft_cap)
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    """Half precision on a CPU is widened once here; on a GPU the product itself accumulates wide."""
-    return tensor if tensor.is_cuda else tensor.to(statistics_dtype(tensor.dtype))
-
-
-def _widened(head: Head) -> Head:
-    return Head(_widen(head.weight), head.bias, head.scale, head.soft_cap)
+        stats = RowStats(*columns)
+        a_N = torch.zeros_like(stats.logp) if grad_logp is None else grad_logp
+        b_N = torch.zeros_like(stats.logp) if grad_kl is None else grad_kl
+        head, ref_head = widened(Head(weight_VD, bias_V, plan.scale, plan.soft_cap)), widened(plan.reference.head)
+        gradient = HeadGradient(states_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        for rows in plan.chunks(gradient.wide):
+            logits_nV = block_logits(states_ND[rows], head)
+            slope = cap_slope(logits_nV, head)
+            ref_logits_nV = None
+            if grad_kl is not None:
+                ref_logits_nV = block_logits(plan.reference.states[rows], ref_head).to(logits_nV.dtype)
+            labels_n, stats_n = plan.labels_N[rows], stats.at(rows)
+            direction_(logits_nV, ref_logits_nV, labels_n, stats_n, a_N[rows], b_N[rows])
+            gradient.add(rows, raw_gradient_(logits_nV, slope, head), head)
+        return (*gradient.scaled(None), None)
