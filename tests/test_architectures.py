@@ -27,7 +27,7 @@ from numeric_worlds import (
 from torch import Tensor, nn
 
 from tdpo import UserError, objectives, score_pairs
-from tdpo.models.policy import disable_dropout, head_of, prove_head, response_hidden
+from tdpo.models.policy import disable_dropout, head_of, prove_head
 from tdpo.models.reference import FrozenCopy
 
 VOCAB = 53
@@ -375,14 +375,6 @@ def test_resizing_the_vocabulary_after_the_proof_keeps_head_and_logits_together(
     scores = score_pairs(model, reference, pairs, objectives.tdpo1(0.3))
     plain = plain_pair_stats(model, reference, pairs)
     torch.testing.assert_close(scores.stats.chosen_kl, plain.chosen_kl, rtol=1e-8, atol=1e-9)
-
-
-def test_trees_are_refused_by_a_body_that_cannot_run_them():
-    """Never run as if they were padded rows: that would be wrong without a sign."""
-    model = tiny_llama()
-    batch = score_pairs(model, model, random_pairs(), objectives.dpo(0.1)).batch
-    with pytest.raises(ValueError, match="tree"):
-        response_hidden(model, type(batch).from_dict(batch.as_dict() | {"layout": "tree"}))
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------

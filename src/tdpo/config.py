@@ -153,8 +153,9 @@ class ScoringOptions:
     layout: str = field(
         default="auto",
         metadata={
-            "help": "How sequences share rows: padded is one a row; auto is the best.",
-            "choices": ["auto", "padded"],
+            "help": "How sequences share rows: tree runs each prompt once, padded each response in a row of its own; "
+            "auto is tree where a probe proves it on the model.",
+            "choices": ["auto", "tree", "padded"],
         },
     )
     backend: Backend = field(

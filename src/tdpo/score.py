@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tdpo import ops
 from tdpo.data.dataset import check_fits
-from tdpo.data.pack import pack_padded
+from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
-from tdpo.models.policy import head_of, position_limit, prove_head, response_hidden
+from tdpo.models.hidden import response_hidden
+from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.models.reference import Reference, check_same_vocabulary
+from tdpo.models.trees import tree_plan
 from tdpo.objectives import Objective
-from tdpo.types import PackedBatch, PairLoss, PairStats, TokenisedPair, TokenStats
+from tdpo.types import Hidden, PackedBatch, PairLoss, PairStats, TokenisedPair, TokenStats
 
-LayoutChoice = Literal["auto", "padded"]
+LayoutChoice = Literal["auto", "tree", "padded"]
 
 
 @dataclass(frozen=True)
@@ -73,28 +75,73 @@ def score_pairs(
         reference: A second causal language model with the same vocabulary, or a reference strategy. Never trained.
         pairs: P tokenised pairs; all of them run at once.
         objective: One of :mod:`tdpo.objectives`.
-        layout: How sequences share rows. ``"padded"``: one sequence a row; ``"auto"``: the best proven layout.
+        layout: ``"tree"``: every prompt once, proven on both models by a probe; ``"padded"``: one sequence a row;
+            ``"auto"``: trees where the models take them, padded rows elsewhere.
         backend: See :func:`tdpo.ops.token_stats`.
 
     Returns:
         Losses, rewards and statistics per pair and per token, in nats.
 
     Raises:
-        UserError: if the vocabularies differ, the model is no causal language model, or a token id is outside the
-            vocabulary.
+        UserError: if the vocabularies differ, ``"tree"`` is asked of a model that takes no trees, the model is no
+            causal language model, or a token id is outside the vocabulary.
 
     Source: TDPO (arXiv 2404.11999), section 4; DPO (arXiv 2305.18290), eq. 7.
     """
-    if layout not in ("auto", "padded"):
-        raise UserError(f"unknown layout {layout!r}; there are: auto, padded")
     if not pairs:
         raise UserError("score_pairs was given no pairs")
     prove_head(policy)
     if isinstance(reference, nn.Module):
         check_same_vocabulary(policy, reference)
     check_fits(pairs, head_of(policy).vocab_size, position_limit(policy))
-    batch = pack_padded(pairs).to(next(policy.parameters()).device)
+    models = [policy, *([reference] if isinstance(reference, nn.Module) else [])]
+    batch = packer(layout, models)(pairs).to(next(policy.parameters()).device)
     return score_batch(policy, reference, batch, objective, backend)
+
+
+def packer(layout: str, models: Sequence[nn.Module]) -> Callable[[Sequence[TokenisedPair]], PackedBatch]:
+    """The function that lays pairs out for some models, as :func:`score_pairs` is asked to.
+
+    Raises:
+        UserError: for an unknown layout, or trees for a model that does not take them (with the reason).
+    """
+    if layout not in get_args(LayoutChoice):
+        raise UserError(f"unknown layout {layout!r}; there are: {', '.join(get_args(LayoutChoice))}")
+    if layout == "padded":
+        return pack_padded
+    refusal = tree_refusal(models)
+    if layout == "tree" and refusal:
+        raise UserError(f"--layout tree: this model takes no trees: {refusal}")
+    # Float64 is for comparisons to the last digit, and where a model rounds to float32 inside, digits depend on layout.
+    exact = any(parameter.dtype == torch.float64 for model in models for parameter in model.parameters())
+    return pack_padded if refusal or (exact and layout == "auto") else pack_trees
+
+
+def tree_refusal(models: Sequence[nn.Module]) -> str:
+    """Why one of the models takes no trees, in words; empty if all of them do."""
+    return next((reason for model in models if (reason := tree_plan(model).refusal)), "")
+
+
+def batch_loss(
+    policy: nn.Module,
+    reference: nn.Module | Reference,
+    batch: PackedBatch,
+    objective: Objective,
+    backend: ops.Backend = "auto",
+    logits_budget: int | None = None,
+) -> tuple[Tensor, PairScores]:
+    """Sum of the pairs' losses, differentiable, with the scores of :func:`score_batch`, which then are constants.
+
+    What training wants, in one pass over the logits; the naive backend takes the general way.
+    """
+    if backend == "naive":
+        scores = score_batch(policy, reference, batch, objective, backend)
+        return scores.loss.sum(), scores
+    ref_hidden = _reference_hidden(reference, batch)
+    hidden = response_hidden(policy, batch)
+    fused = ops.pair_loss(hidden, ref_hidden, batch.labels, batch.lengths, objective, logits_budget)
+    logp = _sums(fused.tokens.logp, batch)
+    return fused.total, PairScores(fused.outcome, fused.stats, logp[:, 0], logp[:, 1], fused.tokens, batch)
 
 
 def score_batch(
@@ -106,14 +153,18 @@ def score_batch(
     logits_budget: int | None = None,
 ) -> PairScores:
     """:func:`score_pairs` for a batch that is already laid out, on the policy's device, without the checks."""
-    with torch.no_grad():
-        ref_hidden = response_hidden(reference, batch) if isinstance(reference, nn.Module) else reference.hidden(batch)
+    ref_hidden = _reference_hidden(reference, batch)
     hidden = response_hidden(policy, batch)
     tokens = ops.response_stats(hidden, ref_hidden, batch.labels, backend, logits_budget)
     logratio = _sums(tokens.logp - tokens.ref_logp, batch)
     kl, logp = _sums(tokens.kl, batch), _sums(tokens.logp.detach(), batch)
     stats = PairStats(logratio[:, 0], logratio[:, 1], kl[:, 0], kl[:, 1])
     return PairScores(objective(stats), stats, logp[:, 0], logp[:, 1], tokens, batch)
+
+
+def _reference_hidden(reference: nn.Module | Reference, batch: PackedBatch) -> Hidden:
+    with torch.no_grad():
+        return response_hidden(reference, batch) if isinstance(reference, nn.Module) else reference.hidden(batch)
 
 
 def _sums(values_N: Tensor, batch: PackedBatch) -> Tensor:

@@ -84,6 +84,7 @@ class PackedBatch:
         sequence_ids: ``[N]`` int64, ``2p`` for chosen and ``2p + 1`` for rejected tokens of pair p; a pair's
             tokens are contiguous.
         pair_rows: ``[P]`` int64, source row of each pair (0 if unknown).
+        lengths: 2P token counts on the host: chosen and rejected response of each pair in turn.
         layout: ``"padded"``: one sequence a row, so a causal mask is enough. ``"tree"``: the mask is needed.
     """
 
@@ -95,6 +96,7 @@ class PackedBatch:
     labels: Tensor
     sequence_ids: Tensor
     pair_rows: Tensor
+    lengths: tuple[int, ...] = ()
     layout: Layout = "padded"
 
     @property

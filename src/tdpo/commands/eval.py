@@ -63,6 +63,7 @@ def run(argv: Sequence[str]) -> None:
         dataset.pairs,
         objective,
         batch_size=options.per_device_eval_batch_size,
+        layout=options.layout,
         backend=options.backend,
         logits_budget=options.logits_budget,
         progress=True,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from tdpo.data.formats import DataReport, OnBadRow, to_records
-from tdpo.data.pack import pack_padded
 from tdpo.data.sources import SourceRow, from_memory
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
-from tdpo.types import PreferenceRecord, TokenisedPair
+from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
 
 TOKENISED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -40,9 +40,19 @@ class PairDataset(Dataset[TokenisedPair]):
         return iter(self.pairs)
 
 
-def collate(pairs: Sequence[TokenisedPair]) -> dict[str, Any]:
-    """A batch as the loader delivers it: the fields of a :class:`~tdpo.types.PackedBatch`."""
-    return pack_padded(pairs).as_dict()
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch as the loader delivers it: the fields of a :class:`~tdpo.types.PackedBatch`.
+
+    Attributes:
+        pack: Lays the pairs out.
+    """
+
+    pack: Callable[[Sequence[TokenisedPair]], PackedBatch]
+
+    def __call__(self, pairs: Sequence[TokenisedPair]) -> dict[str, Any]:
+        """The batch of some pairs."""
+        return self.pack(pairs).as_dict()
 
 
 def prepare_pairs(

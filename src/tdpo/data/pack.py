@@ -1,4 +1,9 @@
-"""Lays tokenised pairs out in rows. Padded rows, one sequence each; the batch type can carry trees as well."""
+"""Lays tokenised pairs out in rows: padded rows of one sequence each, or trees that hold every prompt once.
+
+A pair is a tree, the prompt and two branches: ``[prompt | chosen | rejected]``. Positions of the rejected branch begin
+where the prompt ends, and the last prompt token predicts the first token of both branches. No hidden state is wanted
+at the last token of a branch, so it is not part of the row.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +34,73 @@ def pack_padded(pairs: Sequence[TokenisedPair]) -> PackedBatch:
     prompts = [pair.prompt_ids for pair in pairs for _ in range(2)]
     responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     return _padded_rows(prompts, responses, list(range(2 * len(pairs))), [pair.row for pair in pairs])
+
+
+def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0) -> PackedBatch:
+    """Every prompt once, several trees a row where they fit: first-fit-decreasing up to the row capacity.
+
+    Args:
+        pairs: At least one pair.
+        capacity: Longest row in tokens; the longest tree of the batch where that is longer. Attention costs the square
+            of a row's length, so the default, 0, makes rows as short as the longest tree allows.
+
+    Returns:
+        A batch on the CPU whose rows need the mask of :meth:`~tdpo.types.PackedBatch.attends`; tokens of
+        ``source_index``, ``labels`` and ``sequence_ids`` stand in the order of the pairs.
+
+    Example:
+        >>> batch = pack_trees([TokenisedPair([5, 6], [7], [8, 9]), TokenisedPair([1], [2, 3], [4])])
+        >>> batch.input_ids.tolist(), batch.position_ids.tolist()
+        ([[5, 6, 8], [1, 2, 0]], [[0, 1, 2], [0, 1, 0]])
+        >>> batch.source_index.tolist(), batch.labels.tolist(), batch.sequence_ids.tolist()
+        ([1, 1, 2, 3, 4, 3], [7, 8, 9, 2, 3, 4], [0, 1, 1, 2, 2, 3])
+    """
+    lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) - 2 for p in pairs]
+    places, row_lengths = _first_fit_decreasing(lengths, max(capacity, *lengths) if lengths else capacity)
+    width = max(row_lengths)
+    columns: list[list[list[int]]] = [[], [], [], []]
+    for _ in row_lengths:
+        for column, fill in zip(columns, (PADDING_ID, 0, -1, -1), strict=True):
+            column.append([fill] * width)
+    source: list[int] = []
+    for tree, (pair, (row, start)) in enumerate(zip(pairs, places, strict=True)):
+        prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids) - 1, len(pair.rejected_ids) - 1
+        stop = start + lengths[tree]
+        ids = [*pair.prompt_ids, *pair.chosen_ids[:-1], *pair.rejected_ids[:-1]]
+        positions = [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+        branches = [0] * prompt + [1] * chosen + [2] * rejected
+        for column, values in zip(columns, (ids, positions, [tree] * len(ids), branches), strict=True):
+            column[row][start:stop] = values
+        fork = row * width + start + prompt - 1
+        source += range(fork, fork + chosen + 1)
+        source += [fork, *range(fork + chosen + 1, fork + chosen + rejected + 1)]
+    input_ids, position_ids, tree_ids, branch_ids = (torch.tensor(column) for column in columns)
+    responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    return PackedBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        tree_ids=tree_ids,
+        branch_ids=branch_ids,
+        source_index=torch.tensor(source),
+        labels=torch.cat([torch.tensor(ids) for ids in responses]),
+        sequence_ids=torch.repeat_interleave(torch.tensor([len(ids) for ids in responses])),
+        pair_rows=torch.tensor([pair.row for pair in pairs]),
+        lengths=tuple(len(ids) for ids in responses),
+        layout="tree",
+    )
+
+
+def _first_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Row and start of each item, and how full each row is; the longest items are placed first."""
+    places = [(0, 0)] * len(lengths)
+    filled: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, used in enumerate(filled) if used + lengths[item] <= capacity), len(filled))
+        if row == len(filled):
+            filled.append(0)
+        places[item] = (row, filled[row])
+        filled[row] += lengths[item]
+    return places, filled
 
 
 def pack_sequences(
@@ -81,4 +153,13 @@ def _padded_rows(
         labels=torch.cat([torch.tensor(response) for response in responses]),
         sequence_ids=torch.repeat_interleave(sequence_id, response_length),
         pair_rows=torch.tensor(pair_rows),
+        lengths=_both_sides(sequence_ids, [len(response) for response in responses]),
     )
+
+
+def _both_sides(sequence_ids: list[int], counts: list[int]) -> tuple[int, ...]:
+    """Token counts of chosen and rejected side in turn, 0 for a side that is not there."""
+    lengths = [0] * (2 * (max(sequence_ids) // 2 + 1))
+    for sequence, count in zip(sequence_ids, counts, strict=True):
+        lengths[sequence] = count
+    return tuple(lengths)

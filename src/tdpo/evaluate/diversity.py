@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tdpo import ops
 from tdpo.data.pack import pack_sequences
-from tdpo.models.policy import evaluating, response_hidden
+from tdpo.models.hidden import response_hidden
+from tdpo.models.policy import evaluating
 from tdpo.models.reference import Reference
 from tdpo.ops.chunked import chunk_rows, default_logits_budget
 from tdpo.ops.numerics import head_logits, statistics_dtype

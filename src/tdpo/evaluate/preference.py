@@ -10,12 +10,11 @@ from rich.console import Console
 from torch import nn
 
 from tdpo import ops
-from tdpo.data.pack import pack_padded
 from tdpo.errors import UserError
 from tdpo.models.policy import evaluating
 from tdpo.models.reference import check_same_vocabulary
 from tdpo.objectives import Objective
-from tdpo.score import score_batch
+from tdpo.score import LayoutChoice, packer, score_batch
 from tdpo.train.metrics import MetricSums
 from tdpo.train.progress import bar, figures
 from tdpo.types import TokenisedPair
@@ -27,6 +26,7 @@ def evaluate_pairs(
     pairs: Sequence[TokenisedPair],
     objective: Objective,
     batch_size: int = 8,
+    layout: LayoutChoice = "auto",
     backend: ops.Backend = "auto",
     logits_budget: int | None = None,
     progress: bool = False,
@@ -39,6 +39,7 @@ def evaluate_pairs(
         pairs: At least one pair.
         objective: Decides ``loss`` and ``rewards/*``.
         batch_size: Pairs at a time; no figure depends on it beyond rounding.
+        layout: See :func:`tdpo.score_pairs`.
         backend: See :func:`tdpo.ops.token_stats`.
         logits_budget: See :func:`tdpo.ops.response_stats`.
         progress: Whether to show a bar on a terminal's standard error.
@@ -55,13 +56,14 @@ def evaluate_pairs(
     check_same_vocabulary(policy, reference)
     ordered = sorted(pairs, key=lambda p: len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)), reverse=True)
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    pack = packer(layout, [policy, reference])
     device = next(policy.parameters()).device
     sums = MetricSums(objective.parameters["beta"])
     shown = bar(Console(stderr=True, quiet=not progress), transient=True)
     with evaluating(policy, reference), torch.no_grad(), shown:
         task = shown.add_task("evaluating", total=len(batches), figures="")
         for batch in batches:
-            packed = pack_padded(batch).to(device)
+            packed = pack(batch).to(device)
             sums.add(score_batch(policy, reference, packed, objective, backend, logits_budget))
             shown.update(task, advance=1, figures=figures(sums.means()) if shown.console.is_terminal else "")
     metrics = sums.means()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tdpo.errors import UserError
 from tdpo.ops.numerics import finish_logits, head_logits
-from tdpo.types import Head, Hidden, PackedBatch
+from tdpo.types import Head
 
 PROBE_SIZES = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 """Sizes of the logits a probe's positions get: a soft cap shows in the large ones, an added constant in the small."""
@@ -68,18 +68,6 @@ def body_states(model: nn.Module, **inputs: Any) -> Tensor:
     if body is lm:
         raise UserError(f"{type(lm).__name__} does not keep its body apart from its head; tdpo cannot run it")
     return body(use_cache=False, **inputs).last_hidden_state
-
-
-def response_hidden(model: nn.Module, batch: PackedBatch) -> Hidden:
-    """The hidden states ``[N, D]`` that predict the response tokens of a batch, and the model's head.
-
-    Differentiable in the model's parameters when gradients are on.
-    """
-    if batch.layout != "padded":
-        raise ValueError(f"layout {batch.layout!r} cannot be run by this version")
-    # Rows are padded at the end and attention is causal: no mask is needed, which keeps the fastest attention path.
-    states = body_states(model, input_ids=batch.input_ids)
-    return Hidden(states.flatten(0, 1)[batch.source_index], head_of(model))
 
 
 def prove_head(model: nn.Module) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tdpo.errors import UserError
-from tdpo.models.policy import head_of, prove_head, response_hidden
+from tdpo.models.hidden import response_hidden
+from tdpo.models.policy import head_of, prove_head
 from tdpo.types import Hidden, PackedBatch
 
 
@@ -18,6 +19,9 @@ class Reference(Protocol):
 
     def hidden(self, batch: PackedBatch) -> Hidden:
         """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
+
+    def models(self) -> list[nn.Module]:
+        """The models that run a batch for it, so that a layout can be proven on them."""
 
 
 class FrozenCopy:
@@ -30,6 +34,10 @@ class FrozenCopy:
     def of(cls, policy: nn.Module) -> FrozenCopy:
         """Copies the policy as it is in memory; nothing is reloaded by name."""
         return cls(copy.deepcopy(policy))
+
+    def models(self) -> list[nn.Module]:
+        """The frozen model."""
+        return [self.model]
 
     def hidden(self, batch: PackedBatch) -> Hidden:
         """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""

@@ -5,18 +5,21 @@ Backends promise the same values and gradients: ``naive`` is the specification, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tdpo.errors import UserError
-from tdpo.ops import chunked, naive
+from tdpo.objectives.base import Objective
+from tdpo.ops import chunked, fused, naive
+from tdpo.ops.fused import FusedLoss
 from tdpo.types import Head, Hidden, TokenStats
 
 Backend = Literal["auto", "naive", "chunked"]
 
-__all__ = ["Backend", "response_logp", "response_stats", "token_stats"]
+__all__ = ["Backend", "FusedLoss", "pair_loss", "response_logp", "response_stats", "token_stats"]
 
 
 def token_stats(
@@ -89,6 +92,44 @@ def response_stats(
         if backend == "naive":
             return naive.response_stats(policy, reference, labels)
         return chunked.response_stats(policy, reference, labels, logits_budget)
+
+
+def pair_loss(
+    policy: Hidden,
+    reference: Hidden,
+    labels: Tensor,
+    lengths: Sequence[int],
+    objective: Objective,
+    logits_budget: int | None = None,
+    with_kl: bool = True,
+) -> FusedLoss:
+    """The summed loss of whole pairs and everything said of them on the way, in one pass over the logits.
+
+    Equals :func:`response_stats` followed by the objective, values and gradients, at the cost of 3 head products with
+    a frozen head and 4 with a trained one. Differentiable once, in its ``total`` alone.
+
+    Args:
+        policy: States ``[N, D]`` and head of the policy; differentiable.
+        reference: The same of the reference; constant.
+        labels: ``[N]`` int64, the response tokens; those of a pair are contiguous, chosen before rejected.
+        lengths: Token counts of the 2P responses, chosen and rejected of each pair in turn.
+        objective: One of :mod:`tdpo.objectives`.
+        logits_budget: Bytes for the logits of a group of pairs; None for the device's default.
+        with_kl: False leaves the KL out, which an objective without it does not need; the statistics then say 0.
+
+    Raises:
+        ValueError: if shapes or lengths disagree, or the objective needs the KL that is left out.
+    """
+    _check_shapes(policy, reference, labels)
+    if len(lengths) % 2 or sum(lengths) != labels.numel():
+        raise ValueError(f"lengths {list(lengths)[:8]}... are not 2P counts that add up to {labels.numel()} tokens")
+    if not with_kl and (objective.chosen_kl_ratio or objective.rejected_kl_ratio):
+        raise ValueError(f"{objective} needs the KL")
+    policy, reference = _in_autocast_dtype(policy), _in_autocast_dtype(reference)
+    device = policy.states.device
+    budget = chunked.default_logits_budget(device) if logits_budget is None else logits_budget
+    with torch.autocast(device.type, enabled=False):
+        return fused.pair_loss(policy, reference, labels, lengths, objective, budget, with_kl)
 
 
 def response_logp(policy: Hidden, labels: Tensor, logits_budget: int | None = None) -> Tensor:

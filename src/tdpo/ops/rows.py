@@ -47,7 +47,11 @@ class RowStats:
     @classmethod
     def joined(cls, parts: Sequence[RowStats]) -> RowStats:
         """The statistics of consecutive blocks as one."""
-        return parts[0] if len(parts) == 1 else cls(*(torch.cat(c) for c in zip(*(p.columns() for p in parts), strict=True)))
+        return (
+            parts[0]
+            if len(parts) == 1
+            else cls(*(torch.cat(c) for c in zip(*(p.columns() for p in parts), strict=True)))
+        )
 
 
 def row_stats(logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, with_kl: bool = True) -> RowStats:

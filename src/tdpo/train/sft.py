@@ -12,8 +12,9 @@ from tdpo import ops
 from tdpo.config import SFTConfig
 from tdpo.data.sft import SFTDataset, collate_sft, prepare_sft
 from tdpo.data.tokenise import Tokeniser
+from tdpo.models.hidden import response_hidden
 from tdpo.models.inside import open_forward, run_inside
-from tdpo.models.policy import disable_dropout, prove_head, response_hidden
+from tdpo.models.policy import disable_dropout, prove_head
 from tdpo.train.base import BatchMeanTrainer
 from tdpo.types import PackedBatch
 

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tdpo.config import TDPOConfig
-from tdpo.data.dataset import PairDataset, check_fits, collate, prepare_pairs
+from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
+from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.models.inside import open_forward, run_inside
 from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
 from tdpo.models.reference import FrozenCopy, Reference, check_same_vocabulary
 from tdpo.objectives import Objective
-from tdpo.score import PairScores, score_batch
+from tdpo.score import PairScores, batch_loss, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, logger
 from tdpo.train.metrics import DisplacementWatch, MetricSums
 from tdpo.types import PackedBatch
@@ -34,7 +35,7 @@ class TDPOTrainer(BatchMeanTrainer):
         model: The policy: a causal language model, a peft model, or a name to load.
         ref_model: The reference; by default a frozen copy of the policy as it is handed over.
         args: Options; see :class:`tdpo.TDPOConfig`.
-        data_collator: Takes the place of :func:`tdpo.data.dataset.collate`.
+        data_collator: Takes the place of :class:`tdpo.data.dataset.Collator`.
         train_dataset: Rows in any known format, records or tokenised pairs; see
             :func:`tdpo.data.dataset.prepare_pairs`.
         eval_dataset: The same, held out, or several of them by name.
@@ -84,7 +85,7 @@ class TDPOTrainer(BatchMeanTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or collate,
+            data_collator=data_collator or _collator(args.layout, [policy, *self.reference.models()]),
             train_dataset=None if train_dataset is None else _prepare(train_dataset, tokenizer, policy, args, "train"),
             eval_dataset=_prepare_each(eval_dataset, tokenizer, policy, args),
             processing_class=tokenizer,
@@ -97,14 +98,12 @@ class TDPOTrainer(BatchMeanTrainer):
         """Sum of the pairs' losses, and their scores; policy, head and loss run inside the model's forward."""
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
-        def step(policy: nn.Module) -> PairScores:
-            return score_batch(
-                policy, self.reference, batch, self.objective, self.args.backend, self.args.logits_budget
-            )
+        def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
+            return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self.args.logits_budget)
 
-        scores = run_inside(model, step)
+        total, scores = run_inside(model, step)
         self._sums.add(scores)
-        return scores.loss.sum(), scores
+        return total, scores
 
     def item_count(self, inputs: dict[str, Any]) -> int:
         """Pairs of a batch."""
@@ -146,6 +145,14 @@ class TDPOTrainer(BatchMeanTrainer):
     def _device_of_reference(self) -> None:
         if isinstance(self.reference, FrozenCopy) and self.place_model_on_device:
             self.reference.model.to(self.args.device)
+
+
+def _collator(layout: str, models: list[nn.Module]) -> Collator:
+    """Lays pairs out as ``layout`` says; one log line tells what was chosen and why."""
+    pack = packer(layout, models)
+    reason = tree_refusal(models) if layout == "auto" and pack is pack_padded else ""
+    logger.info("layout: %s%s", "trees" if pack is pack_trees else "padded rows", f" ({reason})" if reason else "")
+    return Collator(pack)
 
 
 def _reference(policy: nn.Module, ref_model: nn.Module | None, args: TDPOConfig) -> Reference:

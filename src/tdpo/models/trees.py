@@ -1,0 +1,163 @@
+"""Trees through a transformers model: the mask its attention needs, and the proof that it gives what sequences give.
+
+Whether a model can take trees depends on its attention, its positions and its mixing of tokens, and where it cannot,
+most models say nothing and compute something else. So a small probe runs two trees in one row and the same sequences
+one by one, and compares hidden states and gradients, before trees are used on a model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdpo.data.pack import pack_padded, pack_trees
+from tdpo.models.policy import body_states, causal_lm, evaluating
+from tdpo.types import PackedBatch, TokenisedPair
+
+PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+"""What models raise when they are handed a mask or positions they do not know; NotImplementedError is among them."""
+Masks = Tensor | dict[str, Tensor]
+LONGEST_PROBED_WINDOW = 48
+"""Sliding windows up to this length are crossed by the probe; longer ones follow the same formula."""
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """How a model takes trees, or why it does not.
+
+    Attributes:
+        refusal: Why not, in words; empty if it does.
+        masks: Builds what the model's ``attention_mask`` has to be for a batch.
+    """
+
+    refusal: str
+    masks: Callable[[PackedBatch], Masks] | None = None
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, TreePlan] = weakref.WeakKeyDictionary()
+
+
+def tree_plan(model: nn.Module) -> TreePlan:
+    """Probes the model, once, and says how it takes trees or why it must not be given any."""
+    lm = causal_lm(model)
+    if lm not in _plans:
+        _plans[lm] = _probe(lm)
+    return _plans[lm]
+
+
+def tree_states(model: nn.Module, batch: PackedBatch, **inputs: Any) -> Tensor:
+    """Hidden states ``[R, T, D]`` of a batch of trees.
+
+    Raises:
+        ValueError: if the model was refused; ask :func:`tree_plan` first.
+    """
+    plan = tree_plan(model)
+    if plan.masks is None:
+        raise ValueError(f"this model cannot run trees: {plan.refusal}")
+    return _states(model, batch, plan.masks, **inputs)
+
+
+def _states(model: nn.Module, batch: PackedBatch, masks: Callable[[PackedBatch], Masks], **inputs: Any) -> Tensor:
+    inputs = inputs or {"input_ids": batch.input_ids}
+    return body_states(model, position_ids=batch.position_ids, attention_mask=masks(batch), **inputs)
+
+
+def _probe(lm: Any) -> TreePlan:
+    implementation = getattr(lm.config, "_attn_implementation", None) or "eager"
+    if implementation not in ("eager", "sdpa"):
+        return TreePlan(f"its attention implementation {implementation} takes no mask of our own")
+    refusal = ""
+    for masks in _candidates(lm, implementation):
+        try:
+            misfit = _misfit(lm, masks)
+        except PROBE_ERRORS as error:
+            refusal = refusal or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        tolerance = 1e-3 if next(lm.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
+        if misfit < tolerance:
+            return TreePlan("", masks)
+        refusal = f"trees and separate sequences differ by {misfit:.1e} (relative)"
+    return TreePlan(refusal)
+
+
+def _candidates(lm: Any, implementation: str) -> list[Callable[[PackedBatch], Masks]]:
+    """Mask builders the model may want: one per layer type, one window for all layers, or no window."""
+    config = lm.config.get_text_config()
+    dtype = next(lm.parameters()).dtype
+    window = getattr(config, "sliding_window", None)
+
+    def mask(batch: PackedBatch, window: int | None) -> Tensor:
+        return _mask(batch, window, None if implementation == "sdpa" else dtype)
+
+    candidates: list[Callable[[PackedBatch], Masks]] = []
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds and kinds <= {"full_attention", "sliding_attention"}:
+        windows = {kind: window if kind == "sliding_attention" else None for kind in kinds}
+        candidates.append(lambda batch: {kind: mask(batch, size) for kind, size in windows.items()})
+    if window is not None:
+        candidates.append(lambda batch: mask(batch, window))
+    return [*candidates, lambda batch: mask(batch, None)]
+
+
+def _mask(batch: PackedBatch, window: int | None, additive: torch.dtype | None) -> Tensor:
+    """The tree mask ``[R, 1, T, T]``: bool for sdpa; for eager attention, which adds it, 0 and the lowest number."""
+    seen = batch.attends()
+    if window is not None:
+        seen = seen & (batch.position_ids[:, :, None] - batch.position_ids[:, None, :] < window)
+    # Padding sees itself: a row that sees nothing would be NaN, and NaN times a zero gradient stays NaN.
+    seen = (seen | torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device))[:, None]
+    if additive is None:
+        return seen
+    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill(~seen, torch.finfo(additive).min)
+
+
+def _misfit(lm: Any, masks: Callable[[PackedBatch], Masks]) -> float:
+    """Largest relative difference of hidden states, and of gradients in the embeddings, between trees and sequences."""
+    embedding = lm.get_input_embeddings()
+    pairs = _probe_pairs(lm)
+    states, gradients = [], []
+    with evaluating(lm), torch.enable_grad():
+        for batch in (pack_trees(pairs, capacity=10**6), pack_padded(pairs)):
+            batch = batch.to(embedding.weight.device)
+            embedded = embedding(batch.input_ids).detach().requires_grad_()
+            if batch.layout == "tree":
+                hidden = _states(lm, batch, masks, inputs_embeds=embedded)
+            else:
+                hidden = body_states(lm, inputs_embeds=embedded)
+            wanted = hidden.flatten(0, 1)[batch.source_index]
+            direction = torch.cos(0.7 * torch.arange(wanted.numel(), device=wanted.device)).view_as(wanted)
+            (gradient,) = torch.autograd.grad((wanted * direction.to(wanted.dtype)).sum(), embedded)
+            states.append(wanted.detach().float())
+            gradients.append(_by_place(gradient.float(), batch, len(pairs)))
+    return max(_difference(*states), _difference(*gradients))
+
+
+def _probe_pairs(lm: Any) -> list[TokenisedPair]:
+    """Two pairs of different shapes, the first long enough to leave a short sliding window behind."""
+    config = lm.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    prompt = 7 + (window if window <= LONGEST_PROBED_WINDOW else 0)
+    ids = [3 + (7 * i) % max(min(config.vocab_size, 50) - 3, 1) for i in range(prompt + 40)]
+    first = TokenisedPair(ids[:prompt], ids[prompt : prompt + 6], ids[prompt + 9 : prompt + 14])
+    return [first, TokenisedPair(ids[5:8], ids[20:23], ids[24:31])]
+
+
+def _by_place(gradient_RTD: Tensor, batch: PackedBatch, pairs: int) -> Tensor:
+    """Gradients added up per pair, branch and position, so that the two layouts can be held against each other."""
+    row = torch.arange(batch.input_ids.shape[0], device=gradient_RTD.device)[:, None]
+    pair = batch.tree_ids if batch.layout == "tree" else (row // 2).expand_as(batch.tree_ids)
+    real = batch.tree_ids >= 0
+    width = 128
+    places = torch.zeros(pairs * 3 * width, gradient_RTD.shape[-1], device=gradient_RTD.device)
+    index = (pair * 3 + batch.branch_ids) * width + batch.position_ids
+    return places.index_add(0, index[real], gradient_RTD[real])
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)).item()
+    return error if error == error else float("inf")

@@ -1,0 +1,169 @@
+"""The fused loss equals the specification followed by the objective, values and gradients, whatever the budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numeric_worlds import OBJECTIVE_PARAMETERS, HeadProblem, head_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tdpo import objectives, ops
+from tdpo.ops.fused import GROUP_BUFFERS
+from tdpo.types import PairStats
+
+LENGTHS = [3, 5, 4, 4, 9, 1, 2, 2]
+TOKENS = sum(LENGTHS)
+BUDGET_ROWS = {"token by token": 0, "a pair at a time": 8, "two pairs": 16, "all at once": 1000}
+every_budget = pytest.mark.parametrize("rows", BUDGET_ROWS.values(), ids=BUDGET_ROWS.keys())
+every_objective = pytest.mark.parametrize(("name", "parameters"), OBJECTIVE_PARAMETERS)
+
+
+def budget(rows: int, problem: HeadProblem) -> int:
+    return max(1, rows * problem.policy.head.vocab_size * problem.policy.states.dtype.itemsize * GROUP_BUFFERS)
+
+
+def specified(problem: HeadProblem, objective: objectives.Objective) -> tuple[torch.Tensor, PairStats, ops.TokenStats]:
+    """The naive statistics, summed by hand, and the objective's loss."""
+    tokens = ops.response_stats(problem.policy, problem.reference, problem.labels, "naive")
+
+    def sums(values: torch.Tensor) -> list[torch.Tensor]:
+        return [part.sum() for part in values.split(LENGTHS)]
+
+    ratio, kl = sums(tokens.logp - tokens.ref_logp), sums(tokens.kl)
+    stats = PairStats(*(torch.stack(part) for part in (ratio[::2], ratio[1::2], kl[::2], kl[1::2])))
+    return objective(stats).loss, stats, tokens
+
+
+@every_budget
+@every_objective
+@pytest.mark.parametrize(
+    "extras", [{}, {"bias": True, "scale": 0.7, "soft_cap": 3.0}, {"ref_width": 5}], ids=["plain", "finished", "width"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_and_gradients_are_the_specifications(dtype, extras, name, parameters, rows) -> None:
+    problem = head_problem(tokens=TOKENS, **extras).cast(dtype)
+    objective = objectives.build(name, **parameters)
+    loss, stats, tokens = specified(problem, objective)
+    fused = ops.pair_loss(problem.policy, problem.reference, problem.labels, LENGTHS, objective, budget(rows, problem))
+    rtol = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(fused.outcome.loss, loss, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(fused.total, loss.sum(), rtol=rtol, atol=rtol)
+    for column in ("chosen_logratio", "rejected_logratio", "chosen_kl", "rejected_kl"):
+        torch.testing.assert_close(getattr(fused.stats, column), getattr(stats, column), rtol=rtol, atol=rtol)
+    for column in ("logp", "ref_logp", "kl"):
+        torch.testing.assert_close(getattr(fused.tokens, column), getattr(tokens, column), rtol=rtol, atol=rtol)
+    ours = torch.autograd.grad(1.7 * fused.total, problem.leaves)
+    theirs = torch.autograd.grad(1.7 * loss.sum(), problem.leaves)
+    for our, their in zip(ours, theirs, strict=True):
+        assert ((our - their).abs().max() / their.abs().max()) < 10 * rtol
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products with the vocabulary, and remembers the largest tensor made."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.count, self.largest = vocab, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        name = str(function)
+        if name.startswith(("aten.mm", "aten.addmm")) and any(
+            self.vocab in tensor.shape for tensor in args if isinstance(tensor, torch.Tensor)
+        ):
+            self.count += 1
+        if isinstance(output, torch.Tensor):
+            self.largest = max(self.largest, output.numel())
+        return output
+
+
+@pytest.mark.parametrize(
+    ("trained", "products"),
+    [((True, True), 4), ((True, False), 3), ((False, True), 3), ((False, False), 2)],
+    ids=["head trained", "head frozen", "states frozen", "nothing trained"],
+)
+def test_one_group_takes_the_fewest_products(trained: tuple[bool, bool], products: int) -> None:
+    problem = head_problem(tokens=TOKENS).cast(torch.float32)
+    for leaf, wanted in zip(problem.leaves[:2], trained, strict=True):
+        leaf.requires_grad_(wanted)
+    with Products(problem.policy.head.vocab_size) as counted:
+        fused = ops.pair_loss(problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo2())
+        if any(trained):
+            fused.total.backward()
+    assert counted.count == products
+
+
+def test_without_grad_mode_only_the_logits_are_made() -> None:
+    problem = head_problem(tokens=TOKENS).cast(torch.float32)
+    with torch.no_grad(), Products(problem.policy.head.vocab_size) as counted:
+        ops.pair_loss(problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo2())
+    assert counted.count == 2
+
+
+def test_memory_is_that_of_a_group_not_of_all_tokens() -> None:
+    problem = head_problem(tokens=TOKENS, vocab=3000).cast(torch.float32)
+    with Products(3000) as counted:
+        fused = ops.pair_loss(
+            problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo2(), budget(10, problem)
+        )
+        fused.total.backward()
+    assert counted.largest <= 10 * 3000 < TOKENS * 3000
+    weight = problem.policy.head.weight.numel()
+    assert weight < 10 * 3000 or counted.largest == weight
+
+
+def test_only_the_total_is_differentiable_and_only_once() -> None:
+    problem = head_problem(tokens=TOKENS).cast(torch.float32)
+    fused = ops.pair_loss(problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo1())
+    parts = (fused.outcome.loss, fused.outcome.chosen_reward, fused.stats.chosen_kl, fused.tokens.logp)
+    assert fused.total.requires_grad and not any(part.requires_grad for part in parts)
+    fused.total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        fused.total.backward()
+
+
+def test_the_kl_can_be_left_out_where_it_is_not_needed() -> None:
+    problem = head_problem(tokens=TOKENS).cast(torch.float64)
+    arguments = (problem.policy, problem.reference, problem.labels, LENGTHS)
+    with_kl, without = (ops.pair_loss(*arguments, objectives.dpo(), with_kl=with_kl) for with_kl in (True, False))
+    assert (without.tokens.kl == 0).all() and (with_kl.tokens.kl > 0).all()
+    for ours, theirs in zip(
+        torch.autograd.grad(without.total, problem.leaves),
+        torch.autograd.grad(with_kl.total, problem.leaves),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="needs the KL"):
+        ops.pair_loss(*arguments, objectives.tdpo2(), with_kl=False)
+
+
+def test_lengths_that_do_not_add_up_are_refused() -> None:
+    problem = head_problem(tokens=TOKENS).cast(torch.float64)
+    for lengths in (LENGTHS[:-1], [*LENGTHS[:-1], 3]):
+        with pytest.raises(ValueError, match="are not 2P counts"):
+            ops.pair_loss(problem.policy, problem.reference, problem.labels, lengths, objectives.dpo())
+
+
+def test_half_precision_is_no_worse_than_eager() -> None:
+    """Against float64 truth on the rounded inputs, the gradients err no more than eager bfloat16's."""
+    objective = objectives.tdpo1(0.3)
+    rounded = head_problem(tokens=TOKENS).cast(torch.bfloat16)
+    truth = rounded.cast(torch.float64)
+    eager = rounded.cast(torch.bfloat16)
+    loss, _, _ = specified(truth, objective)
+    true_gradients = torch.autograd.grad(loss.sum(), truth.leaves)
+    fused = ops.pair_loss(rounded.policy, rounded.reference, rounded.labels, LENGTHS, objective)
+    ours = torch.autograd.grad(fused.total, rounded.leaves)
+    eager_logits = eager.policy.states @ eager.policy.head.weight.t()
+    logp = eager_logits.log_softmax(-1)
+    ref_logp = (eager.reference.states @ eager.reference.head.weight.t()).log_softmax(-1)
+    kl = (ref_logp.exp() * (ref_logp - logp)).sum(-1)
+    picked = [x.gather(1, eager.labels[:, None])[:, 0] for x in (logp, ref_logp)]
+    ratio = [part.sum() for part in (picked[0] - picked[1]).split(LENGTHS)]
+    sums = [part.sum() for part in kl.split(LENGTHS)]
+    stats = PairStats(*(torch.stack(part) for part in (ratio[::2], ratio[1::2], sums[::2], sums[1::2])))
+    eager_gradients = torch.autograd.grad(objective(stats).loss.sum(), eager.leaves)
+    for our, theirs, true in zip(ours, eager_gradients, true_gradients, strict=True):
+        error, eager_error = (our.double() - true).abs(), (theirs.double() - true).abs()
+        assert error.max() <= eager_error.max() + 1e-6
+        assert error.mean() <= eager_error.mean() + 1e-7
