@@ -1,0 +1,230 @@
+"""One training step on real preference pairs: ours, the arithmetic of the authors' code, and TRL's plain DPO.
+
+Run it without --implementation to compare all, each in processes of its own that take turns:
+
+    python benchmarks/step.py --pairs harmless-base_test.jsonl.gz --tokenizer EleutherAI/pythia-160m
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tdpo import objectives, ops
+from tdpo.data.dataset import prepare_pairs
+from tdpo.data.pack import pack_padded, pack_trees
+from tdpo.data.sources import read_source
+from tdpo.data.tokenise import Lengths, Tokeniser
+from tdpo.models.hidden import response_hidden
+from tdpo.models.reference import FrozenCopy
+from tdpo.score import batch_loss
+from tdpo.types import PackedBatch, PairStats, TokenisedPair
+
+Step = Callable[[], Tensor]
+IMPLEMENTATIONS = ("tdpo2", "dpo", "dpo-without-kl", "tdpo2-padded", "tdpo2-padded-naive", "trl-dpo")
+
+
+def models(vocab_size: int, max_length: int) -> tuple[nn.Module, FrozenCopy]:
+    """A Llama of width 256 with 4 layers and a tied head, and a reference that differs a little."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+    )
+    reference = LlamaForCausalLM(config)
+    policy = copy.deepcopy(reference)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return policy.train(), FrozenCopy(reference)
+
+
+def authors_loss(policy: nn.Module, reference: nn.Module, batch: PackedBatch, beta: float, alpha: float) -> Tensor:
+    """Mean TDPO2 loss by the authors' arithmetic: whole [2P, T, V] logits of both models, every position."""
+    mask = (batch.tree_ids >= 0).long()
+    logits = policy(input_ids=batch.input_ids, attention_mask=mask).logits.to(torch.float32)
+    with torch.no_grad():
+        ref_logits = reference(input_ids=batch.input_ids, attention_mask=mask).logits.to(torch.float32)
+    labels, response = batch.input_ids[:, 1:], batch.branch_ids[:, 1:] > 0
+    probabilities = ref_logits[:, :-1].softmax(-1)
+    log_probabilities, ref_log_probabilities = logits[:, :-1].log_softmax(-1), ref_logits[:, :-1].log_softmax(-1)
+    kl = (probabilities * (ref_log_probabilities - log_probabilities)).sum(-1)
+    index = labels[..., None]
+    ratio = (log_probabilities.gather(2, index) - ref_log_probabilities.gather(2, index))[..., 0]
+    ratio, kl = (ratio * response).sum(-1), (kl * response).sum(-1)
+    stats = PairStats(ratio[::2], ratio[1::2], kl[::2], kl[1::2])
+    return objectives.tdpo2(beta, alpha)(stats).loss.mean()
+
+
+def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tokenizer: Any) -> Step:
+    """The forward of one implementation's step, as a function that gives its mean loss."""
+    if name == "trl-dpo":
+        return trl_step(policy, reference, pairs, tokenizer)
+    if name == "tdpo2-padded-naive":
+        batch = pack_padded(pairs)
+        return lambda: authors_loss(policy, reference.model, batch, 0.1, 0.5)
+    objective = objectives.dpo(0.1) if name.startswith("dpo") else objectives.tdpo2(0.1, 0.5)
+    pack = pack_padded if name.endswith("padded") else pack_trees
+    if name == "dpo-without-kl":
+
+        def without_kl() -> Tensor:
+            batch = pack(pairs)
+            hidden, ref_hidden = response_hidden(policy, batch), reference.hidden(batch)
+            return ops.pair_loss(hidden, ref_hidden, batch.labels, batch.lengths, objective, with_kl=False).total
+
+        return lambda: without_kl() / len(pairs)
+    return lambda: batch_loss(policy, reference, pack(pairs), objective)[0] / len(pairs)
+
+
+def trl_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tokenizer: Any) -> Step:
+    """The loss of TRL's DPOTrainer on the same token ids, by its own collator and loss."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [{column: list(getattr(pair, column)) for column in columns} for pair in pairs]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    args = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), beta=0.1, max_length=None, use_cpu=True,
+        report_to="none", bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    trainer = DPOTrainer(
+        model=policy, ref_model=reference.model, args=args, train_dataset=text, processing_class=tokenizer
+    )
+    batch = trainer.data_collator(rows)
+    return lambda: trainer.compute_loss(policy, dict(batch))
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Times one implementation in this process: median seconds of a forward and backward, and memory above models."""
+    torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    rows = read_source(options.pairs, "train")[: options.rows]
+    dataset = prepare_pairs(rows, Tokeniser(tokenizer, Lengths(512, 256)))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    pairs = [dataset.pairs[index] for index in order[: options.batch_size]]
+    policy, reference = models(len(tokenizer), 512)
+    step = step_of(options.implementation, policy, reference, pairs, tokenizer)
+    before = resident(peak=False)
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    seconds, loss = [], torch.zeros(())
+    for _ in range(options.repetitions + 1):
+        start = time.perf_counter()
+        loss = step()
+        loss.backward()
+        seconds.append(time.perf_counter() - start)
+        norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm()
+        policy.zero_grad()
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "mebibytes": (resident(peak=True) - before) / 2**20,
+        "loss": loss.item(),
+        "gradient_norm": norm.item(),
+        "response_tokens": float(sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)),
+    }
+
+
+def resident(peak: bool) -> int:
+    """Resident bytes of this process now, or at their peak (Linux)."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs every implementation in turn, round after round, and gives a row each."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in options.compare}
+    for number in range(options.rounds):
+        for name in options.compare:
+            words = [sys.executable, __file__, *sys.argv[1:], "--implementation", name, "--seed", str(number)]
+            told = subprocess.run(words, capture_output=True, text=True)
+            if told.returncode:
+                print(f"{name}: {told.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                continue
+            results[name].append(json.loads(told.stdout.strip().splitlines()[-1]))
+            print(f"round {number + 1}: {name:20s} {results[name][-1]}", file=sys.stderr)
+    return [row(name, runs, results["tdpo2"]) for name, runs in results.items() if runs]
+
+
+def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians over rounds, and the ratios to ours round by round."""
+    ratios = sorted(run["seconds"] / our["seconds"] for run, our in zip(runs, ours, strict=False))
+    memory = sorted(run["mebibytes"] / our["mebibytes"] for run, our in zip(runs, ours, strict=False))
+    return {
+        "implementation": name,
+        "seconds": round(statistics.median(run["seconds"] for run in runs), 3),
+        "time_over_tdpo2": round(statistics.median(ratios), 2),
+        "time_over_tdpo2_min": round(ratios[0], 2),
+        "time_over_tdpo2_max": round(ratios[-1], 2),
+        "mebibytes": round(statistics.median(run["mebibytes"] for run in runs)),
+        "memory_over_tdpo2": round(statistics.median(memory), 2),
+        "loss_first_round": round(runs[0]["loss"], 6),
+        "gradient_norm_first_round": round(runs[0]["gradient_norm"], 6),
+    }
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures belong to."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "cpu": cpu, "threads": options.threads, "torch": torch.__version__, "transformers": transformers.__version__,
+        "commit": commit, "batch_size": options.batch_size, "rounds": options.rounds,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measures one implementation, or compares all and writes a CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", required=True, help="preference data, any format tdpo reads")
+    parser.add_argument("--tokenizer", required=True, help="name or folder")
+    parser.add_argument("--rows", type=int, default=400, help="rows of the data to draw pairs from")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--repetitions", type=int, default=3, help="timed steps per process, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per implementation, each with other pairs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="measure this one here and print JSON")
+    parser.add_argument("--csv", default="benchmarks/results/step.csv")
+    options = parser.parse_args()
+    if options.implementation:
+        print(json.dumps(measure(options)))
+        return
+    named = machine(options)
+    rows = [{**result, **named} for result in compare(options)]
+    with open(options.csv, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for result in rows:
+        print({key: value for key, value in result.items() if key not in named})
+
+
+if __name__ == "__main__":
+    main()
