@@ -39,6 +39,10 @@ class PairDataset(Dataset[TokenisedPair]):
     def __iter__(self) -> Iterator[TokenisedPair]:
         return iter(self.pairs)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each pair, its prompt counted once."""
+        return [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.pairs]
+
 
 @dataclass(frozen=True)
 class Collator:

@@ -48,6 +48,10 @@ class SFTDataset(Dataset[SFTExample]):
     def __iter__(self) -> Iterator[SFTExample]:
         return iter(self.examples)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example.prompt_ids) + len(example.response_ids) for example in self.examples]
+
 
 def collate_sft(examples: Sequence[SFTExample]) -> dict[str, Any]:
     """A batch as the loader delivers it: the fields of a :class:`~tdpo.types.PackedBatch`."""

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from tdpo.config import RunOptions
 from tdpo.errors import UserError
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
+from tdpo.train.sampling import BalancedSampler
 
 logger = logging.getLogger("tdpo")
 
@@ -52,6 +53,19 @@ class BatchMeanTrainer(Trainer):
     def rows_of(self, inputs: dict[str, Any]) -> str:
         """The source rows of a batch in words, for the message about a loss that is not finite."""
         raise NotImplementedError("abstract: a subclass names its rows")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of training: shuffled or as it is, dealt to micro-batches of equal work."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return BalancedSampler(
+            dataset.lengths(),
+            self._train_batch_size,
+            self.args.gradient_accumulation_steps * self.accelerator.num_processes,
+            None if self.args.train_sampling_strategy == "sequential" else seed,
+        )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Collects the micro-batches of one optimizer step and counts the items of all processes in them."""
