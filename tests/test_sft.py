@@ -76,8 +76,8 @@ def test_the_loss_is_transformers_own_on_response_tokens(tmp_path: Path, tokeniz
         labels = torch.tensor([[-100] * len(example.prompt_ids) + example.response_ids])
         total += model(input_ids=ids, labels=labels).loss.item() * len(example.response_ids)
         count += len(example.response_ids)
-    for batch_size in (1, 3, 8):
-        args = config(tmp_path, per_device_eval_batch_size=batch_size)
+    for batch_size, layout in ((1, "padded"), (3, "tree"), (8, "padded"), (8, "tree")):
+        args = config(tmp_path, per_device_eval_batch_size=batch_size, layout=layout)
         trainer = SFTTrainer(model, args, eval_dataset=rows, processing_class=tokenizer)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
 
@@ -86,9 +86,10 @@ def test_accumulation_equals_the_large_batch_token_by_token(tmp_path: Path, toke
     """Micro-batches hold different numbers of tokens; a mean of means would differ."""
     rows = [{"prompt": "The", "completion": " river" * (1 + 3 * i)} for i in range(8)]
     ends = []
-    for micro, steps in ((8, 1), (2, 4), (3, 3)):
+    for micro, steps, layout in ((8, 1, "padded"), (2, 4, "padded"), (3, 3, "padded"), (8, 1, "tree")):
         model = make_model(len(tokenizer))
         options = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 2, "train_sampling_strategy": "sequential"}
+        options["layout"] = layout
         args = config(tmp_path, per_device_train_batch_size=micro, gradient_accumulation_steps=steps, **options)
         trainer = SFTTrainer(model, args, rows, processing_class=tokenizer)
         trainer.train()

@@ -147,17 +147,23 @@ class ObjectiveOptions:
 
 
 @dataclass
-class ScoringOptions:
-    """How pairs are laid out and scored; none of it changes a result."""
+class LayoutOptions:
+    """How sequences share rows; none of it changes a result."""
 
     layout: str = field(
         default="auto",
         metadata={
-            "help": "How sequences share rows: tree runs each prompt once, padded each response in a row of its own; "
-            "auto is tree where a probe proves it on the model.",
+            "help": "tree packs sequences into shared rows and runs a prompt once, padded gives each a row; auto is tree "
+            "where a probe proves it on the model.",
             "choices": ["auto", "tree", "padded"],
         },
     )
+
+
+@dataclass
+class ScoringOptions(LayoutOptions):
+    """How pairs are scored; none of it changes a result."""
+
     backend: Backend = field(
         default="auto",
         metadata={
@@ -237,7 +243,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
 
 
 @dataclass
-class SFTConfig(LengthOptions, RunOptions):
+class SFTConfig(LengthOptions, LayoutOptions, RunOptions):
     """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})

@@ -8,6 +8,7 @@ at the last token of a branch, so it is not part of the row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -55,37 +56,68 @@ def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0) -> PackedBatch
         >>> batch.source_index.tolist(), batch.labels.tolist(), batch.sequence_ids.tolist()
         ([1, 1, 2, 3, 4, 3], [7, 8, 9, 2, 3, 4], [0, 1, 1, 2, 2, 3])
     """
-    lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) - 2 for p in pairs]
-    places, row_lengths = _first_fit_decreasing(lengths, max(capacity, *lengths) if lengths else capacity)
-    width = max(row_lengths)
-    columns: list[list[list[int]]] = [[], [], [], []]
-    for _ in row_lengths:
-        for column, fill in zip(columns, (PADDING_ID, 0, -1, -1), strict=True):
-            column.append([fill] * width)
+    trees = [Tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
+    return _forest(trees, list(range(2 * len(pairs))), [pair.row for pair in pairs], capacity)
+
+
+def pack_sequence_trees(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: Sequence[int] | None = None, capacity: int = 0
+) -> PackedBatch:
+    """Single sequences as trees of one branch, several a row; otherwise as :func:`pack_sequences`.
+
+    Example:
+        >>> batch = pack_sequence_trees([[5, 6], [5], [3]], [[7, 8, 9], [8, 9], [4, 4]])
+        >>> batch.input_ids.tolist(), batch.source_index.tolist()
+        ([[5, 6, 7, 8], [5, 8, 3, 4]], [1, 2, 3, 4, 5, 6, 7])
+    """
+    trees = [Tree(prompt, (response,)) for prompt, response in zip(prompts, responses, strict=True)]
+    return _forest(trees, list(range(0, 2 * len(trees), 2)), list(rows or [0] * len(trees)), capacity)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt and the responses that branch off it."""
+
+    prompt: list[int]
+    branches: tuple[list[int], ...]
+
+    def __len__(self) -> int:
+        """Tokens it takes in a row: the last one of a branch predicts nothing and stays out."""
+        return len(self.prompt) + sum(len(branch) - 1 for branch in self.branches)
+
+
+def _forest(trees: Sequence[Tree], sequence_ids: list[int], pair_rows: list[int], capacity: int) -> PackedBatch:
+    """Trees in rows; ``sequence_ids`` says which sequence each branch is, in the order of trees and branches."""
+    lengths = [len(tree) for tree in trees]
+    places, filled = _first_fit_decreasing(lengths, max(capacity, *lengths))
+    shape = len(filled), max(filled)
+    input_ids, position_ids = torch.full(shape, PADDING_ID), torch.zeros(shape, dtype=torch.int64)
+    tree_ids, branch_ids = torch.full(shape, -1), torch.full(shape, -1)
     source: list[int] = []
-    for tree, (pair, (row, start)) in enumerate(zip(pairs, places, strict=True)):
-        prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids) - 1, len(pair.rejected_ids) - 1
-        stop = start + lengths[tree]
-        ids = [*pair.prompt_ids, *pair.chosen_ids[:-1], *pair.rejected_ids[:-1]]
-        positions = [*range(prompt + chosen), *range(prompt, prompt + rejected)]
-        branches = [0] * prompt + [1] * chosen + [2] * rejected
-        for column, values in zip(columns, (ids, positions, [tree] * len(ids), branches), strict=True):
-            column[row][start:stop] = values
-        fork = row * width + start + prompt - 1
-        source += range(fork, fork + chosen + 1)
-        source += [fork, *range(fork + chosen + 1, fork + chosen + rejected + 1)]
-    input_ids, position_ids, tree_ids, branch_ids = (torch.tensor(column) for column in columns)
-    responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    for number, (tree, (row, start)) in enumerate(zip(trees, places, strict=True)):
+        fork, stop = start + len(tree.prompt) - 1, start + lengths[number]
+        ids, positions, branches = list(tree.prompt), list(range(len(tree.prompt))), [0] * len(tree.prompt)
+        for branch, response in enumerate(tree.branches, 1):
+            first = row * shape[1] + start + len(ids)
+            source += [row * shape[1] + fork, *range(first, first + len(response) - 1)]
+            ids += response[:-1]
+            positions += range(len(tree.prompt), len(tree.prompt) + len(response) - 1)
+            branches += [branch] * (len(response) - 1)
+        for field, values in ((input_ids, ids), (position_ids, positions), (branch_ids, branches)):
+            field[row, start:stop] = torch.tensor(values)
+        tree_ids[row, start:stop] = number
+    responses = [branch for tree in trees for branch in tree.branches]
+    counts = [len(response) for response in responses]
     return PackedBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         tree_ids=tree_ids,
         branch_ids=branch_ids,
         source_index=torch.tensor(source),
-        labels=torch.cat([torch.tensor(ids) for ids in responses]),
-        sequence_ids=torch.repeat_interleave(torch.tensor([len(ids) for ids in responses])),
-        pair_rows=torch.tensor([pair.row for pair in pairs]),
-        lengths=tuple(len(ids) for ids in responses),
+        labels=torch.cat([torch.tensor(response) for response in responses]),
+        sequence_ids=torch.repeat_interleave(torch.tensor(sequence_ids), torch.tensor(counts)),
+        pair_rows=torch.tensor(pair_rows),
+        lengths=_both_sides(sequence_ids, counts),
         layout="tree",
     )
 

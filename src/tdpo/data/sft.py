@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from tdpo.data.formats import DataReport, OnBadRow, RowError, convert, detect_format, is_empty, text_of, to_records
-from tdpo.data.pack import pack_sequences
+from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.sources import SourceRow, from_memory
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
@@ -53,10 +53,21 @@ class SFTDataset(Dataset[SFTExample]):
         return [len(example.prompt_ids) + len(example.response_ids) for example in self.examples]
 
 
-def collate_sft(examples: Sequence[SFTExample]) -> dict[str, Any]:
-    """A batch as the loader delivers it: the fields of a :class:`~tdpo.types.PackedBatch`."""
-    prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
-    return pack_sequences(prompts, responses, [e.row for e in examples]).as_dict()
+@dataclass(frozen=True)
+class SFTCollator:
+    """Makes a batch as the loader delivers it: the fields of a :class:`~tdpo.types.PackedBatch`.
+
+    Attributes:
+        packed: Whether several examples share a row, each blind to the others.
+    """
+
+    packed: bool
+
+    def __call__(self, examples: Sequence[SFTExample]) -> dict[str, Any]:
+        """The batch of some examples."""
+        pack = pack_sequence_trees if self.packed else pack_sequences
+        prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
+        return pack(prompts, responses, [e.row for e in examples]).as_dict()
 
 
 def prepare_sft(

@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tdpo import ops
 from tdpo.config import SFTConfig
-from tdpo.data.sft import SFTDataset, collate_sft, prepare_sft
+from tdpo.data.pack import pack_trees
+from tdpo.data.sft import SFTCollator, SFTDataset, prepare_sft
 from tdpo.data.tokenise import Tokeniser
 from tdpo.models.hidden import response_hidden
 from tdpo.models.inside import open_forward, run_inside
 from tdpo.models.policy import disable_dropout, prove_head
+from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer
 from tdpo.types import PackedBatch
 
@@ -63,7 +65,7 @@ class SFTTrainer(BatchMeanTrainer):
         super().__init__(
             model=loaded,
             args=args,
-            data_collator=collate_sft,
+            data_collator=SFTCollator(packed=packer(args.layout, [loaded]) is pack_trees),
             train_dataset=prepared(train_dataset, "train"),
             eval_dataset=prepared(eval_dataset, "eval"),
             processing_class=processing_class,
