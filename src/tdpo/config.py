@@ -153,8 +153,8 @@ class LayoutOptions:
     layout: str = field(
         default="auto",
         metadata={
-            "help": "tree packs sequences into shared rows and runs a prompt once, padded gives each a row; auto is tree "
-            "where a probe proves it on the model.",
+            "help": "tree packs sequences into shared rows and runs a prompt once, padded gives each a row; auto is "
+            "tree where a probe proves it on the model.",
             "choices": ["auto", "tree", "padded"],
         },
     )
