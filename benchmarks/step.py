@@ -117,14 +117,18 @@ def trl_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tok
     return lambda: trainer.compute_loss(policy, dict(batch))
 
 
+def draw_pairs(data: str, tokenizer: str, rows: int, count: int, seed: int) -> tuple[list[TokenisedPair], Any]:
+    """Some pairs among the first rows of a dataset, at most 512 tokens a sequence, and the tokenizer."""
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    dataset = prepare_pairs(read_source(data, "train")[:rows], Tokeniser(loaded, Lengths(512, 256)))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [dataset.pairs[index] for index in order[:count]], loaded
+
+
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Times one implementation in this process: median seconds of a forward and backward, and memory above models."""
     torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    rows = read_source(options.pairs, "train")[: options.rows]
-    dataset = prepare_pairs(rows, Tokeniser(tokenizer, Lengths(512, 256)))
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    pairs = [dataset.pairs[index] for index in order[: options.batch_size]]
+    pairs, tokenizer = draw_pairs(options.pairs, options.tokenizer, options.rows, options.batch_size, options.seed)
     policy, reference = models(len(tokenizer), 512)
     step = step_of(options.implementation, policy, reference, pairs, tokenizer)
     before = resident(peak=False)
