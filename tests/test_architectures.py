@@ -377,6 +377,19 @@ def test_resizing_the_vocabulary_after_the_proof_keeps_head_and_logits_together(
     torch.testing.assert_close(scores.stats.chosen_kl, plain.chosen_kl, rtol=1e-8, atol=1e-9)
 
 
+def test_a_model_that_sees_the_future_is_refused():
+    config = hf.Gemma3TextConfig(**GEMMA, **ALTERNATING, use_bidirectional_attention=True)
+    with pytest.raises(UserError, match="lets a token see those after it"):
+        prove_head(build("gemma3", torch.float32, config))
+
+
+def test_weights_that_are_not_finite_are_called_so():
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        prove_head(model)
+
+
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 

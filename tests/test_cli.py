@@ -72,12 +72,14 @@ def test_version_is_printed(capsys: pytest.CaptureFixture) -> None:
 def test_yaml_and_command_line_are_one_grammar(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
-        "model_name_or_path: m\ndataset_name: d\noutput_dir: o\nlearning_rate: 5e-6\nbeta: 0.3\nresume: true\n"
+        "eval_strategy: no\nmodel_name_or_path: m\ndataset_name: d\noutput_dir: o\nlearning_rate: 5e-6\n"
+        "beta: 0.3\nresume: true\n"
         "report_to: none\nlr_scheduler_kwargs: {num_cycles: 2}\neval_dataset_name: null\n"
     )
     model, _, data, args = parse("train", "", TRAIN_OPTIONS, ["--config", str(file), "--beta", "0.5", "--use_cpu"])
     assert (model.model_name_or_path, data.dataset_name, data.eval_dataset_name) == ("m", "d", None)
     assert (args.learning_rate, args.beta, args.resume) == (5e-6, 0.5, True)
+    assert args.eval_strategy == "no"
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
@@ -187,11 +189,83 @@ def test_output_that_would_be_lost_is_protected(
     words = train(model_folder, pairs_file, tmp_path / "out")
     assert main([str(word) for word in words]) == 0
     capsys.readouterr()
-    assert "already holds config.json, model.safetensors: --resume" in mistake(capsys, *words)
+    assert "already holds config.json, model.safetensors, training_args.bin: --resume" in mistake(capsys, *words)
     assert main([str(word) for word in [*words, "--overwrite_output_dir"]]) == 0
     (tmp_path / "file").write_text("")
     capsys.readouterr()
     assert "cannot be written" in mistake(capsys, *train(model_folder, pairs_file, tmp_path / "file" / "out"))
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run(
+    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, model_folder: Path
+) -> None:
+    out = tmp_path / "out"
+    words = train(model_folder, pairs_file, out, "--save_strategy", "steps", "--save_steps", "1")
+    assert main([str(word) for word in words]) == 0
+    for name in ("adapter_config.json", "chat_template.jinja", "keep.txt"):
+        (out / name).write_text("{}")
+    again = [*train(model_folder, pairs_file, out), "--overwrite_output_dir"]
+    assert main([str(word) for word in again]) == 0
+    left = {path.name for path in out.iterdir()}
+    assert not left & {"checkpoint-1", "checkpoint-2", "adapter_config.json", "chat_template.jinja"}
+    assert {"keep.txt", "model.safetensors"} <= left
+    capsys.readouterr()
+    assert "contradict each other" in mistake(capsys, *again, "--resume")
+    own = train(out, pairs_file, out, "--overwrite_output_dir")
+    assert "is the folder a model is read from" in mistake(capsys, *own)
+    assert (out / "model.safetensors").is_file()
+
+
+def test_resume_goes_on_from_the_newest_checkpoint(
+    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, model_folder: Path
+) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", "1", "--lr_scheduler_type", "constant"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, steps, more in ((whole, 2, []), (parts, 1, []), (parts, 2, ["--resume"])):
+        words = train(model_folder, pairs_file, out, *saving, "--max_steps", steps, *more)
+        assert main([str(word) for word in words]) == 0
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+
+
+def test_mistakes_that_transformers_notices_are_told_in_words(
+    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, model_folder: Path
+) -> None:
+    def told(*more: object) -> str:
+        return mistake(capsys, *train(model_folder, pairs_file, tmp_path / "out", *more))
+
+    assert "--per_device_train_batch_size must be at least 1, got 0" in told("--per_device_train_batch_size", 0)
+    assert "--learning_rate must be at least 0, got nan" in told("--learning_rate", "nan")
+    assert "--logits_budget must be at least 1" in told("--logits_budget", "-5")
+    assert "--bf16_full_eval" in told("--bf16_full_eval")
+    assert "eval_dataset" in told("--eval_strategy", "epoch")
+    assert "nonsense" in told("--lr_scheduler_type", "nonsense")
+    assert "tensorboard" in told("--report_to", "tensorboard").lower()
+    held_out = ["--eval_dataset_name", pairs_file, "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1]
+    best = ["--save_strategy", "steps", "--load_best_model_at_end", "--metric_for_best_model", "eval_accuracy"]
+    assert "--metric_for_best_model eval_accuracy: no such metric" in told(*held_out, *best)
+
+
+def test_a_model_without_a_head_is_not_given_a_random_one(
+    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, tokenizer: Any
+) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    config = make_model(len(tokenizer)).config
+    config.tie_word_embeddings, config.pad_token_id = False, 0
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    told = mistake(capsys, *train(tmp_path / "classifier", pairs_file, tmp_path / "out"))
+    assert "lacks weights of LlamaForCausalLM, which would be drawn at random: lm_head.weight" in told
+
+
+def test_square_brackets_in_a_path_are_only_characters(
+    capsys: pytest.CaptureFixture, tmp_path: Path, model_folder: Path
+) -> None:
+    folder = tmp_path / "[bold]" / "[" / "b]"
+    folder.mkdir(parents=True)
+    data = write_jsonl(folder / "pairs.jsonl", preference_rows(4))
+    assert main([str(word) for word in train(model_folder, data, folder / "[out]")]) == 0
+    assert f"saved to {folder}/[out]" in capsys.readouterr().out
 
 
 def test_train_and_eval_write_one_flat_object(

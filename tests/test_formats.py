@@ -67,6 +67,7 @@ def test_identical_responses_are_dropped_and_counted() -> None:
         ("chosen", 17, "field 'chosen' must be a text or a list of chat messages, found the number 17"),
         ("prompt", None, "field 'prompt' must be a text or a list of chat messages, found null"),
         ("rejected", "  ", "field 'rejected' is an empty response"),
+        ("chosen", "half \ud83d", "field 'chosen' holds half a character (a lone surrogate) at position 5"),
         ("chosen", [], "field 'chosen' is an empty list of messages"),
         ("chosen", [{"content": "x"}], "field 'chosen', message 1 is no chat message with a role: an object"),
         ("chosen", [{"role": "assistant", "content": None}], "field 'chosen', message 1 has no text content: null"),
@@ -101,7 +102,9 @@ def test_bad_rows_can_be_dropped_and_are_listed() -> None:
     rows = [GOOD[0], {**GOOD[1], "chosen": None}, "not an object", GOOD[2]]
     records, report = records_of(rows, on_bad_row="drop")
     assert [record.row for record in records] == [1, 4]
-    assert report.dropped["bad rows"] == [2, 3]
+    assert sorted(row for rows in report.dropped.values() for row in rows) == [2, 3]
+    reason = "bad row (expected an object with fields, found the text 'not an object')"
+    assert f"dropped 1, {reason}: row 3" in report.lines()
 
 
 def test_unknown_columns_are_named_beside_the_known_ones() -> None:

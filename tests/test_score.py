@@ -21,7 +21,7 @@ from numeric_worlds import (
 from torch import Tensor, nn
 
 from tdpo import PairScores, UserError, objectives, ops, score_pairs
-from tdpo.models.reference import FrozenCopy, frozen
+from tdpo.models.reference import FrozenCopy
 from tdpo.score import score_batch, token_counts
 from tdpo.types import PackedBatch, TokenisedPair
 
@@ -224,7 +224,7 @@ def test_a_frozen_copy_is_the_policy_of_that_moment():
         assert not parameter.requires_grad
     assert policy.lm_head.weight.requires_grad
     ours = score_pairs(policy, reference, PAIRS, TDPO2)
-    theirs = score_pairs(policy, frozen(copy.deepcopy(POLICY)), PAIRS, TDPO2)
+    theirs = score_pairs(policy, FrozenCopy(copy.deepcopy(POLICY)), PAIRS, TDPO2)
     for key, value in all_values(ours).items():
         assert torch.equal(value, all_values(theirs)[key]), key
     assert (ours.stats.chosen_kl > 1e-6).all()

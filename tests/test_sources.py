@@ -71,6 +71,33 @@ def test_a_missing_file_is_named_without_asking_the_hub(name: str) -> None:
         read_source(name, "train")
 
 
+def test_a_lone_file_stands_for_any_split_but_one_it_does_not_name(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "pairs.jsonl", ROWS)
+    assert len(read_source(str(tmp_path), "test")) == 3
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"'test'; dataset files there: train\.jsonl"):
+        read_source(str(tmp_path), "test")
+    write_jsonl(tmp_path / "trainer_state.json", ROWS)
+    assert len(read_source(str(tmp_path), "train")) == 3, "only files of the split itself"
+
+
+def test_tables_that_would_be_misread_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "open.csv").write_text('prompt,chosen,rejected\na,b,c\nd,e,"f\ng,h,i\n')
+    with pytest.raises(UserError, match=r"open\.csv, row 2: not valid CSV"):
+        read_source(str(tmp_path / "open.csv"), "train")
+    (tmp_path / "twice.csv").write_text("prompt,chosen,chosen\na,b,c\n")
+    with pytest.raises(UserError, match="a column name stands twice"):
+        read_source(str(tmp_path / "twice.csv"), "train")
+    (tmp_path / "short.csv").write_text("prompt,chosen,rejected\na,b\n")
+    assert "not as many cells" in read_source(str(tmp_path / "short.csv"), "train")[0].error
+
+
+def test_rows_json_cannot_hold_are_bad_rows_not_crashes(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": ' + "[" * 100_000 + "\n{" + '"a": ' + "1" * 5000 + "}\n")
+    rows = read_source(str(tmp_path / "a.jsonl"), "train")
+    assert [bool(row.error) for row in rows] == [False, True, True]
+
+
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match=r"a\.txt: cannot read files of this kind; known are \.jsonl"):

@@ -131,6 +131,14 @@ def test_a_template_without_turn_ends_gets_the_end_token() -> None:
     assert tokenizer.decode(pair.chosen_ids[:-1]) == " The river <|im_end|>.\n"
 
 
+def test_a_template_that_refuses_a_role_is_told_in_words() -> None:
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ raise_exception('no users here') }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="the chat template refuses a chat with the roles user: no users here"):
+        pair_of(chat_tokenizer(refusing), CHAT, ANSWER)
+
+
 def test_chats_without_a_template_get_a_readable_choice(tokenizer: object) -> None:
     with pytest.raises(UserError, match=r"no chat template: give one with --chat_template_path"):
         pair_of(tokenizer, CHAT, ANSWER)

@@ -260,6 +260,58 @@ def test_a_loss_that_is_not_finite_stops_names_the_rows_and_updates_nothing(tmp_
     assert torch.equal(weights(trainer.model), poison.before)
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path, tokenizer: Any) -> None:
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                self.before = weights(model).clone()
+                parameter = next(model.parameters())
+                parameter.register_hook(lambda gradient: gradient * float("inf"))
+
+    poison = Poison()
+    args = config(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2)
+    trainer = TDPOTrainer(
+        make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer, callbacks=[poison]
+    )
+    with pytest.raises(NonFiniteLoss, match=r"the gradient is (nan|inf) at step 2, in the pairs of rows 3, 4"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), poison.before)
+
+
+def test_rows_dropped_from_memory_are_told(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = preference_rows(4)
+    rows[2]["rejected"] = rows[2]["chosen"]
+    with caplog.at_level(logging.WARNING, logger="tdpo"):
+        TDPOTrainer(make_model(len(tokenizer)), None, config(tmp_path), None, rows, None, tokenizer)
+    assert [r.message for r in caplog.records] == ["train: dropped 1, chosen and rejected are identical: row 3"]
+
+
+def test_rows_handed_to_evaluate_may_be_raw(tmp_path: Path, tokenizer: Any) -> None:
+    trainer = TDPOTrainer(make_model(len(tokenizer)), None, config(tmp_path), None, preference_rows(), None, tokenizer)
+    assert trainer.evaluate(preference_rows(3))["eval_kl/chosen"] == 0
+
+
+def test_a_reference_that_shares_the_policys_weights_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = make_model(len(tokenizer))
+    policy = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(UserError, match="policy and reference share weights"):
+        TDPOTrainer(policy, base, config(tmp_path), None, preference_rows(), None, tokenizer)
+
+
+def test_training_twice_and_in_bfloat16_leaves_a_model_that_can_be_trained_again(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    model = make_model(len(tokenizer))
+    for number in range(2):
+        args = config(tmp_path / str(number), bf16=True, max_steps=1)
+        trainer = TDPOTrainer(model, None, args, None, preference_rows(), None, tokenizer)
+        trainer.train()
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
 def test_displacement_is_warned_of_in_words(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A chosen response that begins the rejected one falls with it."""
     rows = [{"prompt": f"The {i}", "chosen": " engine", "rejected": " engine" * 5} for i in range(8)]

@@ -150,6 +150,27 @@ def test_attention_that_takes_no_mask_is_refused() -> None:
     assert "flash_attention_2 takes no mask" in tree_plan(model).refusal
 
 
+def test_a_window_that_short_probes_cannot_show_is_refused() -> None:
+    """GPT-Neo's local attention: its window is longer than the probe, and its mask the model's own."""
+    config = hf.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        window_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    model = hf.GPTNeoForCausalLM(config).eval()
+    assert "window_size limits attention" in tree_plan(model).refusal
+    assert packer("auto", [model]) is pack_padded
+
+
+def test_another_attention_implementation_is_probed_anew() -> None:
+    model = build("llama", torch.float32)
+    pairs, objective = random_pairs(seed=4, vocab=VOCAB), objectives.tdpo1(0.3)
+    scores = []
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        scores.append(score_pairs(model, moved(model), pairs, objective, layout="tree"))
+    torch.testing.assert_close(scores[1].rejected_logp, scores[0].rejected_logp, rtol=1e-5, atol=1e-5)
+
+
 def test_the_probe_runs_once_and_leaves_the_model_as_it_was() -> None:
     model = tiny_llama(dtype=torch.float32).train()
     plan = tree_plan(model)

@@ -208,6 +208,12 @@ class RunOptions(TrainingArguments):
     def __post_init__(self) -> None:
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns cannot be on: it would remove the pairs' own columns")
+        check_at_least(
+            self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        )
+        check_at_least(self, 0, "learning_rate", "num_train_epochs")
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise UserError("--bf16_full_eval and --fp16_full_eval cast the policy and not the reference; use --bf16")
         if self.label_smoothing_factor:
             raise UserError("--label_smoothing_factor has no effect on these losses; leave it at 0")
         if self.train_sampling_strategy not in ("random", "sequential"):
@@ -238,6 +244,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
+        check_at_least(self, 1, "logits_budget")
         self.build_objective()
         self.lengths()
 
@@ -256,6 +263,18 @@ class SFTConfig(LengthOptions, LayoutOptions, RunOptions):
     def lengths(self) -> Lengths:
         """Truncation as these options describe it: half of an overlong example may be its prompt."""
         return Lengths(self.max_length, self.max_length // 2, self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
+
+
+def check_at_least(options: Any, least: float, *names: str) -> None:
+    """Refuses fields below a value; None is no value.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise UserError(f"--{name} must be at least {least:g}, got {value}")
 
 
 def check_choices(options: Any) -> None:

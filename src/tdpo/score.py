@@ -14,8 +14,8 @@ from tdpo.data.dataset import check_fits
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.hidden import response_hidden
-from tdpo.models.policy import head_of, position_limit, prove_head
-from tdpo.models.reference import Reference, check_same_vocabulary
+from tdpo.models.policy import evaluating, head_of, position_limit, prove_head
+from tdpo.models.reference import Reference, check_comparable
 from tdpo.models.trees import tree_plan
 from tdpo.objectives import Objective
 from tdpo.types import Hidden, PackedBatch, PairLoss, PairStats, TokenisedPair, TokenStats
@@ -92,9 +92,9 @@ def score_pairs(
         raise UserError("score_pairs was given no pairs")
     prove_head(policy)
     if isinstance(reference, nn.Module):
-        check_same_vocabulary(policy, reference)
-    check_fits(pairs, head_of(policy).vocab_size, position_limit(policy))
-    models = [policy, *([reference] if isinstance(reference, nn.Module) else [])]
+        check_comparable(policy, reference)
+    models = [policy, *([reference] if isinstance(reference, nn.Module) else reference.models())]
+    check_fits(pairs, head_of(policy).vocab_size, position_limit(*models))
     batch = packer(layout, models)(pairs).to(next(policy.parameters()).device)
     return score_batch(policy, reference, batch, objective, backend)
 
@@ -163,8 +163,10 @@ def score_batch(
 
 
 def _reference_hidden(reference: nn.Module | Reference, batch: PackedBatch) -> Hidden:
-    with torch.no_grad():
-        return response_hidden(reference, batch) if isinstance(reference, nn.Module) else reference.hidden(batch)
+    if not isinstance(reference, nn.Module):
+        return reference.hidden(batch)
+    with evaluating(reference), torch.no_grad():
+        return response_hidden(reference, batch)
 
 
 def _sums(values_N: Tensor, batch: PackedBatch) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ import transformers
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
 
 from tdpo.config import RunOptions
@@ -25,12 +28,17 @@ from tdpo.errors import UserError
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
 OUTPUT = ("output_dir",)
 """Options a training command cannot do without, though the trainer could."""
-MODEL_FILES = ("config.json", "model.safetensors", "adapter_config.json")
+MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*.bin")
+OTHER_FILES = (
+    "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.*", "vocab.*", "merges.txt",
+    "*_results.json", "trainer_state.json",
+)  # fmt: skip
+"""What a finished run leaves beside the model."""
 
 
 def console() -> Console:
     """Where a command's results go: standard output, of the main process only."""
-    return Console(quiet=not is_main_process(), highlight=False)
+    return Console(quiet=not is_main_process(), highlight=False, markup=False)
 
 
 def is_main_process() -> bool:
@@ -49,25 +57,79 @@ def quieten() -> None:
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
-def prepare_output(args: RunOptions) -> str | None:
-    """Checks the output folder before anything is loaded.
+def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
+    """Checks the output folder before anything is loaded, and clears it where the user says so.
+
+    Args:
+        args: The run's options.
+        inputs: Models and tokenizers the run reads; none of them may be in the output folder.
 
     Returns:
         The checkpoint to resume from, or None.
 
     Raises:
-        UserError: if it cannot be written, or holds a model that would be overwritten.
+        UserError: if it cannot be written, is an input's own folder, or holds a model that would be overwritten.
     """
-    folder = Path(str(args.output_dir))
+    folder = Path(str(args.output_dir)).expanduser()
     check_writable(folder)
+    if any(name and Path(name).expanduser().resolve() == folder.resolve() for name in inputs):
+        raise UserError(f"--output_dir {folder} is the folder a model is read from; it would be overwritten")
+    if args.resume and args.overwrite_output_dir:
+        raise UserError("--resume and --overwrite_output_dir contradict each other")
     checkpoint = get_last_checkpoint(folder)
-    holds = [name for name in MODEL_FILES if (folder / name).exists()] + ([checkpoint] if checkpoint else [])
-    if holds and not (args.resume or args.overwrite_output_dir):
+    holds = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
+    holds += [Path(checkpoint)] if checkpoint else []
+    if holds and not (args.resume or args.resume_from_checkpoint or args.overwrite_output_dir):
         raise UserError(
-            f"--output_dir {folder} already holds {', '.join(Path(h).name for h in holds)}: --resume goes on from the "
+            f"--output_dir {folder} already holds {', '.join(path.name for path in holds)}: --resume goes on from the "
             "newest checkpoint, --overwrite_output_dir replaces"
         )
+    if args.overwrite_output_dir and is_main_process():
+        _clear(folder)
+    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
+        raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such folder")
     return args.resume_from_checkpoint or (checkpoint if args.resume else None)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run left, so that nothing of it is mistaken for the new one's."""
+    for pattern in (*MODEL_FILES, *OTHER_FILES):
+        for path in folder.glob(pattern):
+            path.unlink()
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+
+
+@contextmanager
+def told_in_words(trainer: Any = None) -> Iterator[None]:
+    """Turns what transformers says of options, and the system of disks, into :class:`UserError`.
+
+    Args:
+        trainer: A trainer about to train: until its first step a ValueError is about its options, later it is a bug.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except KeyError as error:
+        metric = getattr(getattr(trainer, "args", None), "metric_for_best_model", None)
+        if not (metric and metric in str(error)):
+            raise
+        raise UserError(f"--metric_for_best_model {metric}: no such metric; {error.args[0]}") from error
+    except (ValueError, ImportError) as error:
+        if trainer is not None and trainer.state.global_step > 0:
+            raise
+        raise UserError(str(error)) from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{error}. Checkpoints written before stay as they are (--resume goes on from them)") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+            raise UserError(
+                "a checkpoint could not be written whole, is the disk full? Checkpoints written before stay as they are"
+            ) from error
+        if "to be installed" not in str(error):
+            raise
+        raise UserError(str(error)) from error
 
 
 def read_dataset(name: str, split: str, config: str | None, prepare: Callable[[list[SourceRow]], Prepared]) -> Prepared:
@@ -93,7 +155,12 @@ def check_writable(folder: Path) -> None:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object; the file appears whole or not at all.
+    """Writes a JSON object; see :func:`write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file that appears whole or not at all.
 
     Raises:
         UserError: if the place cannot be written.
@@ -102,7 +169,7 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import console, metric_table, quieten, read_dataset, write_json
+from tdpo.commands.common import check_writable, console, metric_table, quieten, read_dataset, write_json
 from tdpo.commands.options import parse
-from tdpo.config import DATASET_HELP, ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, check_choices
+from tdpo.config import (
+    DATASET_HELP,
+    ModelConfig,
+    ObjectiveOptions,
+    PairOptions,
+    ScoringOptions,
+    check_at_least,
+    check_choices,
+)
 from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
 from tdpo.data.sources import SourceRow
 from tdpo.data.tokenise import Tokeniser
@@ -37,6 +46,7 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_at_least(self, 1, "per_device_eval_batch_size", "logits_budget")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -44,6 +54,8 @@ def run(argv: Sequence[str]) -> None:
     model_config, options = parse("eval", COMMANDS["eval"], (ModelConfig, EvalOptions), argv)
     quieten()
     objective = options.build_objective()
+    if options.json:
+        check_writable(Path(options.json).absolute().parent)
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, options.lengths())
 
@@ -56,7 +68,7 @@ def run(argv: Sequence[str]) -> None:
     policy = load_model(model_config).to(device).eval()
     reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
     check_vocabulary(policy, tokenizer)
-    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy), dataset.report.source)
+    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy, reference), dataset.report.source)
     metrics = evaluate_pairs(
         policy,
         reference,

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text as Styled
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import check_writable, console, quieten
+from tdpo.commands.common import check_writable, console, quieten, write_text
 from tdpo.commands.options import parse
 from tdpo.config import DATASET_HELP, ModelConfig, ReferenceConfig
 from tdpo.data.formats import RowError, text_of, to_records
@@ -78,13 +78,13 @@ def run(argv: Sequence[str]) -> None:
         model = load_model(model_config, name).to("cuda" if torch.cuda.is_available() else "cpu")
         check_vocabulary(model, tokenizer)
         ids = _prompt_ids(Tokeniser(tokenizer), prompts, options, model)
-        sampled = sample_ids(model, ids, sampling, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        sampled = sample_ids(model, ids, sampling, _ends(model, tokenizer), tokenizer.pad_token_id)
         answers[side] = [[tokenizer.decode(s, skip_special_tokens=True) for s in samples] for samples in sampled]
     _show(prompts, answers)
     if options.json:
         lines = [{"prompt": prompt, **{side: answers[side][i] for side in answers}} for i, prompt in enumerate(prompts)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        Path(options.json).write_text(text, encoding="utf-8")
+        write_text(options.json, text)
         console().print(f"written to {options.json}", soft_wrap=True)
 
 
@@ -121,6 +121,14 @@ def _prompt_ids(tokeniser: Tokeniser, prompts: list[Text], options: GenerateOpti
             f"room for a prompt in the {position_limit(model)} positions of the model"
         )
     return [tokeniser.cut_prompt(ids, room) for ids in tokeniser.prompts(prompts)]
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a response: the tokenizer's, and those the checkpoint names (end of turn)."""
+    named = model.generation_config.eos_token_id
+    named = [named] if isinstance(named, int) else list(named or [])
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*own, *named]))
 
 
 def _show(prompts: list[Text], answers: dict[str, list[list[str]]]) -> None:

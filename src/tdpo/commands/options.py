@@ -132,6 +132,8 @@ def _config_words(path: str, names: set[str]) -> list[str]:
             raise UserError(f"{CONFIG} {path}: unknown key {key!r}.{nearest(str(key), names)}")
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
+        elif value is False and key in ("eval_strategy", "save_strategy", "logging_strategy", "report_to"):
+            words.append(f"--{key}=no" if key != "report_to" else "--report_to=none")  # YAML reads a bare no as false
         elif value is not None:
             words.append(f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}")
     return words

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import OUTPUT, console, prepare_output, quieten, read_dataset
+from tdpo.commands.common import OUTPUT, console, prepare_output, quieten, read_dataset, told_in_words
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.data.sft import SFTDataset, prepare_sft
@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     model_config, data, args = parse("sft", COMMANDS["sft"], (ModelConfig, EvalDataConfig, SFTConfig), argv, OUTPUT)
     quieten()
-    checkpoint = prepare_output(args)
+    checkpoint = prepare_output(args, model_config.model_name_or_path, model_config.tokenizer_name_or_path)
     out = console()
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, args.lengths())
@@ -33,10 +33,13 @@ def run(argv: Sequence[str]) -> None:
         held_out = read_dataset(data.eval_dataset_name, data.dataset_test_split, data.dataset_config, prepare)
     model = load_model(model_config)
     check_vocabulary(model, tokenizer)
-    trainer = SFTTrainer(model, args, train, held_out, tokenizer)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
+    with told_in_words():
+        trainer = SFTTrainer(model, args, train, held_out, tokenizer)
+    with told_in_words(trainer):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    with told_in_words():
+        trainer.save_model()
+        trainer.save_metrics("train", result.metrics)
     if held_out is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import OUTPUT, console, metric_table, prepare_output, quieten, read_dataset
+from tdpo.commands.common import OUTPUT, console, metric_table, prepare_output, quieten, read_dataset, told_in_words
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.data.dataset import PairDataset, prepare_pairs
@@ -21,7 +21,9 @@ def run(argv: Sequence[str]) -> None:
         "train", COMMANDS["train"], (ModelConfig, ReferenceConfig, EvalDataConfig, TDPOConfig), argv, OUTPUT
     )
     quieten()
-    checkpoint = prepare_output(args)
+    checkpoint = prepare_output(
+        args, model_config.model_name_or_path, model_config.tokenizer_name_or_path, ref.ref_model_name_or_path
+    )
     out = console()
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, args.lengths())
@@ -36,12 +38,15 @@ def run(argv: Sequence[str]) -> None:
     model = load_model(model_config)
     check_vocabulary(model, tokenizer)
     reference = load_model(model_config, ref.ref_model_name_or_path) if ref.ref_model_name_or_path else None
-    trainer = TDPOTrainer(model, reference, args, None, train, held_out, tokenizer)
+    with told_in_words():
+        trainer = TDPOTrainer(model, reference, args, None, train, held_out, tokenizer)
     held_against = ref.ref_model_name_or_path or "a frozen copy of the policy"
-    out.print(f"objective {trainer.objective}, reference: {held_against}", soft_wrap=True)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
+    out.print(f"objective {trainer.objective}, reference: {held_against}, {trainer.layout}", soft_wrap=True)
+    with told_in_words(trainer):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    with told_in_words():
+        trainer.save_model()
+        trainer.save_metrics("train", result.metrics)
     if held_out is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)

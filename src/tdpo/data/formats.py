@@ -56,7 +56,7 @@ class DataReport:
         """
         told = [f"{self.source} ({self.format}): {self.read} rows, {self.kept} kept"]
         told += [f"dropped {len(rows)}, {why}: {_row_list(rows)}" for why, rows in self.dropped.items()]
-        told += [f"truncated {len(rows)} {part}s" for part, rows in self.truncated.items()]
+        told += [f"truncated {len(rows)} {part}s: {_row_list(rows)}" for part, rows in self.truncated.items()]
         return told
 
 
@@ -103,7 +103,7 @@ def convert(
             report.dropped[str(reason)].append(row.row)
         except RowError as error:
             bad.append(f"{row.place}: {error}")
-            report.dropped["bad rows"].append(row.row)
+            report.dropped[f"bad row ({error})"].append(row.row)
     report.kept = len(records)
     if bad and on_bad_row == "error":
         more = f"\n... and {len(bad) - ROWS_NAMED} more" if len(bad) > ROWS_NAMED else ""
@@ -192,7 +192,7 @@ def text_of(row: SourceRow, name: str) -> Any:
         raise RowError(f"field {name!r} is missing")
     value = row.fields[name]
     if isinstance(value, str):
-        return value
+        return _encodable(value, name)
     if not isinstance(value, list):
         raise RowError(f"field {name!r} must be a text or a list of chat messages, found {describe(value)}")
     if not value:
@@ -202,7 +202,16 @@ def text_of(row: SourceRow, name: str) -> Any:
             raise RowError(f"field {name!r}, message {place} is no chat message with a role: {describe(message)}")
         if not isinstance(message.get("content"), str):
             raise RowError(f"field {name!r}, message {place} has no text content: {describe(message.get('content'))}")
+        _encodable(message["content"], name)
     return value
+
+
+def _encodable(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"field {name!r} holds half a character (a lone surrogate) at position {error.start}") from error
+    return text
 
 
 def split_dialogue(text: Any, name: str) -> tuple[str, str]:

@@ -100,6 +100,20 @@ def prepare_sft(
     return SFTDataset(examples, report)
 
 
+def check_lengths(dataset: SFTDataset, positions: int | None) -> None:
+    """Refuses examples longer than the model's positions.
+
+    Raises:
+        UserError: naming the row.
+    """
+    for example, length in zip(dataset.examples, dataset.lengths(), strict=True):
+        if positions is not None and length > positions:
+            raise UserError(
+                f"{dataset.report.source}, row {example.row}: {length} tokens, but the model has {positions} "
+                f"positions; set --max_length to at most {positions}"
+            )
+
+
 Turn = tuple[Text, Text, SourceRow]
 
 

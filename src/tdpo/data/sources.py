@@ -6,12 +6,17 @@ import csv
 import glob
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 from tdpo.errors import UserError
+
+SPLITS = ("train", "test", "eval", "validation", "dev")
+"""A lone file of a folder stands for any split, unless its name says which one it is."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def read_file(path: Path) -> list[SourceRow]:
         raise UserError(f"{path}: cannot read files of this kind; known are {', '.join('.' + k for k in READERS)}")
     try:
         return [_source_row(str(path), number, value) for number, value in READERS[kind](path)]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
@@ -120,10 +125,10 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if readable(path))
     if not files and (folder / "data").is_dir():
         files = sorted(path for path in (folder / "data").iterdir() if readable(path))
-    of_split = [path for path in files if path.name.startswith(split)]
+    of_split = [path for path in files if re.match(re.escape(split) + r"($|[^a-zA-Z_]|_[0-9])", path.name)]
     if of_split:
         return of_split
-    if len(files) == 1:
+    if len(files) == 1 and not files[0].name.startswith(SPLITS):
         return files
     names = ", ".join(path.name for path in files[:8]) or "none"
     raise UserError(f"{folder}: no file whose name starts with the split {split!r}; dataset files there: {names}")
@@ -166,6 +171,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 yield number, _Unreadable(f"not valid JSON: {error.msg} at character {error.pos + 1}")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting without end
+                yield number, _Unreadable(f"not readable JSON: {error}")
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -186,9 +193,21 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)
     with _open_text(path) as file:
-        reader = csv.DictReader(file)
-        for number, fields in enumerate(reader, 1):
-            yield number, _Unreadable("more cells than the header has columns") if None in fields else dict(fields)
+        reader = csv.DictReader(file, strict=True)
+        header = list(reader.fieldnames or [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{path}: a column name stands twice in the header: {', '.join(header)}")
+        number = 0
+        try:
+            for number, fields in enumerate(reader, 1):
+                if None in fields or None in fields.values():
+                    yield number, _Unreadable(f"not as many cells as the header has columns ({len(header)})")
+                else:
+                    yield number, dict(fields)
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, row {number + 1}: not valid CSV: {error}; is a quotation mark missing?"
+            ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:

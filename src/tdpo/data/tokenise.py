@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
+import jinja2
+
 from tdpo.data.formats import DataReport
 from tdpo.errors import UserError
 from tdpo.types import Message, PreferenceRecord, Text, TokenisedPair
@@ -214,7 +216,13 @@ class Tokeniser:
                 "--chat_template_path FILE (a Jinja file), or text columns instead of messages"
             )
         protected = [self._protect(message) for message in messages]
-        return self.tokenizer.apply_chat_template(protected, tokenize=False, add_generation_prompt=generation_prompt)
+        try:
+            return self.tokenizer.apply_chat_template(
+                protected, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"the chat template refuses a chat with the roles {roles}: {error}") from error
 
     def _protect(self, message: Message) -> Message:
         """Puts marks in place of special-token text in the user's words, so that a template cannot revive it."""
@@ -228,7 +236,7 @@ class Tokeniser:
         """Ids of rendered chat text: the template's special tokens are special, the user's are plain text."""
         ids: list[int] = []
         for position, piece in enumerate(re.split("\ue000([0-9]+)\ue001", text)):
-            literal = position % 2 == 1
+            literal = position % 2 == 1 and int(piece) < len(self._special)
             piece = self._special[int(piece)] if literal else piece
             if not piece:
                 continue

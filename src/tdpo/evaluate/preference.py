@@ -12,7 +12,7 @@ from torch import nn
 from tdpo import ops
 from tdpo.errors import UserError
 from tdpo.models.policy import evaluating
-from tdpo.models.reference import check_same_vocabulary
+from tdpo.models.reference import check_comparable
 from tdpo.objectives import Objective
 from tdpo.score import LayoutChoice, packer, score_batch
 from tdpo.train.metrics import MetricSums
@@ -53,7 +53,7 @@ def evaluate_pairs(
     """
     if not pairs:
         raise UserError("there are no pairs to evaluate")
-    check_same_vocabulary(policy, reference)
+    check_comparable(policy, reference)
     ordered = sorted(pairs, key=lambda p: len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)), reverse=True)
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     pack = packer(layout, [policy, reference])

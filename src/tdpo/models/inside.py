@@ -7,7 +7,7 @@ given :func:`open_forward` accepts one more argument, ``inside=function``, and t
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, TypeVar
@@ -25,10 +25,11 @@ def open_forward(model: nn.Module) -> None:
     if "forward" in vars(lm) and getattr(vars(lm)["forward"], "opened_by_tdpo", False):
         return
 
-    @functools.wraps(type(lm).forward)
     def forward(self: Any, *args: Any, inside: Callable[[Any], Any] | None = None, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs) if inside is None else inside(self)
 
+    # The signature is the model's own, but there is no __wrapped__ for others to unwrap, which would close it again.
+    forward.__signature__ = inspect.signature(type(lm).forward)  # type: ignore[attr-defined]
     forward.opened_by_tdpo = True  # type: ignore[attr-defined]
     lm.forward = MethodType(forward, lm)  # bound, so that a deep copy of the model gets its own
 

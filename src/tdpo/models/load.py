@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tdpo.config import ModelConfig
@@ -24,18 +23,28 @@ def load_model(config: ModelConfig, name: str | None = None) -> Any:
     Raises:
         UserError: naming the model and what is wrong with it.
     """
+    own = name is None or name == config.model_name_or_path
     name = name or config.model_name_or_path
-    _check_folder(name, "config.json", "model")
+    _check_folder(name, ("config.json", "adapter_config.json"), "model")
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
-            revision=config.model_revision,
+            revision=config.model_revision if own else "main",
+            output_loading_info=True,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever a broken folder or the network may raise, it is about the name
         raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    model, told = loaded
+    missing = sorted([*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])])
+    if missing:
+        raise UserError(
+            f"model {name!r} lacks weights of {type(model).__name__}, which would be drawn at random: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. It is no whole causal language model"
+        )
+    return model
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -45,12 +54,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
         UserError: naming the tokenizer and what is wrong with it.
     """
     name = config.tokenizer_name_or_path or config.model_name_or_path
-    _check_folder(name, "tokenizer_config.json", "tokenizer")
+    _check_folder(name, ("tokenizer_config.json", "tokenizer.json"), "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # as above
         raise UserError(f"tokenizer {name!r} cannot be loaded: {_first_line(error)}") from error
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
@@ -75,11 +84,11 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _check_folder(name: str, file: str, what: str) -> None:
+def _check_folder(name: str, files: tuple[str, ...], what: str) -> None:
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / file).is_file():
-            raise UserError(f"{name}: no {what} in this folder (it has no {file})")
+        if not any((folder / file).is_file() for file in files):
+            raise UserError(f"{name}: no {what} in this folder (it has no {files[0]})")
     elif folder.exists():
         raise UserError(f"{name}: is a file; a {what} is a folder or a hub name")
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

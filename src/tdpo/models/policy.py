@@ -92,19 +92,28 @@ def prove_head(model: nn.Module) -> None:
         outputs.append(output[0])
         return probe.to(output)[None]
 
-    with evaluating(lm), torch.no_grad():
+    # Past whatever an earlier trainer wrapped around the forward (autocast, say), body and head are held together.
+    with evaluating(lm), torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
         handle = lm.get_output_embeddings().register_forward_hook(swap)
         try:
-            logits = lm(input_ids=ids, use_cache=False).logits[0]
+            logits = type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
         finally:
             handle.remove()
-        ours = head_logits(body_states(lm, input_ids=ids)[0], head)
+        states = body_states(lm, input_ids=ids)[0]
+        ours = head_logits(states, head)
+        changed = ids.clone()
+        changed[0, -1] = (ids[0, -1] + 1) % head.vocab_size
+        future = _difference(body_states(lm, input_ids=changed)[0, :-1], states[:-1])
+    if not logits.isfinite().any() or not states.isfinite().all():
+        raise UserError(f"{type(lm).__name__}: its weights give hidden states or logits that are not finite")
     # A model that never calls its head's layer makes its logits some other way; then only those can be compared.
     error = _difference(ours, outputs[0]) if outputs else 0.0
     finish = probe.to(outputs[0]).to(ours.dtype) if outputs else ours
     readings = {reading: _difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)}
     half = {head.weight.dtype, logits.dtype} & {torch.float16, torch.bfloat16}  # the logits' own under autocast
     tolerance = 5e-2 if half else 1e-3
+    if future > tolerance:
+        raise UserError(f"{type(lm).__name__} lets a token see those after it; tdpo needs a causal language model")
     fitting = [reading for reading, misfit in readings.items() if misfit < tolerance]
     if not (error < tolerance and fitting):
         raise UserError(
@@ -159,6 +168,8 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def position_limit(model: nn.Module) -> int | None:
-    """How many positions the model has, None where its config does not say."""
-    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+def position_limit(*models: nn.Module) -> int | None:
+    """How many positions all of the models have, None where no config says."""
+    configs = [causal_lm(model).config.get_text_config() for model in models]
+    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tdpo.errors import UserError
 from tdpo.models.hidden import response_hidden
-from tdpo.models.policy import head_of, prove_head
+from tdpo.models.policy import head_of
 from tdpo.types import Hidden, PackedBatch
 
 
@@ -45,21 +45,21 @@ class FrozenCopy:
             return response_hidden(self.model, batch)
 
 
-def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
-    """Refuses a reference whose vocabulary differs from the policy's: KL(reference || policy) would mean nothing.
+def check_comparable(policy: nn.Module, reference: nn.Module) -> None:
+    """Refuses a reference that KL(reference || policy) would mean nothing against: other vocabulary, shared weights.
 
     Raises:
-        UserError: naming both sizes.
+        UserError: naming both sizes, or saying what is shared.
     """
+    own, others = ({id(parameter) for parameter in model.parameters()} for model in (policy, reference))
+    if own & others and policy is not reference:
+        raise UserError(
+            "policy and reference share weights, so training one moves the other and the KL reads 0: give the "
+            "reference weights of its own (copy.deepcopy), or leave ref_model out and a frozen copy is made"
+        )
     ours, theirs = head_of(policy).vocab_size, head_of(reference).vocab_size
     if ours != theirs:
         raise UserError(
             f"the policy's vocabulary has {ours} entries, the reference's {theirs}: KL(reference || policy) needs "
             "one vocabulary. Take the model the policy was fine-tuned from as the reference"
         )
-
-
-def frozen(model: nn.Module) -> FrozenCopy:
-    """A reference from a model the user handed over; proves that its head is understood."""
-    prove_head(model)
-    return FrozenCopy(model)

@@ -21,6 +21,8 @@ from tdpo.types import PackedBatch, TokenisedPair
 
 PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 """What models raise when they are handed a mask or positions they do not know; NotImplementedError is among them."""
+UNPROBED = ("window_size", "attention_window", "local_window_size", "attention_chunk_size", "chunk_size", "block_size")
+"""Config names of windows and chunks whose masks are the model's own; a probe shorter than them would prove nothing."""
 Masks = Tensor | dict[str, Tensor]
 LONGEST_PROBED_WINDOW = 48
 """Sliding windows up to this length are crossed by the probe; longer ones follow the same formula."""
@@ -39,15 +41,21 @@ class TreePlan:
     masks: Callable[[PackedBatch], Masks] | None = None
 
 
-_plans: weakref.WeakKeyDictionary[nn.Module, TreePlan] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], TreePlan]] = weakref.WeakKeyDictionary()
 
 
 def tree_plan(model: nn.Module) -> TreePlan:
-    """Probes the model, once, and says how it takes trees or why it must not be given any."""
+    """Probes the model and says how it takes trees or why it must not be given any.
+
+    Once per model, attention implementation and dtype: the mask depends on both.
+    """
     lm = causal_lm(model)
-    if lm not in _plans:
-        _plans[lm] = _probe(lm)
-    return _plans[lm]
+    implementation = getattr(lm.config, "_attn_implementation", None) or "eager"
+    plans = _plans.setdefault(lm, {})
+    key = (implementation, next(lm.parameters()).dtype)
+    if key not in plans:
+        plans[key] = _probe(lm, implementation)
+    return plans[key]
 
 
 def tree_states(model: nn.Module, batch: PackedBatch, **inputs: Any) -> Tensor:
@@ -67,8 +75,11 @@ def _states(model: nn.Module, batch: PackedBatch, masks: Callable[[PackedBatch],
     return body_states(model, position_ids=batch.position_ids, attention_mask=masks(batch), **inputs)
 
 
-def _probe(lm: Any) -> TreePlan:
-    implementation = getattr(lm.config, "_attn_implementation", None) or "eager"
+def _probe(lm: Any, implementation: str) -> TreePlan:
+    text = lm.config.get_text_config()
+    unknown = [name for name in UNPROBED if getattr(text, name, None)]
+    if unknown:
+        return TreePlan(f"its {unknown[0]} limits attention in a way that short probes cannot show")
     if implementation not in ("eager", "sdpa"):
         return TreePlan(f"its attention implementation {implementation} takes no mask of our own")
     refusal = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,7 +37,13 @@ class BatchMeanTrainer(Trainer):
 
     def __init__(self, *, args: RunOptions, callbacks: Iterable[TrainerCallback] | None = None, **kwargs: Any) -> None:
         super().__init__(args=args, callbacks=list(callbacks or []), **kwargs)
+        if args.n_gpu > 1:
+            raise UserError(
+                f"{args.n_gpu} GPUs are visible to one process: launch with torchrun or accelerate, one process a GPU, "
+                "or set CUDA_VISIBLE_DEVICES to one"
+            )
         self.loss_is_scaled_for_ga = True
+        self._rows_of_step: list[Tensor] = []
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
         if not args.disable_tqdm:
@@ -92,6 +99,7 @@ class BatchMeanTrainer(Trainer):
             NonFiniteLoss: naming the rows; checkpoints written earlier stay as they are.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._rows_of_step.append(inputs["pair_rows"])
         # Takes the place of the same look that transformers' logging_nan_inf_filter costs, which hides what it finds.
         if not self.args.logging_nan_inf_filter and not torch.isfinite(loss):
             raise NonFiniteLoss(
@@ -99,6 +107,18 @@ class BatchMeanTrainer(Trainer):
                 "was updated with it; look at these rows, or lower --learning_rate"
             )
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clips, and stops before the optimizer would write a gradient that is not finite into the weights."""
+        norm = super()._clip_grad_norm(model)
+        rows, self._rows_of_step = self._rows_of_step, []
+        if norm is not None and not math.isfinite(float(norm)):
+            where = "; ".join(self.rows_of({"pair_rows": part}) for part in rows)
+            raise NonFiniteLoss(
+                f"the gradient is {float(norm)} at step {self.state.global_step + 1}, in {where}. Nothing was "
+                "updated with it; look at these rows, or lower --learning_rate"
+            )
+        return norm
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

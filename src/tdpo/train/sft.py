@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from tdpo import ops
-from tdpo.config import SFTConfig
+from tdpo.config import ModelConfig, SFTConfig
 from tdpo.data.pack import pack_trees
-from tdpo.data.sft import SFTCollator, SFTDataset, prepare_sft
+from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths, prepare_sft
 from tdpo.data.tokenise import Tokeniser
+from tdpo.errors import UserError
 from tdpo.models.hidden import response_hidden
 from tdpo.models.inside import open_forward, run_inside
-from tdpo.models.policy import disable_dropout, prove_head
+from tdpo.models.load import load_model
+from tdpo.models.policy import disable_dropout, position_limit, prove_head
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer
 from tdpo.types import PackedBatch
@@ -51,7 +53,9 @@ class SFTTrainer(BatchMeanTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or SFTConfig(output_dir="sft-output")
-        loaded = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+        loaded = load_model(ModelConfig(model)) if isinstance(model, str) else model
+        if processing_class is None:
+            raise UserError("SFTTrainer needs the tokenizer: pass processing_class")
         if args.disable_dropout:
             disable_dropout(loaded)
         prove_head(loaded)
@@ -60,7 +64,9 @@ class SFTTrainer(BatchMeanTrainer):
         def prepared(data: Iterable[Any] | None, name: str) -> SFTDataset | None:
             if data is None:
                 return None
-            return prepare_sft(data, Tokeniser(processing_class, args.lengths()), args.on_bad_row, name)  # type: ignore[arg-type]
+            dataset = prepare_sft(data, Tokeniser(processing_class, args.lengths()), args.on_bad_row, name)  # type: ignore[arg-type]
+            check_lengths(dataset, position_limit(loaded))
+            return dataset
 
         super().__init__(
             model=loaded,

@@ -11,16 +11,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
-from tdpo.config import TDPOConfig
+from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.models.inside import open_forward, run_inside
+from tdpo.models.load import load_model
 from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
-from tdpo.models.reference import FrozenCopy, Reference, check_same_vocabulary
+from tdpo.models.reference import FrozenCopy, Reference, check_comparable
 from tdpo.objectives import Objective
 from tdpo.score import PairScores, batch_loss, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, logger
@@ -57,7 +58,7 @@ class TDPOTrainer(BatchMeanTrainer):
     def __init__(
         self,
         model: str | nn.Module,
-        ref_model: nn.Module | None = None,
+        ref_model: str | nn.Module | None = None,
         args: TDPOConfig | None = None,
         data_collator: Any = None,
         train_dataset: Iterable[Any] | None = None,
@@ -68,11 +69,14 @@ class TDPOTrainer(BatchMeanTrainer):
         peft_config: Any = None,
     ) -> None:
         args = args or TDPOConfig(output_dir="tdpo-output")
-        policy = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
-        if ref_model is policy:
+        policy = load_model(ModelConfig(model)) if isinstance(model, str) else model
+        held_against = load_model(ModelConfig(ref_model)) if isinstance(ref_model, str) else ref_model
+        if held_against is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
+        if peft_config is not None and hasattr(policy, "peft_config"):
+            raise UserError("model has an adapter already; leave peft_config out to go on training it")
         self.objective = args.build_objective()
-        self.reference = _reference(policy, ref_model, args)
+        self.reference = _reference(policy, held_against)
         if peft_config is not None:
             policy = _with_adapter(policy, peft_config)
         if args.disable_dropout:
@@ -82,12 +86,16 @@ class TDPOTrainer(BatchMeanTrainer):
         self._sums = MetricSums(args.beta)
         self._watch = DisplacementWatch(args.beta)
         tokenizer = processing_class or _tokenizer_of(policy, train_dataset)
+        limit = position_limit(policy, *self.reference.models())
+        pack, self.layout = _layout(args.layout, [policy, *self.reference.models()])
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or _collator(args.layout, [policy, *self.reference.models()]),
-            train_dataset=None if train_dataset is None else _prepare(train_dataset, tokenizer, policy, args, "train"),
-            eval_dataset=_prepare_each(eval_dataset, tokenizer, policy, args),
+            data_collator=data_collator or Collator(pack),
+            train_dataset=None
+            if train_dataset is None
+            else _prepare(train_dataset, tokenizer, policy, limit, args, "train"),
+            eval_dataset=_prepare_each(eval_dataset, tokenizer, policy, limit, args),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -124,6 +132,16 @@ class TDPOTrainer(BatchMeanTrainer):
                 logger.warning(warning)
         super().log(logs, start_time)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As the Trainer's; a dataset given here may be in any form ``train_dataset`` may be in."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            policy: Any = self.model
+            limit = position_limit(policy, *self.reference.models())
+            eval_dataset = _prepare_each(eval_dataset, self.processing_class, policy, limit, self.args)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def begin_evaluation(self) -> None:
         """Sets the sums of training aside."""
         super().begin_evaluation()
@@ -143,25 +161,26 @@ class TDPOTrainer(BatchMeanTrainer):
         return sums.means()
 
     def _device_of_reference(self) -> None:
-        if isinstance(self.reference, FrozenCopy) and self.place_model_on_device:
-            self.reference.model.to(self.args.device)
+        for model in self.reference.models():
+            model.to(self.args.device)
 
 
-def _collator(layout: str, models: list[nn.Module]) -> Collator:
-    """Lays pairs out as ``layout`` says; one log line tells what was chosen and why."""
+def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
+    """The function that lays pairs out, and one line that says which it is and why; the line is logged."""
     pack = packer(layout, models)
     reason = tree_refusal(models) if layout == "auto" and pack is pack_padded else ""
-    logger.info("layout: %s%s", "trees" if pack is pack_trees else "padded rows", f" ({reason})" if reason else "")
-    return Collator(pack)
+    line = f"layout: {'trees' if pack is pack_trees else 'padded rows'}" + (f" ({reason})" if reason else "")
+    logger.info(line)
+    return pack, line
 
 
-def _reference(policy: nn.Module, ref_model: nn.Module | None, args: TDPOConfig) -> Reference:
+def _reference(policy: nn.Module, ref_model: nn.Module | None) -> Reference:
     """The frozen reference, checked against the policy before anything is trained."""
     prove_head(policy)
     if ref_model is None:
         return FrozenCopy.of(policy)
     prove_head(ref_model)
-    check_same_vocabulary(policy, ref_model)
+    check_comparable(policy, ref_model)
     return FrozenCopy(ref_model)
 
 
@@ -188,16 +207,21 @@ def _tokenizer_of(policy: Any, dataset: Any) -> Any:
         return None
 
 
-def _prepare(data: Iterable[Any], tokenizer: Any, policy: nn.Module, args: TDPOConfig, name: str) -> PairDataset:
+def _prepare(
+    data: Iterable[Any], tokenizer: Any, policy: nn.Module, limit: int | None, args: TDPOConfig, name: str
+) -> PairDataset:
     tokeniser = Tokeniser(tokenizer, args.lengths()) if tokenizer is not None else None
     dataset = prepare_pairs(data, tokeniser, args.dataset_format, args.on_bad_row, name)  # type: ignore[arg-type]
-    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy), dataset.report.source)
+    check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source)
+    if dataset is not data:  # whoever hands over a PairDataset has its report
+        for line in dataset.report.lines()[1:]:
+            logger.warning("%s: %s", dataset.report.source, line)
     return dataset
 
 
-def _prepare_each(data: Any, tokenizer: Any, policy: nn.Module, args: TDPOConfig) -> Any:
+def _prepare_each(data: Any, tokenizer: Any, policy: nn.Module, limit: int | None, args: TDPOConfig) -> Any:
     if data is None:
         return None
     if isinstance(data, Mapping):
-        return {name: _prepare(part, tokenizer, policy, args, name) for name, part in data.items()}
-    return _prepare(data, tokenizer, policy, args, "eval")
+        return {name: _prepare(part, tokenizer, policy, limit, args, name) for name, part in data.items()}
+    return _prepare(data, tokenizer, policy, limit, args, "eval")
