@@ -30,7 +30,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --doctest-modules src
+	$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors src
 
 format: install
 	$(BIN)/ruff format .

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # triton reads it once, when it is first imported, and transformers imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

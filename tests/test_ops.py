@@ -636,5 +636,5 @@ def test_shapes_that_disagree_are_named(changes: dict[str, Tensor], words: list[
 
 
 def test_an_unknown_backend_is_named_with_those_there_are():
-    with pytest.raises(UserError, match="unknown backend 'fast'; there are: auto, naive, chunked"):
+    with pytest.raises(UserError, match="unknown backend 'fast'; there are: auto, naive, chunked, triton"):
         ops.token_stats(**bare(), backend="fast")  # type: ignore[arg-type]

@@ -167,7 +167,8 @@ class ScoringOptions(LayoutOptions):
     backend: Backend = field(
         default="auto",
         metadata={
-            "help": "Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them.",
+            "help": "Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, "
+            "triton does so with kernels of its own on a GPU; auto is triton where it runs.",
         },
     )
     logits_budget: int | None = field(

@@ -139,7 +139,7 @@ def batch_loss(
         return scores.loss.sum(), scores
     ref_hidden = _reference_hidden(reference, batch)
     hidden = response_hidden(policy, batch)
-    fused = ops.pair_loss(hidden, ref_hidden, batch.labels, batch.lengths, objective, logits_budget)
+    fused = ops.pair_loss(hidden, ref_hidden, batch.labels, batch.lengths, objective, logits_budget, backend=backend)
     logp = _sums(fused.tokens.logp, batch)
     return fused.total, PairScores(fused.outcome, fused.stats, logp[:, 0], logp[:, 1], fused.tokens, batch)
 

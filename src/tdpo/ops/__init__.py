@@ -1,23 +1,21 @@
 """The per-token operation: log-probabilities and the exact KL(reference || policy) of every response token.
 
-Backends promise the same values and gradients: ``naive`` is the specification, ``chunked`` bounds the memory.
+Backends promise the same values and gradients: ``naive`` is the specification, ``chunked`` bounds the memory, and
+``triton`` is chunked with kernels of its own between the matrix products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tdpo.errors import UserError
 from tdpo.objectives.base import Objective
 from tdpo.ops import chunked, fused, naive
+from tdpo.ops.backends import Backend, row_kernels
 from tdpo.ops.fused import FusedLoss
 from tdpo.types import Head, Hidden, TokenStats
-
-Backend = Literal["auto", "naive", "chunked"]
 
 __all__ = ["Backend", "FusedLoss", "pair_loss", "response_logp", "response_stats", "token_stats"]
 
@@ -46,14 +44,15 @@ def token_stats(
         labels: ``[N]`` int64, the response tokens.
         bias: ``[V]`` bias of the policy's head, if it has one; differentiable.
         ref_bias: ``[V]`` bias of the reference's head; constant.
-        backend: ``"naive"``, ``"chunked"``, or ``"auto"`` for the fastest that fits.
+        backend: ``"naive"``, ``"chunked"``, ``"triton"``, or ``"auto"``: triton for CUDA tensors where it is installed,
+            chunked elsewhere and for float64.
 
     Returns:
         :class:`~tdpo.types.TokenStats` in nats: float64 for float64 inputs, float32 for all others.
 
     Raises:
         ValueError: if shapes disagree, the vocabularies of the two heads included.
-        tdpo.UserError: for an unknown backend.
+        tdpo.UserError: for an unknown backend, and for triton where it cannot run, with the reason.
 
     Source: TDPO (arXiv 2404.11999), eq. 12 and 14.
 
@@ -81,17 +80,16 @@ def response_stats(
         reference: The same of the reference; constant.
         labels: ``[N]`` int64, the response tokens.
         backend: As in :func:`token_stats`.
-        logits_budget: Bytes the chunked backend may use for logits; None for the device's default.
+        logits_budget: Bytes for the logits of a chunk, which the naive backend does not bound; None for the device's
+            default.
     """
     _check_shapes(policy, reference, labels)
-    if backend not in get_args(Backend):
-        raise UserError(f"unknown backend {backend!r}; there are: {', '.join(get_args(Backend))}")
     policy, reference = _in_autocast_dtype(policy), _in_autocast_dtype(reference)
     # Inside autocast the products would come out in half precision; the statistics need them wide.
     with torch.autocast(policy.states.device.type, enabled=False):
         if backend == "naive":
             return naive.response_stats(policy, reference, labels)
-        return chunked.response_stats(policy, reference, labels, logits_budget)
+        return chunked.response_stats(policy, reference, labels, logits_budget, row_kernels(backend, policy.states))
 
 
 def pair_loss(
@@ -102,6 +100,7 @@ def pair_loss(
     objective: Objective,
     logits_budget: int | None = None,
     with_kl: bool = True,
+    backend: Backend = "auto",
 ) -> FusedLoss:
     """The summed loss of whole pairs and everything said of them on the way, in one pass over the logits.
 
@@ -116,9 +115,11 @@ def pair_loss(
         objective: One of :mod:`tdpo.objectives`.
         logits_budget: Bytes for the logits of a group of pairs; None for the device's default.
         with_kl: False leaves the KL out, which an objective without it does not need; the statistics then say 0.
+        backend: As in :func:`token_stats`, but not ``"naive"``, which has no fused form.
 
     Raises:
         ValueError: if shapes or lengths disagree, or the objective needs the KL that is left out.
+        tdpo.UserError: as in :func:`token_stats`.
     """
     _check_shapes(policy, reference, labels)
     if len(lengths) % 2 or sum(lengths) != labels.numel():
@@ -126,10 +127,10 @@ def pair_loss(
     if not with_kl and (objective.chosen_kl_ratio or objective.rejected_kl_ratio):
         raise ValueError(f"{objective} needs the KL")
     policy, reference = _in_autocast_dtype(policy), _in_autocast_dtype(reference)
-    device = policy.states.device
+    device, kernels = policy.states.device, row_kernels(backend, policy.states)
     budget = chunked.default_logits_budget(device) if logits_budget is None else logits_budget
     with torch.autocast(device.type, enabled=False):
-        return fused.pair_loss(policy, reference, labels, lengths, objective, budget, with_kl)
+        return fused.pair_loss(policy, reference, labels, lengths, objective, budget, with_kl, kernels)
 
 
 def response_logp(policy: Hidden, labels: Tensor, logits_budget: int | None = None) -> Tensor:

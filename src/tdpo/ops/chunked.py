@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from tdpo.ops import rows as torch_rows
 from tdpo.ops.heads import HeadGradient, block_logits, cap_slope, detached, raw_gradient_, widened
 from tdpo.ops.numerics import head_logits, statistics_dtype
-from tdpo.ops.rows import RowStats, direction_, row_stats
+from tdpo.ops.rows import RowKernels, RowStats
 from tdpo.types import Head, Hidden, TokenStats
 
 LIVE_BUFFERS = 10
@@ -34,7 +35,13 @@ def chunk_rows(vocab_size: int, dtype: torch.dtype, budget: int) -> int:
     return max(1, budget // (vocab_size * dtype.itemsize * LIVE_BUFFERS))
 
 
-def response_stats(policy: Hidden, reference: Hidden, labels_N: Tensor, logits_budget: int | None = None) -> TokenStats:
+def response_stats(
+    policy: Hidden,
+    reference: Hidden,
+    labels_N: Tensor,
+    logits_budget: int | None = None,
+    kernels: RowKernels = torch_rows,
+) -> TokenStats:
     """Equals :func:`tdpo.ops.naive.response_stats` with the memory of one chunk.
 
     Args:
@@ -42,6 +49,7 @@ def response_stats(policy: Hidden, reference: Hidden, labels_N: Tensor, logits_b
         reference: The same of the reference; constant.
         labels_N: Response tokens, ``[N]`` int64.
         logits_budget: Bytes the buffers of a chunk may take; by default :func:`default_logits_budget`.
+        kernels: What is done to a block's rows.
     """
     plan = _Plan(
         scale=policy.head.scale,
@@ -49,6 +57,7 @@ def response_stats(policy: Hidden, reference: Hidden, labels_N: Tensor, logits_b
         reference=Hidden(reference.states.detach(), detached(reference.head)),
         labels_N=labels_N,
         budget=default_logits_budget(policy.states.device) if logits_budget is None else logits_budget,
+        kernels=kernels,
     )
     logp, ref_logp, kl = _TokenStats.apply(policy.states, policy.head.weight, policy.head.bias, plan)
     return TokenStats(logp, ref_logp, kl)
@@ -75,6 +84,7 @@ class _Plan:
     reference: Hidden
     labels_N: Tensor
     budget: int
+    kernels: RowKernels
 
     def chunks(self, dtype: torch.dtype) -> list[slice]:
         rows = chunk_rows(self.reference.head.vocab_size, dtype, self.budget)
@@ -91,7 +101,7 @@ class _TokenStats(torch.autograd.Function):
         for rows in plan.chunks(statistics_dtype(states_ND.dtype)):
             logits_nV = block_logits(states_ND[rows], head)
             ref_logits_nV = block_logits(plan.reference.states[rows], ref_head).to(logits_nV.dtype)
-            parts.append(row_stats(logits_nV, ref_logits_nV, plan.labels_N[rows]))
+            parts.append(plan.kernels.row_stats(logits_nV, ref_logits_nV, plan.labels_N[rows]))
         stats = RowStats.joined(parts)
         ctx.save_for_backward(states_ND, weight_VD, bias_V, *stats.columns())
         ctx.plan = plan
@@ -120,6 +130,6 @@ class _TokenStats(torch.autograd.Function):
             if grad_kl is not None:
                 ref_logits_nV = block_logits(plan.reference.states[rows], ref_head).to(logits_nV.dtype)
             labels_n, stats_n = plan.labels_N[rows], stats.at(rows)
-            direction_(logits_nV, ref_logits_nV, labels_n, stats_n, a_N[rows], b_N[rows])
+            plan.kernels.direction_(logits_nV, ref_logits_nV, labels_n, stats_n, a_N[rows], b_N[rows])
             gradient.add(rows, raw_gradient_(logits_nV, slope, head), head)
         return (*gradient.scaled(None), None)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from tdpo.objectives.base import Objective
+from tdpo.ops import rows as torch_rows
 from tdpo.ops.heads import HeadGradient, block_logits, cap_slope, detached, raw_gradient_, widened
 from tdpo.ops.numerics import statistics_dtype
-from tdpo.ops.rows import RowStats, direction_, row_stats
+from tdpo.ops.rows import RowKernels, RowStats
 from tdpo.types import Head, Hidden, PairLoss, PairStats, TokenStats
 
 GROUP_BUFFERS = 3
@@ -53,6 +54,7 @@ def pair_loss(
     objective: Objective,
     logits_budget: int,
     with_kl: bool = True,
+    kernels: RowKernels = torch_rows,
 ) -> FusedLoss:
     """Summed loss of P pairs whose tokens are contiguous, chosen before rejected.
 
@@ -65,6 +67,7 @@ def pair_loss(
         logits_budget: Bytes the logits of a group may take.
         with_kl: Whether to compute the KL at all; without it the statistics say 0. Only for objectives whose two KL
             ratios are 0.
+        kernels: What is done to a block's rows.
     """
     plan = _Plan(
         scale=policy.head.scale,
@@ -75,6 +78,7 @@ def pair_loss(
         objective=objective,
         budget=logits_budget,
         with_kl=with_kl,
+        kernels=kernels,
         with_gradient=torch.is_grad_enabled(),
     )
     total, *rest = _PairLoss.apply(policy.states, policy.head.weight, policy.head.bias, plan)
@@ -93,6 +97,7 @@ class _Plan:
     objective: Objective
     budget: int
     with_kl: bool
+    kernels: RowKernels
     with_gradient: bool
 
     def groups(self, dtype: torch.dtype) -> Iterator[_Group]:
@@ -192,7 +197,7 @@ class _Blocks:
         chunks, parts = self.group.chunks(), []
         for rows in chunks:
             logits = self._logits(rows)
-            parts.append(row_stats(*logits, self.plan.labels_N[rows], self.plan.with_kl))
+            parts.append(self.plan.kernels.row_stats(*logits, self.plan.labels_N[rows], self.plan.with_kl))
             if len(chunks) == 1:
                 self.kept = logits
         return RowStats.joined(parts)
@@ -210,7 +215,7 @@ class _Blocks:
                 local = slice(part.start - self.group.start, part.stop - self.group.start)
                 objective = self.plan.objective
                 ratio = objective.chosen_kl_ratio if chosen else objective.rejected_kl_ratio
-                direction_(
+                self.plan.kernels.direction_(
                     logits[block], ref_logits[block] if ratio else None, self.plan.labels_N[part], stats.at(local),
                     a_n[local], b_n[local],
                 )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,24 @@ class RowStats:
         )
 
 
+class RowKernels(Protocol):
+    """The two operations on a block's rows, as a module has them: this one in torch, ``triton_kernels`` in Triton."""
+
+    def row_stats(self, logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, with_kl: bool = True) -> RowStats:
+        """See :func:`row_stats`."""
+
+    def direction_(
+        self,
+        logits_nV: Tensor,
+        ref_logits_nV: Tensor | None,
+        labels_n: Tensor,
+        stats: RowStats,
+        logp_weight: Tensor,
+        kl_weight: Tensor,
+    ) -> Tensor:
+        """See :func:`direction_`."""
+
+
 def row_stats(logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, with_kl: bool = True) -> RowStats:
     """Statistics of a block of rows; the logits are left as they are. Without ``with_kl`` the KL says 0."""
     columns = torch.zeros(5, logits_nV.shape[0], dtype=logits_nV.dtype, device=logits_nV.device)
@@ -82,7 +101,7 @@ def direction_(
 
     Args:
         logits_nV: The policy's logits, overwritten.
-        ref_logits_nV: The reference's logits, overwritten; None where every ``b`` is 0.
+        ref_logits_nV: The reference's logits, which may be overwritten; None where every ``b`` is 0.
         labels_n: Labels of the rows.
         stats: Their statistics.
         logp_weight: a, ``[n]``.
