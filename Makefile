@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test check bench format clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -31,6 +31,11 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors src
+
+bench: install
+	@test -n "$(PAIRS)" -a -n "$(TOKENIZER)" || { echo "usage: make bench PAIRS=pairs.jsonl TOKENIZER=name-or-folder"; exit 2; }
+	$(BIN)/python benchmarks/bound.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
+	$(BIN)/python benchmarks/step.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
 
 format: install
 	$(BIN)/ruff format .

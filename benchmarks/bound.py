@@ -14,6 +14,7 @@ import csv
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from step import draw_pairs, machine, models, step_of
@@ -81,6 +82,7 @@ def main() -> None:
         print({key: round(value, 3) for key, value in rows[-1].items()})
     result = {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
     result |= {"ratio_min": min(r["ratio"] for r in rows), "ratio_max": max(r["ratio"] for r in rows)}
+    Path(options.csv).parent.mkdir(parents=True, exist_ok=True)
     with open(options.csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, {**result, **machine(options)})
         writer.writeheader()

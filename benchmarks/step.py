@@ -222,6 +222,7 @@ def main() -> None:
         return
     named = machine(options)
     rows = [{**result, **named} for result in compare(options)]
+    Path(options.csv).parent.mkdir(parents=True, exist_ok=True)
     with open(options.csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

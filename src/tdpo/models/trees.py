@@ -20,7 +20,7 @@ from tdpo.models.policy import body_states, causal_lm, evaluating
 from tdpo.types import PackedBatch, TokenisedPair
 
 PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
-"""What models raise when they are handed a mask or positions they do not know; NotImplementedError is among them."""
+"""What models raise when they are handed a mask or positions they do not know."""
 UNPROBED = ("window_size", "attention_window", "local_window_size", "attention_chunk_size", "chunk_size", "block_size")
 """Config names of windows and chunks whose masks are the model's own; a probe shorter than them would prove nothing."""
 Masks = Tensor | dict[str, Tensor]
