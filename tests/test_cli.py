@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -211,6 +212,13 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(
     assert {"keep.txt", "model.safetensors"} <= left
     capsys.readouterr()
     assert "contradict each other" in mistake(capsys, *again, "--resume")
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": 3, "rejected": "b"}])
+    mistake(capsys, *train(model_folder, bad, out, "--overwrite_output_dir"))
+    assert (out / "model.safetensors").is_file(), "a mistake in the data costs nothing"
+    inner = out / "checkpoint-7"
+    shutil.copytree(model_folder, inner)
+    told = mistake(capsys, *train(inner, pairs_file, out, "--overwrite_output_dir"))
+    assert "would remove a model" in told and (inner / "model.safetensors").is_file()
     own = train(out, pairs_file, out, "--overwrite_output_dir")
     assert "is the folder a model is read from" in mistake(capsys, *own)
     assert (out / "model.safetensors").is_file()

@@ -58,7 +58,7 @@ def quieten() -> None:
 
 
 def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
-    """Checks the output folder before anything is loaded, and clears it where the user says so.
+    """Checks the output folder before anything is loaded; :func:`clear_earlier_run` comes once all the rest is sound.
 
     Args:
         args: The run's options.
@@ -72,10 +72,13 @@ def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
     """
     folder = Path(str(args.output_dir)).expanduser()
     check_writable(folder)
-    if any(name and Path(name).expanduser().resolve() == folder.resolve() for name in inputs):
+    read = [Path(name).expanduser().resolve() for name in inputs if name]
+    if folder.resolve() in read:
         raise UserError(f"--output_dir {folder} is the folder a model is read from; it would be overwritten")
-    if args.resume and args.overwrite_output_dir:
+    if args.overwrite_output_dir and (args.resume or args.resume_from_checkpoint):
         raise UserError("--resume and --overwrite_output_dir contradict each other")
+    if args.overwrite_output_dir and any(folder.resolve() in path.parents for path in read):
+        raise UserError(f"--overwrite_output_dir would remove a model in {folder} that this run reads")
     checkpoint = get_last_checkpoint(folder)
     holds = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
     holds += [Path(checkpoint)] if checkpoint else []
@@ -84,15 +87,19 @@ def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
             f"--output_dir {folder} already holds {', '.join(path.name for path in holds)}: --resume goes on from the "
             "newest checkpoint, --overwrite_output_dir replaces"
         )
-    if args.overwrite_output_dir and is_main_process():
-        _clear(folder)
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such folder")
     return args.resume_from_checkpoint or (checkpoint if args.resume else None)
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier run left, so that nothing of it is mistaken for the new one's."""
+def clear_earlier_run(args: RunOptions) -> None:
+    """Removes what an earlier run left, if the user says so, so that nothing of it is mistaken for the new one's.
+
+    To be called when data, models and options have proven sound: a mistake must not cost the earlier run.
+    """
+    if not (args.overwrite_output_dir and is_main_process()):
+        return
+    folder = Path(str(args.output_dir)).expanduser()
     for pattern in (*MODEL_FILES, *OTHER_FILES):
         for path in folder.glob(pattern):
             path.unlink()

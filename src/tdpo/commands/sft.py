@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import OUTPUT, console, prepare_output, quieten, read_dataset, told_in_words
+from tdpo.commands.common import (
+    OUTPUT,
+    clear_earlier_run,
+    console,
+    prepare_output,
+    quieten,
+    read_dataset,
+    told_in_words,
+)
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.data.sft import SFTDataset, prepare_sft
@@ -36,6 +44,7 @@ def run(argv: Sequence[str]) -> None:
     with told_in_words():
         trainer = SFTTrainer(model, args, train, held_out, tokenizer)
     with told_in_words(trainer):
+        clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)
     with told_in_words():
         trainer.save_model()

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import OUTPUT, console, metric_table, prepare_output, quieten, read_dataset, told_in_words
+from tdpo.commands.common import (
+    OUTPUT,
+    clear_earlier_run,
+    console,
+    metric_table,
+    prepare_output,
+    quieten,
+    read_dataset,
+    told_in_words,
+)
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.data.dataset import PairDataset, prepare_pairs
@@ -43,6 +52,7 @@ def run(argv: Sequence[str]) -> None:
     held_against = ref.ref_model_name_or_path or "a frozen copy of the policy"
     out.print(f"objective {trainer.objective}, reference: {held_against}, {trainer.layout}", soft_wrap=True)
     with told_in_words(trainer):
+        clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)
     with told_in_words():
         trainer.save_model()

@@ -77,6 +77,7 @@ class BatchMeanTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Collects the micro-batches of one optimizer step and counts the items of all processes in them."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._rows_of_step = [batch["pair_rows"] for batch in batches]
         count = torch.tensor(sum(self.item_count(batch) for batch in batches), device=device)
         return batches, self.accelerator.gather(count).sum()
 
@@ -99,7 +100,6 @@ class BatchMeanTrainer(Trainer):
             NonFiniteLoss: naming the rows; checkpoints written earlier stay as they are.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._rows_of_step.append(inputs["pair_rows"])
         # Takes the place of the same look that transformers' logging_nan_inf_filter costs, which hides what it finds.
         if not self.args.logging_nan_inf_filter and not torch.isfinite(loss):
             raise NonFiniteLoss(
@@ -111,9 +111,8 @@ class BatchMeanTrainer(Trainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clips, and stops before the optimizer would write a gradient that is not finite into the weights."""
         norm = super()._clip_grad_norm(model)
-        rows, self._rows_of_step = self._rows_of_step, []
         if norm is not None and not math.isfinite(float(norm)):
-            where = "; ".join(self.rows_of({"pair_rows": part}) for part in rows)
+            where = "; ".join(self.rows_of({"pair_rows": part}) for part in self._rows_of_step)
             raise NonFiniteLoss(
                 f"the gradient is {float(norm)} at step {self.state.global_step + 1}, in {where}. Nothing was "
                 "updated with it; look at these rows, or lower --learning_rate"
