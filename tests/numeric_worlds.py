@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tdpo.ops.chunked import LIVE_BUFFERS
+from tdpo.ops.workspace import padded_vocab
 from tdpo.types import Head, Hidden, PairStats, TokenisedPair
 
 BACKENDS = ("naive", "chunked")
@@ -28,9 +28,9 @@ def shared_folder() -> Path:
     return Path(os.environ.get("TDPO_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
 
-def budget_for(rows: int, vocab: int, dtype: torch.dtype = torch.float64) -> int:
-    """The chunked backend's byte budget under which a chunk has so many rows."""
-    return rows * vocab * dtype.itemsize * LIVE_BUFFERS
+def budget_for(rows: int, vocab: int, dtype: torch.dtype = torch.float64, buffers: int = 2) -> int:
+    """The byte budget under which so many rows of logits are alive in each buffer; a soft cap takes a third."""
+    return max(1, rows * padded_vocab(vocab, dtype) * dtype.itemsize * buffers)
 
 
 @dataclass(frozen=True)

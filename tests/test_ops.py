@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo import UserError, objectives, ops
-from tdpo.ops import Backend
-from tdpo.ops.chunked import chunk_rows, default_logits_budget
+from tdpo.ops import Backend, workspace
+from tdpo.ops import rows as rows_module
+from tdpo.ops.chunked import LOGP_BUFFERS, default_logits_budget
+from tdpo.ops.heads import chunk_rows
 from tdpo.ops.numerics import kl_terms
 from tdpo.types import Head, Hidden, PairStats, TokenStats
 
@@ -105,8 +107,8 @@ def test_the_chunk_size_leaves_values_and_gradients_alone():
     problem = head_problem(tokens=40, bias=True, soft_cap=2.0)
     whole, whole_gradients = stats_of(problem, "chunked"), gradients_of(problem, "chunked")
     for rows in (1, 7, 39, 40, 1000):
-        budget = budget_for(rows, 11)
-        assert chunk_rows(11, torch.float64, budget) == rows
+        budget = budget_for(rows, 11, buffers=3)
+        assert chunk_rows(problem.policy.head, torch.float64, budget) == rows
         stats = stats_of(problem, "chunked", budget)
         torch.testing.assert_close(stats.logp, whole.logp, rtol=1e-14, atol=1e-14)
         torch.testing.assert_close(stats.kl, whole.kl, rtol=1e-13, atol=1e-14)
@@ -515,8 +517,10 @@ def test_log_probabilities_alone_need_the_memory_of_a_chunk():
     tokens, vocab, rows = 256, 512, 16
     problem = head_problem(tokens=tokens, vocab=vocab, width=4, dtype=torch.float32)
     with Allocations() as allocations:
-        ops.response_logp(problem.policy, problem.labels, budget_for(rows, vocab, torch.float32)).sum().backward()
+        budget = budget_for(rows, vocab, torch.float32, LOGP_BUFFERS)
+        ops.response_logp(problem.policy, problem.labels, budget).sum().backward()
     assert allocations.largest == rows * vocab
+    assert allocations.peak <= budget + 4 * (3 * vocab * 4 + 2 * tokens * 8)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -563,6 +567,7 @@ class Allocations(TorchDispatchMode):
 
 
 def measured(problem: HeadProblem, backend: Backend, budget: int | None) -> Allocations:
+    workspace.release()
     with Allocations() as allocations:
         gradients_of(problem, backend, budget)
     return allocations
@@ -573,17 +578,19 @@ def test_chunked_never_makes_a_tensor_of_tokens_times_vocabulary():
     problem = head_problem(tokens=tokens, vocab=vocab, width=width, bias=True, soft_cap=5.0, dtype=torch.float32)
     budget = budget_for(rows, vocab, torch.float32)
     assert measured(problem, "naive", None).largest == tokens * vocab  # the meter works
-    assert measured(problem, "chunked", budget).largest == rows * vocab
+    assert measured(problem, "chunked", 3 * budget // 2).largest == rows * vocab
 
 
 @pytest.mark.parametrize("shape", [{}, {"bias": True, "scale": 0.5, "soft_cap": 5.0}], ids=["plain", "capped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_chunked_keeps_its_budget(dtype: torch.dtype, shape: dict[str, Any]):
-    """Peak memory: the budget, plus what a gradient of the head and the per-token statistics take."""
+def test_chunked_keeps_its_budget(dtype: torch.dtype, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Peak memory: the budget, a few rows of scratch space, a gradient of the head and the per-token statistics."""
     tokens, vocab, width, rows = 512, 2048, 4, 32
+    monkeypatch.setitem(rows_module.ELEMENTS_AT_A_TIME, "cpu", 2 * vocab)
     problem = head_problem(tokens=tokens, vocab=vocab, width=width, dtype=dtype, **shape)
-    budget = budget_for(rows, vocab, dtype)
-    rest = dtype.itemsize * (vocab * (width + 1) + 2 * tokens * (width + 5))
+    budget = budget_for(rows, vocab, dtype, 3 if shape else 2)
+    rest = rows_module.SCRATCH * 2 * vocab * dtype.itemsize
+    rest += dtype.itemsize * (vocab * (width + 1) + 2 * tokens * (width + 5))
     whole = tokens * vocab * dtype.itemsize
     assert measured(problem, "naive", None).peak > 4 * whole  # the meter works
     assert budget + rest < whole
@@ -591,8 +598,10 @@ def test_chunked_keeps_its_budget(dtype: torch.dtype, shape: dict[str, Any]):
 
 
 def test_a_budget_below_one_row_still_runs_a_row_at_a_time():
-    assert chunk_rows(vocab_size=50_000, dtype=torch.float32, budget=1) == 1
-    assert chunk_rows(vocab_size=1000, dtype=torch.float32, budget=budget_for(5, 1000, torch.float32)) == 5
+    small, capped = Head(torch.zeros(1000, 1)), Head(torch.zeros(1000, 1), soft_cap=30.0)
+    budget = budget_for(6, 1000, torch.float32)
+    assert chunk_rows(small, torch.float32, 1) == 1
+    assert chunk_rows(small, torch.float32, budget) == 6 and chunk_rows(capped, torch.float32, budget) == 4
     assert default_logits_budget(torch.device("cpu")) == 256 * 2**20
     assert default_logits_budget(torch.device("cuda")) == 512 * 2**20
 

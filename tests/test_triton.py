@@ -29,7 +29,6 @@ from torch import Tensor
 import tdpo
 from tdpo import UserError, objectives, ops
 from tdpo.ops import backends, rows
-from tdpo.ops.fused import GROUP_BUFFERS
 from tdpo.score import batch_loss
 from tdpo.types import Head, Hidden
 
@@ -273,7 +272,7 @@ def test_token_statistics_take_the_gradient_of_a_plain_sum():
 def test_the_fused_loss_is_the_specifications(name: str, parameters: dict, alive: int, shape: dict):
     problem = on_the_device(head_problem(tokens=sum(LENGTHS), vocab=37, dtype=torch.float32, **shape))
     objective = objectives.build(name, **parameters)
-    budget = alive * 37 * 4 * GROUP_BUFFERS
+    budget = budget_for(alive, 37, torch.float32, 3 if "soft_cap" in shape else 2)
     arguments = problem.policy, problem.reference, problem.labels, LENGTHS, objective, budget
     fused = ops.pair_loss(*arguments, backend="triton")
     tokens = ops.response_stats(problem.policy, problem.reference, problem.labels, "naive")
@@ -420,9 +419,11 @@ def compiled(kernel, pointers, sizes, **constants):
     return len(binary.asm["cubin"])
 
 for flag in (True, False):
-    names = "logits", "ref_logits", "labels", "columns"
+    names = "logits", "ref_logits", "labels", "ratios", "columns"
     sizes = "total", "vocab", "stride", "ref_stride"
-    print(compiled(kernels._stats_kernel, names, sizes, WITH_KL=flag, BLOCK=kernels.MAX_BLOCK))
+    for write in (True, False):
+        flags = dict(WITH_KL=flag, WITH_DIRECTION=write)
+        print(compiled(kernels._stats_kernel, names, sizes, **flags, BLOCK=kernels.MAX_BLOCK))
     names = "logits", "ref_logits", "labels", "log_zs", "ref_log_zs", "logp_weights", "kl_weights"
     print(compiled(kernels._direction_kernel, names, sizes[1:], WITH_REFERENCE=flag, BLOCK=kernels.MAX_BLOCK))
 """
@@ -436,4 +437,4 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path):
         [sys.executable, "-c", COMPILATION], env=environment, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert len(run.stdout.split()) == 4 and all(int(size) > 1000 for size in run.stdout.split())
+    assert len(run.stdout.split()) == 6 and all(int(size) > 1000 for size in run.stdout.split())

@@ -17,7 +17,8 @@ from tdpo.data.pack import pack_sequences
 from tdpo.models.hidden import response_hidden
 from tdpo.models.policy import evaluating
 from tdpo.models.reference import Reference
-from tdpo.ops.chunked import chunk_rows, default_logits_budget
+from tdpo.ops.chunked import default_logits_budget
+from tdpo.ops.heads import chunk_rows
 from tdpo.ops.numerics import head_logits, statistics_dtype
 from tdpo.types import Hidden, PackedBatch
 
@@ -172,7 +173,7 @@ def predictive_entropy(hidden: Hidden, logits_budget: int | None = None) -> Tens
     wide = statistics_dtype(states.dtype)
     budget = default_logits_budget(states.device) if logits_budget is None else logits_budget
     entropy = torch.empty(states.shape[0], dtype=wide, device=states.device)
-    step = chunk_rows(head.vocab_size, wide, budget)
+    step = chunk_rows(head, wide, budget // 2)  # logits, probabilities, and two more in the entropy
     for start in range(0, states.shape[0], step):
         p_nV = head_logits(states[start : start + step], head).softmax(-1)
         entropy[start : start + step] = torch.special.entr(p_nV).sum(-1)  # entr(p) = -p log p, and 0 at p = 0

@@ -28,7 +28,7 @@ class Objective:
     function: Callable[[PairStats], PairLoss] = field(repr=False)
     chosen_kl_ratio: float
     rejected_kl_ratio: float
-    parameters: Mapping[str, float]
+    parameters: Mapping[str, float] = field(hash=False)
 
     def __call__(self, stats: PairStats) -> PairLoss:
         """Loss and rewards of P pairs from their statistics."""

@@ -16,23 +16,28 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from tdpo.ops import rows as torch_rows
-from tdpo.ops.heads import HeadGradient, block_logits, cap_slope, detached, raw_gradient_, widened
+from tdpo.ops.heads import (
+    HeadGradient,
+    buffers_of,
+    cap_slope,
+    chunk_rows,
+    detached,
+    prepared,
+    raw_gradient_,
+    write_logits,
+)
 from tdpo.ops.numerics import head_logits, statistics_dtype
 from tdpo.ops.rows import RowKernels, RowStats
+from tdpo.ops.workspace import logits_buffers, padded_vocab
 from tdpo.types import Head, Hidden, TokenStats
 
-LIVE_BUFFERS = 10
-"""Buffers of a chunk's logits alive at once (9.5 measured): two models' logits and what the KL formula keeps."""
+LOGP_BUFFERS = 4
+"""Logits of a chunk alive at once in :func:`response_logp`, where autograd keeps what a log-softmax is made of."""
 
 
 def default_logits_budget(device: torch.device) -> int:
     """Bytes a chunk's buffers may take: 512 MiB on an accelerator, 256 MiB on a CPU."""
     return (256 if device.type == "cpu" else 512) * 2**20
-
-
-def chunk_rows(vocab_size: int, dtype: torch.dtype, budget: int) -> int:
-    """Rows whose buffers fit ``budget`` bytes, at least one."""
-    return max(1, budget // (vocab_size * dtype.itemsize * LIVE_BUFFERS))
 
 
 def response_stats(
@@ -66,7 +71,8 @@ def response_stats(
 def response_logp(policy: Hidden, labels_N: Tensor, logits_budget: int | None = None) -> Tensor:
     """Log-probabilities ``[N]`` of the labels, chunk by chunk; the backward recomputes a chunk's logits."""
     budget = default_logits_budget(policy.states.device) if logits_budget is None else logits_budget
-    rows = chunk_rows(policy.head.vocab_size, statistics_dtype(policy.states.dtype), budget)
+    wide = statistics_dtype(policy.states.dtype)
+    rows = max(1, budget // (padded_vocab(policy.head.vocab_size, wide) * wide.itemsize * LOGP_BUFFERS))
 
     def chunk(states_nD: Tensor, labels_n: Tensor) -> Tensor:
         return -cross_entropy(head_logits(states_nD, policy.head), labels_n, reduction="none")
@@ -86,9 +92,10 @@ class _Plan:
     budget: int
     kernels: RowKernels
 
-    def chunks(self, dtype: torch.dtype) -> list[slice]:
-        rows = chunk_rows(self.reference.head.vocab_size, dtype, self.budget)
+    def chunks(self, head: Head, dtype: torch.dtype) -> list[slice]:
+        """The rows of each chunk; the first is the longest."""
         total = self.labels_N.numel()
+        rows = min(chunk_rows(head, dtype, self.budget), total)
         return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
 
 
@@ -96,12 +103,15 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: _Plan) -> Any:
         """Statistics chunk by chunk; only the log-partition values stay for the backward."""
-        head, ref_head = widened(Head(weight_VD, bias_V, plan.scale, plan.soft_cap)), widened(plan.reference.head)
-        parts = []
-        for rows in plan.chunks(statistics_dtype(states_ND.dtype)):
-            logits_nV = block_logits(states_ND[rows], head)
-            ref_logits_nV = block_logits(plan.reference.states[rows], ref_head).to(logits_nV.dtype)
-            parts.append(plan.kernels.row_stats(logits_nV, ref_logits_nV, plan.labels_N[rows]))
+        wide = statistics_dtype(states_ND.dtype)
+        head = prepared(Head(weight_VD, bias_V, plan.scale, plan.soft_cap), wide)
+        ref_head = prepared(plan.reference.head, wide)
+        parts, chunks = [], plan.chunks(head, wide)
+        with logits_buffers(2, chunks[0].stop, head.vocab_size, wide, states_ND.device) as buffers:
+            for rows in chunks:
+                logits = write_logits(states_ND[rows], head, buffers[0])
+                ref_logits = write_logits(plan.reference.states[rows], ref_head, buffers[1])
+                parts.append(plan.kernels.row_stats(logits, ref_logits, plan.labels_N[rows]))
         stats = RowStats.joined(parts)
         ctx.save_for_backward(states_ND, weight_VD, bias_V, *stats.columns())
         ctx.plan = plan
@@ -121,15 +131,18 @@ class _TokenStats(torch.autograd.Function):
         stats = RowStats(*columns)
         a_N = torch.zeros_like(stats.logp) if grad_logp is None else grad_logp
         b_N = torch.zeros_like(stats.logp) if grad_kl is None else grad_kl
-        head, ref_head = widened(Head(weight_VD, bias_V, plan.scale, plan.soft_cap)), widened(plan.reference.head)
         gradient = HeadGradient(states_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
-        for rows in plan.chunks(gradient.wide):
-            logits_nV = block_logits(states_ND[rows], head)
-            slope = cap_slope(logits_nV, head)
-            ref_logits_nV = None
-            if grad_kl is not None:
-                ref_logits_nV = block_logits(plan.reference.states[rows], ref_head).to(logits_nV.dtype)
-            labels_n, stats_n = plan.labels_N[rows], stats.at(rows)
-            plan.kernels.direction_(logits_nV, ref_logits_nV, labels_n, stats_n, a_N[rows], b_N[rows])
-            gradient.add(rows, raw_gradient_(logits_nV, slope, head), head)
+        head = prepared(Head(weight_VD, bias_V, plan.scale, plan.soft_cap), gradient.wide)
+        ref_head = prepared(plan.reference.head, gradient.wide)
+        chunks, count, vocab = plan.chunks(head, gradient.wide), buffers_of(head), head.vocab_size
+        with logits_buffers(count, chunks[0].stop, vocab, gradient.wide, states_ND.device) as buffers:
+            for rows in chunks:
+                logits = write_logits(states_ND[rows], head, buffers[0])
+                slope = cap_slope(logits, head, buffers[2:])
+                ref_logits = None
+                if grad_kl is not None:
+                    ref_logits = write_logits(plan.reference.states[rows], ref_head, buffers[1])
+                labels, stats_n = plan.labels_N[rows], stats.at(rows)
+                plan.kernels.direction_(logits, ref_logits, labels, stats_n, a_N[rows], b_N[rows])
+                gradient.add(rows, raw_gradient_(logits, slope, head), head)
         return (*gradient.scaled(None), None)

@@ -1,10 +1,12 @@
 """The summed loss of whole pairs in one pass: statistics, objective and gradient while a group's logits are at hand.
 
-A pair's loss depends on sums over its tokens, so the gradient of a token in its logits is known up to two scalars
-until both responses are through. Groups therefore hold whole pairs: two matrix products give the logits of policy and
-reference, the objective's gradient gives the scalars, the gradient is written over the logits, and one or two more
-products carry it to hidden states and head. That is 3 products with a frozen head and 4 with a trained one, as many
-as plain autograd takes, with the memory of one group. A pair too large for a group is gone through twice.
+A pair's loss depends on sums over its tokens, yet the gradient of a token in its logits is known before them, up to one
+scalar a response: its direction follows from the objective's two KL ratios alone. Groups hold whole pairs. Two matrix
+products give the logits of policy and reference, statistics and direction are taken in the same passes over them, the
+objective's gradient gives the scalars, and one or two more products carry the direction to hidden states and head,
+where the scalars come in. That is 3 products with a frozen head and 4 with a trained one, as many as plain autograd
+takes, with the memory of one group. A pair too large for a group is taken in pieces; only a trained head makes that a
+second pass, since its gradient adds up rows whose scalars must be known.
 
 Shapes: N response tokens, n rows of one block, P pairs, D hidden width, V vocabulary.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,13 +23,20 @@ from torch import Tensor
 
 from tdpo.objectives.base import Objective
 from tdpo.ops import rows as torch_rows
-from tdpo.ops.heads import HeadGradient, block_logits, cap_slope, detached, raw_gradient_, widened
+from tdpo.ops.heads import (
+    HeadGradient,
+    buffers_of,
+    cap_slope,
+    chunk_rows,
+    detached,
+    prepared,
+    raw_gradient_,
+    write_logits,
+)
 from tdpo.ops.numerics import statistics_dtype
 from tdpo.ops.rows import RowKernels, RowStats
+from tdpo.ops.workspace import logits_buffers
 from tdpo.types import Head, Hidden, PairLoss, PairStats, TokenStats
-
-GROUP_BUFFERS = 3
-"""Logits of a group alive at once: the policy's, the reference's, and what a matrix product needs beside them."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ def pair_loss(
             ratios are 0.
         kernels: What is done to a block's rows.
     """
+    check_ratios(objective)
     plan = _Plan(
         scale=policy.head.scale,
         soft_cap=policy.head.soft_cap,
@@ -100,9 +111,8 @@ class _Plan:
     kernels: RowKernels
     with_gradient: bool
 
-    def groups(self, dtype: torch.dtype) -> Iterator[_Group]:
-        """Consecutive pairs whose logits fit the budget together; one that does not fit alone is a group of its own."""
-        rows = max(1, self.budget // (self.reference.head.vocab_size * dtype.itemsize * GROUP_BUFFERS))
+    def groups(self, rows: int) -> Iterator[_Group]:
+        """Consecutive pairs whose tokens fit ``rows`` together; one that does not fit alone is a group of its own."""
         pairs: list[tuple[int, int]] = []
         start = size = 0
         for chosen, rejected in zip(self.lengths[::2], self.lengths[1::2], strict=True):
@@ -132,17 +142,24 @@ class _Group:
         """The group's tokens among all N."""
         return slice(self.start, self.stop)
 
-    def chunks(self) -> list[slice]:
-        """The group's tokens in blocks of logits that fit: one block, unless a single pair is too large."""
-        return [slice(s, min(s + self.rows, self.stop)) for s in range(self.start, self.stop, self.rows)]
+    def local(self, rows: slice) -> slice:
+        """Rows among all N as rows of the group."""
+        return slice(rows.start - self.start, rows.stop - self.start)
 
-    def sides(self) -> Iterator[tuple[slice, bool]]:
-        """Each response's tokens, and whether it is a chosen one."""
+    def chunks(self) -> list[tuple[slice, tuple[bool, ...]]]:
+        """The group's tokens in blocks of logits that fit, and which sides (True: chosen) each of them holds.
+
+        One block, unless a single pair is too large; then no block crosses from one side to the other.
+        """
+        if self.stop - self.start <= self.rows:
+            return [(self.tokens, (True, False))]
+        blocks: list[tuple[slice, tuple[bool, ...]]] = []
         start = self.start
-        for chosen, rejected in self.pairs:
-            yield slice(start, start + chosen), True
-            yield slice(start + chosen, start + chosen + rejected), False
-            start += chosen + rejected
+        for length, chosen in zip(self.pairs[0], (True, False), strict=True):
+            stop = start + length
+            blocks += [(slice(s, min(s + self.rows, stop)), (chosen,)) for s in range(start, stop, self.rows)]
+            start = stop
+        return blocks
 
     def sequence_ids(self, device: torch.device) -> Tensor:
         """The response each of the group's tokens belongs to, counted within the group."""
@@ -156,19 +173,18 @@ class _PairLoss(torch.autograd.Function):
         """Everything, the gradient of the sum included; see the module's docstring."""
         wide = statistics_dtype(states_ND.dtype)
         needs = ctx.needs_input_grad[:3] if plan.with_gradient else (False, False, False)
-        heads = widened(Head(weight_VD, bias_V, plan.scale, plan.soft_cap)), widened(plan.reference.head)
         gradient = HeadGradient(states_ND, weight_VD, bias_V, needs)
+        head = prepared(Head(weight_VD, bias_V, plan.scale, plan.soft_cap), wide)
+        ref_head = prepared(plan.reference.head, wide)
         tokens, pairs = [], []
-        for group in plan.groups(wide):
-            blocks = _Blocks(group, states_ND, plan, *heads)
-            stats = blocks.statistics()
-            weights, sums, outcome = _objective_gradient(group, stats, plan)
-            tokens.append(torch.stack((stats.logp, stats.ref_logp, stats.kl)))
-            pairs.append(torch.stack((outcome.loss, outcome.chosen_reward, outcome.rejected_reward, *sums)))
-            if any(needs):
-                for rows, direction in blocks.directions(stats, *weights):
-                    gradient.add(rows, direction, heads[0])
-            blocks.release()
+        rows = chunk_rows(head, wide, plan.budget)
+        alive = min(rows, states_ND.shape[0])
+        with logits_buffers(buffers_of(head), alive, head.vocab_size, wide, states_ND.device) as buffers:
+            blocks = _Blocks(states_ND, plan, head, ref_head, buffers, gradient)
+            for group in plan.groups(rows):
+                stats, sums, outcome = blocks.through(group)
+                tokens.append(torch.stack((stats.logp, stats.ref_logp, stats.kl)))
+                pairs.append(torch.stack((outcome.loss, outcome.chosen_reward, outcome.rejected_reward, *sums)))
         token_columns, pair_columns = torch.cat(tokens, 1), torch.cat(pairs, 1)
         ctx.gradient = gradient
         results = (pair_columns[0].sum(), *pair_columns.unbind(), *token_columns.unbind())
@@ -185,62 +201,103 @@ class _PairLoss(torch.autograd.Function):
         return (*gradient.scaled(grad_total), None)
 
 
+@dataclass(frozen=True)
 class _Blocks:
-    """The logits of a group: kept where they fit, computed twice where a single pair exceeds the budget."""
+    """Takes groups through their logits: both heads, the buffers the logits are written to, and where gradients go."""
 
-    def __init__(self, group: _Group, states_ND: Tensor, plan: _Plan, head: Head, ref_head: Head) -> None:
-        self.group, self.states, self.plan, self.head, self.ref_head = group, states_ND, plan, head, ref_head
-        self.kept: tuple[Tensor, Tensor] | None = None
+    states: Tensor
+    plan: _Plan
+    head: Head
+    ref_head: Head
+    buffers: list[Tensor]
+    gradient: HeadGradient
 
-    def statistics(self) -> RowStats:
-        """Statistics of the group's tokens."""
-        chunks, parts = self.group.chunks(), []
-        for rows in chunks:
+    def through(self, group: _Group) -> tuple[RowStats, Tensor, PairLoss]:
+        """Statistics of the group's tokens, their sums ``[4, P]``, what the objective says; gradients are added."""
+        ids = group.sequence_ids(self.states.device)
+        objective = self.plan.objective
+        ratios = self.states.new_tensor(
+            (objective.chosen_kl_ratio, objective.rejected_kl_ratio), dtype=self.gradient.wide
+        )
+        ratio_n, chunks = ratios[ids % 2], group.chunks()
+        at_once = self.gradient.wanted and (len(chunks) == 1 or not self.gradient.of_head)
+        parts, grad = [], self.states
+        for rows, _ in chunks:
+            logits, ref_logits = self._logits(rows), self._ref_logits(rows)
+            labels, with_kl = self.plan.labels_N[rows], self.plan.with_kl
+            if not at_once:
+                parts.append(self.plan.kernels.row_stats(logits, ref_logits, labels, with_kl))
+                continue
+            slope = cap_slope(logits, self.head, self.buffers[2:])
+            ratio = ratio_n[group.local(rows)]
+            parts.append(self.plan.kernels.stats_and_direction_(logits, ref_logits, labels, ratio, with_kl))
+            grad = raw_gradient_(logits, slope, self.head)
+            if len(chunks) > 1:
+                self.gradient.add(rows, grad, self.head)
+        stats = RowStats.joined(parts)
+        factor, sums, outcome = _objective_gradient(group, ids, stats, objective)
+        if at_once and len(chunks) == 1:
+            self.gradient.add(group.tokens, grad, self.head, factor)
+        elif at_once:
+            self.gradient.scale_states(group.tokens, factor)
+        elif self.gradient.wanted:
+            self._second_pass(group, stats, ratio_n, factor)
+        return stats, sums, outcome
+
+    def _second_pass(self, group: _Group, stats: RowStats, ratio_n: Tensor, factor_n: Tensor) -> None:
+        """The logits of a pair that was too large once more, now that its scalars are known."""
+        objective = self.plan.objective
+        for rows, sides in group.chunks():
+            local = group.local(rows)
+            mixed = any(objective.chosen_kl_ratio if chosen else objective.rejected_kl_ratio for chosen in sides)
             logits = self._logits(rows)
-            parts.append(self.plan.kernels.row_stats(*logits, self.plan.labels_N[rows], self.plan.with_kl))
-            if len(chunks) == 1:
-                self.kept = logits
-        return RowStats.joined(parts)
+            slope = cap_slope(logits, self.head, self.buffers[2:])
+            minus_one = -torch.ones_like(factor_n[local])
+            self.plan.kernels.direction_(
+                logits, self._ref_logits(rows) if mixed else None, self.plan.labels_N[rows], stats.at(local),
+                minus_one, -ratio_n[local],
+            )  # fmt: skip
+            self.gradient.add(rows, raw_gradient_(logits, slope, self.head), self.head, factor_n[local])
 
-    def directions(self, stats: RowStats, a_n: Tensor, b_n: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Block by block, the gradient of the group's loss in its logits; a and b weigh logp and KL of each token."""
-        for rows in self.group.chunks():
-            logits, ref_logits = self.kept or self._logits(rows)
-            slope = cap_slope(logits, self.head)
-            for side, chosen in self.group.sides():
-                part = slice(max(side.start, rows.start), min(side.stop, rows.stop))
-                if part.start >= part.stop:
-                    continue
-                block = slice(part.start - rows.start, part.stop - rows.start)
-                local = slice(part.start - self.group.start, part.stop - self.group.start)
-                objective = self.plan.objective
-                ratio = objective.chosen_kl_ratio if chosen else objective.rejected_kl_ratio
-                self.plan.kernels.direction_(
-                    logits[block], ref_logits[block] if ratio else None, self.plan.labels_N[part], stats.at(local),
-                    a_n[local], b_n[local],
-                )  # fmt: skip
-            yield rows, raw_gradient_(logits, slope, self.head)
+    def _logits(self, rows: slice) -> Tensor:
+        return write_logits(self.states[rows], self.head, self.buffers[0])
 
-    def release(self) -> None:
-        """Lets go of the logits before the next group's are made."""
-        self.kept = None
-
-    def _logits(self, rows: slice) -> tuple[Tensor, Tensor]:
-        logits = block_logits(self.states[rows], self.head)
-        return logits, block_logits(self.plan.reference.states[rows], self.ref_head).to(logits.dtype)
+    def _ref_logits(self, rows: slice) -> Tensor:
+        return write_logits(self.plan.reference.states[rows], self.ref_head, self.buffers[1])
 
 
-def _objective_gradient(group: _Group, stats: RowStats, plan: _Plan) -> tuple[tuple[Tensor, Tensor], Tensor, PairLoss]:
-    """The objective on the group's pairs: token weights of logp and KL, sums ``[4, P]``, and what it says."""
-    ids = group.sequence_ids(stats.logp.device)
+def _objective_gradient(
+    group: _Group, ids: Tensor, stats: RowStats, objective: Objective
+) -> tuple[Tensor, Tensor, PairLoss]:
+    """The objective on the group's pairs: each token's factor on its direction, sums ``[4, P]``, and what it says."""
     per_token = torch.stack((stats.logp - stats.ref_logp, stats.kl))
     summed = torch.zeros(2, 2 * len(group.pairs), dtype=per_token.dtype, device=per_token.device)
     ratio, kl = summed.index_add_(1, ids, per_token).view(2, -1, 2).unbind()
     with torch.enable_grad():
         sums = torch.stack((ratio[:, 0], ratio[:, 1], kl[:, 0], kl[:, 1])).requires_grad_()
-        outcome = plan.objective(PairStats(*sums.unbind()))
+        outcome = objective(PairStats(*sums.unbind()))
         (grad,) = torch.autograd.grad(outcome.loss.sum(), sums)
-    by_sequence = grad.view(2, 2, -1).transpose(1, 2).reshape(2, -1)
-    a, b = by_sequence[:, ids].unbind()
+    # The direction is the gradient of -(logp + c kl), so its factor is minus the loss's gradient in the log-ratio.
+    factor = -grad[:2].t().reshape(-1)[ids]
     detached_outcome = PairLoss(outcome.loss.detach(), outcome.chosen_reward, outcome.rejected_reward)
-    return (a, b), sums.detach(), detached_outcome
+    return factor, sums.detach(), detached_outcome
+
+
+@lru_cache(maxsize=64)
+def check_ratios(objective: Objective) -> None:
+    """Holds an objective's declared KL ratios against its own derivatives, once per objective.
+
+    Raises:
+        ValueError: naming the side; every gradient of the fused loss would be wrong.
+    """
+    with torch.enable_grad():
+        sums = torch.tensor([[0.3], [-0.2], [0.7], [0.4]], dtype=torch.float64, requires_grad=True)
+        loss = objective(PairStats(*sums.unbind())).loss.sum()
+        (grad,) = torch.autograd.grad(loss, sums)
+    declared = (objective.chosen_kl_ratio, objective.rejected_kl_ratio)
+    for side, ratio, of_logratio, of_kl in zip(("chosen", "rejected"), declared, grad[:2], grad[2:], strict=True):
+        if abs(float(of_kl) - ratio * float(of_logratio)) > 1e-6 * abs(float(of_logratio)):
+            raise ValueError(
+                f"objective {objective.name} declares {side}_kl_ratio={ratio:g}, but its gradient in the {side} side's "
+                f"sequential KL is {float(of_kl):g} where that in the log-ratio is {float(of_logratio):g}"
+            )

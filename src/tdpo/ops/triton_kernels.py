@@ -1,7 +1,8 @@
-"""The two row operations of :mod:`tdpo.ops.rows` as Triton kernels, each of them one launch.
+"""The row operations of :mod:`tdpo.ops.rows` as Triton kernels, each of them one launch.
 
 One program a row, which walks the vocabulary in blocks. The statistics take the log-partition values of both models
-in one pass and the KL in a second; the gradient is written in one. Launch shapes are chosen here and never tuned by
+in one pass and the KL in a second, which also writes the direction of a loss's gradient where that is wanted; the
+gradient for arbitrary weights is written in one pass. Launch shapes are chosen here and never tuned by
 trial, so ``TRITON_INTERPRET=1``, set before anything imports triton, runs the same kernels on CPU tensors.
 
 Logits are float32. Float64 is refused (:func:`tdpo.ops.backends.triton_refusal` says so before a kernel is reached):
@@ -39,13 +40,28 @@ Where it ends, the closed form has lost a factor of 32 to cancellation. Ending a
 
 def row_stats(logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, with_kl: bool = True) -> RowStats:
     """:func:`tdpo.ops.rows.row_stats` for float32 logits, in one kernel."""
+    return _launch_stats(logits_nV, ref_logits_nV, labels_n, None, with_kl)
+
+
+def stats_and_direction_(
+    logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, kl_ratio: Tensor, with_kl: bool = True
+) -> RowStats:
+    """:func:`tdpo.ops.rows.stats_and_direction_` for float32 logits, in one kernel."""
+    return _launch_stats(logits_nV, ref_logits_nV, labels_n, kl_ratio, with_kl)
+
+
+def _launch_stats(
+    logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, kl_ratio: Tensor | None, with_kl: bool
+) -> RowStats:
     total, vocab = _checked(logits_nV, ref_logits_nV)
     columns = torch.empty(5, total, dtype=torch.float32, device=logits_nV.device)
     block, warps = launch_shape(vocab)
+    ratio = columns if kl_ratio is None else kl_ratio.to(torch.float32).contiguous()
     with torch.cuda.device_of(logits_nV):
         _stats_kernel[(total,)](
-            logits_nV, ref_logits_nV, labels_n.contiguous(), columns, total, vocab,
-            logits_nV.stride(0), ref_logits_nV.stride(0), WITH_KL=with_kl, BLOCK=block, num_warps=warps,
+            logits_nV, ref_logits_nV, labels_n.contiguous(), ratio, columns, total, vocab,
+            logits_nV.stride(0), ref_logits_nV.stride(0), WITH_KL=with_kl, WITH_DIRECTION=kl_ratio is not None,
+            BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return RowStats(*columns)
 
@@ -106,15 +122,20 @@ def _stats_kernel(
     logits: tl.tensor,
     ref_logits: tl.tensor,
     labels: tl.tensor,
+    ratios: tl.tensor,
     columns: tl.tensor,
     total: tl.tensor,
     vocab: tl.tensor,
     stride: tl.tensor,
     ref_stride: tl.tensor,
     WITH_KL: tl.constexpr,
+    WITH_DIRECTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Statistics of one row, into ``columns [5, n]`` in the order of :class:`~tdpo.ops.rows.RowStats`."""
+    """Statistics of one row, into ``columns [5, n]`` in the order of :class:`~tdpo.ops.rows.RowStats`.
+
+    With the direction, ``(1 - c) p + c p_ref - onehot`` goes over the policy's logits, c being the row's ratio.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     ref_logits += row * ref_stride
@@ -128,19 +149,29 @@ def _stats_kernel(
         peak, mass = _more(peak, mass, z)
         ref_peak, ref_mass = _more(ref_peak, ref_mass, ref_z)
     log_z, ref_log_z = peak + tl.log(mass), ref_peak + tl.log(ref_mass)
-    kl = 0.0
-    if WITH_KL:
-        terms = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, vocab, BLOCK):
-            inside = start + lanes < vocab
-            z = tl.load(logits + start + lanes, mask=inside, other=0.0)
-            ref_z = tl.load(ref_logits + start + lanes, mask=inside, other=0.0)
-            terms += tl.where(inside, _kl_terms(z, ref_z, log_z, ref_log_z), 0.0)
-        kl = tl.sum(terms, 0)
     label = tl.load(labels + row)
     known = (label >= 0) & (label < vocab)
     tl.store(columns + row, tl.load(logits + label, mask=known, other=float("nan")) - log_z)
     tl.store(columns + total + row, tl.load(ref_logits + label, mask=known, other=float("nan")) - ref_log_z)
+    kl = 0.0
+    if WITH_KL or WITH_DIRECTION:
+        tl.debug_barrier()  # the label's logit is read before another thread writes over it
+        terms = tl.zeros([BLOCK], dtype=tl.float32)
+        ratio = tl.load(ratios + row) if WITH_DIRECTION else 0.0
+        for start in range(0, vocab, BLOCK):
+            word = start + lanes
+            inside = word < vocab
+            z = tl.load(logits + word, mask=inside, other=0.0)
+            p = tl.exp(z - log_z)
+            mixed = p
+            if WITH_KL:
+                ref_z = tl.load(ref_logits + word, mask=inside, other=0.0)
+                terms += tl.where(inside, _kl_terms(z, ref_z, log_z, ref_log_z), 0.0)
+                # The difference first: where both models agree it is exactly 0, fused multiply-adds or not.
+                mixed = p - ratio * (p - tl.exp(ref_z - ref_log_z))
+            if WITH_DIRECTION:
+                tl.store(logits + word, mixed - tl.where(word == label, 1.0, 0.0), mask=inside)
+        kl = tl.sum(terms, 0)
     tl.store(columns + 2 * total + row, kl)
     tl.store(columns + 3 * total + row, log_z)
     tl.store(columns + 4 * total + row, ref_log_z)
