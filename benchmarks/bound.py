@@ -2,7 +2,9 @@
 
 The bound is the time of every product the step cannot do without: linear layers and attention of the body (policy
 forward and twice that backward, reference forward) on the rows of the trees, and four head products on the response
-tokens. Everything else, from norms to softmax and the KL, is what the ratio leaves to explain.
+tokens. Each is timed as fast as this machine's library does it: into memory that is there already, rows on cache lines.
+Everything else, from norms to softmax and the KL, is what the ratio leaves to explain. Step and products take turns, so
+that a slow moment of the machine falls on both.
 
     python benchmarks/bound.py --pairs harmless-base_test.jsonl.gz --tokenizer EleutherAI/pythia-160m
 """
@@ -10,52 +12,95 @@ tokens. Everything else, from norms to softmax and the KL, is what the ratio lea
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-from step import draw_pairs, machine, models, step_of
-from torch import nn
+from measure import machine, write_csv
+from step import draw_pairs, models, step_of
+from torch import Tensor, nn
 
 from tdpo.data.pack import pack_trees
+from tdpo.ops.workspace import padded_vocab
 from tdpo.types import PackedBatch
 
-
-def product_seconds(rows: int, inner: int, columns: int, repetitions: int = 5) -> float:
-    """Seconds of one float32 product ``[rows, inner] @ [inner, columns]``, the median of some."""
-    left, right = torch.randn(rows, inner), torch.randn(inner, columns)
-    return timed(lambda: left @ right, repetitions)
+Product = tuple[str, int, Callable[[], object]]
+"""Part of the model it belongs to, how often a step does it, and the product."""
 
 
-def timed(function: Callable[[], object], repetitions: int) -> float:
-    """Median seconds of a call, after one to warm up."""
-    seconds = []
-    for _ in range(repetitions + 1):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+def aligned(rows: int, columns: int) -> Tensor:
+    """Memory for a matrix whose rows begin on cache lines."""
+    return torch.zeros(rows, padded_vocab(columns, torch.float32))[:, :columns]
 
 
-def bound_seconds(model: nn.Module, batch: PackedBatch) -> tuple[float, float]:
-    """Seconds of the products of body and head, each at its own shape."""
-    config = model.config
+def product(rows: int, inner: int, columns: int) -> Callable[[], object]:
+    """``[rows, inner] @ [columns, inner].T``, as linear layers and heads have it."""
+    left, right, out = torch.randn(rows, inner), torch.randn(columns, inner), aligned(rows, columns)
+    return lambda: torch.mm(left, right.t(), out=out)
+
+
+def products(model: nn.Module, batch: PackedBatch) -> list[Product]:
+    """Everything a step has to multiply."""
+    config: Any = model.config
     tokens, width = batch.input_ids.numel(), batch.input_ids.shape[1]
-    linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]
-    shapes = [(tokens, m.in_features, m.out_features) for m in linears]
+    shapes = Counter(
+        (layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and "lm_head" not in name
+    )
     # forward of two models; backward of one: a product for the input and one for the weight
-    body = sum((2 + 2) * product_seconds(*shape) for shape in sorted(shapes))
+    found: list[Product] = [("body", 4 * count, product(tokens, *shape)) for shape, count in shapes.items()]
     heads = batch.input_ids.shape[0] * config.num_attention_heads
     queries, keys = torch.randn(heads, width, config.head_dim), torch.randn(heads, config.head_dim, width)
+    scores = torch.zeros(heads, width, width)
     # scores and values forward for two models, four products backward for one
-    body += config.num_hidden_layers * (2 * 2 + 4) * timed(lambda: queries @ keys, 5)
+    attention = config.num_hidden_layers * (2 * 2 + 4)
+    found.append(("body", attention, lambda: torch.bmm(queries, keys, out=scores)))
     response, vocab, hidden = batch.labels.numel(), config.vocab_size, config.hidden_size
-    logits = product_seconds(response, hidden, vocab)
-    head = 2 * logits + product_seconds(response, vocab, hidden) + product_seconds(vocab, response, hidden)
-    return body, head
+    states, weight, logits = torch.randn(response, hidden), torch.randn(vocab, hidden), aligned(response, vocab)
+    grad_states, grad_weight = torch.zeros(response, hidden), torch.zeros(vocab, hidden)
+    found.append(("head", 2, lambda: torch.mm(states, weight.t(), out=logits)))
+    found.append(("head", 1, lambda: torch.mm(logits, weight, out=grad_states)))
+    found.append(("head", 1, lambda: torch.mm(logits.t(), states, out=grad_weight)))
+    return found
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(options: argparse.Namespace, seed: int) -> dict[str, float]:
+    """Step and bound on one draw of pairs, medians over turns."""
+    pairs, tokenizer = draw_pairs(options.pairs, options.tokenizer, options.rows, options.batch_size, seed)
+    policy, reference = models(len(tokenizer), 512)
+    loss = step_of("tdpo2", policy, reference, pairs, tokenizer)
+
+    def step() -> None:
+        loss().backward()
+        policy.zero_grad()
+
+    parts = products(policy, pack_trees(pairs))
+    step_seconds: list[float] = []
+    part_seconds: list[list[float]] = [[] for _ in parts]
+    for turn in range(options.repetitions + 1):
+        timed = seconds(step)
+        once = [seconds(multiply) for _, _, multiply in parts]
+        if turn:  # the first warms up
+            step_seconds.append(timed)
+            for place, value in enumerate(once):
+                part_seconds[place].append(value)
+    total = {"body": 0.0, "head": 0.0}
+    for (name, count, _), values in zip(parts, part_seconds, strict=True):
+        total[name] += count * statistics.median(values)
+    bound, step_median = sum(total.values()), statistics.median(step_seconds)
+    tokens = float(sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs))
+    return {"seconds": step_median, "bound": bound, **total, "ratio": step_median / bound, "response_tokens": tokens}
 
 
 def main() -> None:
@@ -66,27 +111,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5, help="step and bound are measured in turn so often")
+    parser.add_argument("--repetitions", type=int, default=7, help="turns of step and products per draw of pairs")
+    parser.add_argument("--rounds", type=int, default=7, help="draws of pairs")
     parser.add_argument("--csv", default="benchmarks/results/bound.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for seed in range(options.rounds):
-        pairs, tokenizer = draw_pairs(options.pairs, options.tokenizer, options.rows, options.batch_size, seed)
-        policy, reference = models(len(tokenizer), 512)
-        step = step_of("tdpo2", policy, reference, pairs, tokenizer)
-        seconds = timed(lambda step=step: step().backward(), 3)
-        body, head = bound_seconds(policy, pack_trees(pairs))
-        rows.append({"seconds": seconds, "bound": body + head, "body": body, "head": head})
-        rows[-1]["ratio"] = seconds / (body + head)
-        print({key: round(value, 3) for key, value in rows[-1].items()})
-    result = {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
-    result |= {"ratio_min": min(r["ratio"] for r in rows), "ratio_max": max(r["ratio"] for r in rows)}
-    Path(options.csv).parent.mkdir(parents=True, exist_ok=True)
-    with open(options.csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, {**result, **machine(options)})
-        writer.writeheader()
-        writer.writerow({**result, **machine(options)})
+        rows.append(compare(options, seed))
+        print({key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
+    result: dict[str, Any] = {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
+    ratios = sorted(round(row["ratio"], 3) for row in rows)
+    result |= {"ratio_min": ratios[0], "ratio_max": ratios[-1]}
+    named = machine(options) | {"batch_size": options.batch_size, "rounds": options.rounds}
+    write_csv(options.csv, [result | named])
     print(result)
 
 

@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from measure import in_turn, machine, peak_above, ratios, seconds_of, write_csv
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -37,7 +31,7 @@ from tdpo.score import batch_loss
 from tdpo.types import PackedBatch, PairStats, TokenisedPair
 
 Step = Callable[[], Tensor]
-IMPLEMENTATIONS = ("tdpo2", "dpo", "dpo-without-kl", "tdpo2-padded", "tdpo2-padded-naive", "trl-dpo")
+IMPLEMENTATIONS = ("tdpo2", "dpo", "dpo-without-kl", "tdpo2-padded", "tdpo2-padded-naive", "trl-dpo", "liger-dpo")
 
 
 def models(vocab_size: int, max_length: int) -> tuple[nn.Module, FrozenCopy]:
@@ -81,6 +75,8 @@ def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[Tokenised
     """The forward of one implementation's step, as a function that gives its mean loss."""
     if name == "trl-dpo":
         return trl_step(policy, reference, pairs, tokenizer)
+    if name == "liger-dpo":
+        return liger_step(policy, reference, pairs)
     if name == "tdpo2-padded-naive":
         batch = pack_padded(pairs)
         return lambda: authors_loss(policy, reference.model, batch, 0.1, 0.5)
@@ -117,6 +113,26 @@ def trl_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tok
     return lambda: trainer.compute_loss(policy, dict(batch))
 
 
+def liger_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair]) -> Step:
+    """Liger's fused DPO loss on the hidden states of padded rows; compiled only where it is on a GPU."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    batch = pack_padded(pairs)
+    order = torch.cat((torch.arange(0, 2 * len(pairs), 2), torch.arange(1, 2 * len(pairs), 2)))
+    ids, branches = batch.input_ids[order], batch.branch_ids[order]
+    labels = ids[:, 1:].masked_fill(branches[:, 1:] <= 0, -100)
+    loss = LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=True, compiled=torch.cuda.is_available())
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            ref_states = reference.model.base_model(input_ids=ids).last_hidden_state[:, :-1]
+        states = policy.base_model(input_ids=ids).last_hidden_state[:, :-1]
+        head, ref_head = policy.lm_head.weight, reference.model.lm_head.weight
+        return loss(head, states, labels, ref_input=ref_states, ref_weight=ref_head)[0]
+
+    return step
+
+
 def draw_pairs(data: str, tokenizer: str, rows: int, count: int, seed: int) -> tuple[list[TokenisedPair], Any]:
     """Some pairs among the first rows of a dataset, at most 512 tokens a sequence, and the tokenizer."""
     loaded = AutoTokenizer.from_pretrained(tokenizer)
@@ -131,75 +147,47 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     pairs, tokenizer = draw_pairs(options.pairs, options.tokenizer, options.rows, options.batch_size, options.seed)
     policy, reference = models(len(tokenizer), 512)
     step = step_of(options.implementation, policy, reference, pairs, tokenizer)
-    before = resident(peak=False)
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    seconds, loss = [], torch.zeros(())
-    for _ in range(options.repetitions + 1):
-        start = time.perf_counter()
+    loss, norm = torch.zeros(()), torch.zeros(())
+
+    def whole() -> None:
+        nonlocal loss, norm
         loss = step()
         loss.backward()
-        seconds.append(time.perf_counter() - start)
         norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm()
         policy.zero_grad()
+
+    mebibytes = peak_above(whole)
+    seconds = seconds_of(whole, options.repetitions)
     return {
-        "seconds": statistics.median(seconds[1:]),
-        "mebibytes": (resident(peak=True) - before) / 2**20,
+        "seconds": statistics.median(seconds),
+        "mebibytes": mebibytes,
         "loss": loss.item(),
         "gradient_norm": norm.item(),
         "response_tokens": float(sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)),
     }
 
 
-def resident(peak: bool) -> int:
-    """Resident bytes of this process now, or at their peak (Linux)."""
-    field = "VmHWM:" if peak else "VmRSS:"
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs every implementation in turn, round after round, and gives a row each."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in options.compare}
-    for number in range(options.rounds):
-        for name in options.compare:
-            words = [sys.executable, __file__, *sys.argv[1:], "--implementation", name, "--seed", str(number)]
-            told = subprocess.run(words, capture_output=True, text=True)
-            if told.returncode:
-                print(f"{name}: {told.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                continue
-            results[name].append(json.loads(told.stdout.strip().splitlines()[-1]))
-            print(f"round {number + 1}: {name:20s} {results[name][-1]}", file=sys.stderr)
-    return [row(name, runs, results["tdpo2"]) for name, runs in results.items() if runs]
+    """Runs every implementation in turn, round after round with other pairs, and gives a row each."""
+    same = ("pairs", "tokenizer", "rows", "batch_size", "repetitions", "threads")
+    arguments = [word for name in same for word in (f"--{name}", str(getattr(options, name)))]
+    settings = [{"implementation": name} for name in options.compare]
+    results = dict(zip(options.compare, in_turn(__file__, settings, options.rounds, arguments), strict=True))
+    ours = results["tdpo2"]
+    return [row(name, runs, ours) for name, runs in results.items() if runs]
 
 
 def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[str, Any]:
     """Medians over rounds, and the ratios to ours round by round."""
-    ratios = sorted(run["seconds"] / our["seconds"] for run, our in zip(runs, ours, strict=False))
-    memory = sorted(run["mebibytes"] / our["mebibytes"] for run, our in zip(runs, ours, strict=False))
-    return {
-        "implementation": name,
-        "seconds": round(statistics.median(run["seconds"] for run in runs), 3),
-        "time_over_tdpo2": round(statistics.median(ratios), 2),
-        "time_over_tdpo2_min": round(ratios[0], 2),
-        "time_over_tdpo2_max": round(ratios[-1], 2),
-        "mebibytes": round(statistics.median(run["mebibytes"] for run in runs)),
-        "memory_over_tdpo2": round(statistics.median(memory), 2),
+    result: dict[str, Any] = {"implementation": name}
+    for figure, digits in (("seconds", 3), ("mebibytes", 0)):
+        found = ratios([our[figure] for our in ours], [run[figure] for run in runs])
+        result[figure] = round(statistics.median(run[figure] for run in runs), digits)
+        result |= {f"{figure}_over_tdpo2{end}": v for end, v in zip(("", "_min", "_max"), found, strict=True)}
+    return result | {
         "loss_first_round": round(runs[0]["loss"], 6),
         "gradient_norm_first_round": round(runs[0]["gradient_norm"], 6),
     }
-
-
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures belong to."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "cpu": cpu, "threads": options.threads, "torch": torch.__version__, "transformers": transformers.__version__,
-        "commit": commit, "batch_size": options.batch_size, "rounds": options.rounds,
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -220,15 +208,10 @@ def main() -> None:
     if options.implementation:
         print(json.dumps(measure(options)))
         return
-    named = machine(options)
-    rows = [{**result, **named} for result in compare(options)]
-    Path(options.csv).parent.mkdir(parents=True, exist_ok=True)
-    with open(options.csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    for result in rows:
-        print({key: value for key, value in result.items() if key not in named})
+    named = machine(options) | {"batch_size": options.batch_size, "rounds": options.rounds}
+    rows = compare(options)
+    write_csv(options.csv, [result | named for result in rows])
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

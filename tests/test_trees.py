@@ -17,6 +17,7 @@ from torch import nn
 
 from tdpo import TDPOConfig, TDPOTrainer, TokenisedPair, UserError, objectives, score_pairs
 from tdpo.data.pack import pack_padded, pack_trees
+from tdpo.models import trees
 from tdpo.models.trees import tree_plan, tree_states
 from tdpo.score import packer
 
@@ -216,3 +217,33 @@ def test_one_log_line_says_the_layout_and_why(tmp_path: Path, tokenizer: Any, ca
     with caplog.at_level(logging.INFO, logger="tdpo"):
         trained(tmp_path, tokenizer)
     assert [record.message for record in caplog.records if "layout" in record.message] == ["layout: trees"]
+
+
+# --- flex attention -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_block_mask_of_flex_attention_is_the_exact_pattern(window: int | None) -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch = pack_trees(random_pairs(seed=4, count=5, vocab=VOCAB, longest=9), capacity=40)
+    rows, length = batch.input_ids.shape
+    blocks = trees.block_mask(batch, window)
+    assert blocks.shape == (rows, 1, length, length)
+    ours = create_mask(blocks.mask_mod, rows, None, length, length, device="cpu")
+    assert torch.equal(ours, trees._mask(batch, window, None))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flex attention has a backward pass on a GPU")
+def test_flex_attention_is_refused_where_it_has_no_backward() -> None:
+    model = build("llama", torch.float32)
+    model.set_attn_implementation("flex_attention")
+    assert "FlexAttention does not support backward on CPU" in tree_plan(model).refusal
+    assert packer("auto", [model]) is pack_padded
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_trees_equal_separate_sequences_with_flex_attention() -> None:
+    model = build("llama", torch.float32).cuda()
+    model.set_attn_implementation("flex_attention")
+    check_trees_equal_sequences("llama", model)

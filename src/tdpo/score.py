@@ -16,6 +16,7 @@ from tdpo.errors import UserError
 from tdpo.models.hidden import response_hidden
 from tdpo.models.policy import evaluating, head_of, position_limit, prove_head
 from tdpo.models.reference import Reference, check_comparable
+from tdpo.models.tied import tied_gradient
 from tdpo.models.trees import tree_plan
 from tdpo.objectives import Objective
 from tdpo.types import Hidden, PackedBatch, PairLoss, PairStats, TokenisedPair, TokenStats
@@ -138,8 +139,11 @@ def batch_loss(
         scores = score_batch(policy, reference, batch, objective, backend)
         return scores.loss.sum(), scores
     ref_hidden = _reference_hidden(reference, batch)
-    hidden = response_hidden(policy, batch)
-    fused = ops.pair_loss(hidden, ref_hidden, batch.labels, batch.lengths, objective, logits_budget, backend=backend)
+    with tied_gradient(policy) as tied:
+        hidden = response_hidden(policy, batch)
+    fused = ops.pair_loss(
+        hidden, ref_hidden, batch.labels, batch.lengths, objective, logits_budget, backend=backend, tied=tied
+    )
     logp = _sums(fused.tokens.logp, batch)
     return fused.total, PairScores(fused.outcome, fused.stats, logp[:, 0], logp[:, 1], fused.tokens, batch)
 

@@ -23,7 +23,9 @@ PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, I
 """What models raise when they are handed a mask or positions they do not know."""
 UNPROBED = ("window_size", "attention_window", "local_window_size", "attention_chunk_size", "chunk_size", "block_size")
 """Config names of windows and chunks whose masks are the model's own; a probe shorter than them would prove nothing."""
-Masks = Tensor | dict[str, Tensor]
+Mask = Tensor | Any
+"""A mask tensor, or flex attention's ``BlockMask``."""
+Masks = Mask | dict[str, Mask]
 LONGEST_PROBED_WINDOW = 48
 """Sliding windows up to this length are crossed by the probe; longer ones follow the same formula."""
 
@@ -80,7 +82,7 @@ def _probe(lm: Any, implementation: str) -> TreePlan:
     unknown = [name for name in UNPROBED if getattr(text, name, None)]
     if unknown:
         return TreePlan(f"its {unknown[0]} limits attention in a way that short probes cannot show")
-    if implementation not in ("eager", "sdpa"):
+    if implementation not in ("eager", "sdpa", "flex_attention"):
         return TreePlan(f"its attention implementation {implementation} takes no mask of our own")
     refusal = ""
     for masks in _candidates(lm, implementation):
@@ -102,7 +104,9 @@ def _candidates(lm: Any, implementation: str) -> list[Callable[[PackedBatch], Ma
     dtype = next(lm.parameters()).dtype
     window = getattr(config, "sliding_window", None)
 
-    def mask(batch: PackedBatch, window: int | None) -> Tensor:
+    def mask(batch: PackedBatch, window: int | None) -> Mask:
+        if implementation == "flex_attention":
+            return block_mask(batch, window)
         return _mask(batch, window, None if implementation == "sdpa" else dtype)
 
     candidates: list[Callable[[PackedBatch], Masks]] = []
@@ -125,6 +129,24 @@ def _mask(batch: PackedBatch, window: int | None, additive: torch.dtype | None) 
     if additive is None:
         return seen
     return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill(~seen, torch.finfo(additive).min)
+
+
+def block_mask(batch: PackedBatch, window: int | None) -> Any:
+    """The tree mask as flex attention takes it: blocks of positions that see nothing of each other are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tree, branch, position = batch.tree_ids, batch.branch_ids, batch.position_ids
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_tree = (tree[row, query] == tree[row, key]) & (tree[row, key] >= 0)
+        visible = (branch[row, key] == 0) | (branch[row, query] == branch[row, key])
+        seen = (query >= key) & same_tree & visible
+        if window is not None:
+            seen = seen & (position[row, query] - position[row, key] < window)
+        return seen | (query == key)  # padding sees itself, as in _mask
+
+    rows, length = batch.input_ids.shape
+    return create_block_mask(sees, rows, None, length, length, device=str(batch.input_ids.device))
 
 
 def _misfit(lm: Any, masks: Callable[[PackedBatch], Masks]) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tdpo.objectives.base import Objective
 from tdpo.ops import chunked, fused, naive
 from tdpo.ops.backends import Backend, row_kernels
-from tdpo.ops.fused import FusedLoss
+from tdpo.ops.fused import FusedLoss, WeightGradient
 from tdpo.types import Head, Hidden, TokenStats
 
 __all__ = ["Backend", "FusedLoss", "pair_loss", "response_logp", "response_stats", "token_stats"]
@@ -101,6 +101,7 @@ def pair_loss(
     logits_budget: int | None = None,
     with_kl: bool = True,
     backend: Backend = "auto",
+    tied: WeightGradient | None = None,
 ) -> FusedLoss:
     """The summed loss of whole pairs and everything said of them on the way, in one pass over the logits.
 
@@ -116,9 +117,12 @@ def pair_loss(
         logits_budget: Bytes for the logits of a group of pairs; None for the device's default.
         with_kl: False leaves the KL out, which an objective without it does not need; the statistics then say 0.
         backend: As in :func:`token_stats`, but not ``"naive"``, which has no fused form.
+        tied: Takes the gradient of the head's weight in the backward, in place of autograd; see
+            :mod:`tdpo.models.tied`.
 
     Raises:
-        ValueError: if shapes or lengths disagree, or the objective needs the KL that is left out.
+        ValueError: if shapes or lengths disagree, the objective's declared KL ratios are not those of its gradient, or
+            it needs the KL that is left out.
         tdpo.UserError: as in :func:`token_stats`.
     """
     _check_shapes(policy, reference, labels)
@@ -130,7 +134,7 @@ def pair_loss(
     device, kernels = policy.states.device, row_kernels(backend, policy.states)
     budget = chunked.default_logits_budget(device) if logits_budget is None else logits_budget
     with torch.autocast(device.type, enabled=False):
-        return fused.pair_loss(policy, reference, labels, lengths, objective, budget, with_kl, kernels)
+        return fused.pair_loss(policy, reference, labels, lengths, objective, budget, with_kl, kernels, tied)
 
 
 def response_logp(policy: Hidden, labels: Tensor, logits_budget: int | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ from tdpo.ops.numerics import statistics_dtype
 from tdpo.ops.rows import RowKernels, RowStats
 from tdpo.ops.workspace import logits_buffers
 from tdpo.types import Head, Hidden, PairLoss, PairStats, TokenStats
+
+
+class WeightGradient(Protocol):
+    """Somebody who adds to the gradient of the head's weight before autograd gets it."""
+
+    def leave(self, gradient_VD: Tensor) -> Tensor | None:
+        """Takes the gradient, or gives it back for autograd."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ def pair_loss(
     logits_budget: int,
     with_kl: bool = True,
     kernels: RowKernels = torch_rows,
+    tied: WeightGradient | None = None,
 ) -> FusedLoss:
     """Summed loss of P pairs whose tokens are contiguous, chosen before rejected.
 
@@ -78,6 +86,7 @@ def pair_loss(
         with_kl: Whether to compute the KL at all; without it the statistics say 0. Only for objectives whose two KL
             ratios are 0.
         kernels: What is done to a block's rows.
+        tied: Takes the gradient of the head's weight in the backward, in place of autograd.
     """
     check_ratios(objective)
     plan = _Plan(
@@ -91,6 +100,7 @@ def pair_loss(
         with_kl=with_kl,
         kernels=kernels,
         with_gradient=torch.is_grad_enabled(),
+        tied=tied,
     )
     total, *rest = _PairLoss.apply(policy.states, policy.head.weight, policy.head.bias, plan)
     return FusedLoss(total, PairLoss(*rest[:3]), PairStats(*rest[3:7]), TokenStats(*rest[7:]))
@@ -110,6 +120,7 @@ class _Plan:
     with_kl: bool
     kernels: RowKernels
     with_gradient: bool
+    tied: WeightGradient | None
 
     def groups(self, rows: int) -> Iterator[_Group]:
         """Consecutive pairs whose tokens fit ``rows`` together; one that does not fit alone is a group of its own."""
@@ -186,7 +197,7 @@ class _PairLoss(torch.autograd.Function):
                 tokens.append(torch.stack((stats.logp, stats.ref_logp, stats.kl)))
                 pairs.append(torch.stack((outcome.loss, outcome.chosen_reward, outcome.rejected_reward, *sums)))
         token_columns, pair_columns = torch.cat(tokens, 1), torch.cat(pairs, 1)
-        ctx.gradient = gradient
+        ctx.gradient, ctx.tied = gradient, plan.tied
         results = (pair_columns[0].sum(), *pair_columns.unbind(), *token_columns.unbind())
         ctx.mark_non_differentiable(*results[1:])
         return results
@@ -198,7 +209,10 @@ class _PairLoss(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the fused loss can be differentiated once; call it again for a second backward pass")
-        return (*gradient.scaled(grad_total), None)
+        states, weight, bias = gradient.scaled(grad_total)
+        if weight is not None and ctx.tied is not None:
+            weight = ctx.tied.leave(weight)
+        return states, weight, bias, None
 
 
 @dataclass(frozen=True)

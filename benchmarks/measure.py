@@ -1,0 +1,116 @@
+"""What the benchmarks share: seconds, peak memory, what machine it was, and processes that take turns."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+MEBIBYTE = 2**20
+
+
+def seconds_of(function: Callable[[], object], repetitions: int) -> list[float]:
+    """Seconds of each call, after one to warm up."""
+    seconds = []
+    for _ in range(repetitions + 1):
+        _finish()
+        start = time.perf_counter()
+        function()
+        _finish()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def peak_above(function: Callable[[], object]) -> float:
+    """MiB by which a call raises memory above what is allocated before it: resident on a CPU, allocated on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
+    before = resident(peak=False)
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    function()
+    return (resident(peak=True) - before) / MEBIBYTE
+
+
+def resident(peak: bool) -> int:
+    """Resident bytes of this process now, or at their peak (Linux)."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def in_turn(
+    script: str, settings: Sequence[Mapping[str, Any]], rounds: int, arguments: Sequence[str] = ()
+) -> list[list[dict[str, float]]]:
+    """Runs a script once per setting and round, each time in a process of its own, and collects the JSON it prints.
+
+    Args:
+        script: File that prints one JSON object as its last line.
+        settings: Options of each process; what is measured under them is at the same place of the result.
+        rounds: How often all settings are gone through; ``--seed`` is the round's number.
+        arguments: Options of every process.
+
+    Returns:
+        For each setting the objects of its rounds; none where a process failed, which is said on standard error.
+    """
+    results: list[list[dict[str, float]]] = [[] for _ in settings]
+    for number in range(rounds):
+        for place, setting in enumerate(settings):
+            options = [word for name, value in setting.items() for word in (f"--{name}", str(value))]
+            words = [sys.executable, script, *arguments, *options, "--seed", str(number)]
+            told = subprocess.run(words, capture_output=True, text=True)
+            if told.returncode:
+                reason = (told.stderr.strip().splitlines() or [f"ended by signal {-told.returncode}"])[-1]
+                print(f"{setting}: {reason}", file=sys.stderr)
+                continue
+            results[place].append(json.loads(told.stdout.strip().splitlines()[-1]))
+            print(f"round {number + 1}: {setting} {results[place][-1]}", file=sys.stderr, flush=True)
+    return results
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Median, least and greatest of the ratios theirs over ours, round by round."""
+    found = sorted(their / our for our, their in zip(ours, theirs, strict=False))
+    return round(statistics.median(found), 2), round(found[0], 2), round(found[-1], 2)
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures belong to."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu, "threads": options.threads,
+        "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit,
+    }  # fmt: skip
+
+
+def write_csv(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of the same columns."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

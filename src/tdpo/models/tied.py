@@ -1,0 +1,91 @@
+"""One gradient for a tied weight: what the embedding adds to the head's, without a second ``[V, D]``.
+
+A weight that is both embedding and head gets two gradients, and autograd makes the embedding's a full table of zeros
+with a few rows filled, to add it to the head's. Here the fused loss leaves the head's gradient with a
+:class:`TiedGradient`, and the lookup, whose backward comes last, adds its rows to it and hands the one table on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from tdpo.models.policy import causal_lm
+
+
+class TiedGradient:
+    """Where the head's gradient waits for the embedding's rows.
+
+    Attributes:
+        lookups: Lookups that will come for it in their backward.
+    """
+
+    def __init__(self) -> None:
+        self.lookups = 0
+        self._waiting: Tensor | None = None
+
+    def leave(self, gradient_VD: Tensor) -> Tensor | None:
+        """Leaves the head's gradient for a lookup to collect; gives it back where none will."""
+        if not self.lookups:
+            return gradient_VD
+        self._waiting = gradient_VD
+        return None
+
+    def collect(self) -> Tensor | None:
+        """The head's gradient, once."""
+        gradient, self._waiting = self._waiting, None
+        return gradient
+
+
+@contextmanager
+def tied_gradient(model: nn.Module) -> Iterator[TiedGradient | None]:
+    """Inside, the embedding of a model that ties it to its head keeps company with the gradient that is yielded.
+
+    None, and nothing is changed, where there is nothing to gain or the embedding is more than a plain lookup: an untied
+    or frozen weight, autocast (the head is a cast copy then), no gradients.
+    """
+    lm: Any = causal_lm(model)
+    table: Any = lm.get_input_embeddings()
+    head = lm.get_output_embeddings()
+    plain = type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq
+    tied = plain and table.weight is getattr(head, "weight", None) and table.weight.requires_grad
+    if not tied or not torch.is_grad_enabled() or torch.is_autocast_enabled(table.weight.device.type):
+        yield None
+        return
+    gradient = TiedGradient()
+
+    def look_up(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        gradient.lookups += 1
+        return _Lookup.apply(layer.weight, inputs[0], layer.padding_idx, gradient)
+
+    handle = table.register_forward_hook(look_up)
+    try:
+        yield gradient
+    finally:
+        handle.remove()
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, ids: Tensor, padding: int | None, gradient: TiedGradient) -> Tensor:
+        """Rows of the table."""
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.padding, ctx.gradient = weight_VD.shape, padding, gradient
+        return embedding(ids, weight_VD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """The head's gradient with the rows added; alone where the head's was collected already or never came."""
+        (ids,) = ctx.saved_tensors
+        table = ctx.gradient.collect()
+        table = grad.new_zeros(ctx.shape) if table is None else table
+        if ctx.padding is not None:
+            grad = grad.masked_fill((ids == ctx.padding)[..., None], 0)
+        table.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(table.dtype))
+        return table, None, None, None
