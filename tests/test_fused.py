@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from numeric_worlds import OBJECTIVE_PARAMETERS, HeadProblem, budget_for, head_problem
@@ -93,6 +95,29 @@ def test_one_group_takes_the_fewest_products(trained: tuple[bool, bool], product
         if any(trained):
             fused.total.backward()
     assert counted.count == products
+
+
+@pytest.mark.parametrize(
+    ("name", "head_trained", "products_per_block"),
+    [("tdpo2", True, 5.5), ("dpo", True, 5.0), ("tdpo1", True, 6.0), ("tdpo2", False, 3.0), ("tdpo1", False, 3.0)],
+)
+def test_a_pair_over_budget_is_gone_through_twice_only_for_a_trained_head(
+    name: str, head_trained: bool, products_per_block: float
+) -> None:
+    """In the second pass the reference's logits are made again only for sides whose KL is weighed."""
+    problem = head_problem(tokens=18).cast(torch.float32)
+    problem.policy.head.weight.requires_grad_(head_trained)
+    with Products(problem.policy.head.vocab_size) as counted:
+        arguments = problem.policy, problem.reference, problem.labels, [9, 9], objectives.build(name)
+        ops.pair_loss(*arguments, budget(3, problem)).total.backward()
+    assert counted.count == products_per_block * 6
+
+
+def test_an_objective_that_misdeclares_its_ratios_is_refused() -> None:
+    problem = head_problem(tokens=TOKENS).cast(torch.float64)
+    wrong = dataclasses.replace(objectives.tdpo2(0.1, 0.5), rejected_kl_ratio=0.4)
+    with pytest.raises(ValueError, match=r"tdpo2 declares rejected_kl_ratio=0\.4, but its gradient in the rejected"):
+        ops.pair_loss(problem.policy, problem.reference, problem.labels, LENGTHS, wrong)
 
 
 def test_without_grad_mode_only_the_logits_are_made() -> None:

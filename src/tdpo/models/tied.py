@@ -50,11 +50,9 @@ def tied_gradient(model: nn.Module) -> Iterator[TiedGradient | None]:
     or frozen weight, autocast (the head is a cast copy then), no gradients.
     """
     lm: Any = causal_lm(model)
-    table: Any = lm.get_input_embeddings()
-    head = lm.get_output_embeddings()
-    plain = type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq
-    tied = plain and table.weight is getattr(head, "weight", None) and table.weight.requires_grad
-    if not tied or not torch.is_grad_enabled() or torch.is_autocast_enabled(table.weight.device.type):
+    table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    device = lm.device.type
+    if not (_plainly_tied(table, head) and torch.is_grad_enabled()) or torch.is_autocast_enabled(device):
         yield None
         return
     gradient = TiedGradient()
@@ -68,6 +66,13 @@ def tied_gradient(model: nn.Module) -> Iterator[TiedGradient | None]:
         yield gradient
     finally:
         handle.remove()
+
+
+def _plainly_tied(table: Any, head: Any) -> bool:
+    """Whether an embedding does nothing but look up rows of a weight that is the head's too, and is trained."""
+    if type(table) is not nn.Embedding or table.max_norm is not None or table.scale_grad_by_freq:
+        return False
+    return getattr(head, "weight", None) is table.weight and table.weight.requires_grad
 
 
 class _Lookup(torch.autograd.Function):
