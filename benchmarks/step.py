@@ -27,6 +27,7 @@ from tdpo.data.sources import read_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.models.hidden import response_hidden
 from tdpo.models.reference import FrozenCopy
+from tdpo.models.tied import tied_gradient
 from tdpo.score import batch_loss
 from tdpo.types import PackedBatch, PairStats, TokenisedPair
 
@@ -86,8 +87,11 @@ def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[Tokenised
 
         def without_kl() -> Tensor:
             batch = pack(pairs)
-            hidden, ref_hidden = response_hidden(policy, batch), reference.hidden(batch)
-            return ops.pair_loss(hidden, ref_hidden, batch.labels, batch.lengths, objective, with_kl=False).total
+            with tied_gradient(policy) as tied:
+                hidden, ref_hidden = response_hidden(policy, batch), reference.hidden(batch)
+            return ops.pair_loss(
+                hidden, ref_hidden, batch.labels, batch.lengths, objective, with_kl=False, tied=tied
+            ).total
 
         return lambda: without_kl() / len(pairs)
     return lambda: batch_loss(policy, reference, pack(pairs), objective)[0] / len(pairs)
