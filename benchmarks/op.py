@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vocab, tokens = options.vocabularies[0], options.tokens
     plain = LOGIT_BUFFERS_OF_PLAIN.get(options.implementation, 0)
-    if device == "cpu" and 4 * plain * tokens * vocab > free_bytes():
+    if device == "cpu" and 4 * plain * tokens * vocab > 0.6 * free_bytes():
         raise SystemExit(f"left out: {plain} float32 copies of {tokens} x {vocab} logits do not fit the memory")
     policy, reference, labels = problem(tokens, options.width, vocab, getattr(torch, options.dtype), device)
     leaves = [policy.states, policy.head.weight]
