@@ -35,7 +35,9 @@ check: install
 bench: install
 	@test -n "$(PAIRS)" -a -n "$(TOKENIZER)" || { echo "usage: make bench PAIRS=pairs.jsonl TOKENIZER=name-or-folder"; exit 2; }
 	$(BIN)/python benchmarks/bound.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
+	$(BIN)/python benchmarks/op.py
 	$(BIN)/python benchmarks/step.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
+	$(BIN)/python benchmarks/plot.py
 
 format: install
 	$(BIN)/ruff format .
