@@ -133,8 +133,8 @@ def test_mistakes_in_data_are_named(
     )
     assert "data.jsonl, row 2: field 'rejected' is an empty response" in told([rows[0], {**rows[1], "rejected": ""}])
     assert "no pair is left" in told([{**rows[0], "rejected": rows[0]["chosen"]}])
-    chat = [{"role": "user", "content": "Hi"}]
-    assert "no chat template" in told([{"prompt": chat, "chosen": chat, "rejected": chat * 2}])
+    chat, answer = ([{"role": role, "content": "Hi"}] for role in ("user", "assistant"))
+    assert "no chat template" in told([{"prompt": chat, "chosen": answer, "rejected": answer * 2}])
     assert "row 1: prompt" in told([{**rows[0], "chosen": "x " * 200}], "--on_overlong", "error")
     assert "nowhere.jsonl: no such file" in mistake(
         capsys, *train(model_folder, pairs_file, tmp_path / "out", "--eval_dataset_name", "nowhere.jsonl")
