@@ -96,18 +96,13 @@ def common_words(one: str, other: str) -> int:
         >>> one[:common_words(one, other)]
         'The sky is'
     """
-    end = _common_prefix(one, other)
-    while end > 0 and not _ends_word(one, other, end):
+    last = min(len(one.rstrip()), len(other.rstrip())) - 1
+    end = min(_common_prefix(one, other), max(last, 0))
+    while end > 0 and not all(BOUNDARY.match(text, end) for text in (one, other)):
         end -= 1
     while end > 0 and one[end - 1] == " ":
         end -= 1
     return end
-
-
-def _ends_word(one: str, other: str, end: int) -> bool:
-    if not (one[end:].strip() and other[end:].strip()):
-        return False
-    return all(BOUNDARY.match(text, end) is not None for text in (one, other))
 
 
 def _common_prefix(one: str, other: str) -> int:
