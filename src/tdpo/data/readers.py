@@ -65,6 +65,7 @@ def table_values(batches: Iterator[Any]) -> Rows:
     """Rows of Arrow record batches or tables as objects."""
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # without it offsets that a damaged file holds are followed into foreign memory
         for start in range(0, batch.num_rows, BATCH):
             for value in batch.slice(start, BATCH).to_pylist():
                 number += 1
