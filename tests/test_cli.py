@@ -133,8 +133,8 @@ def test_mistakes_in_data_are_named(
     )
     assert "data.jsonl, row 2: field 'rejected' is an empty response" in told([rows[0], {**rows[1], "rejected": ""}])
     assert "no pair is left" in told([{**rows[0], "rejected": rows[0]["chosen"]}])
-    chat = [{"role": "user", "content": "Hi"}]
-    assert "no chat template" in told([{"prompt": chat, "chosen": chat, "rejected": chat * 2}])
+    chat, answer = ([{"role": role, "content": "Hi"}] for role in ("user", "assistant"))
+    assert "no chat template" in told([{"prompt": chat, "chosen": answer, "rejected": answer * 2}])
     assert "row 1: prompt" in told([{**rows[0], "chosen": "x " * 200}], "--on_overlong", "error")
     assert "nowhere.jsonl: no such file" in mistake(
         capsys, *train(model_folder, pairs_file, tmp_path / "out", "--eval_dataset_name", "nowhere.jsonl")
@@ -346,3 +346,54 @@ def test_ctrl_c_ends_with_a_word_and_code_130(monkeypatch: pytest.MonkeyPatch, c
 def test_the_module_runs_as_launchers_run_it(tmp_path: Path) -> None:
     told = subprocess.run([sys.executable, "-m", "tdpo", "train", "--bta", "1"], capture_output=True, text=True)
     assert told.returncode == 2 and "Traceback" not in told.stderr
+
+
+def test_a_mixture_in_yaml_is_read_split_and_counted(
+    capsys: pytest.CaptureFixture, tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    odd = [{"question": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in preference_rows(20)]
+    write_jsonl(tmp_path / "odd.jsonl", odd)
+    (tmp_path / "run.yaml").write_text(
+        f"datasets:\n- {{name: {pairs_file}, weight: 2}}\n- name: {tmp_path / 'odd.jsonl'}\n"
+        "  columns: {prompt: question, chosen: good, rejected: bad}\ntest_fraction: 0.3\nsplit_seed: 1\n"
+    )
+    out = tmp_path / "out"
+    words = ["train", "--config", tmp_path / "run.yaml", "--model_name_or_path", model_folder, "--output_dir", out]
+    assert main([str(word) for word in [*words, *QUICK]]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    read = re.findall(r"\(preference\): 44 rows, (\d+) (?:kept|pairs of them), (\d+) on the other side", told)
+    (train, aside), (test, rest) = [tuple(map(int, counts)) for counts in read]
+    assert test > 0 and f"held out: {test} pairs" in told
+    prompts = [row["prompt"] for row in (*preference_rows(24), *preference_rows(20))]
+    from tdpo.data.reading import Side
+
+    ours = [Side(0.3, 1, True).holds(prompt) for prompt in prompts]
+    assert rest == ours.count(False) == 44 - aside
+    assert test == sum(ours) + sum(ours[:24]) and train == 44 - sum(ours) + 24 - sum(ours[:24])
+    assert "--columns and --datasets contradict each other" in mistake(capsys, *words, "--columns", "prompt=question")
+    assert "either --dataset_name or --datasets" in mistake(capsys, *words, "--dataset_name", pairs_file)
+    assert "--dataset_name" in mistake(capsys, *words[:1], *words[3:])
+
+
+def test_scored_completions_are_learnt_compared_and_sampled(
+    capsys: pytest.CaptureFixture, tmp_path: Path, model_folder: Path
+) -> None:
+    rows = [{"q": f"The {n}", "completion": f" is {i}", "reward": i} for n in ("river", "garden") for i in range(4)]
+    data = write_jsonl(tmp_path / "scored.jsonl", rows)
+    named = ["--columns", "prompt=q"]
+    words = [*train(model_folder, data, tmp_path / "out"), *named, "--pairs_from", "margin", "--min_margin", "2"]
+    assert main([str(word) for word in words]) == 0
+    assert "(scored): 8 rows, 6 kept" in capsys.readouterr().out
+    words = ["--model_name_or_path", model_folder, "--dataset_name", data, *named]
+    tuned = ["--output_dir", tmp_path / "sft", "--max_steps", 1, "--use_cpu", "--disable_tqdm", "--save_strategy", "no"]
+    assert main([str(word) for word in ["sft", *words, *tuned, "--dataset_format", "scored"]]) == 0
+    assert "(scored): 8 rows, 2 kept" in capsys.readouterr().out, "the best completion of each prompt"
+    samples = ["--json", tmp_path / "samples.jsonl", "--max_new_tokens", 2, "--num_prompts", 100]
+    assert main([str(word) for word in ["generate", *words, *samples]]) == 0
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert prompts == [row["q"] for row in rows]
+    assert "unknown dataset format 'scord'" in mistake(capsys, "generate", *words, "--dataset_format", "scord")
+    assert "--min_margin belong together" in mistake(capsys, *train(model_folder, data, "o"), "--min_margin", "2")
+    assert "unknown dataset format 'scord'" in mistake(
+        capsys, *train(model_folder, data, "o"), "--dataset_format", "scord"
+    )

@@ -111,6 +111,7 @@ def test_unknown_columns_are_named_beside_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no column 'prompt', 'chosen', 'rejected'; found the columns 'question', 'a'"):
         records_of([{"question": "x", "a": "y"}])
     with pytest.raises(
-        UserError, match=r"unknown dataset format 'hhh'; there are: auto, preference, hh\. Did you mean"
+        UserError,
+        match=r"unknown dataset format 'hhh'; there are: auto, .* hh, .*, and module:function\. Did you mean",
     ):
-        records_of(GOOD[:1], format_name="hhh")
+        records_of(GOOD[:1], reading="hhh")

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, preference_rows, write_jsonl
+from conftest import NOUNS, REPOSITORY, preference_rows, write_jsonl
 
 from tdpo.cli import main
 
@@ -26,6 +26,17 @@ def desk(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(model_folder, folder / "my-model")
     write_jsonl(folder / "my-pairs.jsonl", preference_rows())
+    odd = [{"question": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in preference_rows()]
+    write_jsonl(folder / "my-odd.jsonl", odd)
+    (folder / "my_formats.py").write_text(
+        "def convert(row):\n    return {'prompt': row['question'], 'chosen': row['good'], 'rejected': row['bad']}\n"
+    )
+    scored = [
+        {"prompt": f"The {NOUNS[i % 10]} {i // 10}", "completion": f" {NOUNS[(i + j) % 10]}", "reward": j}
+        for i in range(20)
+        for j in range(3)
+    ]
+    write_jsonl(folder / "my-scored.jsonl", scored)
     shutil.copytree(REPOSITORY / "examples", folder / "examples")
     return folder
 

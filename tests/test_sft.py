@@ -61,7 +61,7 @@ def test_every_kind_of_row_becomes_prompt_and_response(tokenizer: Any) -> None:
 def test_bad_rows_are_named(tokenizer: Any, row: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepare_sft([TEXTS[0], row], Tokeniser(tokenizer), name="rows")
-    with pytest.raises(UserError, match=r"also: prompt and completion, messages, text"):
+    with pytest.raises(UserError, match=r"Known formats:\n  completion: prompt, completion\n  messages: "):
         prepare_sft([{"other": "x"}], Tokeniser(tokenizer))
     with pytest.raises(UserError, match="must be a list of chat messages that ends with the assistant's"):
         prepare_sft([{"messages": [{"role": "user", "content": "Hi"}] * 2}], Tokeniser(tokenizer))

@@ -5,19 +5,26 @@ Defaults live here and nowhere else; help texts are what ``tdpo <command> --help
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from tdpo import objectives
-from tdpo.data.formats import FORMATS
+from tdpo.data.formats import AUTO, FORMATS, Format, find_format
+from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns
+from tdpo.data.sft import SFT_FORMATS
+from tdpo.data.sources import Source, open_mixture, open_source
 from tdpo.data.tokenise import Lengths
 from tdpo.errors import UserError
 from tdpo.ops import Backend
 
-DATASET_HELP = "Dataset: a .jsonl, .json, .csv or .parquet file (also .gz), a folder, a glob or a hub name."
+DATASET_HELP = (
+    "Dataset: a .jsonl, .json, .csv, .parquet or .arrow file (also .gz, .bz2, .xz, .zst), a folder, a glob, - for "
+    "standard input, or a hub name."
+)
 
 
 @dataclass
@@ -58,15 +65,58 @@ class ReferenceConfig:
 
 
 @dataclass
-class DataConfig:
+class SplitOptions:
+    """One file for training and for evaluation: a part of its prompts is set aside."""
+
+    test_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Set aside about this share of the prompts for evaluation; train, sft, eval and every process draw "
+            "the same ones."
+        },
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of --test_fraction, and of fractional weights."})
+
+    def side(self, test: bool) -> Side | None:
+        """One side of the split, or None if there is none."""
+        return None if self.test_fraction is None else Side(self.test_fraction, self.split_seed, test)
+
+
+@dataclass
+class DataConfig(SplitOptions):
     """Which data, and how its rows are read."""
 
-    dataset_name: str = field(metadata={"help": DATASET_HELP})
+    dataset_name: str | None = field(default=None, metadata={"help": f"{DATASET_HELP} (this or --datasets)"})
+    datasets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "A mixture instead of --dataset_name: name,weight=0.5,format=hh,... for each dataset, or a list of "
+            "mappings in a YAML file. A weight is how often a record is seen in an epoch."
+        },
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(
         default="train",
         metadata={"help": "Split to train on: of a hub dataset, or the beginning of file names in a folder."},
     )
+
+    def __post_init__(self) -> None:
+        if bool(self.dataset_name) == bool(self.datasets):
+            raise UserError("give either --dataset_name or --datasets, which names several")
+        self.side(True)
+
+    def open_training(self, reading: Reading) -> Source:
+        """The rows to train on, each with the way it is read.
+
+        Args:
+            reading: How rows of ``dataset_name`` become records; those of ``datasets`` have their own.
+        """
+        return self._open(reading, self.dataset_train_split, self.side(False))
+
+    def _open(self, reading: Reading, split: str, side: Side | None) -> Source:
+        if self.dataset_name:
+            return open_source(self.dataset_name, split, self.dataset_config).read_by(replace(reading, side=side))
+        return open_mixture(self.datasets, split, lambda own: replace(own, side=side), self.split_seed)
 
 
 @dataclass
@@ -78,6 +128,72 @@ class EvalDataConfig(DataConfig):
         default=None,
         metadata={"help": "Held-out data, named as --dataset_name; it is evaluated at the end of training at least."},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_dataset_name and self.test_fraction is not None:
+            raise UserError("--eval_dataset_name and --test_fraction contradict each other: both name held-out data")
+
+    def open_held_out(self, reading: Reading) -> Source | None:
+        """The rows to evaluate on: of ``eval_dataset_name``, or those that ``test_fraction`` sets aside; or None."""
+        if self.eval_dataset_name:
+            return open_source(self.eval_dataset_name, self.dataset_test_split, self.dataset_config).read_by(reading)
+        return None if self.test_fraction is None else self._open(reading, self.dataset_train_split, self.side(True))
+
+    def check_reading(self, reading: Reading) -> None:
+        """Refuses options of a single dataset's format beside ``datasets``, which have their own.
+
+        Raises:
+            UserError: naming them.
+        """
+        given = reading.given() + [name for name in ("format", "columns") if getattr(reading, name) not in (AUTO, ())]
+        if self.datasets and not self.eval_dataset_name and given:
+            names = ", ".join("--dataset_format" if name == "format" else f"--{name}" for name in given)
+            raise UserError(f"{names} and --datasets contradict each other: each of --datasets has fields of its own")
+
+
+@dataclass
+class FormatOptions:
+    """How rows become records."""
+
+    dataset_format: str = field(
+        default=AUTO,
+        metadata={
+            "help": f"Format of the rows: {', '.join(FORMATS)}, or module:function, a Python function from a row to "
+            "one of these, to several or to None; auto tells it from the columns."
+        },
+    )
+    columns: dict[str, str] | str | None = field(
+        default=None, metadata={"help": "Columns under other names: prompt=question,chosen=good,... or JSON."}
+    )
+    pairs_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of several answers to a prompt: all whose scores differ (default; in sft the best one), the "
+            "best with the worst, or all that differ by --min_margin.",
+            "choices": list(PAIRS_FROM),
+        },
+    )
+    min_margin: float | None = field(
+        default=None, metadata={"help": "Least difference of scores under --pairs_from margin."}
+    )
+    min_score_ratio: float | None = field(
+        default=None, metadata={"help": "Least ratio of scores in the format shp, 2 by default."}
+    )
+
+    def reading(self) -> Reading:
+        """How rows are read as these options describe it.
+
+        Raises:
+            UserError: for an unknown format and options that contradict.
+        """
+        return Reading(
+            self.dataset_format,
+            parse_columns(self.columns),
+            self.pairs_from,  # type: ignore[arg-type]
+            self.min_margin,
+            self.min_score_ratio,
+        )
 
 
 @dataclass
@@ -106,15 +222,11 @@ class LengthOptions:
 
 
 @dataclass
-class PairOptions(LengthOptions):
+class PairOptions(FormatOptions, LengthOptions):
     """How preference rows are read and cut."""
 
     max_prompt_length: int = field(
         default=256, metadata={"help": "Longest prompt in tokens once a pair has to be cut to --max_length."}
-    )
-    dataset_format: str = field(
-        default="auto",
-        metadata={"help": "Format of the rows; auto tells it from the columns.", "choices": ["auto", *FORMATS]},
     )
 
     def lengths(self) -> Lengths:
@@ -234,6 +346,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         max_length: Longest sequence in tokens.
         max_prompt_length: What is left of the prompt of a longer pair.
         dataset_format: Format of the rows, ``"auto"`` to tell it from the columns.
+        columns: Columns under other names.
         reference: Where the reference's hidden states come from.
     """
 
@@ -248,10 +361,11 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         check_at_least(self, 1, "logits_budget")
         self.build_objective()
         self.lengths()
+        check_format(self, FORMATS)
 
 
 @dataclass
-class SFTConfig(LengthOptions, LayoutOptions, RunOptions):
+class SFTConfig(FormatOptions, LengthOptions, LayoutOptions, RunOptions):
     """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
@@ -260,6 +374,7 @@ class SFTConfig(LengthOptions, LayoutOptions, RunOptions):
         super().__post_init__()
         check_choices(self)
         self.lengths()
+        check_format(self, SFT_FORMATS)
 
     def lengths(self) -> Lengths:
         """Truncation as these options describe it: half of an overlong example may be its prompt."""
@@ -276,6 +391,17 @@ def check_at_least(options: Any, least: float, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not value >= least:
             raise UserError(f"--{name} must be at least {least:g}, got {value}")
+
+
+def check_format(options: FormatOptions, formats: Mapping[str, Format]) -> None:
+    """Refuses an unknown format, and options that contradict each other, before any data is read.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if options.dataset_format != AUTO:
+        find_format(options.dataset_format, formats)
+    options.reading()
 
 
 def check_choices(options: Any) -> None:

@@ -30,6 +30,9 @@ class PreferenceRecord:
         rejected: The other response.
         source: The file or dataset the record was read from, for messages.
         row: Its row there, counted from 1 as an editor counts lines.
+        tools: Tools the chat template shows the model, as JSON schemas; only for chats.
+        chat_template_kwargs: Further arguments of the chat template; only for chats.
+        truncation_mode: Which part of the prompt stays when it is cut, where the source says so; None is the run's.
     """
 
     prompt: Text
@@ -37,6 +40,9 @@ class PreferenceRecord:
     rejected: Text
     source: str = "memory"
     row: int = 0
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    truncation_mode: Literal["keep_end", "keep_start"] | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from tdpo.config import RunOptions
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
-from tdpo.data.sources import SourceRow, read_source
+from tdpo.data.sources import Source
 from tdpo.errors import UserError
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
@@ -139,9 +139,9 @@ def told_in_words(trainer: Any = None) -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def read_dataset(name: str, split: str, config: str | None, prepare: Callable[[list[SourceRow]], Prepared]) -> Prepared:
+def read_dataset(source: Source, prepare: Callable[[Source], Prepared]) -> Prepared:
     """Reads a dataset, prepares it, and prints the report of what became of its rows."""
-    prepared = prepare(read_source(name, split, config))
+    prepared = prepare(source)
     for line in prepared.report.lines():
         console().print(line, soft_wrap=True)
     return prepared

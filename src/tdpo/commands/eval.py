@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,11 +17,14 @@ from tdpo.config import (
     ObjectiveOptions,
     PairOptions,
     ScoringOptions,
+    SplitOptions,
     check_at_least,
     check_choices,
+    check_format,
 )
 from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
-from tdpo.data.sources import SourceRow
+from tdpo.data.formats import FORMATS
+from tdpo.data.sources import Source, open_source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
@@ -29,7 +32,7 @@ from tdpo.models.policy import head_of, position_limit
 
 
 @dataclass
-class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions):
+class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
     """What is evaluated and where the figures go."""
 
     ref_model_name_or_path: str = field(metadata={"help": "Reference model: a hub name or a folder."}, kw_only=True)
@@ -47,6 +50,7 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions):
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 1, "per_device_eval_batch_size", "logits_budget")
+        check_format(self, FORMATS)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -54,15 +58,17 @@ def run(argv: Sequence[str]) -> None:
     model_config, options = parse("eval", COMMANDS["eval"], (ModelConfig, EvalOptions), argv)
     quieten()
     objective = options.build_objective()
+    reading = replace(options.reading(), side=options.side(test=True))
     if options.json:
         check_writable(Path(options.json).absolute().parent)
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, options.lengths())
 
-    def prepare(rows: list[SourceRow]) -> PairDataset:
-        return prepare_pairs(rows, tokeniser, options.dataset_format, options.on_bad_row)
+    def prepare(rows: Source) -> PairDataset:
+        return prepare_pairs(rows, tokeniser, reading, options.on_bad_row)
 
-    dataset = read_dataset(options.dataset_name, options.dataset_test_split, options.dataset_config, prepare)
+    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config)
+    dataset = read_dataset(source.read_by(reading), prepare)
     out = console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from rich.text import Text as Styled
 from tdpo.cli import COMMANDS
 from tdpo.commands.common import check_writable, console, quieten, write_text
 from tdpo.commands.options import parse
-from tdpo.config import DATASET_HELP, ModelConfig, ReferenceConfig
-from tdpo.data.formats import RowError, text_of, to_records
-from tdpo.data.sources import read_source
+from tdpo.config import DATASET_HELP, FormatOptions, ModelConfig, ReferenceConfig, SplitOptions
+from tdpo.data.formats import AUTO, DataReport, RowError, iter_records, renamed, text_of
+from tdpo.data.sources import open_source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.evaluate.generate import Sampling, sample_ids
@@ -27,7 +28,7 @@ from tdpo.types import Text
 
 
 @dataclass
-class GenerateOptions:
+class GenerateOptions(FormatOptions, SplitOptions):
     """What is asked of the models, how they answer, and where it goes."""
 
     prompt: list[str] = field(default_factory=list, metadata={"help": "One or more prompts, as plain text."})
@@ -100,17 +101,34 @@ def _prompts(options: GenerateOptions) -> list[Text]:
         return list(options.prompt)
     if options.num_prompts < 1:
         raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
-    rows = read_source(str(options.dataset_name), options.dataset_test_split, options.dataset_config)
-    if "prompt" not in rows[0].fields:
-        records, _ = to_records(rows, on_bad_row="drop")
-        return [record.prompt for record in records[: options.num_prompts]]
-    prompts = []
-    for row in rows[: options.num_prompts]:
-        try:
-            prompts.append(text_of(row, "prompt"))
-        except RowError as error:
-            raise UserError(f"{row.place}: {row.error or error}") from error
+    prompts = list(itertools.islice(_dataset_prompts(options), options.num_prompts))
+    if not prompts:
+        raise UserError(f"{options.dataset_name}: no prompt in it")
     return prompts
+
+
+def _dataset_prompts(options: GenerateOptions) -> Iterator[Text]:
+    """Prompts of the dataset: its column of that name, which needs no responses beside it, or those of its records."""
+    reading = replace(options.reading(), side=options.side(test=True))
+    source = open_source(str(options.dataset_name), options.dataset_test_split, options.dataset_config)
+    first = next(iter(source), None)
+    try:
+        by_column = first is not None and reading.format == AUTO and "prompt" in renamed(first, reading.columns).fields
+    except RowError:
+        by_column = False
+    if not by_column:
+        records = iter_records(source, reading, "drop", DataReport(source.name))
+        yield from (prompt for prompt, _ in itertools.groupby(record.prompt for record in records))
+        return
+    for row in source:
+        try:
+            if row.error:
+                raise RowError(row.error)
+            prompt = text_of(renamed(row, reading.columns), "prompt")
+        except RowError as error:
+            raise UserError(f"{row.place}: {error}") from error
+        if reading.side is None or reading.side.holds(prompt):
+            yield prompt
 
 
 def _prompt_ids(tokeniser: Tokeniser, prompts: list[Text], options: GenerateOptions, model: Any) -> list[list[int]]:

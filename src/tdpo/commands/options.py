@@ -131,7 +131,7 @@ def _config_words(path: str, names: set[str]) -> list[str]:
         if key not in names:
             raise UserError(f"{CONFIG} {path}: unknown key {key!r}.{nearest(str(key), names)}")
         if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
+            words += [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
         elif value is False and key in ("eval_strategy", "save_strategy", "logging_strategy", "report_to"):
             words.append(f"--{key}=no" if key != "report_to" else "--report_to=none")  # YAML reads a bare no as false
         elif value is not None:

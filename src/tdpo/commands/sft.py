@@ -17,7 +17,7 @@ from tdpo.commands.common import (
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.data.sft import SFTDataset, prepare_sft
-from tdpo.data.sources import SourceRow
+from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
 from tdpo.train.sft import SFTTrainer
@@ -26,19 +26,20 @@ from tdpo.train.sft import SFTTrainer
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     model_config, data, args = parse("sft", COMMANDS["sft"], (ModelConfig, EvalDataConfig, SFTConfig), argv, OUTPUT)
+    reading = args.reading()
+    data.check_reading(reading)
     quieten()
     checkpoint = prepare_output(args, model_config.model_name_or_path, model_config.tokenizer_name_or_path)
     out = console()
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, args.lengths())
 
-    def prepare(rows: list[SourceRow]) -> SFTDataset:
-        return prepare_sft(rows, tokeniser, args.on_bad_row)
+    def prepare(rows: Source) -> SFTDataset:
+        return prepare_sft(rows, tokeniser, reading, args.on_bad_row)
 
-    train = read_dataset(data.dataset_name, data.dataset_train_split, data.dataset_config, prepare)
-    held_out = None
-    if data.eval_dataset_name:
-        held_out = read_dataset(data.eval_dataset_name, data.dataset_test_split, data.dataset_config, prepare)
+    train = read_dataset(data.open_training(reading), prepare)
+    aside = data.open_held_out(reading)
+    held_out = None if aside is None else read_dataset(aside, prepare)
     model = load_model(model_config)
     check_vocabulary(model, tokenizer)
     with told_in_words():

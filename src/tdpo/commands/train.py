@@ -18,7 +18,7 @@ from tdpo.commands.common import (
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.data.dataset import PairDataset, prepare_pairs
-from tdpo.data.sources import SourceRow
+from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
 from tdpo.train.trainer import TDPOTrainer
@@ -29,6 +29,8 @@ def run(argv: Sequence[str]) -> None:
     model_config, ref, data, args = parse(
         "train", COMMANDS["train"], (ModelConfig, ReferenceConfig, EvalDataConfig, TDPOConfig), argv, OUTPUT
     )
+    reading = args.reading()
+    data.check_reading(reading)
     quieten()
     checkpoint = prepare_output(
         args, model_config.model_name_or_path, model_config.tokenizer_name_or_path, ref.ref_model_name_or_path
@@ -37,13 +39,12 @@ def run(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, args.lengths())
 
-    def prepare(rows: list[SourceRow]) -> PairDataset:
-        return prepare_pairs(rows, tokeniser, args.dataset_format, args.on_bad_row)
+    def prepare(rows: Source) -> PairDataset:
+        return prepare_pairs(rows, tokeniser, reading, args.on_bad_row)
 
-    train = read_dataset(data.dataset_name, data.dataset_train_split, data.dataset_config, prepare)
-    held_out = None
-    if data.eval_dataset_name:
-        held_out = read_dataset(data.eval_dataset_name, data.dataset_test_split, data.dataset_config, prepare)
+    train = read_dataset(data.open_training(reading), prepare)
+    aside = data.open_held_out(reading)
+    held_out = None if aside is None else read_dataset(aside, prepare)
     model = load_model(model_config)
     check_vocabulary(model, tokenizer)
     reference = load_model(model_config, ref.ref_model_name_or_path) if ref.ref_model_name_or_path else None

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from tdpo.data.formats import DataReport, OnBadRow, to_records
+from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, from_memory
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
@@ -62,7 +63,7 @@ class Collator:
 def prepare_pairs(
     data: Iterable[Any],
     tokeniser: Tokeniser | None,
-    format_name: str = "auto",
+    format_name: str | Reading = "auto",
     on_bad_row: OnBadRow = "error",
     name: str = "dataset",
 ) -> PairDataset:
@@ -73,7 +74,7 @@ def prepare_pairs(
             :class:`~tdpo.types.PreferenceRecord`, :class:`~tdpo.data.sources.SourceRow` or dictionaries of columns
             (a ``datasets.Dataset`` is one), whose columns may also be ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
         tokeniser: Tokenizer and truncation; None will do for data that is tokenised.
-        format_name: A key of :data:`tdpo.data.formats.FORMATS`, or ``"auto"``.
+        format_name: A key of :data:`tdpo.data.formats.FORMATS`, ``"auto"``, or a whole reading.
         on_bad_row: ``"error"`` or ``"drop"``.
         name: What messages call rows that come from memory.
 

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from tdpo.data.formats import DataReport, OnBadRow, RowError, convert, detect_format, is_empty, text_of, to_records
+from tdpo.data.formats import (
+    AUTO,
+    FORMATS,
+    DataReport,
+    Format,
+    OnBadRow,
+    RowError,
+    chat_options,
+    convert,
+    is_empty,
+    name_of,
+    text_of,
+)
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
+from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, from_memory
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
-from tdpo.types import Text
+from tdpo.types import PreferenceRecord, Text
 
 
 @dataclass(frozen=True)
@@ -71,9 +84,20 @@ class SFTCollator:
 
 
 def prepare_sft(
-    data: Iterable[Any], tokeniser: Tokeniser, on_bad_row: OnBadRow = "error", name: str = "dataset"
+    data: Iterable[Any],
+    tokeniser: Tokeniser,
+    reading: str | Reading = AUTO,
+    on_bad_row: OnBadRow = "error",
+    name: str = "dataset",
 ) -> SFTDataset:
     """Tokenises rows with ``text``, ``messages``, ``prompt`` and ``completion``, or any preference format (its chosen).
+
+    Args:
+        data: An ``SFTDataset``, or an iterable of :class:`~tdpo.data.sources.SourceRow` or dictionaries of columns.
+        tokeniser: Tokenizer and truncation.
+        reading: How rows are read that do not say so themselves.
+        on_bad_row: ``"error"`` or ``"drop"``.
+        name: What messages call rows that come from memory.
 
     Raises:
         UserError: for bad rows, unknown columns, and when nothing is left.
@@ -85,17 +109,17 @@ def prepare_sft(
         raise UserError(f"{name}: no rows in it")
     if not isinstance(rows[0], SourceRow):
         rows = from_memory(rows, name)
-    turns, report = _turns(rows, on_bad_row)
-    prompts = tokeniser.prompts_of_text([prompt for prompt, _, _ in turns])
-    responses = tokeniser.responses([(prompt, response) for prompt, response, _ in turns])
+    turns, report = _exchanges(rows, reading, on_bad_row)
+    prompts = tokeniser.prompts_of_text([turn.prompt for turn in turns])
+    responses = tokeniser.responses([(turn.prompt, turn.response) for turn in turns])
     examples = []
-    for prompt, response, (_, _, row) in zip(prompts, responses, turns, strict=True):
-        fitted = tokeniser.fit(prompt, (response,), row, report)
+    for prompt, response, turn in zip(prompts, responses, turns, strict=True):
+        fitted = tokeniser.fit(prompt, (response,), turn, report)
         if fitted is not None:
             prompt_ids, (response_ids,) = fitted
             if not prompt_ids:
                 prompt_ids, response_ids = response_ids[:1], response_ids[1:]
-            examples.append(SFTExample(prompt_ids, response_ids, row.row))
+            examples.append(SFTExample(prompt_ids, response_ids, turn.row))
     report.kept = len(examples)
     return SFTDataset(examples, report)
 
@@ -114,51 +138,92 @@ def check_lengths(dataset: SFTDataset, positions: int | None) -> None:
             )
 
 
-Turn = tuple[Text, Text, SourceRow]
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt and the response to learn.
+
+    Attributes:
+        prompt: Plain text or chat messages; empty before plain text.
+        response: The same kind.
+        source: The file or dataset it was read from.
+        row: Its row there.
+        tools: As in :class:`~tdpo.types.PreferenceRecord`.
+        chat_template_kwargs: The same.
+        truncation_mode: The same.
+    """
+
+    prompt: Text
+    response: Text
+    source: str
+    row: int
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    truncation_mode: Literal["keep_end", "keep_start"] | None = None
 
 
-def _turns(rows: list[SourceRow], on_bad_row: OnBadRow) -> tuple[list[Turn], DataReport]:
-    readable = next((row for row in rows if not row.error), rows[0])
-    for columns, function in SFT_FORMATS.items():
-        if set(columns) <= readable.fields.keys():
-            report = DataReport(rows[0].source, "+".join(columns))
-            return convert(rows, function, report, on_bad_row), report
-    try:
-        detect_format(readable)
-    except UserError as error:
-        known = ", ".join(" and ".join(columns) for columns in SFT_FORMATS)
-        raise UserError(f"{error}; for supervised training also: {known}") from None
-    records, report = to_records(rows, "auto", on_bad_row)
-    by_row = {row.row: row for row in rows}
-    return [(record.prompt, record.chosen, by_row[record.row]) for record in records], report
+def _exchanges(
+    rows: Iterable[SourceRow], reading: str | Reading, on_bad_row: OnBadRow
+) -> tuple[list[Exchange], DataReport]:
+    def key(exchange: Exchange) -> Text:
+        return exchange.prompt or exchange.response
+
+    report = DataReport(name_of(rows))
+    return list(convert(rows, reading, on_bad_row, report, SFT_FORMATS, key)), report
 
 
-def _text_turn(row: SourceRow) -> Turn:
-    return _checked("", text_of(row, "text"), row, "text")
+def _text(row: SourceRow, reading: Reading) -> list[Exchange]:
+    text = text_of(row, "text")
+    if not isinstance(text, str):
+        raise RowError("field 'text' must be a text, found chat messages")
+    return _exchange(row, "", text, "text")
 
 
-def _completion_turn(row: SourceRow) -> Turn:
+def _completion(row: SourceRow, reading: Reading) -> list[Exchange]:
     prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
-    if type(prompt) is not type(completion):
+    if isinstance(prompt, str) != isinstance(completion, str):
         raise RowError("one of 'prompt' and 'completion' is a text, the other chat messages")
-    return _checked(prompt, completion, row, "completion")
+    return _exchange(row, prompt, completion, "completion")
 
 
-def _messages_turn(row: SourceRow) -> Turn:
+def _messages(row: SourceRow, reading: Reading) -> list[Exchange]:
     messages = text_of(row, "messages")
     if isinstance(messages, str) or messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise RowError("field 'messages' must be a list of chat messages that ends with the assistant's")
-    return _checked(messages[:-1], messages[-1:], row, "messages")
+    return _exchange(row, messages[:-1], messages[-1:], "messages")
 
 
-def _checked(prompt: Text, response: Text, row: SourceRow, name: str) -> Turn:
+def _exchange(row: SourceRow, prompt: Text, response: Text, name: str) -> list[Exchange]:
     if is_empty(response):
         raise RowError(f"field {name!r} is empty")
-    return prompt, response, row
+    return [Exchange(prompt, response, row.source, row.row, **chat_options(row, prompt))]
 
 
-SFT_FORMATS = {
-    ("prompt", "completion"): _completion_turn,
-    ("messages",): _messages_turn,
-    ("text",): _text_turn,
+def chosen_of(known: Format) -> Format:
+    """A format of preferences as one of responses: the chosen ones, and of several answers the best."""
+
+    def best(reading: Reading) -> Reading:
+        return reading if reading.pairs_from else replace(reading, pairs_from="best_worst")
+
+    def responses(records: Iterable[PreferenceRecord]) -> Iterator[Exchange]:
+        for record in records:
+            kept = ("source", "row", "tools", "chat_template_kwargs")
+            yield Exchange(record.prompt, record.chosen, **{name: getattr(record, name) for name in kept})
+
+    def convert_row(row: SourceRow, reading: Reading) -> list[Any]:
+        made = known.convert(row, best(reading))
+        return list(made if known.join else responses(made))
+
+    def join(made: Sequence[Any], reading: Reading, report: DataReport) -> Iterator[Exchange]:
+        assert known.join is not None
+        return responses(known.join(made, best(reading), report))
+
+    return replace(known, convert=convert_row, join=join if known.join else None)
+
+
+SFT_FORMATS: dict[str, Format] = {
+    "completion": Format("prompt, completion", lambda fields: {"prompt", "completion"} <= fields.keys(), _completion),
+    "messages": Format("messages", lambda fields: "messages" in fields and "chosen" not in fields, _messages),
+    "text": Format("text", lambda fields: "text" in fields, _text),
+    **{name: chosen_of(known) for name, known in FORMATS.items()},
 }
+"""Supervised rows, and behind them all preference formats."""

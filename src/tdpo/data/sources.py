@@ -1,25 +1,31 @@
-"""Where rows come from: a local file, a folder or a glob, or a dataset of the hub. Every row keeps its number."""
+"""Where rows come from: files, folders, globs, standard input, the hub, or a mixture. Every row keeps its number."""
 
 from __future__ import annotations
 
-import csv
+import functools
 import glob
-import gzip
+import hashlib
 import json
+import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from tdpo.errors import UserError
+from tdpo.data.readers import READERS, Unreadable, kind_of, read_values, table_values
+from tdpo.data.reading import Reading, parse_columns
+from tdpo.errors import UserError, nearest
 
 SPLITS = ("train", "test", "eval", "validation", "dev")
 """A lone file of a folder stands for any split, unless its name says which one it is."""
+STDIN = "-"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceRow:
     """One row as it was found.
 
@@ -28,12 +34,14 @@ class SourceRow:
         row: Number of the row, from 1: the line of a JSONL file, the data row of a table.
         fields: The row's columns by name.
         error: What made the row unreadable (then ``fields`` is empty), or an empty text.
+        reading: How it becomes records, where its source says so; None leaves it to whoever converts it.
     """
 
     source: str
     row: int
     fields: dict[str, Any]
     error: str = ""
+    reading: Reading | None = None
 
     @property
     def place(self) -> str:
@@ -41,38 +49,196 @@ class SourceRow:
         return f"{self.source}, row {self.row}"
 
 
-def read_source(name: str, split: str, config: str | None = None) -> list[SourceRow]:
-    """Reads all rows of a dataset given by name.
+@dataclass(frozen=True)
+class Source:
+    """Rows of a dataset, read anew whenever they are asked for and never all held.
+
+    Attributes:
+        name: What messages call it.
+        parts: What gives its rows, one part after the other.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+
+    def __iter__(self) -> Iterator[SourceRow]:
+        for part in self.parts:
+            for row in part.read():
+                yield row if part.reading is None else replace(row, reading=part.reading)
+
+    def read_by(self, reading: Reading) -> Source:
+        """The same rows, each carrying its reading."""
+        return Source(self.name, tuple(replace(part, reading=reading) for part in self.parts))
+
+    def fingerprint(self) -> str | None:
+        """What tells these rows, read in this way, from any others: a hash of files and readings.
+
+        None where that is not known beforehand: for the hub, and where code of the user's reads the rows.
+        """
+        digest = hashlib.sha256(self.name.encode())
+        for part in self.parts:
+            if not part.files or (part.reading is not None and ":" in part.reading.format):
+                return None
+            digest.update(f"\n{part.reading}".encode("utf-8", "surrogatepass"))
+            for path in part.files:
+                try:
+                    with open(path, "rb") as file:
+                        digest.update(f"\n{path}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+                except OSError:
+                    return None
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are read together.
+
+    Attributes:
+        read: Reads them.
+        files: All that they depend on; none where that is not known.
+        reading: How they become records; None leaves it to whoever converts them.
+    """
+
+    read: Callable[[], Iterator[SourceRow]]
+    files: tuple[Path, ...] = ()
+    reading: Reading | None = None
+
+
+@dataclass(frozen=True)
+class MixedDataset:
+    """One dataset of a mixture, as the option ``datasets`` lists it.
+
+    Attributes:
+        name: As ``dataset_name``.
+        weight: How often each of its records is seen in an epoch; 0.5 takes a seeded half.
+        split: As ``dataset_train_split``.
+        config: As ``dataset_config``.
+        format: As ``dataset_format``.
+        columns: As the option of that name.
+        pairs_from: As the option of that name.
+        min_margin: As the option of that name.
+        min_score_ratio: As the option of that name.
+        truncation_mode: As the option of that name.
+    """
+
+    name: str
+    weight: float = 1.0
+    split: str | None = None
+    config: str | None = None
+    format: str = "auto"
+    columns: str | Mapping[str, str] | None = None
+    pairs_from: Any = None
+    min_margin: float | None = None
+    min_score_ratio: float | None = None
+    truncation_mode: Any = None
+
+    def reading(self, seed: int) -> Reading:
+        """How its rows become records."""
+        return Reading(
+            format=self.format,
+            columns=parse_columns(self.columns),
+            pairs_from=self.pairs_from,
+            min_margin=self.min_margin,
+            min_score_ratio=self.min_score_ratio,
+            weight=self.weight,
+            seed=seed,
+            truncation_mode=self.truncation_mode,
+        )
+
+
+def open_source(name: str, split: str, config: str | None = None) -> Source:
+    """Finds a dataset given by name; its rows are read when they are asked for.
 
     Args:
-        name: A local file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, each also ``.gz``), a folder, a glob, or the
-            name of a dataset on the hub.
-        split: Split of a hub dataset. In a folder: files whose name starts with it (``train.jsonl``,
+        name: A local file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.arrow``, each also ``.gz``, ``.bz2``,
+            ``.xz``, ``.zst``), a folder (of such files, or as ``datasets`` saves one), a glob, ``-`` for standard
+            input, or the name of a dataset on the hub.
+        split: Split of a hub or saved dataset. In a folder: files whose name starts with it (``train.jsonl``,
             ``train-00000.parquet``), or, where no file does and the folder holds one dataset file, that one. A single
-            file or a glob has no splits and is read whole.
+            file, a glob and standard input have no splits and are read whole.
         config: Configuration of a hub dataset.
 
     Raises:
-        UserError: naming what is missing or unreadable, with the row where there is one.
+        UserError: naming what is missing; reading raises it for what is unreadable, with the row where there is one.
     """
+    if name == STDIN:
+        return Source("standard input", (_file_part(_spooled_input(), "standard input"),))
+    saved = _saved_folder(Path(name).expanduser(), split)
+    if saved is not None:
+        files = tuple(sorted(path for path in saved.rglob("*") if path.is_file()))
+        return Source(str(saved), (Part(functools.partial(_saved_rows, saved), files),))
     paths = _local_paths(name, split)
     if paths is None:
-        return _hub_rows(name, split, config)
-    rows = [row for path in paths for row in read_file(path)]
+        return Source(f"{name} ({split})", (Part(functools.partial(_hub_rows, name, split, config)),))
+    for path in paths:
+        _check_kind(path)
+    shown = str(paths[0]) if len(paths) == 1 else name
+    return Source(shown, tuple(_file_part(path, str(path)) for path in paths))
+
+
+def read_source(name: str, split: str, config: str | None = None) -> list[SourceRow]:
+    """All rows of a dataset at once; see :func:`open_source`.
+
+    Raises:
+        UserError: also if there are none.
+    """
+    rows = list(open_source(name, split, config))
     if not rows:
         raise UserError(f"{name}: no rows in it")
     return rows
 
 
-def read_file(path: Path) -> list[SourceRow]:
-    """Reads one local file by its suffix."""
-    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if kind not in READERS:
-        raise UserError(f"{path}: cannot read files of this kind; known are {', '.join('.' + k for k in READERS)}")
-    try:
-        return [_source_row(str(path), number, value) for number, value in READERS[kind](path)]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+def open_mixture(datasets: Sequence[Any], split: str, readings: Callable[[Reading], Reading], seed: int) -> Source:
+    """Several datasets one after the other, each read in its own way.
+
+    Args:
+        datasets: Mappings with the fields of :class:`MixedDataset`, or texts: a JSON object, or
+            ``name,field=value,...``.
+        split: Split of those that name none.
+        readings: What is done to the reading of each, such as taking one side of a split.
+        seed: Seed of weights that are not whole numbers.
+
+    Raises:
+        UserError: naming the entry and what is wrong with it.
+    """
+    if not datasets:
+        raise UserError("--datasets names no dataset")
+    opened = []
+    for place, entry in enumerate(datasets, 1):
+        known = mixed_dataset(entry, place)
+        try:
+            reading = readings(known.reading(seed))
+        except UserError as error:
+            raise UserError(f"--datasets, entry {place} ({known.name}): {error}") from error
+        opened.append(open_source(known.name, known.split or split, known.config).read_by(reading))
+    parts = [part for source in opened for part in source.parts]
+    return Source(" + ".join(source.name for source in opened), tuple(parts))
+
+
+def mixed_dataset(entry: Any, place: int) -> MixedDataset:
+    """One entry of the option ``datasets``.
+
+    Example:
+        >>> mixed_dataset("pairs.jsonl,weight=0.5,format=hh", 1).weight
+        0.5
+
+    Raises:
+        UserError: naming the entry, the unknown field and the nearest known one.
+    """
+    where = f"--datasets, entry {place}"
+    content = _entry_fields(entry, where)
+    kinds = {field.name: field.type for field in fields(MixedDataset)}
+    for key in content:
+        if key not in kinds:
+            raise UserError(f"{where}: unknown field {key!r}.{nearest(str(key), kinds)}")
+    if not isinstance(content.get("name"), str) or not content["name"]:
+        raise UserError(f"{where}: no name; expected a file, folder, glob or hub name in its field 'name'")
+    for key, value in content.items():
+        if "float" in str(kinds[key]) and value is not None:
+            content[key] = _entry_number(value, f"{where}: {key}")
+        elif key != "columns" and value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: {key} must be a text, found {describe(value)}")
+    return MixedDataset(**content)
 
 
 def from_memory(rows: Iterable[Any], source: str) -> list[SourceRow]:
@@ -91,6 +257,8 @@ def describe(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return f"the boolean {str(value).lower()}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
     if isinstance(value, int | float):
         return f"the number {value}"
     if isinstance(value, str):
@@ -100,27 +268,62 @@ def describe(value: Any) -> str:
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
+def _entry_fields(entry: Any, where: str) -> dict[str, Any]:
+    if isinstance(entry, MixedDataset):
+        return {field.name: getattr(entry, field.name) for field in fields(entry)}
+    if isinstance(entry, Mapping):
+        return dict(entry)
+    if not isinstance(entry, str):
+        raise UserError(f"{where}: expected an object or a text, found {describe(entry)}")
+    if entry.lstrip().startswith("{"):
+        try:
+            content = json.loads(entry)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not valid JSON: {error}") from error
+        return dict(content)
+    name, *rest = entry.split(",")
+    parts = [part.partition("=") for part in rest]
+    for key, equals, _ in parts:
+        if not equals:
+            raise UserError(f"{where}: expected name,field=value,..., found {key!r} without a value")
+    return {"name": name, **{key.strip(): value.strip() for key, _, value in parts}}
+
+
+def _entry_number(value: Any, what: str) -> float:
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{what} must be a number, found {describe(value)}") from error
+
+
+def _check_kind(path: Path) -> None:
+    if path.is_file() and kind_of(path) not in READERS:
+        next(read_values(path))
+
+
 def _local_paths(name: str, split: str) -> list[Path] | None:
     """The files ``name`` means, or None if it can only be a hub name."""
     path = Path(name).expanduser()
-    if path.is_file():
-        return [path]
     if path.is_dir():
         return _files_of_folder(path, split)
+    if path.exists():
+        return [path]
     if glob.has_magic(name):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not found:
             raise UserError(f"{name}: no file matches")
         return found
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local or path.name.removesuffix(".gz").rpartition(".")[2].lower() in READERS:
+    if looks_local or kind_of(path) in READERS:
         raise UserError(f"{name}: no such file or folder")
     return None
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
     def readable(path: Path) -> bool:
-        return path.is_file() and path.name.removesuffix(".gz").rpartition(".")[2].lower() in READERS
+        return path.is_file() and kind_of(path) in READERS
 
     files = sorted(path for path in folder.iterdir() if readable(path))
     if not files and (folder / "data").is_dir():
@@ -134,97 +337,81 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     raise UserError(f"{folder}: no file whose name starts with the split {split!r}; dataset files there: {names}")
 
 
-def _hub_rows(name: str, split: str, config: str | None) -> list[SourceRow]:
+def _file_part(path: Path, shown: str) -> Part:
+    return Part(functools.partial(_file_rows, path, shown), (path,))
+
+
+def _file_rows(path: Path, shown: str) -> Iterator[SourceRow]:
+    return (_source_row(shown, number, value) for number, value in read_values(path, shown))
+
+
+def _spooled_input() -> Path:
+    """Standard input as a file, because rows may be read more than once. It goes when the process ends."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("standard input cannot be read by several processes; write it to a file first")
+    return _spool()
+
+
+@functools.cache
+def _spool() -> Path:
+    folder = tempfile.TemporaryDirectory()
+    _KEPT.append(folder)
+    path = Path(folder.name) / "standard-input.json"
+    with open(path, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return path
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+"""Folders that last as long as the process."""
+
+
+def _saved_folder(folder: Path, split: str) -> Path | None:
+    """The folder of a split as ``datasets`` saves it to disk, or None if this is none of those."""
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return folder
+    if not (folder / "dataset_dict.json").is_file():
+        return None
+    if not (folder / split / "state.json").is_file():
+        there = ", ".join(sorted(path.parent.name for path in folder.glob("*/state.json"))) or "none"
+        raise UserError(f"{folder}: no split {split!r}; there are: {there}")
+    return folder / split
+
+
+def _saved_rows(folder: Path) -> Iterator[SourceRow]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library raises many kinds, all of them about what is in the folder
+        raise UserError(f"{folder}: cannot be read as a saved dataset: {_reason(error)}") from error
+    yield from _dataset_rows(loaded, str(folder))
+
+
+def _hub_rows(name: str, split: str, config: str | None) -> Iterator[SourceRow]:
     import datasets
 
     try:
         loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises many kinds, all of them about the user's name, split or network
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"dataset {name!r}: neither a local file nor loadable from the hub: {reason}") from error
-    return from_memory(cast("Iterable[Any]", loaded), f"{name} ({split})")
+        raise UserError(
+            f"dataset {name!r}: neither a local file nor loadable from the hub: {_reason(error)}"
+        ) from error
+    yield from _dataset_rows(loaded, f"{name} ({split})")
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
+def _dataset_rows(loaded: Any, shown: str) -> Iterator[SourceRow]:
+    """Rows of a ``datasets.Dataset``, which stays on disk; its batches are Arrow's, not its own decoded columns."""
+    tables = loaded.with_format("arrow").iter(1000)
+    return (_source_row(shown, number, value) for number, value in table_values(tables))
 
 
-class _Unreadable(str):
-    """Stands where a row's value would be, and says why there is none."""
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _source_row(source: str, number: int, value: Any) -> SourceRow:
     if isinstance(value, dict):
         return SourceRow(source, number, value)
-    error = str(value) if isinstance(value, _Unreadable) else f"expected an object with fields, found {describe(value)}"
+    error = str(value) if isinstance(value, Unreadable) else f"expected an object with fields, found {describe(value)}"
     return SourceRow(source, number, {}, error)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with _open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, _Unreadable(f"not valid JSON: {error.msg} at character {error.pos + 1}")
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting without end
-                yield number, _Unreadable(f"not readable JSON: {error}")
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    """A JSON file holds a list of objects; one that holds an object a line is read as JSONL."""
-    with _open_text(path) as file:
-        first = file.read(4096).lstrip()[:1]
-    if first != "[":
-        yield from _read_jsonl(path)
-        return
-    with _open_text(path) as file:
-        try:
-            rows = json.load(file)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    yield from enumerate(rows, 1)
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(2**31 - 1)
-    with _open_text(path) as file:
-        reader = csv.DictReader(file, strict=True)
-        header = list(reader.fieldnames or [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{path}: a column name stands twice in the header: {', '.join(header)}")
-        number = 0
-        try:
-            for number, fields in enumerate(reader, 1):
-                if None in fields or None in fields.values():
-                    yield number, _Unreadable(f"not as many cells as the header has columns ({len(header)})")
-                else:
-                    yield number, dict(fields)
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, row {number + 1}: not valid CSV: {error}; is a quotation mark missing?"
-            ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            table = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read()))
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file: {error}") from error
-    yield from enumerate(table.to_pylist(), 1)
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-    "jsonl": _read_jsonl,
-    "json": _read_json,
-    "csv": _read_csv,
-    "parquet": _read_parquet,
-}

@@ -64,7 +64,13 @@ class SFTTrainer(BatchMeanTrainer):
         def prepared(data: Iterable[Any] | None, name: str) -> SFTDataset | None:
             if data is None:
                 return None
-            dataset = prepare_sft(data, Tokeniser(processing_class, args.lengths()), args.on_bad_row, name)  # type: ignore[arg-type]
+            dataset = prepare_sft(
+                data,
+                Tokeniser(processing_class, args.lengths()),
+                args.reading(),
+                args.on_bad_row,  # type: ignore[arg-type]
+                name,
+            )
             check_lengths(dataset, position_limit(loaded))
             return dataset
 

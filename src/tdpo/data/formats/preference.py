@@ -1,0 +1,138 @@
+"""Pairs given as chosen and rejected: TRL's four shapes, and Anthropic HH dialogues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import regex
+
+from tdpo.data.formats.fields import ASKING_ROLES, chat_options, check_kinds, checked, is_chat, text_of
+from tdpo.data.formats.report import RowDropped, RowError
+from tdpo.data.reading import Reading
+from tdpo.data.sources import SourceRow, describe
+from tdpo.types import Message, PreferenceRecord, Text
+
+DIALOGUE_TURN = "\n\nAssistant:"
+BOUNDARY = regex.compile(r"(?w)\b")
+"""A word boundary as Unicode defines it (UAX 29): none in a number, an emoji, a flag or before a combining mark."""
+
+
+def preference(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+    """TRL's explicit format: ``prompt``, ``chosen``, ``rejected``, all texts or all lists of chat messages.
+
+    Where both responses repeat the whole prompt as their first messages, it is taken once; so is a prompt given as text
+    beside chats that hold it as their last common turn (``ultrafeedback_binarized``).
+    """
+    prompt, chosen, rejected = (text_of(row, name) for name in ("prompt", "chosen", "rejected"))
+    if is_chat(chosen) and is_chat(rejected):
+        shared = _shared_turns(chosen, rejected)
+        if isinstance(prompt, str) and shared and shared[-1]["content"].strip() == prompt.strip():
+            prompt = shared
+        if is_chat(prompt) and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            if not chosen or not rejected:
+                raise RowError("a response is missing: chosen or rejected holds the prompt alone")
+    return [_record(row, prompt, chosen, rejected)]
+
+
+def implicit(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+    """TRL's implicit format: ``chosen`` and ``rejected`` begin with the prompt, as texts or as chat messages.
+
+    The prompt is the longest common prefix of whole turns, or of whole words.
+    """
+    chosen, rejected = (text_of(row, name) for name in ("chosen", "rejected"))
+    check_kinds(chosen=chosen, rejected=rejected)
+    if chosen == rejected:
+        raise RowDropped("chosen and rejected are identical")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        end = common_words(chosen, rejected)
+        if not chosen[:end].strip():
+            raise RowError("there is no field 'prompt', and chosen and rejected do not begin with the same words")
+        return [_record(row, chosen[:end], chosen[end:], rejected[end:])]
+    turns: Any = (chosen, rejected)
+    prompt = _shared_turns(*turns)
+    if not prompt:
+        raise RowError("there is no field 'prompt', and chosen and rejected do not begin with the same messages")
+    first = [messages[len(prompt)]["role"] for messages in turns]
+    if any(role in ASKING_ROLES for role in first):
+        raise RowDropped("the two chats do not share their prompt")
+    return [_record(row, prompt, *(messages[len(prompt) :] for messages in turns))]
+
+
+def hh(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+    """Anthropic HH: two whole dialogues as text that share all up to the last ``Assistant:``."""
+    (prompt, chosen), (other, rejected) = (_split_dialogue(text_of(row, name), name) for name in ("chosen", "rejected"))
+    if prompt != other:
+        raise RowDropped("the two dialogues do not share their prompt")
+    if not (chosen.strip() and rejected.strip()):
+        raise RowDropped("a dialogue ends without a response")
+    return [_record(row, prompt, chosen, rejected)]
+
+
+def has_explicit_prompt(fields: dict[str, Any]) -> bool:
+    """Whether a row has the columns of :func:`preference`."""
+    return {"prompt", "chosen", "rejected"} <= fields.keys()
+
+
+def has_implicit_prompt(fields: dict[str, Any]) -> bool:
+    """Whether a row is one of :func:`implicit`: texts or chats without a prompt beside them."""
+    pair = [fields.get(name) for name in ("chosen", "rejected")]
+    return "prompt" not in fields and any(all(isinstance(value, kind) for value in pair) for kind in (str, list))
+
+
+def has_dialogues(fields: dict[str, Any]) -> bool:
+    """Whether a row is one of :func:`hh`."""
+    pair = [fields.get(name) for name in ("chosen", "rejected")]
+    return "prompt" not in fields and all(isinstance(value, str) and DIALOGUE_TURN in value for value in pair)
+
+
+def common_words(one: str, other: str) -> int:
+    """Where the longest common prefix ends that is whole words in both texts and leaves something of both.
+
+    Spaces before the end belong to what follows, as tokenizers have it.
+
+    Example:
+        >>> one, other = "The sky is bluish.", "The sky is blue."
+        >>> one[:common_words(one, other)]
+        'The sky is'
+    """
+    last = min(len(one.rstrip()), len(other.rstrip())) - 1
+    end = min(_common_prefix(one, other), max(last, 0))
+    while end > 0 and not all(BOUNDARY.match(text, end) for text in (one, other)):
+        end -= 1
+    while end > 0 and one[end - 1] == " ":
+        end -= 1
+    return end
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """Length of the common prefix of two texts, by halving."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    """The longest common prefix of whole turns that leaves both a response."""
+    most = min(len(chosen), len(rejected)) - 1
+    differing = (i for i in range(most) if chosen[i] != rejected[i])
+    return chosen[: next(differing, most)]
+
+
+def _split_dialogue(text: Any, name: str) -> tuple[str, str]:
+    """An HH dialogue as prompt (through the last ``Assistant:``) and response (its leading space included)."""
+    if not isinstance(text, str) or DIALOGUE_TURN not in text:
+        raise RowError(f"field {name!r} must be a dialogue with an 'Assistant:' turn, found {describe(text)}")
+    end = text.rindex(DIALOGUE_TURN) + len(DIALOGUE_TURN)
+    return text[:end], text[end:]
+
+
+def _record(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> PreferenceRecord:
+    check_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
+    record = PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt))
+    return checked(record)

@@ -1,0 +1,82 @@
+"""What became of rows: the two ways a row is not used, and the account of all of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Protocol
+
+ROWS_NAMED = 10
+"""How many rows one message names, and how many reasons a report."""
+
+
+class Placed(Protocol):
+    """Anything that knows where it was read."""
+
+    @property
+    def source(self) -> str:
+        """File or dataset."""
+
+    @property
+    def row(self) -> int:
+        """Row number, from 1."""
+
+
+class RowError(Exception):
+    """A row that cannot be used; the message names the field and what was found."""
+
+
+class RowDropped(Exception):
+    """A row that says nothing and is left out with a count, whatever ``on_bad_row`` says; the message is the reason."""
+
+
+@dataclass
+class DataReport:
+    """What became of a source's rows: counts and row numbers, for the log and for ``--json``.
+
+    Attributes:
+        source: The source, as messages name it.
+        format: Name of the format it was read as.
+        read: Rows read.
+        kept: Pairs that remain.
+        elsewhere: Pairs on the other side of a split.
+        dropped: Row numbers by reason; the reason names the file where the source has several.
+        truncated: Row numbers by what was cut: ``"prompt"`` or ``"response"``.
+    """
+
+    source: str
+    format: str = ""
+    read: int = 0
+    kept: int = 0
+    elsewhere: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    truncated: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def drop(self, place: Placed, reason: str) -> None:
+        """Counts a row as dropped."""
+        self.dropped[reason if place.source == self.source else f"{reason} ({place.source})"].append(place.row)
+
+    def lines(self) -> list[str]:
+        """The report in words, one line each.
+
+        Example:
+            >>> report = DataReport("pairs.jsonl", "preference", read=3, kept=2)
+            >>> report.dropped["chosen and rejected are identical"].append(2)
+            >>> print("; ".join(report.lines()))
+            pairs.jsonl (preference): 3 rows, 2 kept; dropped 1, chosen and rejected are identical: row 2
+        """
+        several = self.kept + self.elsewhere > self.read
+        told = f"{self.source} ({self.format}): {self.read} rows, {self.kept} {'pairs of them' if several else 'kept'}"
+        lines = [told + (f", {self.elsewhere} on the other side of the split" if self.elsewhere else "")]
+        reasons = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
+        lines += [f"dropped {len(rows)}, {why}: {row_list(rows)}" for why, rows in reasons[:ROWS_NAMED]]
+        if len(reasons) > ROWS_NAMED:
+            rest = sum(len(rows) for _, rows in reasons[ROWS_NAMED:])
+            lines.append(f"dropped {rest} more for {len(reasons) - ROWS_NAMED} other reasons")
+        return lines + [f"truncated {len(rows)} {part}s: {row_list(rows)}" for part, rows in self.truncated.items()]
+
+
+def row_list(rows: list[int]) -> str:
+    """Up to ten row numbers in words."""
+    shown = ", ".join(str(row) for row in rows[:ROWS_NAMED])
+    return f"row{'s' if len(rows) > 1 else ''} {shown}" + (", ..." if len(rows) > ROWS_NAMED else "")

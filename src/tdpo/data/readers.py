@@ -1,0 +1,255 @@
+"""Rows of one file, one after the other and numbered: JSON, JSONL, CSV, Parquet and Arrow, compressed or not."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from tdpo.errors import UserError
+
+Rows = Iterator[tuple[int, Any]]
+BATCH = 512
+"""Rows of a table that are turned into objects at a time."""
+SUFFIXES = ("gz", "bz2", "xz", "zst")
+
+
+class Unreadable(str):
+    """Stands where a row's value would be, and says why there is none."""
+
+
+def kind_of(path: Path) -> str:
+    """What a file's name says it holds, compression aside: ``"jsonl"`` for ``pairs.jsonl.gz``."""
+    name = path.name.lower()
+    for suffix in SUFFIXES:
+        name = name.removesuffix("." + suffix)
+    return name.rpartition(".")[2] if "." in name else ""
+
+
+def read_values(path: Path, shown: str | None = None) -> Rows:
+    """The values of a file's rows with their numbers from 1, read as they are asked for.
+
+    Args:
+        path: The file; its suffix says how it is read.
+        shown: What messages call it.
+
+    Raises:
+        UserError: if it cannot be read, naming the row where there is one.
+    """
+    shown, kind = shown or str(path), kind_of(path)
+    if kind not in READERS:
+        raise UserError(
+            f"{shown}: cannot read files of this kind; known are {', '.join('.' + k for k in READERS)}, also with "
+            f"{', '.join('.' + s for s in SUFFIXES)}"
+        )
+    import pyarrow
+
+    try:
+        with _open(path) as file:
+            yield from READERS[kind](file, shown)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{shown}: not {NAMES[kind]}: {_first_line(error)}") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        raise UserError(f"{shown}: cannot be read: {_first_line(error)}") from error
+
+
+def table_values(batches: Iterator[Any]) -> Rows:
+    """Rows of Arrow record batches or tables as objects."""
+    number = 0
+    for batch in batches:
+        batch.validate(full=True)  # without it offsets that a damaged file holds are followed into foreign memory
+        for start in range(0, batch.num_rows, BATCH):
+            for value in batch.slice(start, BATCH).to_pylist():
+                number += 1
+                yield number, value
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed."""
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix == "zst":
+        import pyarrow
+
+        return cast("IO[bytes]", io.BufferedReader(cast("Any", pyarrow.input_stream(str(path), compression="zstd"))))
+    openers: dict[str, Any] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+    return openers.get(suffix, open)(path, "rb")
+
+
+def _lines(file: IO[bytes], shown: str) -> Iterator[bytes]:
+    """Lines without a byte order mark."""
+    for number, line in enumerate(file):
+        if number == 0:
+            if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise UserError(f"{shown}: it is UTF-16 text; save it as UTF-8")
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        yield line
+
+
+def _read_jsonl(file: IO[bytes], shown: str) -> Rows:
+    for number, line in enumerate(_lines(file, shown), 1):
+        if line.strip():
+            yield number, _value(line)
+
+
+def _value(line: bytes) -> Any:
+    """The value of one line of JSON, or why there is none."""
+    try:
+        return _DECODER.decode(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        return Unreadable(f"not valid JSON: {error.msg} at character {error.pos + 1}")
+    except UnicodeDecodeError as error:
+        return Unreadable(f"not UTF-8 text: byte {error.object[error.start]:#04x} at position {error.start + 1}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end, twice a key
+        return Unreadable(f"not readable JSON: {error}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, unless a key stands in it twice and one of its values would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _read_json(file: IO[bytes], shown: str) -> Rows:
+    """A list of objects, an object a line (read as JSONL), or one object that holds nothing but such a list."""
+    lines = ((number, line) for number, line in enumerate(_lines(file, shown), 1) if line.strip())
+    number, first = next(lines, (0, b""))
+    if not first:
+        return
+    value = _value(first)
+    if isinstance(value, Unreadable | list):
+        yield from _whole(number, first, file, shown)
+        return
+    second = next(lines, None)
+    if second is None:
+        inside = _only_list(value)
+        yield from enumerate(inside, 1) if inside is not None else [(number, value)]
+        return
+    yield number, value
+    for number, line in itertools.chain([second], lines):
+        yield number, _value(line)
+
+
+def _whole(number: int, first: bytes, file: IO[bytes], shown: str) -> Rows:
+    """The rows of a file that is one JSON value over several lines, or else an object a line after all.
+
+    Args:
+        number: Number of the first line that is not blank.
+        first: That line.
+        file: The file behind it.
+        shown: What messages call it.
+    """
+    content = first + file.read()
+    try:
+        value = _DECODER.decode(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + number
+        raise UserError(f"{shown}, line {line}: not UTF-8 text: byte {content[error.start]:#04x}") from error
+    except json.JSONDecodeError as error:
+        if first.lstrip()[:1] == b"[":
+            line = error.lineno + number - 1
+            raise UserError(f"{shown}, line {line}: not valid JSON: {error.msg}") from error
+        lines = enumerate(content.splitlines(), number)
+        yield from ((place, _value(line)) for place, line in lines if line.strip())
+        return
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{shown}: not readable JSON: {error}") from error
+    inside = _only_list(value)
+    yield from enumerate([value] if inside is None else inside, 1)
+
+
+def _only_list(value: Any) -> list[Any] | None:
+    """The list that a value is, or that an object holds and nothing else."""
+    if isinstance(value, dict) and len(value) == 1:
+        (value,) = value.values()
+    return value if isinstance(value, list) else None
+
+
+def _read_csv(file: IO[bytes], shown: str) -> Rows:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(_decoded(file, shown), strict=True)
+    number = 0
+    try:
+        header = list(reader.fieldnames or [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{shown}: a column name stands twice in the header: {', '.join(header)}")
+        for number, fields in enumerate(reader, 1):
+            if None in fields or None in fields.values():
+                yield number, Unreadable(f"not as many cells as the header has columns ({len(header)})")
+            else:
+                yield number, dict(fields)
+    except csv.Error as error:
+        raise UserError(f"{shown}, row {number + 1}: not valid CSV: {error}; is a quotation mark missing?") from error
+
+
+def _decoded(file: IO[bytes], shown: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(file, shown), 1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{shown}, line {number}: not UTF-8 text: byte {line[error.start]:#04x}") from error
+
+
+def _read_parquet(file: IO[bytes], shown: str) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(pyarrow.PythonFile(_seekable(file), mode="r"))
+    _check_names(table.schema_arrow.names, shown)
+    yield from table_values(table.iter_batches(batch_size=BATCH))
+
+
+def _read_arrow(file: IO[bytes], shown: str) -> Rows:
+    """An Arrow file, or the stream of one that ``datasets`` writes."""
+    import pyarrow
+
+    seekable = _seekable(file)
+    is_file = seekable.read(6) == b"ARROW1"
+    seekable.seek(0)
+    source = pyarrow.PythonFile(seekable, mode="r")
+    if is_file:
+        table = pyarrow.ipc.open_file(source)
+        batches = (table.get_batch(i) for i in range(table.num_record_batches))
+    else:
+        table = pyarrow.ipc.open_stream(source)
+        batches = iter(table)
+    _check_names(table.schema.names, shown)
+    yield from table_values(batches)
+
+
+def _seekable(file: IO[bytes]) -> IO[bytes]:
+    """A file on disk as it is, the content of a compressed one in memory."""
+    on_disk = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
+    return file if on_disk else io.BytesIO(file.read())
+
+
+def _check_names(names: list[str], shown: str) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"{shown}: a column name stands twice: {', '.join(names)}")
+
+
+READERS: dict[str, Callable[[IO[bytes], str], Rows]] = {
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+}
+NAMES = {"jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parquet": "a Parquet file", "arrow": "an Arrow file"}

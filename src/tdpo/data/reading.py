@@ -1,0 +1,135 @@
+"""How the rows of one source are read: their format, its options, and which records of it are taken, how often."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tdpo.errors import UserError
+from tdpo.types import Text
+
+PairsFrom = Literal["all", "best_worst", "margin"]
+PAIRS_FROM = ("all", "best_worst", "margin")
+SHP_SCORE_RATIO = 2.0
+"""The filter of the DPO and TDPO authors' code."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a seeded split. A prompt is on one side with all its rows, on every machine and in every order.
+
+    Attributes:
+        fraction: Expected share of the test side, over prompts.
+        seed: Another seed is another split.
+        test: Whether this is the test side.
+    """
+
+    fraction: float
+    seed: int
+    test: bool
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise UserError(f"--test_fraction must be between 0 and 1, got {self.fraction}")
+
+    def holds(self, text: Text) -> bool:
+        """Whether a prompt is on this side."""
+        return (_draw("split", self.seed, _plain(text)) < self.fraction) == self.test
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become records.
+
+    Attributes:
+        format: A name in :data:`tdpo.data.formats.FORMATS`, ``"module:function"``, or ``"auto"``.
+        columns: Pairs of a field's name and the column it is found under.
+        pairs_from: Which pairs are made of several answers; None is ``"all"``.
+        min_margin: Least difference of scores under ``pairs_from: margin``.
+        min_score_ratio: Least ratio of scores in SHP; None is 2.
+        weight: How often a record is seen in an epoch; 0.5 takes a seeded half of them.
+        seed: Seed of that half.
+        side: One side of a split, or None for all of it.
+        truncation_mode: Which part of a prompt stays when it is cut; None leaves it to the run.
+    """
+
+    format: str = "auto"
+    columns: tuple[tuple[str, str], ...] = ()
+    pairs_from: PairsFrom | None = None
+    min_margin: float | None = None
+    min_score_ratio: float | None = None
+    weight: float = 1.0
+    seed: int = 0
+    side: Side | None = None
+    truncation_mode: Literal["keep_end", "keep_start"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pairs_from not in (None, *PAIRS_FROM):
+            raise UserError(f"--pairs_from {self.pairs_from}: there are {', '.join(PAIRS_FROM)}")
+        if (self.min_margin is not None) != (self.pairs_from == "margin"):
+            raise UserError("--pairs_from margin and --min_margin belong together: give both or neither")
+        for name, value, least in (("min_margin", self.min_margin, 0), ("min_score_ratio", self.min_score_ratio, 1)):
+            if value is not None and not (value >= least and math.isfinite(value)):
+                raise UserError(f"--{name} must be at least {least}, got {value}")
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise UserError(f"the weight of a dataset must be above 0, got {self.weight}")
+        if self.truncation_mode not in (None, "keep_end", "keep_start"):
+            raise UserError(f"truncation_mode {self.truncation_mode}: there are keep_end, keep_start")
+
+    def given(self) -> list[str]:
+        """Names of the options of single formats that are set."""
+        return [name for name in ("pairs_from", "min_margin", "min_score_ratio") if getattr(self, name) is not None]
+
+    def copies(self, number: int, text: Text) -> int:
+        """How often the record with this prompt, the source's ``number``-th, is taken in an epoch."""
+        whole, rest = divmod(self.weight, 1)
+        return int(whole) + (rest > 0 and _draw("weight", self.seed, f"{number} {_plain(text)}") < rest)
+
+
+def parse_columns(columns: str | Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    """Field names with the columns they are found under, from ``"prompt=question,chosen=good"``, JSON or a mapping.
+
+    Example:
+        >>> parse_columns("prompt=question, chosen=good")
+        (('prompt', 'question'), ('chosen', 'good'))
+
+    Raises:
+        UserError: for anything else.
+    """
+    content: Any = columns
+    if isinstance(columns, str):
+        if columns.lstrip().startswith("{"):
+            try:
+                content = json.loads(columns)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"--columns {columns}: not valid JSON: {error}") from error
+        else:
+            parts = [part.partition("=") for part in columns.split(",") if part.strip()]
+            if not all(name.strip() and equals and column.strip() for name, equals, column in parts):
+                raise UserError(f"--columns {columns}: expected field=column,field=column, e.g. prompt=question")
+            names = [name.strip() for name, _, _ in parts]
+            if len(set(names)) < len(names):
+                raise UserError(f"--columns {columns}: a field is named twice")
+            content = {name.strip(): column.strip() for name, _, column in parts}
+    if content is None:
+        return ()
+    if not isinstance(content, Mapping) or not all(isinstance(word, str) for pair in content.items() for word in pair):
+        raise UserError(f"--columns {columns}: expected field names with column names")
+    return tuple(content.items())
+
+
+def _plain(text: Text) -> str:
+    """A prompt as one text, whatever else its messages hold."""
+    if isinstance(text, str):
+        return text
+    return "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in text)
+
+
+def _draw(purpose: str, seed: int, text: str) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments."""
+    content = f"{purpose}\x1f{seed}\x1f{text}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big") / 2**56
