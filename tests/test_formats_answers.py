@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import decimal
 import gzip
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,8 @@ def test_completions_without_a_pair_are_counted() -> None:
 
 
 def test_scored_completions_may_be_chats_and_numbers_may_be_text() -> None:
+    exact = [{"prompt": "p", "completion": c, "reward": decimal.Decimal(s)} for c, s in (("a", "0.1"), ("b", "0.2"))]
+    assert texts(exact) == [("b", "a")]
     chat = [{"role": "user", "content": "Hi"}]
     rows = [{"prompt": chat, "response": [{"role": "assistant", "content": c}], "score": s} for c, s in ("a1", "b2")]
     (record,), _ = to_records(from_memory(rows, "pairs.jsonl"))
@@ -84,6 +88,7 @@ def test_scored_completions_may_be_chats_and_numbers_may_be_text() -> None:
         ({"reward": float("nan")}, "field 'reward' must be a finite number, found the number nan"),
         ({"reward": 10**400}, "field 'reward' must be a finite number, found a number of 1329 bits"),
         ({"reward": True}, "field 'reward' must be a finite number, found the boolean true"),
+        ({"reward": 1 + 2j}, "field 'reward' must be a finite number, found a complex"),
         ({"reward": "N/A"}, "field 'reward' must be a finite number, found the text 'N/A'"),
         ({"completion": " \n"}, "field 'completion' is an empty response"),
         ({"completion": ["x"]}, "field 'completion', message 1 is no chat message with a role: the text 'x'"),
@@ -131,6 +136,16 @@ def test_ultrafeedback_rows_are_chats_and_prompts_stay_texts() -> None:
     assert len(texts([four])) == 6 * 5 // 2 - 3
     best_worst = texts([four], Reading(pairs_from="best_worst"))
     assert [chosen[0]["content"] + rejected[0]["content"] for chosen, rejected in best_worst] == ["41"]
+
+
+def test_answers_to_a_chat_are_the_assistants_turns() -> None:
+    chat = [{"role": "user", "content": "Name a bird."}]
+    answer = {"role": "assistant", "content": "A jay."}
+    row = {"prompt": chat, "responses": ["A cat.", [answer]], "scores": [1, 5]}
+    assert (one(row).chosen, one(row).rejected) == ([answer], [{**answer, "content": "A cat."}])
+    assert told({**row, "prompt": "Name a bird."}) == (
+        "texts and chat messages are mixed: prompt text, answer messages"
+    )
 
 
 def test_ranked_lists_prefer_what_stands_higher() -> None:
@@ -225,6 +240,13 @@ def test_stackexchange_posts_become_dialogues_with_their_code() -> None:
 )
 def test_html_becomes_the_text_a_reader_sees(html: str, text: str) -> None:
     assert html_to_text(html) == text
+
+
+def test_markup_that_never_ends_takes_no_time() -> None:
+    start = time.perf_counter()
+    for piece in ("<a ", "<!--", "<a href='", "<", "<?x"):
+        assert html_to_text(piece * 20_000 + "<p>end</p>").endswith("end")
+    assert time.perf_counter() - start < 5
 
 
 def test_options_belong_to_the_formats_that_have_them() -> None:

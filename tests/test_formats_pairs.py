@@ -133,6 +133,11 @@ def test_tools_and_template_arguments_are_kept_as_objects_or_json() -> None:
     )
     assert told(chat_pair(tools="[")).startswith("field 'tools' is not valid JSON: ")
     assert told(chat_pair(chat_template_kwargs=[1])).endswith("must be an object, found a list of 1")
+    assert told(chat_pair(tools=["search"])) == "field 'tools', tool 1 must be an object, found the text 'search'"
+    assert one(chat_pair(chat_template_kwargs={"enable_thinking": None})).chat_template_kwargs is None
+    assert told(chat_pair(chat_template_kwargs={"tokenize": True})) == (
+        "field 'chat_template_kwargs' sets 'tokenize', which is not for the template"
+    )
     assert told(chat_pair(tools=[{"name": "\ud83d"}])) == (
         "field 'tools' holds half a character (a lone surrogate) at position 0"
     )
@@ -158,6 +163,15 @@ def test_content_in_parts_is_one_text_and_pictures_are_refused() -> None:
     assert told(chat_pair(prompt=picture)) == (
         "field 'prompt', message 1 holds a part that is no text: the text 'image'"
     )
+
+
+def test_a_chat_in_a_table_of_texts_is_that_chat() -> None:
+    row = {name: json.dumps(value, indent=1) for name, value in chat_pair().items()}
+    assert one(row) == one(chat_pair())
+    assert told({**row, "chosen": str([GOOD])}).startswith(
+        "field 'chosen' looks like a chat as text and is not valid JSON"
+    )
+    assert one({"prompt": "[{", "chosen": '[{"rolex": 1}]', "rejected": "[]"}).chosen == '[{"rolex": 1}]'
 
 
 def test_a_response_that_begins_with_a_question_is_refused() -> None:
@@ -223,6 +237,8 @@ def test_an_implicit_prompt_of_text_ends_between_words(one: str, other: str, pro
 def test_implicit_texts_are_cut_at_the_words_they_share() -> None:
     record = one({"chosen": "The sky is blue.", "rejected": "The sky is green."})
     assert (record.prompt, record.chosen, record.rejected) == ("The sky is", " blue.", " green.")
+    mixed = {"chosen": "Yes.", "rejected": [GOOD]}
+    assert told(mixed) == "texts and chat messages are mixed: chosen text, rejected messages"
     assert told({"chosen": "Yes.", "rejected": "No."}) == (
         "there is no field 'prompt', and chosen and rejected do not begin with the same words"
     )
@@ -259,6 +275,7 @@ def test_sharegpt_turns_become_messages_with_roles() -> None:
         ({"conversations": [{"from": ["human"], "value": ""}]}, "found a list of 1"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, "is from function_call and not valid JSON"),
         ({"conversations": [{"from": "function_call", "value": "[]"}]}, "names no function"),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, "ends with the assistant's turn"),
         ({"chosen": {"from": "gpt", "value": ""}}, "field 'chosen' is an empty response"),
         ({"chosen": {"from": "human", "value": "x"}}, "field 'chosen' begins with a message of role 'user'"),
         ({"rejected": []}, "field 'rejected' is an empty list of turns"),
@@ -327,6 +344,10 @@ def good(row):
     made = [{"prompt": "p", "chosen": f"c{i}", "rejected": "r"} for i in range(row["n"])]
     return made[0] if row["n"] == 1 else made
 
+def several(row):
+    yield good({"n": 1})
+    yield good({"n": 1})
+
 def record(row):
     return PreferenceRecord("p", "c", "r", "elsewhere", 99)
 
@@ -358,6 +379,7 @@ def test_a_function_of_the_users_converts_rows() -> None:
     assert [(r.chosen, r.row) for r in records] == [("c0", 1), ("c1", 1), ("c0", 3)]
     assert (report.read, report.kept, report.format) == (3, 3, "my_formats:good")
     assert one({"n": 1}, "my_formats:record") == PreferenceRecord("p", "c", "r", "pairs.jsonl", 1)
+    assert len(to_records(from_memory([{}], "pairs.jsonl"), "my_formats:several")[0]) == 2
     assert told({}, "my_formats:strange").endswith("with prompt, chosen and rejected, found the fields 'answer'")
     assert told({}, "my_formats:number").endswith("with prompt, chosen and rejected, found the number 42")
     assert told({}, "my_formats:broken") == "my_formats:broken raised KeyError: 'missing'"
@@ -377,6 +399,20 @@ def test_a_function_of_the_users_converts_rows() -> None:
 def test_a_function_that_cannot_be_had_is_named(name: str, message: str) -> None:
     with pytest.raises(UserError, match=f"--dataset_format {name}: {message}"):
         to_records(from_memory([{"n": 1}], "pairs.jsonl"), name)
+
+
+def test_values_without_measure_are_named_too() -> None:
+    def deep() -> list[Any]:
+        inside: list[Any] = []
+        for _ in range(100_000):
+            inside = [inside]
+        return inside
+
+    row = ROWS["preference"]("Why?")
+    assert told({**row, "chosen": 10**5000}).endswith("found a number of 16610 bits")
+    assert "message 1 is no chat message with a role: a list of 1" in told({**row, "chosen": deep()})
+    nested = [[{"role": "assistant", "content": "x", "name": deep()}] for _ in range(2)]
+    assert told(chat_pair(chosen=nested[0], rejected=nested[1])) == "it is nested too deeply"
 
 
 def test_the_first_row_of_a_known_format_decides() -> None:

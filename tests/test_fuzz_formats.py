@@ -156,6 +156,7 @@ def test_rows_end_in_records_or_in_a_message_that_names_them(found: list[Any], r
             assert counted >= set(range(1, len(found) + 1)) or report.format == "scored"
         for record in records:
             assert record.chosen != record.rejected and record.source == "any.jsonl"
+            assert len({isinstance(side, str) for side in (record.prompt, record.chosen, record.rejected)}) == 1
             for text in texts_of(record):
                 text.encode()
     assert repr(found) == repr(before), "rows are left as they are"

@@ -57,9 +57,10 @@ def test_every_file_kind_gives_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "m.arrow.gz").write_bytes(gzip.compress((tmp_path / "l.arrow").read_bytes()))
     (tmp_path / "n.json").write_text(json.dumps({"data": ROWS}, indent=2))
     (tmp_path / "O.JSONL").write_text(lines)
+    (tmp_path / "q.ndjson").write_text(lines)
     (tmp_path / "p.parquet.zst").write_bytes(pa.compress((tmp_path / "e.parquet").read_bytes(), "zstd", asbytes=True))
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert len(names) == 16
+    assert len(names) == 17
     for name in names:
         rows = read_source(str(tmp_path / name), "train")
         assert [row.fields for row in rows] == ROWS, name
@@ -185,6 +186,20 @@ def test_utf_16_and_broken_utf_8_are_told(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_bytes(b'[{"a": 1},\n{"a": "\xff"}]')
     with pytest.raises(UserError, match=r"c\.json, line 2: not UTF-8 text: byte 0xff"):
         read_source(str(tmp_path / "c.json"), "train")
+
+
+def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(UserError, match=r"a\.parquet: it is a pointer of Git LFS, not the file; git lfs pull"):
+        read_source(str(tmp_path / "a.parquet"), "train")
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        open_source("x" * 5000, "train")
+    with pytest.raises(UserError, match=r"no such file or folder"):
+        open_source("a\0b.jsonl", "train")
+    strange = write_jsonl(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")), ROWS)
+    report = to_records(open_source(str(strange), "train"))[1]
+    assert report.lines()[0].encode().endswith(b"caf\\udce9.jsonl (preference): 3 rows, 3 kept")
+    assert open_source(str(strange), "train").fingerprint()
 
 
 def test_files_cut_in_the_middle_are_told(tmp_path: Path) -> None:
@@ -364,6 +379,7 @@ def test_weights_are_how_often_a_record_is_seen(tmp_path: Path) -> None:
         ({"name": "a.jsonl", "wieght": 2}, "entry 1: unknown field 'wieght'. Did you mean 'weight'?"),
         ({"weight": 2}, "entry 1: no name"),
         ("a.jsonl,weight", "expected name,field=value,..., found 'weight' without a value"),
+        ("a.jsonl,weight=1,weight=2", "weight stands twice"),
         ("a.jsonl,weight=much", "weight must be a number, found the text 'much'"),
         ({"name": "a.jsonl", "weight": True}, "weight must be a number, found the boolean true"),
         ({"name": "a.jsonl", "split": 3}, "split must be a text, found the number 3"),

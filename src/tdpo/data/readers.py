@@ -53,10 +53,13 @@ def read_values(path: Path, shown: str | None = None) -> Rows:
     import pyarrow
 
     try:
+        with open(path, "rb") as plain:
+            if plain.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"{shown}: it is a pointer of Git LFS, not the file; git lfs pull fetches that")
         with _open(path) as file:
             yield from READERS[kind](file, shown)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{shown}: not {NAMES[kind]}: {_first_line(error)}") from error
+        raise UserError(f"{shown}: not {NAMES.get(kind, kind)}: {_first_line(error)}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(f"{shown}: cannot be read: {_first_line(error)}") from error
 
@@ -247,9 +250,11 @@ def _check_names(names: list[str], shown: str) -> None:
 
 READERS: dict[str, Callable[[IO[bytes], str], Rows]] = {
     "jsonl": _read_jsonl,
+    "ndjson": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,
     "arrow": _read_arrow,
 }
-NAMES = {"jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parquet": "a Parquet file", "arrow": "an Arrow file"}
+NAMES = {"parquet": "a Parquet file", "arrow": "an Arrow file"}
+LFS_POINTER = b"version https://git-lfs"

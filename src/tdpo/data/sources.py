@@ -25,7 +25,7 @@ SPLITS = ("train", "test", "eval", "validation", "dev")
 STDIN = "-"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SourceRow:
     """One row as it was found.
 
@@ -75,7 +75,7 @@ class Source:
 
         None where that is not known beforehand: for the hub, and where code of the user's reads the rows.
         """
-        digest = hashlib.sha256(self.name.encode())
+        digest = hashlib.sha256(self.name.encode("utf-8", "surrogatepass"))
         for part in self.parts:
             if not part.files or (part.reading is not None and ":" in part.reading.format):
                 return None
@@ -83,7 +83,8 @@ class Source:
             for path in part.files:
                 try:
                     with open(path, "rb") as file:
-                        digest.update(f"\n{path}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+                        digest.update(f"\n{path}\n".encode("utf-8", "surrogatepass"))
+                        digest.update(hashlib.file_digest(file, "sha256").digest())
                 except OSError:
                     return None
         return digest.hexdigest()
@@ -161,6 +162,13 @@ def open_source(name: str, split: str, config: str | None = None) -> Source:
     Raises:
         UserError: naming what is missing; reading raises it for what is unreadable, with the row where there is one.
     """
+    try:
+        return _open(name, split, config)
+    except OSError as error:
+        raise UserError(f"{name[:200]}: cannot be read: {error.strerror}") from error
+
+
+def _open(name: str, split: str, config: str | None) -> Source:
     if name == STDIN:
         return Source("standard input", (_file_part(_spooled_input(), "standard input"),))
     saved = _saved_folder(Path(name).expanduser(), split)
@@ -286,6 +294,8 @@ def _entry_fields(entry: Any, where: str) -> dict[str, Any]:
     for key, equals, _ in parts:
         if not equals:
             raise UserError(f"{where}: expected name,field=value,..., found {key!r} without a value")
+        if [other.strip() for other, _, _ in parts].count(key.strip()) > 1:
+            raise UserError(f"{where}: {key.strip()} stands twice")
     return {"name": name, **{key.strip(): value.strip() for key, _, value in parts}}
 
 

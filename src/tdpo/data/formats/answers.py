@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tdpo.data.formats.fields import as_text, chat_options, check_kinds, checked, field_of, is_empty, number, plain_text
+from tdpo.data.formats.fields import (
+    as_text,
+    chat_options,
+    check_kinds,
+    checked,
+    field_of,
+    is_chat,
+    is_empty,
+    number,
+    plain_text,
+)
 from tdpo.data.formats.markup import html_to_text
 from tdpo.data.formats.report import DataReport, RowDropped, RowError
 from tdpo.data.reading import SHP_SCORE_RATIO, Reading
@@ -34,9 +44,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Completion(Answer):
-    """An answer whose row holds nothing but it and its prompt."""
+    """An answer whose row holds nothing but it and its prompt; ``group`` tells the prompt from any other."""
 
     prompt: Text
+    group: str
 
 
 def answers(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
@@ -106,7 +117,7 @@ def completion(row: SourceRow, reading: Reading) -> list[Completion]:
     if is_empty(text):
         raise RowError(f"field {text_name!r} is an empty response")
     score = number(field_of(row, score_name), f"field {score_name!r}")
-    return [Completion(text, score, row.source, row.row, prompt)]
+    return [Completion(text, score, row.source, row.row, prompt, repr(prompt))]
 
 
 def completion_pairs(
@@ -118,7 +129,7 @@ def completion_pairs(
     """
     by_prompt: dict[str, list[Completion]] = {}
     for found in completions:
-        by_prompt.setdefault(repr(found.prompt), []).append(found)
+        by_prompt.setdefault(found.group, []).append(found)
     for group in by_prompt.values():
         try:
             yield from pairs(group[0].prompt, group, reading)
@@ -197,6 +208,11 @@ def has_completion(fields: dict[str, Any]) -> bool:
 
 
 def _ranked_records(row: SourceRow, prompt: Text, found: Sequence[Answer], reading: Reading) -> list[PreferenceRecord]:
+    """Pairs of a row's answers; to a chat, an answer given as text is the assistant's turn."""
+    if is_chat(prompt):
+        found = [_as_message(answer) for answer in found]
+    for answer in found:
+        check_kinds(prompt=prompt, answer=answer.text)
     return pairs(prompt, found, reading, chat_options(row, prompt))
 
 
@@ -250,8 +266,6 @@ def _listed(row: SourceRow, names: tuple[str, ...], figure: str, score_of: Calla
         if is_empty(text):
             raise RowError(f"{what} is an empty response")
         found.append(Answer(text, score_of(number(figures, f"{what}, its {figure}")), row.source, row.row))
-    if "instruction" in row.fields and _one_of(row.fields, PROMPTS) == "instruction":
-        found = [_as_message(answer) for answer in found]
     return found
 
 

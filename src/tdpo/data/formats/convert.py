@@ -173,6 +173,8 @@ def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: Reading, ac
             account.report.drop(row, str(reason))
         except RowError as error:
             account.bad(row, error)
+        except RecursionError:
+            account.bad(row, "it is nested too deeply")
         else:
             yield from made
 

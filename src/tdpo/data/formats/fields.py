@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any, TypeGuard
 
 from tdpo.data.formats.report import RowDropped, RowError
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
+CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content)\1\s*:""")
+"""How a chat begins that a table of texts holds."""
+NOT_OF_A_ROW = (
+    "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "padding",
+    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
+"""Arguments of ``apply_chat_template`` that are not for the template."""
 ASKING_ROLES = ("user", "system", "developer", "tool")
 """Roles whose turn no response can begin with."""
 
@@ -19,8 +29,9 @@ ASKING_ROLES = ("user", "system", "developer", "tool")
 def text_of(row: SourceRow, name: str) -> Text:
     """The field as text or as chat messages with role and content.
 
-    Messages are as they were found, but for two things that mean the same: a key whose value is null is left out
-    (tables cannot tell it from a missing one), and content given as a list of text parts is one text.
+    Messages are as they were found, but for what means the same: a key whose value is null is left out (tables cannot
+    tell it from a missing one), content given as a list of text parts is one text, and a chat that a table of texts
+    holds as JSON is that chat.
 
     Raises:
         RowError: if it is missing, empty or of another type.
@@ -46,6 +57,8 @@ def as_text(value: Any, what: str) -> Text:
         value: What was found.
         what: What messages call it.
     """
+    if isinstance(value, str) and CHAT_AS_TEXT.match(value):
+        value = _chat_in_text(value, what)
     if isinstance(value, str):
         return encodable(value, what)
     if not isinstance(value, list):
@@ -72,7 +85,7 @@ def number(value: Any, what: str) -> float:
     Raises:
         RowError: if it is none.
     """
-    if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+    if isinstance(value, str | numbers.Real | Decimal) and not isinstance(value, bool):
         try:
             found = float(value)
         except (ValueError, OverflowError):
@@ -113,7 +126,20 @@ def chat_options(row: SourceRow, prompt: Text) -> dict[str, Any]:
         if isinstance(prompt, str):
             raise RowError(f"field {name!r} is for chats, and the prompt is a text")
         found[name] = _json_like(value, f"field {name!r}")
-    return found
+    for place, tool in enumerate(found.get("tools", ()), 1):
+        if not isinstance(tool, dict):
+            raise RowError(f"field 'tools', tool {place} must be an object, found {describe(tool)}")
+    arguments = _template_arguments(found.pop("chat_template_kwargs", {}))
+    return {**found, "chat_template_kwargs": arguments} if arguments else found
+
+
+def _template_arguments(found: dict[str, Any]) -> dict[str, Any]:
+    """The row's arguments of the template, without those that a table filled with null."""
+    arguments = {key: value for key, value in found.items() if value is not None}
+    for key in arguments:
+        if not isinstance(key, str) or key in NOT_OF_A_ROW:
+            raise RowError(f"field 'chat_template_kwargs' sets {key!r}, which is not for the template")
+    return arguments
 
 
 def is_empty(text: Text) -> bool:
@@ -186,6 +212,13 @@ def _objects_have(value: Any, column: str) -> bool:
 def _moved(entry: dict[str, Any], column: str, name: str) -> dict[str, Any]:
     kept = {key: value for key, value in entry.items() if key != column}
     return {**kept, name: entry[column]} if column in entry else kept
+
+
+def _chat_in_text(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{what} looks like a chat as text and is not valid JSON: {error}") from error
 
 
 def _message(message: Any, what: str) -> Message:

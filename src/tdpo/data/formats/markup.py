@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 BLOCKS = {"p", "div", "blockquote", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "hr"}
 SILENT = {"script", "style"}
+NO_TAG = re.compile("<(?![^<>]*>)")
+"""What begins no tag, since none ends before the next one begins; the parser would take quadratic time over it."""
 
 
 def html_to_text(html: str) -> str:
@@ -16,7 +19,7 @@ def html_to_text(html: str) -> str:
         'Use <code>a < b</code>:\n\n<code>if a:\n    b</code>'
     """
     reader = _Reader()
-    reader.feed(html)
+    reader.feed(NO_TAG.sub("&lt;", html))
     reader.close()
     return reader.text()
 

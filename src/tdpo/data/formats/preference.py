@@ -76,8 +76,7 @@ def has_explicit_prompt(fields: dict[str, Any]) -> bool:
 
 def has_implicit_prompt(fields: dict[str, Any]) -> bool:
     """Whether a row is one of :func:`implicit`: texts or chats without a prompt beside them."""
-    pair = [fields.get(name) for name in ("chosen", "rejected")]
-    return "prompt" not in fields and any(all(isinstance(value, kind) for value in pair) for kind in (str, list))
+    return "prompt" not in fields and all(isinstance(fields.get(name), str | list) for name in ("chosen", "rejected"))
 
 
 def has_dialogues(fields: dict[str, Any]) -> bool:

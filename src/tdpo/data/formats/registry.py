@@ -109,9 +109,9 @@ def _format_of_function(name: str) -> Format:
     def convert(row: SourceRow, reading: Reading) -> list[Any]:
         try:
             made = function(dict(row.fields))
+            many = list(made) if isinstance(made, list | tuple | Iterator) else [] if made is None else [made]
         except Exception as error:  # a user's function, called with one row: the row is what they have to look at
             raise RowError(f"{name} raised {type(error).__name__}: {error}") from error
-        many = made if isinstance(made, list | tuple) else [] if made is None else [made]
         return [record for one in many for record in _records_of(one, row, reading, name)]
 
     return Format("what the function takes", lambda fields: True, convert, (*PAIRING, "min_score_ratio"))

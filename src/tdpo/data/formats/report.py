@@ -73,7 +73,8 @@ class DataReport:
         if len(reasons) > ROWS_NAMED:
             rest = sum(len(rows) for _, rows in reasons[ROWS_NAMED:])
             lines.append(f"dropped {rest} more for {len(reasons) - ROWS_NAMED} other reasons")
-        return lines + [f"truncated {len(rows)} {part}s: {row_list(rows)}" for part, rows in self.truncated.items()]
+        lines += [f"truncated {len(rows)} {part}s: {row_list(rows)}" for part, rows in self.truncated.items()]
+        return [line.encode("utf-8", "backslashreplace").decode() for line in lines]  # file names may be any bytes
 
 
 def row_list(rows: list[int]) -> str:

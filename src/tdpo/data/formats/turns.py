@@ -34,6 +34,8 @@ def sharegpt(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     if not isinstance(turns, list) or not turns:
         raise RowError(f"field {name!r} must be a list of turns, found {describe(turns)}")
     prompt = [*_system(row), *(_turn(turn, f"field {name!r}, turn {place}") for place, turn in enumerate(turns, 1))]
+    if prompt[-1]["role"] == "assistant":
+        raise RowError(f"field {name!r} ends with the assistant's turn, and chosen and rejected are to be that")
     chosen, rejected = (_answer(field_of(row, side), f"field {side!r}") for side in ("chosen", "rejected"))
     record = PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt))
     return [checked(record)]
