@@ -434,3 +434,6 @@ def test_a_report_stays_short_whatever_the_rows() -> None:
         report.dropped[f"reason {number % 50}"].append(number)
     assert len(report.lines()) == 12
     assert report.lines()[-1] == "dropped 800 more for 40 other reasons"
+    rows = [{**ROWS["preference"]("Why?"), "chosen": number} for number in range(3000)]
+    _, report = to_records(from_memory([ROWS["preference"]("Why?"), *rows], "pairs.jsonl"), on_bad_row="drop")
+    assert len(report.dropped) == 1001 and len(report.dropped["other reasons"]) == 2000

@@ -9,6 +9,10 @@ from typing import Protocol
 ROWS_NAMED = 10
 """How many rows one message names, and how many reasons a report."""
 
+REASONS_KEPT = 1000
+"""How many reasons are told apart; a million bad rows may each have one of its own."""
+OTHER_REASONS = "other reasons"
+
 
 class Placed(Protocol):
     """Anything that knows where it was read."""
@@ -54,7 +58,10 @@ class DataReport:
 
     def drop(self, place: Placed, reason: str) -> None:
         """Counts a row as dropped."""
-        self.dropped[reason if place.source == self.source else f"{reason} ({place.source})"].append(place.row)
+        reason = reason if place.source == self.source else f"{reason} ({place.source})"
+        if reason not in self.dropped and len(self.dropped) >= REASONS_KEPT:
+            reason = OTHER_REASONS
+        self.dropped[reason].append(place.row)
 
     def lines(self) -> list[str]:
         """The report in words, one line each.
