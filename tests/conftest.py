@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ["TDPO_CACHE"] = tempfile.mkdtemp(prefix="tdpo-cache-")  # the tests leave the user's own cache alone
 SHARED = Path(os.environ.get("TDPO_SHARED", REPOSITORY.parent / "shared"))
 END = "<|endoftext|>"
 torch.set_num_threads(1)  # the worlds are tiny: threads would spend their time waiting for each other

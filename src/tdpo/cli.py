@@ -14,6 +14,7 @@ from tdpo.errors import UserError, nearest
 
 COMMANDS = {
     "demo": "the whole path on an embedded small world, no download, about three minutes",
+    "check-data": "what training would make of a dataset: counts, lengths, duplicates, leaks, rendered pairs",
     "sft": "fine-tune a model on responses, the starting point of preference training",
     "train": "align a model with preference pairs: TDPO2, TDPO1 or DPO",
     "eval": "score held-out pairs with a policy and its reference",
@@ -25,7 +26,7 @@ INTERRUPTED = 130
 
 def usage() -> str:
     """What ``tdpo --help`` prints."""
-    commands = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    commands = "\n".join(f"  {name:<11} {summary}" for name, summary in COMMANDS.items())
     return (
         f"tdpo {__version__}: token-level direct preference optimization of language models\n\n"
         "usage: tdpo <command> [--config file.yaml] [--option value ...]\n\n"
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}; there are: {', '.join(COMMANDS)}.{nearest(name, COMMANDS)}")
-        command = importlib.import_module(f"tdpo.commands.{name}")
+        command = importlib.import_module(f"tdpo.commands.{name.replace('-', '_')}")
         command.run(arguments[1:])
     except UserError as error:
         print(f"tdpo {name}: {error}", file=sys.stderr)

@@ -13,10 +13,12 @@ import torch
 from transformers import TrainingArguments
 
 from tdpo import objectives
+from tdpo.data.cache import PairCache
 from tdpo.data.formats import AUTO, FORMATS, Format, find_format
 from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns
 from tdpo.data.sft import SFT_FORMATS
 from tdpo.data.sources import Source, open_mixture, open_source
+from tdpo.data.templates import TEMPLATES
 from tdpo.data.tokenise import Lengths
 from tdpo.errors import UserError
 from tdpo.ops import Backend
@@ -51,7 +53,11 @@ class ModelConfig:
         default=None, metadata={"help": "End-of-sequence token to use instead of the tokenizer's own."}
     )
     chat_template_path: str | None = field(
-        default=None, metadata={"help": "Jinja file with the chat template to use instead of the tokenizer's own."}
+        default=None,
+        metadata={
+            "help": "Chat template to use instead of the tokenizer's own: a Jinja file, or one of "
+            f"{', '.join(TEMPLATES)}."
+        },
     )
 
 
@@ -228,6 +234,16 @@ class PairOptions(FormatOptions, LengthOptions):
     max_prompt_length: int = field(
         default=256, metadata={"help": "Longest prompt in tokens once a pair has to be cut to --max_length."}
     )
+    cache_dataset: bool = field(
+        default=True, metadata={"help": "Keep tokenised pairs on disk, so that the next run need not tokenise them."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for tokenised pairs; default $TDPO_CACHE, or else ~/.cache/tdpo."}
+    )
+
+    def pair_cache(self) -> PairCache | None:
+        """Where tokenised pairs are kept, or None if they are not to be."""
+        return PairCache(self.cache_dir) if self.cache_dataset else None
 
     def lengths(self) -> Lengths:
         """Truncation as these options describe it."""

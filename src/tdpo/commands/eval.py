@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
     tokeniser = Tokeniser(tokenizer, options.lengths())
 
     def prepare(rows: Source) -> PairDataset:
-        return prepare_pairs(rows, tokeniser, reading, options.on_bad_row)
+        return prepare_pairs(rows, tokeniser, reading, options.on_bad_row, cache=options.pair_cache())
 
     source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config)
     dataset = read_dataset(source.read_by(reading), prepare)

@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
     tokeniser = Tokeniser(tokenizer, args.lengths())
 
     def prepare(rows: Source) -> PairDataset:
-        return prepare_pairs(rows, tokeniser, reading, args.on_bad_row)
+        return prepare_pairs(rows, tokeniser, reading, args.on_bad_row, cache=args.pair_cache())
 
     train = read_dataset(data.open_training(reading), prepare)
     aside = data.open_held_out(reading)

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from tdpo.data.formats import DataReport, OnBadRow, to_records
+from tdpo.data.cache import PairCache, cache_key, in_memory, rows_fingerprint
+from tdpo.data.formats import DataReport, OnBadRow, iter_records, name_of
 from tdpo.data.reading import Reading
-from tdpo.data.sources import SourceRow, from_memory
+from tdpo.data.sources import Source, SourceRow, from_memory
+from tdpo.data.table import PairTable, record_batch
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
 
 TOKENISED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+CHUNK = 2048
+"""Records tokenised at a time: what bounds the memory that text and lists of ids take on their way."""
 
 
 class PairDataset(Dataset[TokenisedPair]):
     """Tokenised pairs with the report of how they came about.
 
     Attributes:
-        pairs: The pairs in their order.
+        pairs: The pairs in their order: a :class:`~tdpo.data.table.PairTable`, unless they were given as pairs.
         report: Counts and row numbers.
     """
 
     def __init__(self, pairs: Sequence[TokenisedPair], report: DataReport) -> None:
-        if not pairs:
+        if not len(pairs):
             raise UserError(f"{report.source}: no pair is left. " + "; ".join(report.lines()))
         self.pairs, self.report = pairs, report
 
@@ -42,6 +50,8 @@ class PairDataset(Dataset[TokenisedPair]):
 
     def lengths(self) -> list[int]:
         """Tokens of each pair, its prompt counted once."""
+        if isinstance(self.pairs, PairTable):
+            return self.pairs.lengths().sum(1).tolist()
         return [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.pairs]
 
 
@@ -66,40 +76,121 @@ def prepare_pairs(
     format_name: str | Reading = "auto",
     on_bad_row: OnBadRow = "error",
     name: str = "dataset",
+    cache: PairCache | None = None,
 ) -> PairDataset:
     """Tokenises data in any form a trainer accepts.
 
     Args:
         data: A ``PairDataset``, or an iterable of :class:`~tdpo.types.TokenisedPair`,
-            :class:`~tdpo.types.PreferenceRecord`, :class:`~tdpo.data.sources.SourceRow` or dictionaries of columns
-            (a ``datasets.Dataset`` is one), whose columns may also be ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
+            :class:`~tdpo.types.PreferenceRecord`, :class:`~tdpo.data.sources.SourceRow` (a
+            :class:`~tdpo.data.sources.Source` reads them when they are needed) or dictionaries of columns (a
+            ``datasets.Dataset`` is one), whose columns may also be ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
         tokeniser: Tokenizer and truncation; None will do for data that is tokenised.
         format_name: A key of :data:`tdpo.data.formats.FORMATS`, ``"auto"``, or a whole reading.
         on_bad_row: ``"error"`` or ``"drop"``.
         name: What messages call rows that come from memory.
+        cache: Where pairs are looked for before they are tokenised, and kept; None keeps them in memory alone.
 
     Raises:
         UserError: for bad rows, unknown formats and when nothing is left.
     """
     if isinstance(data, PairDataset):
         return data
+    reading = Reading(format_name) if isinstance(format_name, str) else format_name
+    rows = data if isinstance(data, Source) and tokeniser is not None else _rows(data, name)
+    if isinstance(rows, list) and isinstance(rows[0], TokenisedPair):
+        return PairDataset(rows, DataReport(name, "tokenised", len(rows), len(rows)))
+    if isinstance(rows, list) and _is_tokenised(rows[0]):
+        return PairDataset([_tokenised(row) for row in rows], _tokenised_report(rows))
+    if tokeniser is None:
+        raise UserError(f"{name_of(rows)}: text has to be tokenised and there is no tokenizer; pass processing_class")
+    return PairDataset(*_fetched(rows, tokeniser, reading, on_bad_row, cache))
+
+
+def _rows(data: Iterable[Any], name: str) -> list[Any]:
+    """The data's rows, whatever they are; dictionaries get their numbers."""
     rows = list(data)
     if not rows:
         raise UserError(f"{name}: no rows in it")
-    if isinstance(rows[0], TokenisedPair):
-        return PairDataset(rows, DataReport(name, "tokenised", len(rows), len(rows)))
-    if not isinstance(rows[0], PreferenceRecord | SourceRow):
-        rows = from_memory(rows, name)
-    source = rows[0].source
-    if isinstance(rows[0], SourceRow) and rows[0].fields.keys() >= set(TOKENISED_COLUMNS):
-        return PairDataset([_tokenised(row) for row in rows], DataReport(source, "tokenised", len(rows), len(rows)))
-    if tokeniser is None:
-        raise UserError(f"{source}: text has to be tokenised and there is no tokenizer; pass processing_class")
-    if isinstance(rows[0], PreferenceRecord):
-        records, report = rows, DataReport(source, "records", len(rows))
+    return rows if isinstance(rows[0], TokenisedPair | PreferenceRecord | SourceRow) else from_memory(rows, name)
+
+
+def _fetched(
+    rows: Source | list[Any], tokeniser: Tokeniser, reading: Reading, on_bad_row: OnBadRow, cache: PairCache | None
+) -> tuple[PairTable, DataReport]:
+    """The pairs from the cache where there is one and it can be told what they are of, else made in memory."""
+
+    def build() -> tuple[DataReport, Iterator[Any]]:
+        return _build(rows, tokeniser, reading, on_bad_row)
+
+    spec = tokeniser.encode.spec
+    if cache is None or spec is None or ":" in reading.format:
+        return in_memory(build)
+    fingerprint = rows.fingerprint() if isinstance(rows, Source) else None
+    fingerprint = fingerprint or rows_fingerprint(rows)
+    if fingerprint is None:
+        return in_memory(build)
+    limits = dataclasses.asdict(tokeniser.lengths)
+    key = cache_key(
+        tokeniser.tokenizer,
+        spec,
+        fingerprint,
+        reading=repr(reading),
+        on_bad_row=on_bad_row,
+        source=name_of(rows),
+        **limits,
+    )
+    return cache.fetch(key, build)
+
+
+def _build(
+    rows: Source | list[Any], tokeniser: Tokeniser, reading: Reading, on_bad_row: OnBadRow
+) -> tuple[DataReport, Iterator[Any]]:
+    """The report, and the record batches during whose making it is filled; text is read as it is tokenised."""
+    first = next(iter(rows), None)
+    if _is_tokenised(first):
+        found = list(rows)
+        return _tokenised_report(found), iter([record_batch([_tokenised(row) for row in found])])
+    if isinstance(first, PreferenceRecord):
+        report = DataReport(first.source, "records", len(list(rows)))
+        records: Iterable[Any] = rows
     else:
-        records, report = to_records(rows, format_name, on_bad_row)
-    return PairDataset(tokeniser.pairs(records, report), report)
+        report = DataReport(name_of(rows))
+        records = iter_records(rows, reading, on_bad_row, report)
+    return report, _batches(records, tokeniser, report, on_bad_row)
+
+
+def _batches(
+    records: Iterable[PreferenceRecord], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
+) -> Iterator[Any]:
+    kept, left = 0, iter(records)
+    while chunk := list(itertools.islice(left, CHUNK)):
+        with _no_collection():
+            pairs = tokeniser.pairs(chunk, report, on_bad_row)
+            kept += len(pairs)
+            batch = record_batch(pairs)
+        yield batch
+    report.kept = kept
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Holds the garbage collector back: a chunk makes many lists and no cycles; looking for some doubles its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _is_tokenised(row: Any) -> bool:
+    return isinstance(row, SourceRow) and row.fields.keys() >= set(TOKENISED_COLUMNS)
+
+
+def _tokenised_report(rows: list[Any]) -> DataReport:
+    return DataReport(rows[0].source, "tokenised", len(rows), len(rows))
 
 
 def _tokenised(row: SourceRow) -> TokenisedPair:
@@ -118,6 +209,9 @@ def check_fits(
     Raises:
         UserError: naming the source, the pair's row (its place where the row is unknown) and what is too large.
     """
+    table = pairs.pairs if isinstance(pairs, PairDataset) else pairs
+    if isinstance(table, PairTable) and _table_fits(table, vocab_size, positions):
+        return
     for number, pair in enumerate(pairs, 1):
         ids = (*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
         length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
@@ -133,3 +227,9 @@ def check_fits(
                 f"{place}: token id {stray} is outside the model's vocabulary of {vocab_size}; tokenizer and model do "
                 "not belong together"
             )
+
+
+def _table_fits(table: PairTable, vocab_size: int, positions: int | None) -> bool:
+    lengths = table.lengths()
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max(initial=0))
+    return (positions is None or longest <= positions) and 0 <= table.smallest_id() <= table.largest_id() < vocab_size

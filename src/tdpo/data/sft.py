@@ -24,7 +24,7 @@ from tdpo.data.formats import (
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, from_memory
-from tdpo.data.tokenise import Tokeniser
+from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text
 
@@ -110,16 +110,13 @@ def prepare_sft(
     if not isinstance(rows[0], SourceRow):
         rows = from_memory(rows, name)
     turns, report = _exchanges(rows, reading, on_bad_row)
-    prompts = tokeniser.prompts_of_text([turn.prompt for turn in turns])
-    responses = tokeniser.responses([(turn.prompt, turn.response) for turn in turns])
     examples = []
-    for prompt, response, turn in zip(prompts, responses, turns, strict=True):
-        fitted = tokeniser.fit(prompt, (response,), turn, report)
-        if fitted is not None:
-            prompt_ids, (response_ids,) = fitted
-            if not prompt_ids:
-                prompt_ids, response_ids = response_ids[:1], response_ids[1:]
-            examples.append(SFTExample(prompt_ids, response_ids, turn.row))
+    for place, prompt_ids, (response_ids,) in tokeniser.turns(
+        [Turns.of(turn, turn.response) for turn in turns], report, on_bad_row
+    ):
+        if not prompt_ids:
+            prompt_ids, response_ids = response_ids[:1], response_ids[1:]
+        examples.append(SFTExample(prompt_ids, response_ids, place.row))
     report.kept = len(examples)
     return SFTDataset(examples, report)
 

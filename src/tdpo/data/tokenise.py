@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-import jinja2
-
-from tdpo.data.formats import DataReport
+from tdpo.data.chat import ChatRenderer, Piece
+from tdpo.data.encode import TextEncoder
+from tdpo.data.formats import ROWS_NAMED, DataReport, OnBadRow, RowError
 from tdpo.errors import UserError
-from tdpo.types import Message, PreferenceRecord, Text, TokenisedPair
+from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
 TruncationMode = Literal["keep_end", "keep_start"]
 OnOverlong = Literal["truncate", "drop", "error"]
 ANCHOR = "\n"
 """Text put before a response whose tokenizer would otherwise prefix it with a space of its own; its ids are cut off."""
-LITERAL = "\ue000{}\ue001"
-"""Stands in a rendered chat for special-token text of the user's, by its index; private-use characters."""
 
 
 class Placed(Protocol):
@@ -62,185 +59,261 @@ class Lengths:
             )
 
 
+class Part(NamedTuple):
+    """A prompt or a response in pieces.
+
+    Attributes:
+        pieces: Texts in their order.
+        add_end: Whether the end token is put after them.
+    """
+
+    pieces: list[Piece]
+    add_end: bool = False
+
+
+class Asked(Placed, Protocol):
+    """A prompt as it was read: what records of pairs and of single responses share."""
+
+    @property
+    def prompt(self) -> Text:
+        """Plain text, or chat messages."""
+
+    @property
+    def tools(self) -> list[Any] | None:
+        """Tools the chat template shows the model."""
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any] | None:
+        """Further arguments of the chat template."""
+
+    @property
+    def truncation_mode(self) -> TruncationMode | None:
+        """Which part of the prompt stays when it is cut; None is that of :class:`Lengths`."""
+
+
+class Turns(NamedTuple):
+    """A prompt and the responses to it, as they are tokenised together.
+
+    Attributes:
+        prompt: Plain text, or chat messages.
+        responses: At least one, of the same kind.
+        place: The row they come from.
+        tools: Tools of a chat, see :class:`~tdpo.types.PreferenceRecord`.
+        arguments: Further arguments of the chat template.
+        truncation_mode: Which part of this prompt stays when it is cut; None is that of :class:`Lengths`.
+    """
+
+    prompt: Text
+    responses: tuple[Text, ...]
+    place: Placed
+    tools: Any = None
+    arguments: dict[str, Any] | None = None
+    truncation_mode: TruncationMode | None = None
+
+    @classmethod
+    def of(cls, record: Asked, *responses: Text) -> Turns:
+        """A record's prompt with some responses to it."""
+        return cls(record.prompt, responses, record, record.tools, record.chat_template_kwargs, record.truncation_mode)
+
+
+class Ids(NamedTuple):
+    """Turns as ids, within the limits.
+
+    Attributes:
+        place: The row they come from.
+        prompt: Ids of the prompt; empty only for an empty text where the tokenizer starts a text with nothing.
+        responses: Ids of each response.
+    """
+
+    place: Placed
+    prompt: list[int]
+    responses: list[list[int]]
+
+
 class Tokeniser:
     """Turns text and chats into ids with a transformers tokenizer.
 
     Args:
         tokenizer: The tokenizer of the policy.
         lengths: Truncation.
+        encode: The encoder of another ``Tokeniser`` with the same tokenizer, to share what it has learnt.
 
     Raises:
         UserError: if the tokenizer has no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, lengths: Lengths | None = None) -> None:
+    def __init__(self, tokenizer: Any, lengths: Lengths | None = None, encode: TextEncoder | None = None) -> None:
         self.tokenizer = tokenizer
         self.lengths = lengths or Lengths()
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no end-of-sequence token, so no response could ever end; name one with --eos_token"
             )
+        self.chats = ChatRenderer(tokenizer)
+        if encode is not None:
+            self.encode = encode
+
+    @cached_property
+    def encode(self) -> TextEncoder:
+        """Texts to ids, without start and end tokens."""
+        return TextEncoder(self.tokenizer)
 
     @cached_property
     def bos(self) -> list[int]:
         """What the tokenizer puts at the start of a text: its beginning-of-sequence token, or nothing."""
-        bos, plain = self.tokenizer.bos_token_id, self._encode(["a"], special=True)[0]
+        bos = self.tokenizer.bos_token_id
+        plain = self.tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
         return [bos] if bos is not None and plain[:1] == [bos] else []
 
-    def pairs(self, records: Sequence[PreferenceRecord], report: DataReport) -> list[TokenisedPair]:
+    def pairs(
+        self, records: Sequence[PreferenceRecord], report: DataReport, on_bad_row: OnBadRow = "error"
+    ) -> list[TokenisedPair]:
         """Tokenises records; cuts, drops or refuses overlong ones as :class:`Lengths` says, and counts them.
 
         Raises:
-            UserError: for chats without a chat template, and for overlong rows under ``on_overlong: error``.
+            UserError: for chats without a chat template, rows the template cannot render (unless ``on_bad_row`` is
+                ``"drop"``), and overlong rows under ``on_overlong: error``.
         """
-        prompts = self.prompts([record.prompt for record in records])
-        chosen = self.responses([(record.prompt, record.chosen) for record in records])
-        rejected = self.responses([(record.prompt, record.rejected) for record in records])
+        turns = [Turns.of(record, record.chosen, record.rejected) for record in records]
         pairs = []
-        for record, prompt, first, second in zip(records, prompts, chosen, rejected, strict=True):
-            fitted = self.fit(prompt, (first, second), record, report)
-            if fitted is not None:
-                prompt_ids, (chosen_ids, rejected_ids) = fitted
-                pairs.append(TokenisedPair(prompt_ids, chosen_ids, rejected_ids, record.row))
+        for ids in self.turns(turns, report, on_bad_row):
+            chosen, rejected = ids.responses
+            pairs.append(TokenisedPair(ids.prompt or self._beginning(ids.place), chosen, rejected, ids.place.row))
         report.kept = len(pairs)
         return pairs
 
+    def turns(self, turns: Sequence[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
+        """Ids of prompts and responses, in order and within the limits; what is cut or dropped is counted."""
+        rows, jobs, bad, overlong = [], [], [], []
+        for turn in turns:
+            try:
+                jobs.append(self._pieces(turn))
+                rows.append(turn)
+            except RowError as error:
+                bad.append(f"{turn.place.source}, row {turn.place.row}: {error}")
+                report.drop(turn.place, f"bad row ({error})")
+        if bad and on_bad_row == "error":
+            raise UserError(_named(bad, "--on_bad_row drop leaves such rows out"))
+        ids = self._encode_pieces([part for job in jobs for part in job])
+        end = [self.tokenizer.eos_token_id]
+        for turn, job in zip(rows, jobs, strict=True):
+            prompt, *responses = (next(ids) + (end if part.add_end else []) for part in job)
+            if isinstance(turn.prompt, str):
+                prompt = self.bos + prompt
+            try:
+                fitted = self.fit(prompt, responses, turn.place, report, turn.truncation_mode)
+            except RowError as error:
+                overlong.append(f"{turn.place.source}, row {turn.place.row}: {error}")
+                continue
+            if fitted is not None:
+                yield Ids(turn.place, *fitted)
+        if overlong:
+            raise UserError(_named(overlong, "--on_overlong truncate or drop would go on"))
+
     def prompts(self, prompts: Sequence[Text]) -> list[list[int]]:
-        """Ids of prompts. An empty prompt becomes the beginning-of-sequence token.
+        """Ids of prompts alone. An empty prompt becomes the beginning-of-sequence token.
 
         Raises:
-            UserError: for an empty prompt when the tokenizer has no token to begin with.
+            UserError: for an empty prompt when the tokenizer has no token to begin with, or a chat that cannot be
+                rendered.
         """
-        return [ids or self._beginning() for ids in self.prompts_of_text(prompts)]
+        try:
+            ids = self._encode_pieces([self._prompt_pieces(prompt) for prompt in prompts])
+        except RowError as error:
+            raise UserError(str(error)) from error
+        starts = [self.bos if isinstance(prompt, str) else [] for prompt in prompts]
+        return [start + found or self._beginning() for start, found in zip(starts, ids, strict=True)]
 
-    def prompts_of_text(self, prompts: Sequence[Text]) -> list[list[int]]:
-        """As :meth:`prompts`, but an empty prompt is what the tokenizer starts a text with, which may be nothing."""
-        chats = [self._render(prompt, True) if not isinstance(prompt, str) else None for prompt in prompts]
-        texts = self._encode([prompt if isinstance(prompt, str) else "" for prompt in prompts])
-        return [
-            (self.bos + ids) if chat is None else self._encode_rendered(chat)
-            for chat, ids in zip(chats, texts, strict=True)
+    def _prompt_pieces(self, prompt: Text) -> Part:
+        if isinstance(prompt, str):
+            return Part([Piece(prompt)])
+        return Part(self.chats.pieces(self.chats.prompt(prompt)))
+
+    def _pieces(self, turn: Turns) -> list[Part]:
+        """Prompt and responses as pieces of text."""
+        if isinstance(turn.prompt, str):
+            return [Part([Piece(turn.prompt)]), *(Part([Piece(str(r), continues=True)], True) for r in turn.responses)]
+        chat = self.chats.chat(turn.prompt, turn.responses, turn.tools, turn.arguments)  # type: ignore[arg-type]
+        responses = [
+            Part(self.chats.pieces(response, continues=True), add_end=not ended)
+            for response, ended in zip(chat.responses, chat.ended, strict=True)
         ]
+        return [Part(self.chats.pieces(chat.prompt)), *responses]
 
-    def responses(self, turns: Sequence[tuple[Text, Text]]) -> list[list[int]]:
-        """Ids of responses, given with their prompts, each with exactly one end token."""
-        plain = self._encode_continuations([response if isinstance(response, str) else "" for _, response in turns])
-        eos = self.tokenizer.eos_token_id
-        return [
-            [*ids, eos] if isinstance(response, str) else self._chat_response(prompt, response)
-            for (prompt, response), ids in zip(turns, plain, strict=True)
-        ]
-
-    def _chat_response(self, prompt: Any, response: Any) -> list[int]:
-        before, whole = self._render(prompt, True), self._render([*prompt, *response], False)
-        if not whole.startswith(before):
-            raise UserError(
-                "the chat template renders a prompt differently once a response follows, so the response cannot be "
-                f"told from it; the prompt ends in {before[-40:]!r}. Give another template with --chat_template_path"
+    def _encode_pieces(self, parts: Sequence[Part]) -> Iterator[list[int]]:
+        """Ids of every part; all pieces of a kind are encoded together."""
+        kinds: dict[tuple[bool, bool], list[str]] = {}
+        for part in parts:
+            for piece in part.pieces:
+                kinds.setdefault((piece.literal, piece.continues), []).append(piece.text)
+        encoded = {
+            (literal, continues): iter(
+                self._encode_continuations(texts, literal) if continues else self.encode(texts, literal)
             )
-        rendered = whole[len(before) :]
-        ends = max((rendered.rfind(token) + len(token) for token in self._special if token in rendered), default=0)
-        ended = ends > 0 and not rendered[ends:].strip()
-        ids = self._encode_rendered(rendered[:ends] if ended else rendered, continuation=True)
-        return ids if ended else [*ids, self.tokenizer.eos_token_id]
+            for (literal, continues), texts in kinds.items()
+        }
+        for part in parts:
+            ids = [next(encoded[piece.literal, piece.continues]) for piece in part.pieces]
+            yield ids[0] if len(ids) == 1 else [token for piece in ids for token in piece]
 
     def fit(
-        self, prompt: list[int], responses: Sequence[list[int]], place: Placed, report: DataReport
+        self,
+        prompt: list[int],
+        responses: Sequence[list[int]],
+        place: Placed,
+        report: DataReport,
+        mode: TruncationMode | None = None,
     ) -> tuple[list[int], list[list[int]]] | None:
         """Prompt and responses within the limits, or None if the row is dropped; whatever is cut is counted."""
         limits, longest = self.lengths, max(len(response) for response in responses)
         if len(prompt) + longest <= limits.max_length:
             return prompt, list(responses)
         if limits.on_overlong == "error":
-            raise UserError(
-                f"{place.source}, row {place.row}: prompt {len(prompt)} + response {longest} tokens exceed "
-                f"--max_length {limits.max_length} (--on_overlong truncate or drop would go on)"
-            )
+            raise RowError(f"prompt {len(prompt)} + response {longest} tokens exceed --max_length {limits.max_length}")
         if limits.on_overlong == "drop":
-            report.dropped[f"longer than {limits.max_length} tokens"].append(place.row)
+            report.drop(place, f"longer than {limits.max_length} tokens")
             return None
         if len(prompt) > limits.max_prompt_length:
             report.truncated["prompt"].append(place.row)
-            prompt = self.cut_prompt(prompt, limits.max_prompt_length)
+            prompt = self.cut_prompt(prompt, limits.max_prompt_length, mode)
         room = limits.max_length - len(prompt)
         if longest > room:
             report.truncated["response"].append(place.row)
         return prompt, [response[:room] for response in responses]
 
-    def cut_prompt(self, prompt: list[int], limit: int) -> list[int]:
+    def cut_prompt(self, prompt: list[int], limit: int, mode: TruncationMode | None = None) -> list[int]:
         """The part of a prompt that stays within a limit; a beginning-of-sequence token stays at the beginning."""
         if len(prompt) <= limit:
             return prompt
-        if self.lengths.truncation_mode == "keep_start":
+        if (mode or self.lengths.truncation_mode) == "keep_start":
             return prompt[:limit]
-        head = self.bos if self.bos and prompt[:1] == self.bos and limit > 1 else []
+        bos = self.tokenizer.bos_token_id
+        head = prompt[:1] if prompt[0] == bos and limit > 1 else []
         return head + prompt[len(prompt) - limit + len(head) :]
 
-    def _beginning(self) -> list[int]:
+    def _beginning(self, place: Placed | None = None) -> list[int]:
         if self.tokenizer.bos_token_id is None:
-            raise UserError("a prompt is empty and the tokenizer has no beginning-of-sequence token to start from")
+            where = f"{place.source}, row {place.row}: the" if place else "a"
+            raise UserError(
+                f"{where} prompt is empty and the tokenizer has no beginning-of-sequence token to start from"
+            )
         return [self.tokenizer.bos_token_id]
-
-    def _encode(self, texts: Sequence[str], special: bool = False, literal: bool = True) -> list[list[int]]:
-        """Ids of plain texts; ``literal`` encodes special-token text in them as the characters it is made of."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=special, split_special_tokens=literal, verbose=False)
-        return encoded["input_ids"]
 
     @cached_property
     def _anchor_ids(self) -> list[int]:
         """Ids of the anchor if the tokenizer prefixes every text it encodes with a space, else nothing."""
-        bare, (anchored,) = self._encode([ANCHOR])[0], self._encode([ANCHOR + "a"])
-        alone = self._encode(["a"])[0]
+        bare, anchored, alone = self.encode([ANCHOR, ANCHOR + "a", "a"])
         return [] if anchored == bare + alone or anchored[: len(bare)] != bare else bare
 
     def _encode_continuations(self, texts: Sequence[str], literal: bool = True) -> list[list[int]]:
         """Ids of texts that go on where another ended: no prefix space of the tokenizer's own."""
         anchor = self._anchor_ids
         if not anchor:
-            return self._encode(texts, literal=literal)
-        encoded = self._encode([ANCHOR + text for text in texts], literal=literal)
-        return [ids[len(anchor) :] for ids in encoded]
+            return self.encode(texts, literal)
+        return [ids[len(anchor) :] for ids in self.encode([ANCHOR + text for text in texts], literal)]
 
-    @cached_property
-    def _special(self) -> list[str]:
-        """Special-token texts, the longest first."""
-        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
 
-    def _render(self, messages: Any, generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                "the dataset holds chat messages and the tokenizer has no chat template: give one with "
-                "--chat_template_path FILE (a Jinja file), or text columns instead of messages"
-            )
-        protected = [self._protect(message) for message in messages]
-        try:
-            return self.tokenizer.apply_chat_template(
-                protected, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the chat template refuses a chat with the roles {roles}: {error}") from error
-
-    def _protect(self, message: Message) -> Message:
-        """Puts marks in place of special-token text in the user's words, so that a template cannot revive it."""
-        content = message["content"]
-        for index, token in enumerate(self._special):
-            if token in content:
-                content = content.replace(token, LITERAL.format(index))
-        return {**message, "content": content}
-
-    def _encode_rendered(self, text: str, continuation: bool = False) -> list[int]:
-        """Ids of rendered chat text: the template's special tokens are special, the user's are plain text."""
-        ids: list[int] = []
-        for position, piece in enumerate(re.split("\ue000([0-9]+)\ue001", text)):
-            literal = position % 2 == 1 and int(piece) < len(self._special)
-            piece = self._special[int(piece)] if literal else piece
-            if not piece:
-                continue
-            first = not ids and not continuation
-            encode = self._encode if first else self._encode_continuations
-            ids += encode([piece], literal=literal)[0]
-        return ids
+def _named(messages: Sequence[str], advice: str) -> str:
+    """One message of many, each about a row: the first ten, how many more, and what could be done."""
+    more = f"\n... and {len(messages) - ROWS_NAMED} more" if len(messages) > ROWS_NAMED else ""
+    return "\n".join(messages[:ROWS_NAMED]) + f"{more}\n({advice})"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tdpo.config import ModelConfig
-from tdpo.errors import UserError
+from tdpo.data.templates import TEMPLATES
+from tdpo.errors import UserError, nearest
 from tdpo.models.policy import head_of
 
 
@@ -66,7 +68,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
             raise UserError(f"--eos_token {config.eos_token!r} is no token of the tokenizer {name!r}")
         tokenizer.eos_token = config.eos_token
     if config.chat_template_path is not None:
-        tokenizer.chat_template = _read(config.chat_template_path)
+        tokenizer.chat_template = _template(config.chat_template_path)
+        _check_template(tokenizer, config.chat_template_path)
     return tokenizer
 
 
@@ -95,11 +98,26 @@ def _check_folder(name: str, files: tuple[str, ...], what: str) -> None:
         raise UserError(f"{name}: no such folder")
 
 
-def _read(path: str) -> str:
+def _template(path: str) -> str:
+    """A chat template from a file, or one of :data:`TEMPLATES` by its name where no file has that name."""
+    if path in TEMPLATES and not Path(path).is_file():
+        return TEMPLATES[path]
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat_template_path {path}: {error}") from error
+        raise UserError(
+            f"--chat_template_path {path}: {error}. It takes a Jinja file, or one of {', '.join(TEMPLATES)}."
+            f"{nearest(path, TEMPLATES)}"
+        ) from error
+
+
+def _check_template(tokenizer: Any, path: str) -> None:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"--chat_template_path {path}: no valid Jinja template: {error}") from error
+    except jinja2.TemplateError:  # it may well refuse this chat; whether it takes the user's is told by row
+        return
 
 
 def _first_line(error: BaseException) -> str:

@@ -211,7 +211,14 @@ def _prepare(
     data: Iterable[Any], tokenizer: Any, policy: nn.Module, limit: int | None, args: TDPOConfig, name: str
 ) -> PairDataset:
     tokeniser = Tokeniser(tokenizer, args.lengths()) if tokenizer is not None else None
-    dataset = prepare_pairs(data, tokeniser, args.reading(), args.on_bad_row, name)  # type: ignore[arg-type]
+    dataset = prepare_pairs(
+        data,
+        tokeniser,
+        args.reading(),
+        args.on_bad_row,  # type: ignore[arg-type]
+        name,
+        args.pair_cache(),
+    )
     check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source)
     if dataset is not data:  # whoever hands over a PairDataset has its report
         for line in dataset.report.lines()[1:]:

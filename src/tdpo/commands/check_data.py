@@ -1,0 +1,125 @@
+"""``tdpo check-data``: what training would make of a dataset, before it is paid for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from tdpo.cli import COMMANDS
+from tdpo.commands.common import check_writable, console, is_main_process, quieten, write_json, write_text
+from tdpo.commands.options import parse
+from tdpo.config import EvalDataConfig, ModelConfig, PairOptions, check_at_least, check_choices, check_format
+from tdpo.data.check import DataCheck, Prepared, check, clean_rows, prepare, whole
+from tdpo.data.formats import FORMATS
+from tdpo.data.sources import Source
+from tdpo.data.tokenise import Tokeniser
+from tdpo.errors import UserError
+from tdpo.models.load import load_tokenizer
+from tdpo.report.data import counts_table, example, histogram, legend, lengths_table
+
+
+@dataclass
+class CheckOptions(PairOptions):
+    """How rows are read and cut, as for training, and what is told of them."""
+
+    num_examples: int = field(default=2, metadata={"help": "Pairs to show with their parts marked."})
+    json: str | None = field(default=None, metadata={"help": "File to write the findings to, as one object."})
+    fix: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSONL file to write the clean pairs to, as prompt, chosen and rejected: without bad, dropped and "
+            "repeated rows and without those whose prompt is in the evaluation data."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(self, 0, "num_examples")
+        check_format(self, FORMATS)
+        if self.fix and not self.fix.endswith(".jsonl"):
+            raise UserError(f"--fix {self.fix}: JSONL is written, so its name has to end in .jsonl")
+        for name in ("json", "fix"):
+            if getattr(self, name):
+                check_writable(Path(getattr(self, name)).absolute().parent)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command.
+
+    Raises:
+        UserError: if training would stop at the data, after everything about it is told; not where ``--fix`` mends it.
+    """
+    model_config, data, options = parse(
+        "check-data", COMMANDS["check-data"], (ModelConfig, EvalDataConfig, CheckOptions), argv
+    )
+    reading = options.reading()
+    data.check_reading(reading)
+    source, aside = data.open_training(reading), data.open_held_out(reading)
+    _check_outputs(options, source, *([aside] if aside else []))
+    quieten()
+    tokeniser = Tokeniser(load_tokenizer(model_config), options.lengths())
+
+    def prepared(rows: Source) -> Prepared:
+        return prepare(rows, tokeniser, reading, options.on_bad_row, options.pair_cache())
+
+    train, held_out = prepared(source), prepared(aside) if aside else None
+    found = {"train": check(train, tokeniser, held_out.records if held_out else ())}
+    if held_out:
+        found["eval"] = check(held_out, tokeniser)
+    out = console()
+    for name, findings in found.items():
+        _show(out, findings, name, options)
+    _show_examples(out, train, tokeniser, options.num_examples)
+    if options.json and is_main_process():
+        write_json(options.json, found["train"].as_json() | ({"eval": found["eval"].as_json()} if held_out else {}))
+        out.print(f"written to {options.json}", soft_wrap=True)
+    if options.fix and is_main_process():
+        _write_clean(out, train, found["train"], options.fix)
+    _refuse(found, fixed=bool(options.fix))
+
+
+def _check_outputs(options: CheckOptions, *sources: Source) -> None:
+    """Refuses to write over what is read."""
+    read = {path.resolve() for source in sources for part in source.parts for path in part.files}
+    for name in ("json", "fix"):
+        path = getattr(options, name)
+        if path and Path(path).resolve() in read:
+            raise UserError(f"--{name} {path} is a file of the dataset; it would be overwritten")
+
+
+def _show(out: Console, found: DataCheck, name: str, options: CheckOptions) -> None:
+    out.print(counts_table(found, f"{name}: {found.report.source}"), "")
+    out.print(lengths_table(found), "")
+    out.print(histogram(found.lengths[:, 3], options.max_length), "")
+    for hint in found.hints():
+        out.print(f"label noise? {hint}", style="yellow", soft_wrap=True)
+    if found.hints():
+        out.print()
+
+
+def _show_examples(out: Console, prepared: Prepared, tokeniser: Tokeniser, count: int) -> None:
+    if count and len(prepared.records):
+        out.print(legend())
+    for place in range(min(count, len(prepared.records))):
+        record = prepared.records[place]
+        title = f"row {record.row} of {record.source}"
+        out.print(example(prepared.pairs[place], whole(record, tokeniser), tokeniser.tokenizer, title))
+
+
+def _write_clean(out: Console, prepared: Prepared, found: DataCheck, path: str) -> None:
+    rows = clean_rows(prepared, found)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    out.print(f"{len(rows):,} clean pairs written to {path}", soft_wrap=True)
+
+
+def _refuse(found: dict[str, DataCheck], fixed: bool) -> None:
+    """Ends the command with an error where training would."""
+    errors = [
+        findings.errors for name, findings in found.items() if findings.errors and not (fixed and name == "train")
+    ]
+    if errors:
+        raise UserError("training would stop at this data:\n" + "\n".join(errors))
