@@ -18,6 +18,8 @@ COMMANDS = {
     "train": "align a model with preference pairs: TDPO2, TDPO1 or DPO",
     "eval": "score held-out pairs with a policy and its reference",
     "generate": "sample from a policy and its reference side by side",
+    "cache-reference": "compute the reference's hidden states once, for runs that then do without its body",
+    "merge": "add an adapter to its base's weights and save a plain model",
 }
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -25,7 +27,7 @@ INTERRUPTED = 130
 
 def usage() -> str:
     """What ``tdpo --help`` prints."""
-    commands = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    commands = "\n".join(f"  {name:<15} {summary}" for name, summary in COMMANDS.items())
     return (
         f"tdpo {__version__}: token-level direct preference optimization of language models\n\n"
         "usage: tdpo <command> [--config file.yaml] [--option value ...]\n\n"
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}; there are: {', '.join(COMMANDS)}.{nearest(name, COMMANDS)}")
-        command = importlib.import_module(f"tdpo.commands.{name}")
+        command = importlib.import_module(f"tdpo.commands.{name.replace('-', '_')}")
         command.run(arguments[1:])
     except UserError as error:
         print(f"tdpo {name}: {error}", file=sys.stderr)
