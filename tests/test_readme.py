@@ -51,7 +51,7 @@ def test_commands_and_python_of_a_page_run(page: str, desk: Path, monkeypatch: p
     for code in blocks(page, "python"):
         exec(compile(code, page, "exec"), names)
     if page == "README.md":
-        assert len(commands) == 6
+        assert len(commands) == 10
         assert (desk / "my-tdpo-2" / "model.safetensors").is_file()
         assert names["out"].loss.shape == (1,)
         assert names["out"].tokens.kl.shape == (3,)

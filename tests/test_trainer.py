@@ -205,7 +205,7 @@ def test_an_adapter_trains_against_the_model_without_it(tmp_path: Path, tokenize
     trainer = TDPOTrainer(
         start, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer, peft_config=lora
     )
-    assert torch.equal(weights(trainer.reference.model), frozen)
+    assert trainer.reference_line.startswith("reference: adapter_off (the adapter is new")
     before = trainer.evaluate()
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before["eval_loss"] - 0.01
@@ -216,6 +216,8 @@ def test_an_adapter_trains_against_the_model_without_it(tmp_path: Path, tokenize
     with pytest.raises(UserError, match="PromptTuningConfig changes the prompt"):
         tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         TDPOTrainer(make_model(len(tokenizer)), None, args, None, rows, None, tokenizer, peft_config=tuning)
+    with pytest.raises(UserError, match=r"must be a peft.PeftConfig such as LoraConfig, found dict"):
+        TDPOTrainer(make_model(len(tokenizer)), None, args, None, rows, None, tokenizer, peft_config={"r": 4})
 
 
 def test_data_may_be_a_dataset_records_or_tokenised_pairs(tmp_path: Path, tokenizer: Any) -> None:

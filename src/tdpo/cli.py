@@ -19,6 +19,8 @@ COMMANDS = {
     "train": "align a model with preference pairs: TDPO2, TDPO1 or DPO",
     "eval": "score held-out pairs with a policy and its reference",
     "generate": "sample from a policy and its reference side by side",
+    "cache-reference": "compute the reference's hidden states once, for runs that then do without its body",
+    "merge": "add an adapter to its base's weights and save a plain model",
 }
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -26,7 +28,7 @@ INTERRUPTED = 130
 
 def usage() -> str:
     """What ``tdpo --help`` prints."""
-    commands = "\n".join(f"  {name:<11} {summary}" for name, summary in COMMANDS.items())
+    commands = "\n".join(f"  {name:<15} {summary}" for name, summary in COMMANDS.items())
     return (
         f"tdpo {__version__}: token-level direct preference optimization of language models\n\n"
         "usage: tdpo <command> [--config file.yaml] [--option value ...]\n\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,16 @@ DATASET_HELP = (
     "Dataset: a .jsonl, .json, .csv, .parquet or .arrow file (also .gz, .bz2, .xz, .zst), a folder, a glob, - for "
     "standard input, or a hub name."
 )
+
+
+CACHE_HELP = (
+    "Folder with the reference's hidden states; filled where it is empty, refused where it belongs to other weights, "
+    "tokens or settings."
+)
+CACHE_DTYPE = {
+    "help": "Dtype of the cached hidden states; auto is that in which the reference gives them, which loses nothing.",
+    "choices": ["auto", "float32", "bfloat16", "float16"],
+}
 
 
 @dataclass
@@ -68,6 +79,102 @@ class ReferenceConfig:
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reference model: a hub name or a folder; default: the policy as it is loaded."}
     )
+
+
+@dataclass
+class AdapterOptions:
+    """Adapters: train a few new weights instead of the model's, under TRL's names."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the model's weights stay."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: its change is times alpha / r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapter; takes --disable_dropout false."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get an adapter, or all-linear; default: peft's for the model."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved whole, lm_head for a trained head."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised scale: alpha / sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction of weights apart."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Keep the model in 4 bits under the adapter (QLoRA); needs bitsandbytes."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Keep the model in 8 bits under the adapter; needs bitsandbytes."}
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Kind of 4-bit numbers.", "choices": ["nf4", "fp4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the constants of the 4-bit quantisation too."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(self, 1, "lora_r", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        idle = [] if self.use_peft else self._given(("lora_", "use_rslora", "use_dora"))
+        if idle:
+            raise UserError(f"--{idle[0]} has no effect without --use_peft")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("--load_in_4bit and --load_in_8bit contradict each other")
+        idle = [] if self.load_in_4bit else self._given(("bnb_", "use_bnb"))
+        if idle:
+            raise UserError(f"--{idle[0]} has no effect without --load_in_4bit")
+
+    def peft_config(self) -> Any:
+        """The ``peft.LoraConfig`` these options describe, None without ``use_peft``."""
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+
+        targets = self.lora_target_modules
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+    def check_trains(self, loaded: bool) -> None:
+        """Refuses what would leave nothing to train, or put one adapter on another.
+
+        Args:
+            loaded: Whether the model that is named is an adapter already.
+
+        Raises:
+            UserError: naming the options.
+        """
+        if loaded and self.use_peft:
+            raise UserError("the model has an adapter already: leave --use_peft out to go on training it")
+        if self.quantization() and not (loaded or self.use_peft):
+            raise UserError("weights in 4 or 8 bits cannot be trained: add --use_peft, or go on from an adapter")
+
+    def quantization(self) -> dict[str, Any] | None:
+        """Arguments of transformers' ``BitsAndBytesConfig``, None for weights as they are."""
+        if self.load_in_8bit:
+            return {"load_in_8bit": True}
+        if not self.load_in_4bit:
+            return None
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
+        }
+
+    def _given(self, beginnings: tuple[str, ...]) -> list[str]:
+        """The options of such names that differ from their defaults."""
+        fields = type(self).__dataclass_fields__
+        return [n for n, f in fields.items() if n.startswith(beginnings) and getattr(self, n) != f.default]
 
 
 @dataclass
@@ -363,17 +470,36 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         max_prompt_length: What is left of the prompt of a longer pair.
         dataset_format: Format of the rows, ``"auto"`` to tell it from the columns.
         columns: Columns under other names.
-        reference: Where the reference's hidden states come from.
+        reference: What gives the reference's hidden states: ``"frozen"``, ``"adapter_off"``, ``"cached"`` or
+            ``"auto"``, which says its choice and the reason in a log line.
+        reference_cache: Folder of the cache.
+        reference_cache_dtype: Dtype of the states in it; ``"auto"`` is that in which the reference gives them.
     """
 
     reference: str = field(
         default="auto",
-        metadata={"help": "Where the reference comes from: frozen is a second model.", "choices": ["auto", "frozen"]},
+        metadata={
+            "help": "What gives the reference: frozen is a second model, adapter_off the policy without its adapter, "
+            "cached hidden states on disk; auto is adapter_off under a new adapter, cached with --reference_cache, "
+            "frozen elsewhere.",
+            "choices": ["auto", "frozen", "adapter_off", "cached"],
+        },
     )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": f"{CACHE_HELP} Default with --reference cached: reference-cache in --output_dir."},
+    )
+    reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
+        if self.reference in ("frozen", "adapter_off") and self.reference_cache:
+            raise UserError(f"--reference {self.reference} and --reference_cache contradict each other")
+        if self.reference_cache and Path(self.reference_cache).resolve() == Path(str(self.output_dir)).resolve():
+            raise UserError("--reference_cache and --output_dir are one folder; give the cache one of its own")
+        if self.reference_cache_dtype != "auto" and self.reference != "cached" and not self.reference_cache:
+            raise UserError("--reference_cache_dtype has no effect without --reference cached or --reference_cache")
         check_at_least(self, 1, "logits_budget")
         self.build_objective()
         self.lengths()

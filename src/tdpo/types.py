@@ -8,6 +8,9 @@ Shape legend, used as suffixes of tensor names throughout the package:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import sys
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -70,6 +73,21 @@ class TokenisedPair:
                 )
 
     @property
+    def key(self) -> int:
+        """64 bits that tell this pair's ids from those of other pairs, the same on every machine.
+
+        Example:
+            >>> pair = TokenisedPair([1], [2], [3, 4], row=7)
+            >>> pair.key == TokenisedPair([1], [2], [3, 4]).key, pair.key == TokenisedPair([1], [2, 3], [4]).key
+            (True, False)
+        """
+        parts = (self.prompt_ids, self.chosen_ids, self.rejected_ids)
+        numbers = array("q", [*map(len, parts), *(token for part in parts for token in part)])
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        return int.from_bytes(hashlib.blake2b(numbers.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+    @property
     def swapped(self) -> TokenisedPair:
         """The same pair with the preference turned around."""
         return TokenisedPair(self.prompt_ids, self.rejected_ids, self.chosen_ids, self.row)
@@ -92,6 +110,7 @@ class PackedBatch:
         pair_rows: ``[P]`` int64, source row of each pair (0 if unknown).
         lengths: 2P token counts on the host: chosen and rejected response of each pair in turn.
         layout: ``"padded"``: one sequence a row, so a causal mask is enough. ``"tree"``: the mask is needed.
+        pair_keys: P numbers on the host, :attr:`TokenisedPair.key` of each pair; empty for sequences of other origin.
     """
 
     input_ids: Tensor
@@ -104,6 +123,7 @@ class PackedBatch:
     pair_rows: Tensor
     lengths: tuple[int, ...] = ()
     layout: Layout = "padded"
+    pair_keys: tuple[int, ...] = ()
 
     @property
     def num_pairs(self) -> int:

@@ -15,17 +15,19 @@ from tdpo.commands.common import (
     told_in_words,
 )
 from tdpo.commands.options import parse
-from tdpo.config import EvalDataConfig, ModelConfig, SFTConfig
+from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.data.sft import SFTDataset, prepare_sft
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
-from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
+from tdpo.models.load import adapter_base, check_vocabulary, load_model, load_tokenizer
 from tdpo.train.sft import SFTTrainer
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    model_config, data, args = parse("sft", COMMANDS["sft"], (ModelConfig, EvalDataConfig, SFTConfig), argv, OUTPUT)
+    model_config, adapter, data, args = parse(
+        "sft", COMMANDS["sft"], (ModelConfig, AdapterOptions, EvalDataConfig, SFTConfig), argv, OUTPUT
+    )
     reading = args.reading()
     data.check_reading(reading)
     quieten()
@@ -40,10 +42,11 @@ def run(argv: Sequence[str]) -> None:
     train = read_dataset(data.open_training(reading), prepare)
     aside = data.open_held_out(reading)
     held_out = None if aside is None else read_dataset(aside, prepare)
-    model = load_model(model_config)
+    adapter.check_trains(adapter_base(model_config.model_name_or_path, model_config.model_revision) is not None)
+    model = load_model(model_config, trainable=True, quantization=adapter.quantization())
     check_vocabulary(model, tokenizer)
     with told_in_words():
-        trainer = SFTTrainer(model, args, train, held_out, tokenizer)
+        trainer = SFTTrainer(model, args, train, held_out, tokenizer, peft_config=adapter.peft_config())
     with told_in_words(trainer):
         clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tdpo.cli import COMMANDS
 from tdpo.commands.common import (
@@ -16,18 +17,22 @@ from tdpo.commands.common import (
     told_in_words,
 )
 from tdpo.commands.options import parse
-from tdpo.config import EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
+from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
-from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
+from tdpo.models.load import adapter_base, check_vocabulary, load_model, load_tokenizer, same_model
 from tdpo.train.trainer import TDPOTrainer
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command: options, data, then weights, so that mistakes show before anything is loaded."""
-    model_config, ref, data, args = parse(
-        "train", COMMANDS["train"], (ModelConfig, ReferenceConfig, EvalDataConfig, TDPOConfig), argv, OUTPUT
+    model_config, ref, adapter, data, args = parse(
+        "train",
+        COMMANDS["train"],
+        (ModelConfig, ReferenceConfig, AdapterOptions, EvalDataConfig, TDPOConfig),
+        argv,
+        OUTPUT,
     )
     reading = args.reading()
     data.check_reading(reading)
@@ -35,6 +40,7 @@ def run(argv: Sequence[str]) -> None:
     checkpoint = prepare_output(
         args, model_config.model_name_or_path, model_config.tokenizer_name_or_path, ref.ref_model_name_or_path
     )
+    ref_name = _second_model(model_config, ref, adapter, args)
     out = console()
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, args.lengths())
@@ -45,13 +51,9 @@ def run(argv: Sequence[str]) -> None:
     train = read_dataset(data.open_training(reading), prepare)
     aside = data.open_held_out(reading)
     held_out = None if aside is None else read_dataset(aside, prepare)
-    model = load_model(model_config)
-    check_vocabulary(model, tokenizer)
-    reference = load_model(model_config, ref.ref_model_name_or_path) if ref.ref_model_name_or_path else None
-    with told_in_words():
-        trainer = TDPOTrainer(model, reference, args, None, train, held_out, tokenizer)
-    held_against = ref.ref_model_name_or_path or "a frozen copy of the policy"
-    out.print(f"objective {trainer.objective}, reference: {held_against}, {trainer.layout}", soft_wrap=True)
+    trainer = _trainer(model_config, ref_name, adapter, args, (train, held_out), tokenizer)
+    out.print(f"objective {trainer.objective}, {trainer.layout}", soft_wrap=True)
+    out.print(trainer.reference_line, soft_wrap=True)
     with told_in_words(trainer):
         clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -65,3 +67,39 @@ def run(argv: Sequence[str]) -> None:
         out.print(metric_table(shown, f"held out: {len(held_out)} pairs"))
     trainer.save_state()
     out.print(f"saved to {args.output_dir}", soft_wrap=True)
+
+
+def _trainer(
+    model_config: ModelConfig,
+    ref_name: str | None,
+    adapter: AdapterOptions,
+    args: TDPOConfig,
+    data: tuple[PairDataset, PairDataset | None],
+    tokenizer: Any,
+) -> TDPOTrainer:
+    """Loads the models and makes the trainer, which alone keeps them: a cached reference's body is let go."""
+    quantization = adapter.quantization()
+    model = load_model(model_config, trainable=True, quantization=quantization)
+    check_vocabulary(model, tokenizer)
+    reference = load_model(model_config, ref_name, quantization=quantization) if ref_name else None
+    with told_in_words():
+        return TDPOTrainer(model, reference, args, None, *data, tokenizer, peft_config=adapter.peft_config())
+
+
+def _second_model(
+    model_config: ModelConfig, ref: ReferenceConfig, adapter: AdapterOptions, args: TDPOConfig
+) -> str | None:
+    """The reference model that has to be loaded, if any; under ``auto`` the adapter's base is there already.
+
+    Raises:
+        UserError: for a model in few bits without an adapter to train.
+    """
+    name = ref.ref_model_name_or_path
+    base = adapter_base(model_config.model_name_or_path, model_config.model_revision)
+    adapter.check_trains(loaded=base is not None)
+    if base is None and adapter.use_peft:
+        base = model_config.model_name_or_path
+    if name and base and args.reference == "auto" and not args.reference_cache and same_model(name, base):
+        args.reference = "adapter_off"
+        return None
+    return name

@@ -8,7 +8,7 @@ at the last token of a branch, so it is not part of the row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -34,7 +34,8 @@ def pack_padded(pairs: Sequence[TokenisedPair]) -> PackedBatch:
     """
     prompts = [pair.prompt_ids for pair in pairs for _ in range(2)]
     responses = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    return _padded_rows(prompts, responses, list(range(2 * len(pairs))), [pair.row for pair in pairs])
+    batch = _padded_rows(prompts, responses, list(range(2 * len(pairs))), [pair.row for pair in pairs])
+    return replace(batch, pair_keys=tuple(pair.key for pair in pairs))
 
 
 def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0) -> PackedBatch:
@@ -57,7 +58,8 @@ def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0) -> PackedBatch
         ([1, 1, 2, 3, 4, 3], [7, 8, 9, 2, 3, 4], [0, 1, 1, 2, 2, 3])
     """
     trees = [Tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
-    return _forest(trees, list(range(2 * len(pairs))), [pair.row for pair in pairs], capacity)
+    batch = _forest(trees, list(range(2 * len(pairs))), [pair.row for pair in pairs], capacity)
+    return replace(batch, pair_keys=tuple(pair.key for pair in pairs))
 
 
 def pack_sequence_trees(

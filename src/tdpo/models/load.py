@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import find_adapter_config_file
 
 from tdpo.config import ModelConfig
 from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError, nearest
+from tdpo.models.adapters import ties_are_known
 from tdpo.models.policy import head_of
 
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
-def load_model(config: ModelConfig, name: str | None = None) -> Any:
-    """Loads a causal language model.
+
+def load_model(
+    config: ModelConfig, name: str | None = None, trainable: bool = False, quantization: dict[str, Any] | None = None
+) -> Any:
+    """Loads a causal language model, an adapter on top of its base where the name is an adapter's.
 
     Args:
         config: How to load it.
         name: Hub name or folder, where it is not ``config.model_name_or_path`` (a reference).
+        trainable: Whether a loaded adapter is to be trained on; a model without one always can be.
+        quantization: Arguments of ``BitsAndBytesConfig`` for a model kept in few bits.
 
     Raises:
         UserError: naming the model and what is wrong with it.
@@ -28,14 +38,69 @@ def load_model(config: ModelConfig, name: str | None = None) -> Any:
     own = name is None or name == config.model_name_or_path
     name = name or config.model_name_or_path
     _check_folder(name, ("config.json", "adapter_config.json"), "model")
+    revision = config.model_revision if own else "main"
+    base = adapter_base(name, revision)
+    if base is None:
+        return _load_whole(config, name, revision, quantization)
+    try:
+        _check_folder(base, ("config.json",), "model")
+        model = _load_whole(config, base, "main", quantization)
+    except UserError as error:
+        raise UserError(f"the base of the adapter {name!r}: {error}") from error
+    try:
+        from peft import PeftModel
+
+        with ties_are_known():
+            return PeftModel.from_pretrained(model, name, revision=revision, is_trainable=trainable)
+    except Exception as error:  # as in _load_whole
+        raise UserError(f"adapter {name!r} cannot be put on {base!r}: {_first_line(error)}") from error
+
+
+def adapter_base(name: str, revision: str = "main") -> str | None:
+    """The base of an adapter as its config names it; None if ``name`` is a model, or nothing.
+
+    Raises:
+        UserError: for an adapter that does not name its base.
+    """
+    folder = Path(name).expanduser()
+    try:
+        found = find_adapter_config_file(str(folder) if folder.is_dir() else name, revision=revision)
+    except (OSError, ValueError):  # a name the hub does not know is told when the model is looked for
+        return None
+    if found is None:
+        return None
+    if (folder / "config.json").is_file():
+        raise UserError(f"{name}: holds a model (config.json) and an adapter (adapter_config.json); which is meant?")
+    try:
+        base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{found}: cannot be read as the config of an adapter: {error}") from error
+    if not base:
+        raise UserError(f"{found}: names no base (base_model_name_or_path), so the adapter cannot be loaded")
+    return str(base)
+
+
+def same_model(name: str, other: str) -> bool:
+    """Whether two names mean one model: the same hub name, or the same folder however it is written.
+
+    Example:
+        >>> same_model("./my-sft", "my-sft"), same_model("my-sft", "my-base")
+        (True, False)
+    """
+    return name == other or Path(name).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _load_whole(config: ModelConfig, name: str, revision: str, quantization: dict[str, Any] | None) -> Any:
+    few_bits = {} if quantization is None else {"quantization_config": _quantization_config(config, quantization)}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
-            revision=config.model_revision if own else "main",
+            revision=revision,
             output_loading_info=True,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            **few_bits,
         )
     except Exception as error:  # whatever a broken folder or the network may raise, it is about the name
         raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
@@ -46,7 +111,29 @@ def load_model(config: ModelConfig, name: str | None = None) -> Any:
             f"model {name!r} lacks weights of {type(model).__name__}, which would be drawn at random: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. It is no whole causal language model"
         )
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights on a CPU at their first pass in evaluation mode, for inference only, and
+        # every gradient through them is silently zero from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _quantization_config(config: ModelConfig, arguments: dict[str, Any]) -> Any:
+    """Transformers' description of a model in few bits, whose products run in the model's dtype.
+
+    Raises:
+        UserError: where bitsandbytes is missing.
+    """
+    option = next(name for name in ("load_in_4bit", "load_in_8bit") if arguments.get(name))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--{option} needs bitsandbytes: pip install 'tdpo[quant]'")
+    compute = {} if option == "load_in_8bit" else {"bnb_4bit_compute_dtype": _dtype(config)}
+    return BitsAndBytesConfig(**arguments, **compute)
+
+
+def _dtype(config: ModelConfig) -> Any:
+    return torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -55,12 +142,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
     Raises:
         UserError: naming the tokenizer and what is wrong with it.
     """
-    name = config.tokenizer_name_or_path or config.model_name_or_path
-    _check_folder(name, ("tokenizer_config.json", "tokenizer.json"), "tokenizer")
+    name, revision = config.tokenizer_name_or_path or config.model_name_or_path, config.model_revision
+    if _is_folder(name) and not any((Path(name).expanduser() / file).is_file() for file in TOKENIZER_FILES):
+        base = adapter_base(name)  # an adapter saved without the tokenizer has its base's
+        name, revision = (name, revision) if base is None else (base, "main")
+    _check_folder(name, TOKENIZER_FILES, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # as above
         raise UserError(f"tokenizer {name!r} cannot be loaded: {_first_line(error)}") from error
     if config.eos_token is not None:
@@ -85,6 +173,10 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
             f"the tokenizer has {tokens} tokens, the model's vocabulary {rows} entries: they do not belong together "
             "(--tokenizer_name_or_path names another tokenizer)"
         )
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
 
 
 def _check_folder(name: str, files: tuple[str, ...], what: str) -> None:

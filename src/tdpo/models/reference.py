@@ -1,17 +1,24 @@
-"""The reference: where its hidden states come from. One strategy so far, a frozen copy."""
+"""The reference: where its hidden states come from.
+
+:class:`FrozenCopy` is a second model; :class:`AdapterOff` the policy without its adapter; :class:`CachedHidden` reads
+what one of them gave once. :class:`PolicyItself` is the policy before its first step, and only good to fill a cache.
+Which one a run takes is decided in :mod:`tdpo.train.references`.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from tdpo.errors import UserError
+from tdpo.models.adapters import adapter_layers, moves_its_base, switched_off
 from tdpo.models.hidden import response_hidden
-from tdpo.models.policy import head_of
-from tdpo.types import Hidden, PackedBatch
+from tdpo.models.policy import evaluating, head_of
+from tdpo.models.store import HiddenStore
+from tdpo.types import Head, Hidden, PackedBatch
 
 
 class Reference(Protocol):
@@ -22,6 +29,9 @@ class Reference(Protocol):
 
     def models(self) -> list[nn.Module]:
         """The models that run a batch for it, so that a layout can be proven on them."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves what is the reference's own; the policy's place is the trainer's business."""
 
 
 class FrozenCopy:
@@ -39,10 +49,105 @@ class FrozenCopy:
         """The frozen model."""
         return [self.model]
 
+    def to(self, device: torch.device | str) -> None:
+        """Moves the frozen model; one that is there already stays untouched, as models in few bits must."""
+        if next(self.model.parameters()).device != torch.device(device):
+            self.model.to(device)
+
     def hidden(self, batch: PackedBatch) -> Hidden:
         """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
         with torch.no_grad():
             return response_hidden(self.model, batch)
+
+
+class AdapterOff:
+    """The policy with its adapter switched off: no second copy of the weights, and one head unless it is trained.
+
+    Modules the adapter saves whole (``modules_to_save``, a trained head say) step back to what they were copied from.
+
+    Args:
+        policy: A peft model whose base stays as it is.
+
+    Raises:
+        UserError: if training moves the base too, since the reference would then move with it.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        reason = moves_its_base(policy)
+        if reason:
+            raise UserError(
+                f"--reference adapter_off: {reason}, so the policy without its adapter is not what the adapter was "
+                "put on; --reference frozen keeps a copy"
+            )
+        self.policy = policy
+        self._layers = adapter_layers(policy)
+
+    def models(self) -> list[nn.Module]:
+        """The policy's model, which runs for both."""
+        return [self.policy]
+
+    def to(self, device: torch.device | str) -> None:
+        """Nothing here is the reference's own."""
+
+    def hidden(self, batch: PackedBatch) -> Hidden:
+        """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
+        with evaluating(self.policy), switched_off(self._layers), torch.no_grad():
+            hidden = response_hidden(self.policy, batch)
+            head = hidden.head  # read while the adapter is off: a trained head is another weight
+        return Hidden(hidden.states, head)
+
+
+class PolicyItself:
+    """The policy as it is at this moment; after the first step it is no reference any more."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        self.policy = policy
+
+    def models(self) -> list[nn.Module]:
+        """The policy's model."""
+        return [self.policy]
+
+    def to(self, device: torch.device | str) -> None:
+        """Nothing here is the reference's own."""
+
+    def hidden(self, batch: PackedBatch) -> Hidden:
+        """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
+        with evaluating(self.policy), torch.no_grad():
+            return response_hidden(self.policy, batch)
+
+
+class CachedHidden:
+    """Hidden states read from disk, exactly as the reference gave them in the cache's dtype; its body is gone.
+
+    Args:
+        store: Holds the states of every pair that will be asked for.
+        head: The reference's head; copied, so that neither training nor a release of the model touches it.
+    """
+
+    def __init__(self, store: HiddenStore, head: Head) -> None:
+        self.store = store
+        bias = None if head.bias is None else head.bias.detach().clone()
+        self.head = Head(head.weight.detach().clone(), bias, head.scale, head.soft_cap)
+
+    def models(self) -> list[nn.Module]:
+        """None: nothing runs."""
+        return []
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the head; states follow their batch."""
+        bias = None if self.head.bias is None else self.head.bias.to(device)
+        self.head = Head(self.head.weight.to(device), bias, self.head.scale, self.head.soft_cap)
+
+    def hidden(self, batch: PackedBatch) -> Hidden:
+        """Hidden states ``[N, D]`` of the batch's response tokens and the head.
+
+        Raises:
+            UserError: naming the rows of pairs the cache does not hold.
+        """
+        states = self.store.states(batch.pair_keys, batch.lengths, batch.pair_rows)
+        # A cache of fewer bits than the head is widened, never the head narrowed.
+        dtype = torch.promote_types(states.dtype, self.head.weight.dtype)
+        return Hidden(states.to(batch.input_ids.device, dtype), self.head)
 
 
 def check_comparable(policy: nn.Module, reference: nn.Module) -> None:

@@ -14,6 +14,7 @@ from tdpo.data.pack import pack_trees
 from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths, prepare_sft
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
+from tdpo.models.adapters import tell_of_dropout, with_adapter
 from tdpo.models.hidden import response_hidden
 from tdpo.models.inside import open_forward, run_inside
 from tdpo.models.load import load_model
@@ -35,6 +36,7 @@ class SFTTrainer(BatchMeanTrainer):
         processing_class: The tokenizer.
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
+        peft_config: Wraps the model in an adapter, which alone is trained.
 
     Raises:
         UserError: for data, tokenizer and options that do not fit together.
@@ -51,13 +53,17 @@ class SFTTrainer(BatchMeanTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
     ) -> None:
         args = args or SFTConfig(output_dir="sft-output")
-        loaded = load_model(ModelConfig(model)) if isinstance(model, str) else model
+        loaded = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
+        if peft_config is not None:
+            loaded = with_adapter(loaded, peft_config)
         if processing_class is None:
             raise UserError("SFTTrainer needs the tokenizer: pass processing_class")
         if args.disable_dropout:
             disable_dropout(loaded)
+            tell_of_dropout(peft_config)
         prove_head(loaded)
         open_forward(loaded)
 

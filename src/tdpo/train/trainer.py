@@ -8,6 +8,7 @@ in the whole optimizer step. Left out on purpose: everything ``Trainer`` already
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,14 +19,16 @@ from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
+from tdpo.models.adapters import tell_of_dropout
 from tdpo.models.inside import open_forward, run_inside
 from tdpo.models.load import load_model
-from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
-from tdpo.models.reference import FrozenCopy, Reference, check_comparable
+from tdpo.models.policy import disable_dropout, head_of, position_limit
+from tdpo.models.reference import Reference
 from tdpo.objectives import Objective
 from tdpo.score import PairScores, batch_loss, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, logger
 from tdpo.train.metrics import DisplacementWatch, MetricSums
+from tdpo.train.references import FillOptions, Models, cached, prepare_models, told
 from tdpo.types import PackedBatch
 
 
@@ -34,7 +37,7 @@ class TDPOTrainer(BatchMeanTrainer):
 
     Args:
         model: The policy: a causal language model, a peft model, or a name to load.
-        ref_model: The reference; by default a frozen copy of the policy as it is handed over.
+        ref_model: The reference; by default the policy as it is handed over, in the form ``args.reference`` says.
         args: Options; see :class:`tdpo.TDPOConfig`.
         data_collator: Takes the place of :class:`tdpo.data.dataset.Collator`.
         train_dataset: Rows in any known format, records or tokenised pairs; see
@@ -54,6 +57,7 @@ class TDPOTrainer(BatchMeanTrainer):
     label = "aligning"
     args: TDPOConfig
     objective: Objective
+    reference: Reference
 
     def __init__(
         self,
@@ -69,18 +73,16 @@ class TDPOTrainer(BatchMeanTrainer):
         peft_config: Any = None,
     ) -> None:
         args = args or TDPOConfig(output_dir="tdpo-output")
-        policy = load_model(ModelConfig(model)) if isinstance(model, str) else model
+        policy = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
         held_against = load_model(ModelConfig(ref_model)) if isinstance(ref_model, str) else ref_model
         if held_against is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
-        if peft_config is not None and hasattr(policy, "peft_config"):
-            raise UserError("model has an adapter already; leave peft_config out to go on training it")
         self.objective = args.build_objective()
-        self.reference = _reference(policy, held_against)
-        if peft_config is not None:
-            policy = _with_adapter(policy, peft_config)
+        models = prepare_models(policy, held_against, peft_config, args)
+        policy, self.reference, self.reference_line = models.policy, models.reference, models.line
         if args.disable_dropout:
             disable_dropout(policy)
+            tell_of_dropout(peft_config)
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
@@ -100,7 +102,10 @@ class TDPOTrainer(BatchMeanTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._device_of_reference()
+        self.reference.to(self.args.device)
+        if models.cache is not None:
+            self._read_from(models.cache, models, pack)
+        logger.info(self.reference_line)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, PairScores]:
         """Sum of the pairs' losses, and their scores; policy, head and loss run inside the model's forward."""
@@ -160,9 +165,27 @@ class TDPOTrainer(BatchMeanTrainer):
             sums.merge(self.accelerator.gather(sums.sums[None]))
         return sums.means()
 
-    def _device_of_reference(self) -> None:
-        for model in self.reference.models():
-            model.to(self.args.device)
+    def _read_from(self, folder: Path, models: Models, pack: Any) -> None:
+        """Puts a cache in the reference's place, filled for all pairs of training and evaluation."""
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        pairs = [pair for data in (self.train_dataset, *held_out.values()) for pair in data or ()]
+        run = FillOptions(
+            self.args.device,
+            self.args.per_device_eval_batch_size,
+            self.args.reference_cache_dtype,
+            self.accelerator.mixed_precision,
+            self.accelerator.autocast,
+        )
+        policy: Any = self.model
+        place = next(policy.parameters()).device  # a launcher that shards wants it where it is
+        moves = place != self.args.device
+        if moves:
+            policy.to(self.args.device)
+        self.reference = cached(models, folder, pairs, pack, run)
+        if moves:
+            policy.to(place)
+        self.reference.to(self.args.device)
+        self.reference_line = told(models, self.reference.store)
 
 
 def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
@@ -172,28 +195,6 @@ def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
     line = f"layout: {'trees' if pack is pack_trees else 'padded rows'}" + (f" ({reason})" if reason else "")
     logger.info(line)
     return pack, line
-
-
-def _reference(policy: nn.Module, ref_model: nn.Module | None) -> Reference:
-    """The frozen reference, checked against the policy before anything is trained."""
-    prove_head(policy)
-    if ref_model is None:
-        return FrozenCopy.of(policy)
-    prove_head(ref_model)
-    check_comparable(policy, ref_model)
-    return FrozenCopy(ref_model)
-
-
-def _with_adapter(policy: Any, peft_config: Any) -> Any:
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTuner
-
-    adapted = get_peft_model(policy, peft_config)
-    if not isinstance(adapted.base_model, BaseTuner):
-        raise UserError(
-            f"peft_config: {type(peft_config).__name__} changes the prompt; use LoRA or another tuner of weights"
-        )
-    return adapted
 
 
 def _tokenizer_of(policy: Any, dataset: Any) -> Any:

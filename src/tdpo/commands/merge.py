@@ -1,0 +1,42 @@
+"""``tdpo merge``: adds an adapter to the weights of its base and saves a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tdpo.cli import COMMANDS
+from tdpo.commands.common import MODEL_FILES, check_writable, console, quieten, told_in_words
+from tdpo.commands.options import parse
+from tdpo.config import ModelConfig
+from tdpo.errors import UserError
+from tdpo.models.adapters import merged
+from tdpo.models.load import adapter_base, load_model, load_tokenizer
+
+
+@dataclass
+class MergeOptions:
+    """Where the merged model goes."""
+
+    output_dir: str = field(metadata={"help": "Folder for the model and its tokenizer; it may hold no model yet."})
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    model_config, options = parse("merge", COMMANDS["merge"], (ModelConfig, MergeOptions), argv)
+    quieten()
+    name, folder = model_config.model_name_or_path, Path(options.output_dir).expanduser()
+    check_writable(folder)
+    holds = [path.name for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
+    if holds:
+        raise UserError(f"--output_dir {folder} already holds {', '.join(holds)}; name another folder")
+    tokenizer = load_tokenizer(model_config)
+    base = adapter_base(name, model_config.model_revision)
+    model = load_model(model_config)
+    if base is None:
+        raise UserError(f"{name}: is a model without an adapter, so there is nothing to merge")
+    with told_in_words():
+        merged(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    console().print(f"adapter {name} merged into {base}, saved to {folder}", soft_wrap=True)

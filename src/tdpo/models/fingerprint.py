@@ -1,0 +1,87 @@
+"""What makes a reference that reference: a hash of its weights, and of what in its config states depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdpo.models.adapters import base_name, has_adapter, tuner_prefix
+from tdpo.models.policy import causal_lm
+
+PIECE = 16 << 20
+"""Bytes hashed at a time by one thread."""
+WITHOUT_EFFECT = {
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "pad_token_id",
+    "problem_type", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+"""Config entries that no hidden state depends on, and that saving, loading or a trainer may rewrite."""
+ADAPTER_WITHOUT_EFFECT = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a model's state, as hexadecimal digits.
+
+    Pieces are hashed on several threads, so it runs at the speed of memory or of the cores, whichever is less.
+    """
+    return _hash_of(causal_lm(model).state_dict().items())
+
+
+def base_weights_hash(model: Any) -> str:
+    """:func:`weights_hash` of an adapted model's base, equal to that of the base before the adapter was put on."""
+    prefix = tuner_prefix(model)
+    named = ((base_name(name, prefix), tensor) for name, tensor in model.get_base_model().state_dict().items())
+    return _hash_of((name, tensor) for name, tensor in named if name is not None)
+
+
+def config_hash(model: Any, with_adapter: bool = True) -> str:
+    """SHA-256 of the config's entries that matter, and of the adapter's where it belongs to the reference."""
+    told: dict[str, Any] = {"model": _without(causal_lm(model).config.to_dict(), WITHOUT_EFFECT)}
+    if with_adapter and has_adapter(model):
+        told["adapter"] = {
+            name: _without(config.to_dict(), ADAPTER_WITHOUT_EFFECT) for name, config in model.peft_config.items()
+        }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def bytes_hash(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the bytes of some tensors in their order."""
+    return _hash_of((str(number), tensor) for number, tensor in enumerate(tensors))
+
+
+def _hash_of(named: Iterable[tuple[str, Any]]) -> str:
+    total = hashlib.sha256()
+    known: dict[tuple[Any, ...], list[str]] = {}
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        for name, tensor in sorted((item for item in named if isinstance(item[1], Tensor)), key=lambda item: item[0]):
+            place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if place not in known:  # tied weights are there under two names
+                known[place] = list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), _pieces(tensor)))
+            total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), known[place]]).encode())
+    return total.hexdigest()
+
+
+def _pieces(tensor: Tensor) -> Iterator[Any]:
+    flat = tensor.detach().reshape(-1)
+    step = max(1, PIECE // max(flat.element_size(), 1))
+    for start in range(0, flat.numel(), step):
+        yield flat[start : start + step].contiguous().view(torch.uint8).cpu().numpy().data
+
+
+def _without(entries: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """The entries, those of configs within configs too, whose names are not among ``names``."""
+    return {
+        str(key): _without(value, names) if isinstance(value, dict) else value
+        for key, value in entries.items()
+        if key not in names and not str(key).startswith("_attn")
+    }
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)

@@ -1,0 +1,241 @@
+"""Which reference a run is held against, why, and how a cache of it is filled.
+
+``auto`` takes the cheapest form of what the reference is: the adapter switched off where the policy's start is its
+base, a frozen copy elsewhere, and a cache where a folder for one is named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from rich.console import Console
+from torch import nn
+
+from tdpo.config import TDPOConfig
+from tdpo.data.pack import pack_padded
+from tdpo.errors import UserError
+from tdpo.models.adapters import KEEPING_INITS, has_adapter, with_adapter
+from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
+from tdpo.models.policy import causal_lm, prove_head
+from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, PolicyItself, Reference, check_comparable
+from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
+from tdpo.train.progress import bar
+from tdpo.types import PackedBatch, TokenisedPair
+
+logger = logging.getLogger("tdpo")
+SHARD_BYTES = 128 << 20
+"""States are written to disk in pieces of about this size; an interruption loses at most one of them a process."""
+DEFAULT_CACHE = "reference-cache"
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a trainer starts from.
+
+    Attributes:
+        policy: The policy, in its adapter.
+        reference: What gives the reference's hidden states, live.
+        line: Which strategy and why, in one line.
+        cache: The folder of the cache that is to take the reference's place, or None.
+    """
+
+    policy: Any
+    reference: Reference
+    line: str
+    cache: Path | None
+
+
+def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, args: TDPOConfig) -> Models:
+    """Puts the policy in its adapter and decides on the reference.
+
+    Raises:
+        UserError: for a combination that cannot be, naming both sides of it.
+    """
+    if peft_config is not None and has_adapter(policy):  # told again when it is put on; here before a copy is made
+        raise UserError("model has an adapter already; leave peft_config (--use_peft) out to go on training it")
+    prove_head(policy)
+    if ref_model is not None:
+        prove_head(ref_model)
+        check_comparable(policy, ref_model)
+    strategy, why = _choose(policy, ref_model, peft_config, args)
+    cache = None
+    if strategy == "cached":
+        cache = Path(args.reference_cache or Path(str(args.output_dir)) / DEFAULT_CACHE).expanduser()
+    # A copy is made before the adapter is put on: some initialisations change the weights under it.
+    copied = FrozenCopy(ref_model) if ref_model is not None else None
+    keeps = peft_config is None or _keeps_base(peft_config)
+    if copied is None and (strategy == "frozen" or (strategy == "cached" and not keeps)):
+        copied = FrozenCopy.of(policy)
+    if peft_config is not None:
+        policy = with_adapter(policy, peft_config)
+    reference: Reference
+    if copied is not None:
+        reference = copied
+    elif strategy == "adapter_off" or peft_config is not None:
+        reference = AdapterOff(policy)
+    else:
+        reference = PolicyItself(policy)
+    return Models(policy, reference, f"reference: {strategy} ({why})", cache)
+
+
+def _choose(policy: Any, ref_model: Any, peft_config: Any, args: TDPOConfig) -> tuple[str, str]:
+    """The strategy's name and the reason, as the log line says them."""
+    loaded = has_adapter(policy)
+    origin = "the model named as reference" if ref_model is not None else "the policy as it is before training"
+    if args.reference == "adapter_off":
+        if ref_model is not None:
+            raise UserError(
+                "--reference adapter_off is the policy without its adapter; a reference model beside it "
+                "(--ref_model_name_or_path, ref_model) contradicts that"
+            )
+        if peft_config is None and not loaded:
+            raise UserError("--reference adapter_off needs an adapter: --use_peft, or a model that has one")
+        return "adapter_off", "the base of the adapter, without a second copy of it"
+    if args.reference == "frozen":
+        return "frozen", origin
+    if args.reference == "cached" or args.reference_cache:
+        asked = "asked for" if args.reference == "cached" else "--reference_cache names a folder"
+        return "cached", f"{asked}; hidden states of {origin}"
+    if ref_model is None and peft_config is not None:
+        if _keeps_base(peft_config):
+            return "adapter_off", "the adapter is new, so the policy without it is the policy as it is before training"
+        return "frozen", "a copy from before the adapter, whose configuration changes or trains the base"
+    if ref_model is None and loaded:
+        return "frozen", "a copy of the policy with its adapter as loaded; --reference adapter_off takes its base"
+    return "frozen", origin
+
+
+def _keeps_base(peft_config: Any) -> bool:
+    """Whether the base stays what it was under an adapter of this configuration; asked before one is made."""
+    return (
+        getattr(peft_config, "init_lora_weights", True) in KEEPING_INITS
+        and not getattr(peft_config, "layer_replication", None)
+        and getattr(peft_config, "bias", "none") == "none"
+    )
+
+
+@dataclass(frozen=True)
+class FillOptions:
+    """How a cache is filled.
+
+    Attributes:
+        device: Where the reference runs.
+        batch_size: Pairs at a time.
+        dtype: Dtype of the cache, or ``auto`` for that of the reference's states.
+        precision: ``no``, ``bf16`` or ``fp16``: the mixed precision that ``autocast`` stands for.
+        autocast: Gives the context the reference runs in.
+    """
+
+    device: torch.device
+    batch_size: int
+    dtype: str
+    precision: str
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+
+def cached(
+    models: Models,
+    folder: Path,
+    pairs: Sequence[TokenisedPair],
+    pack: Callable[[Sequence[TokenisedPair]], PackedBatch],
+    run: FillOptions,
+) -> CachedHidden:
+    """Takes the live reference's place by its cache: fills the folder, or goes on filling it, and verifies it.
+
+    Raises:
+        UserError: if the folder was filled for another reference, dtype or layout, or for other pairs.
+    """
+    store = HiddenStore(folder, cache_key(models.reference, pack, run))
+    missing = store.missing(pairs)
+    if missing and store.filled_for not in ("", pairs_hash(pair.key for pair in pairs)):
+        raise UserError(store.lacks([pair.row for pair in missing], len(pairs)))
+    fill(store, models.reference, pairs, pack, run)
+    with torch.no_grad():
+        head = models.reference.hidden(_probe(run)).head
+    return CachedHidden(store, head)
+
+
+def cache_key(reference: Reference, pack: Any, run: FillOptions) -> CacheKey:
+    """The key of a reference under these options."""
+    (model,) = reference.models()
+    without_adapter = isinstance(reference, AdapterOff)
+    dtype = run.dtype
+    if dtype == "auto":
+        with torch.no_grad(), run.autocast():
+            dtype = str(reference.hidden(_probe(run)).states.dtype).removeprefix("torch.")
+    lm = causal_lm(model)
+    return CacheKey(
+        weights=base_weights_hash(model) if without_adapter else weights_hash(model),
+        config=config_hash(model, with_adapter=not without_adapter),
+        dtype=dtype,
+        precision=run.precision,
+        attention=getattr(lm.config, "_attn_implementation", None) or "eager",
+        layout="padded" if pack is pack_padded else "tree",
+        library=f"transformers {transformers.__version__}",
+    )
+
+
+def fill(store: HiddenStore, reference: Reference, pairs: Sequence[TokenisedPair], pack: Any, run: FillOptions) -> int:
+    """Computes what the store lacks of some pairs, each process its part, and verifies the whole.
+
+    Returns:
+        How many pairs were computed, by all processes together.
+    """
+    state = PartialState()
+    missing = store.missing(pairs)
+    state.wait_for_everyone()  # all have counted before anyone adds
+    if missing:
+        if state.is_main_process:
+            store.claim(pairs)
+        state.wait_for_everyone()
+        # Long pairs first, alike in length: little padding, and what does not fit the memory shows at once.
+        ordered = sorted(missing, key=lambda pair: -len(pair.prompt_ids) - len(pair.chosen_ids + pair.rejected_ids))
+        batches = [ordered[start : start + run.batch_size] for start in range(0, len(ordered), run.batch_size)]
+        _run(store, reference, batches[state.process_index :: state.num_processes], pack, run)
+        state.wait_for_everyone()
+        store.refresh()
+    store.verify(state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    return len(missing)
+
+
+def _run(
+    store: HiddenStore, reference: Reference, batches: Sequence[Sequence[TokenisedPair]], pack: Any, run: FillOptions
+) -> None:
+    """Runs batches through the reference and writes a shard whenever enough has come together."""
+    pending: list[tuple[Sequence[TokenisedPair], torch.Tensor]] = []
+    console = Console(stderr=True, quiet=not PartialState().is_main_process)
+
+    def flush() -> None:
+        if pending:
+            store.add([pair for batch, _ in pending for pair in batch], torch.cat([states for _, states in pending]))
+            pending.clear()
+
+    with bar(console, transient=True) as shown, torch.no_grad():
+        task = shown.add_task("caching the reference", total=len(batches), figures="")
+        for batch in batches:
+            with run.autocast():
+                states = reference.hidden(pack(batch).to(run.device)).states
+            pending.append((batch, states.to(store.key.torch_dtype).cpu()))
+            if sum(part.nbytes for _, part in pending) >= SHARD_BYTES:
+                flush()
+            shown.update(task, advance=1)
+        flush()
+
+
+def _probe(run: FillOptions) -> PackedBatch:
+    """A batch of the shortest pair, to see what the reference gives."""
+    return pack_padded([TokenisedPair([0], [0], [0])]).to(run.device)
+
+
+def told(models: Models, store: HiddenStore) -> str:
+    """The log line of a cached reference: what is in the cache, beside why it is taken."""
+    return f"{models.line}; {len(store)} different pairs in {store.folder}, {store.bytes_per_token()} bytes a token"
