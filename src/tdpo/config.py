@@ -5,6 +5,7 @@ Defaults live here and nowhere else; help texts are what ``tdpo <command> --help
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ from tdpo.errors import UserError
 from tdpo.ops import Backend
 
 DATASET_HELP = "Dataset: a .jsonl, .json, .csv or .parquet file (also .gz), a folder, a glob or a hub name."
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+"""Seconds in the units a duration may have."""
 
 
 @dataclass
@@ -205,8 +209,19 @@ class RunOptions(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into --output_dir although it holds a model or checkpoints."}
     )
+    max_time: str | None = field(
+        default=None,
+        metadata={
+            "help": "Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124."
+        },
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Give callbacks such as early stopping back their state when resuming."}
+    )
 
     def __post_init__(self) -> None:
+        if self.max_time is not None:
+            seconds(self.max_time)
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns cannot be on: it would remove the pairs' own columns")
         check_at_least(
@@ -289,3 +304,25 @@ def check_choices(options: Any) -> None:
         value = getattr(options, name)
         if choices and isinstance(value, str) and value not in choices:
             raise UserError(f"--{name} {value}: there are {', '.join(map(str, choices))}")
+
+
+def seconds(text: str) -> float:
+    """A duration: seconds, or numbers with units.
+
+    Example:
+        >>> seconds("90"), seconds("1h30m"), seconds("1.5h")
+        (90.0, 5400.0, 5400.0)
+
+    Raises:
+        UserError: for anything else, and for no time at all.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if "".join(number + unit for number, unit in parts) == text and parts:
+        total = sum(float(number) * UNITS[unit] for number, unit in parts)
+    elif re.fullmatch(r"\d+(\.\d+)?", text):
+        total = float(text)
+    else:
+        total = 0.0
+    if total <= 0:
+        raise UserError(f"--max_time {text}: expected seconds or a duration such as 90s, 45m, 11h30m or 2d")
+    return total

@@ -17,15 +17,16 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers.trainer_utils import get_last_checkpoint
 
 from tdpo.config import RunOptions
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import SourceRow, read_source
 from tdpo.errors import UserError
+from tdpo.train.checkpoints import checkpoints, newest_whole
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
+logger = logging.getLogger("tdpo")
 OUTPUT = ("output_dir",)
 """Options a training command cannot do without, though the trainer could."""
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*.bin")
@@ -79,9 +80,7 @@ def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
         raise UserError("--resume and --overwrite_output_dir contradict each other")
     if args.overwrite_output_dir and any(folder.resolve() in path.parents for path in read):
         raise UserError(f"--overwrite_output_dir would remove a model in {folder} that this run reads")
-    checkpoint = get_last_checkpoint(folder)
-    holds = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
-    holds += [Path(checkpoint)] if checkpoint else []
+    holds = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))] + checkpoints(folder)[-1:]
     if holds and not (args.resume or args.resume_from_checkpoint or args.overwrite_output_dir):
         raise UserError(
             f"--output_dir {folder} already holds {', '.join(path.name for path in holds)}: --resume goes on from the "
@@ -89,7 +88,14 @@ def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
         )
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such folder")
-    return args.resume_from_checkpoint or (checkpoint if args.resume else None)
+    if args.resume_from_checkpoint or not args.resume:
+        return args.resume_from_checkpoint
+    newest, passed = newest_whole(folder)
+    for line in passed:
+        logger.warning(line)
+    if newest is None:
+        logger.warning("--resume: no whole checkpoint in %s, the run starts from the beginning", folder)
+    return None if newest is None else str(newest)
 
 
 def clear_earlier_run(args: RunOptions) -> None:

@@ -20,6 +20,7 @@ from tdpo.data.sft import SFTDataset, prepare_sft
 from tdpo.data.sources import SourceRow
 from tdpo.data.tokenise import Tokeniser
 from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
+from tdpo.train.interrupts import listening
 from tdpo.train.sft import SFTTrainer
 
 
@@ -43,9 +44,10 @@ def run(argv: Sequence[str]) -> None:
     check_vocabulary(model, tokenizer)
     with told_in_words():
         trainer = SFTTrainer(model, args, train, held_out, tokenizer)
-    with told_in_words(trainer):
+    with told_in_words(trainer), listening(trainer.stop_request):
         clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.raise_if_stopped()
     with told_in_words():
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)

@@ -21,6 +21,7 @@ from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.sources import SourceRow
 from tdpo.data.tokenise import Tokeniser
 from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
+from tdpo.train.interrupts import listening
 from tdpo.train.trainer import TDPOTrainer
 
 
@@ -51,9 +52,10 @@ def run(argv: Sequence[str]) -> None:
         trainer = TDPOTrainer(model, reference, args, None, train, held_out, tokenizer)
     held_against = ref.ref_model_name_or_path or "a frozen copy of the policy"
     out.print(f"objective {trainer.objective}, reference: {held_against}, {trainer.layout}", soft_wrap=True)
-    with told_in_words(trainer):
+    with told_in_words(trainer), listening(trainer.stop_request):
         clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.raise_if_stopped()
     with told_in_words():
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)

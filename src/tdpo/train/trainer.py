@@ -109,9 +109,21 @@ class TDPOTrainer(BatchMeanTrainer):
         def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
             return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self.args.logits_budget)
 
-        total, scores = run_inside(model, step)
-        self._sums.add(scores)
-        return total, scores
+        return run_inside(model, step)
+
+    def count(self, outputs: PairScores, weight: float) -> None:
+        """Adds a batch's scores to the metrics."""
+        self._sums.add(outputs, weight)
+
+    def run_state(self) -> dict[str, Any]:
+        """As the base's, with the sums of the pairs since the last log and what displacement is watched by."""
+        return super().run_state() | {"metrics": self._sums.state(), "displacement": self._watch.state()}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`run_state` gave."""
+        super().load_run_state(state)
+        self._sums.load(state["metrics"], self.args.device)
+        self._watch.load(state["displacement"])
 
     def item_count(self, inputs: dict[str, Any]) -> int:
         """Pairs of a batch."""
