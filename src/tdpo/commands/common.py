@@ -23,7 +23,7 @@ from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import SourceRow, read_source
 from tdpo.errors import UserError
-from tdpo.train.checkpoints import checkpoints, newest_whole
+from tdpo.train.checkpoints import checkpoints, newest_whole, write_whole
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
 logger = logging.getLogger("tdpo")
@@ -181,9 +181,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -48,12 +48,12 @@ def run(argv: Sequence[str]) -> None:
         clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.raise_if_stopped()
-    with told_in_words():
+    with told_in_words(trainer):
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
-    if held_out is not None:
-        metrics = trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
-        out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token", soft_wrap=True)
-    trainer.save_state()
+        if held_out is not None:
+            metrics = trainer.evaluate()
+            trainer.save_metrics("eval", metrics)
+            out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token", soft_wrap=True)
+        trainer.save_state()
     out.print(f"saved to {args.output_dir}", soft_wrap=True)

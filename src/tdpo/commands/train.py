@@ -56,13 +56,13 @@ def run(argv: Sequence[str]) -> None:
         clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.raise_if_stopped()
-    with told_in_words():
+    with told_in_words(trainer):
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
-    if held_out is not None:
-        metrics = trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
-        shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        out.print(metric_table(shown, f"held out: {len(held_out)} pairs"))
-    trainer.save_state()
+        if held_out is not None:
+            metrics = trainer.evaluate()
+            trainer.save_metrics("eval", metrics)
+            shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+            out.print(metric_table(shown, f"held out: {len(held_out)} pairs"))
+        trainer.save_state()
     out.print(f"saved to {args.output_dir}", soft_wrap=True)

@@ -366,6 +366,27 @@ class BatchMeanTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def save_state(self) -> None:
+        """As the Trainer's; the file appears whole or not at all."""
+        if self.args.should_save:
+            path = Path(str(self.args.output_dir)) / TRAINER_STATE_NAME
+            partial = path.with_name(path.name + checkpoints.PARTIAL)
+            self.state.save_to_json(str(partial))
+            partial.replace(path)
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """As the Trainer's; the files appear whole or not at all."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        together = folder / "all_results.json"
+        files = {folder / f"{split}_results.json": metrics}
+        if combined:
+            earlier = json.loads(together.read_text(encoding="utf-8")) if together.is_file() else {}
+            files[together] = {**earlier, **metrics}
+        for path, content in files.items():
+            checkpoints.write_whole(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
+
 
 class _StopCallback(TrainerCallback):
     """Saves and stops after the step in which the processes agreed to."""

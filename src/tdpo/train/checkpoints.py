@@ -139,6 +139,13 @@ def move_into(aside: Path, folder: Path) -> None:
     shutil.rmtree(aside)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 @contextmanager
 def told_what_stays(what: str, aside: Path, output_dir: str | Path) -> Iterator[None]:
     """Removes a half-written ``aside`` and says what could not be written, why, and what stays.
