@@ -5,6 +5,7 @@ Defaults live here and nowhere else; help texts are what ``tdpo <command> --help
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from tdpo.ops import Backend
 
 DATASET_HELP = "Dataset: a .jsonl, .json, .csv or .parquet file (also .gz), a folder, a glob or a hub name."
 
+APPLIED = "TDPO_ACCELERATE_CONFIG"
+"""Environment variable that says which ``--accelerate_config`` has been applied to this process."""
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 """Seconds in the units a duration may have."""
 
@@ -219,9 +222,30 @@ class RunOptions(TrainingArguments):
         default=True, metadata={"help": "Give callbacks such as early stopping back their state when resuming."}
     )
 
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "How processes share the run: ddp, fsdp2, zero2, or a YAML file of accelerate's. Starts the "
+            "processes where no launcher has."
+        },
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata={"help": "Processes that --accelerate_config starts on this machine; default: one for each GPU."},
+    )
+
     def __post_init__(self) -> None:
         if self.max_time is not None:
             seconds(self.max_time)
+        if self.accelerate_config != os.environ.get(APPLIED):
+            raise UserError(
+                "--accelerate_config acts before options are read: give it on the command line, not in a --config file "
+                "or from Python"
+            )
+        if self.num_processes is not None and self.accelerate_config is None:
+            raise UserError(
+                "--num_processes says how many processes --accelerate_config starts; it has no effect alone"
+            )
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns cannot be on: it would remove the pairs' own columns")
         check_at_least(

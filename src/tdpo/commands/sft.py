@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
+from tdpo.commands import launch
 from tdpo.commands.common import (
     OUTPUT,
     clear_earlier_run,
@@ -26,6 +27,7 @@ from tdpo.train.sft import SFTTrainer
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
+    launch.apply(argv, "sft")
     model_config, data, args = parse("sft", COMMANDS["sft"], (ModelConfig, EvalDataConfig, SFTConfig), argv, OUTPUT)
     quieten()
     checkpoint = prepare_output(args, model_config.model_name_or_path, model_config.tokenizer_name_or_path)

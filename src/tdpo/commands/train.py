@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
+from tdpo.commands import launch
 from tdpo.commands.common import (
     OUTPUT,
     clear_earlier_run,
@@ -27,6 +28,7 @@ from tdpo.train.trainer import TDPOTrainer
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command: options, data, then weights, so that mistakes show before anything is loaded."""
+    launch.apply(argv, "train")
     model_config, ref, data, args = parse(
         "train", COMMANDS["train"], (ModelConfig, ReferenceConfig, EvalDataConfig, TDPOConfig), argv, OUTPUT
     )

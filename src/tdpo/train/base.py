@@ -160,7 +160,9 @@ class BatchMeanTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clips, and stops before the optimizer would write a gradient that is not finite into the weights."""
-        norm = super()._clip_grad_norm(model)
+        norm: Any = super()._clip_grad_norm(model)
+        if hasattr(norm, "full_tensor"):  # of sharded gradients, each process has its part of the sum
+            norm = norm.full_tensor()
         if norm is not None and not math.isfinite(float(norm)):
             where = "; ".join(self.rows_of({"pair_rows": part}) for part in self._rows_of_step)
             raise NonFiniteLoss(
@@ -365,6 +367,13 @@ class BatchMeanTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As the Trainer's; a tied weight, which a gathered state dict holds under two names, is written once."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if state_dict:
+            state_dict = {name: weight for name, weight in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
 
     def save_state(self) -> None:
         """As the Trainer's; the file appears whole or not at all."""
