@@ -19,6 +19,7 @@ from runs import environment, finish, interrupted, start, train_words, wait_for
 
 from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.cli import main
+from tdpo.commands.common import told_in_words
 from tdpo.config import seconds
 from tdpo.train import checkpoints
 from tdpo.train.interrupts import StopRequest
@@ -213,3 +214,51 @@ def test_the_manifest_lists_every_file(tmp_path: Path, tokenizer: Any) -> None:
     sizes = json.loads((folder / "manifest.json").read_text())["sizes"]
     assert sizes == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "manifest.json"}
     assert {"model.safetensors", "optimizer.pt", "run_state_0.json", "trainer_state.json"} <= set(sizes)
+
+
+def test_out_of_memory_over_the_logits_halves_their_budget_once(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tdpo import ops
+
+    asked: list[int | None] = []
+    pair_loss = ops.pair_loss
+
+    def scarce(*args: Any, **options: Any) -> Any:
+        asked.append(args[5])
+        if (args[5] or 2**28) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return pair_loss(*args, **options)
+
+    monkeypatch.setattr(ops, "pair_loss", scarce)
+    limit = 2**27
+    trainer(tmp_path / "a", tokenizer, max_steps=2).train()
+    assert asked == [None, 2**27, 2**27]
+    assert "--logits_budget is 134217728 bytes from here on, half of it" in caplog.text
+    limit = 2**20
+    told = r"out of memory: CUDA out of memory\. A lower --per_device_train_batch_size"
+    with pytest.raises(UserError, match=told), told_in_words():
+        trainer(tmp_path / "b", tokenizer).train()
+    assert asked[3:] == [None, 2**27], "not halved for ever"
+
+
+def test_what_does_not_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(**options: Any) -> TDPOConfig:
+        return TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+    with pytest.raises(UserError, match="--torch_compile is not supported"):
+        made(torch_compile=True)
+    with pytest.raises(UserError, match="batches are shared out by tdpo"):
+        made(accelerator_config={"split_batches": True})
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(UserError, match="ZeRO stage 3 is not supported"):
+        made()
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    ends = []
+    for number, checkpointing in enumerate((False, True)):
+        made = trainer(tmp_path / str(number), tokenizer, gradient_checkpointing=checkpointing, learning_rate=1e-2)
+        made.train()
+        ends.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-6)

@@ -258,8 +258,21 @@ class RunOptions(TrainingArguments):
             raise UserError("--label_smoothing_factor has no effect on these losses; leave it at 0")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
+        if self.torch_compile:
+            raise UserError(
+                "--torch_compile is not supported: it compiles a model's own forward, and the step runs body, head and "
+                "loss inside it instead"
+            )
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
+        given = self.accelerator_config
+        if given.split_batches or given.dispatch_batches or not given.even_batches:  # type: ignore[union-attr]
+            raise UserError(
+                "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
+            )
+        zero = getattr(self.deepspeed_plugin, "zero_stage", None)
+        if zero == 3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+            raise UserError("DeepSpeed ZeRO stage 3 is not supported; --accelerate_config zero2 or fsdp2 is")
 
 
 @dataclass

@@ -10,8 +10,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from rich.console import Console
 from rich.logging import RichHandler
@@ -135,6 +137,15 @@ def told_in_words(trainer: Any = None) -> Iterator[None]:
         raise UserError(str(error)) from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{error}. Checkpoints written before stay as they are (--resume goes on from them)") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the device gave no more'} A lower "
+            "--per_device_train_batch_size with a higher --gradient_accumulation_steps gives the same result in less "
+            "memory; so do --logits_budget, --gradient_checkpointing and --accelerate_config fsdp2; --max_length "
+            "shortens the data"
+        ) from error
+    except UnpicklingError as error:
+        raise UserError(f"a file of the checkpoint is not what it should be, and was not run: {error}") from error
     except RuntimeError as error:
         if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
             raise UserError(

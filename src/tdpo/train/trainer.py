@@ -23,6 +23,7 @@ from tdpo.models.load import load_model
 from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
 from tdpo.models.reference import FrozenCopy, Reference, check_comparable
 from tdpo.objectives import Objective
+from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, logger
 from tdpo.train.metrics import DisplacementWatch, MetricSums
@@ -84,6 +85,7 @@ class TDPOTrainer(BatchMeanTrainer):
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
+        self._budget = LogitsBudget(args.logits_budget)
         self._watch = DisplacementWatch(args.beta)
         tokenizer = processing_class or _tokenizer_of(policy, train_dataset)
         limit = position_limit(policy, *self.reference.models())
@@ -107,7 +109,7 @@ class TDPOTrainer(BatchMeanTrainer):
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
         def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
-            return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self.args.logits_budget)
+            return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self._budget)
 
         return run_inside(model, step)
 
