@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from tdpo import __version__
-from tdpo.errors import UserError, nearest
+from tdpo.errors import Stopped, UserError, nearest
 
 COMMANDS = {
     "demo": "the whole path on an embedded small world, no download, about three minutes",
@@ -39,9 +39,10 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+    """Runs a command and returns its exit code: 0, or 2 for a user's mistake.
 
-    A bug is left to raise, with its traceback.
+    A run that was stopped and saved returns 130 (SIGINT), 143 (SIGTERM) or 124 (``--max_time``); Ctrl-C anywhere else
+    returns 130 too. A bug is left to raise, with its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tdpo {name}: {error}", file=sys.stderr)
         return USER_ERROR
+    except Stopped as stopped:
+        print(f"tdpo {name}: {stopped}", file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         print(f"\ntdpo {name}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -5,6 +5,8 @@ Defaults live here and nowhere else; help texts are what ``tdpo <command> --help
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +40,11 @@ CACHE_DTYPE = {
     "help": "Dtype of the cached hidden states; auto is that in which the reference gives them, which loses nothing.",
     "choices": ["auto", "float32", "bfloat16", "float16"],
 }
+
+APPLIED = "TDPO_ACCELERATE_CONFIG"
+"""Environment variable that says which ``--accelerate_config`` has been applied to this process."""
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+"""Seconds in the units a duration may have."""
 
 
 @dataclass
@@ -440,8 +447,40 @@ class RunOptions(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into --output_dir although it holds a model or checkpoints."}
     )
+    max_time: str | None = field(
+        default=None,
+        metadata={
+            "help": "Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124."
+        },
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Give callbacks such as early stopping back their state when resuming."}
+    )
+
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "How processes share the run: ddp, fsdp2, zero2, or a YAML file of accelerate's. Starts the "
+            "processes where no launcher has."
+        },
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata={"help": "Processes that --accelerate_config starts on this machine; default: one for each GPU."},
+    )
 
     def __post_init__(self) -> None:
+        if self.max_time is not None:
+            seconds(self.max_time)
+        if self.accelerate_config != os.environ.get(APPLIED):
+            raise UserError(
+                "--accelerate_config acts before options are read: give it on the command line, not in a --config file "
+                "or from Python"
+            )
+        if self.num_processes is not None and self.accelerate_config is None:
+            raise UserError(
+                "--num_processes says how many processes --accelerate_config starts; it has no effect alone"
+            )
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns cannot be on: it would remove the pairs' own columns")
         check_at_least(
@@ -454,8 +493,21 @@ class RunOptions(TrainingArguments):
             raise UserError("--label_smoothing_factor has no effect on these losses; leave it at 0")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
+        if self.torch_compile:
+            raise UserError(
+                "--torch_compile is not supported: it compiles a model's own forward, and the step runs body, head and "
+                "loss inside it instead"
+            )
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
+        given = self.accelerator_config
+        if given.split_batches or given.dispatch_batches or not given.even_batches:  # type: ignore[union-attr]
+            raise UserError(
+                "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
+            )
+        zero = getattr(self.deepspeed_plugin, "zero_stage", None)
+        if zero == 3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+            raise UserError("DeepSpeed ZeRO stage 3 is not supported; --accelerate_config zero2 or fsdp2 is")
 
 
 @dataclass
@@ -557,3 +609,25 @@ def check_choices(options: Any) -> None:
         value = getattr(options, name)
         if choices and isinstance(value, str) and value not in choices:
             raise UserError(f"--{name} {value}: there are {', '.join(map(str, choices))}")
+
+
+def seconds(text: str) -> float:
+    """A duration: seconds, or numbers with units.
+
+    Example:
+        >>> seconds("90"), seconds("1h30m"), seconds("1.5h")
+        (90.0, 5400.0, 5400.0)
+
+    Raises:
+        UserError: for anything else, and for no time at all.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if "".join(number + unit for number, unit in parts) == text and parts:
+        total = sum(float(number) * UNITS[unit] for number, unit in parts)
+    elif re.fullmatch(r"\d+(\.\d+)?", text):
+        total = float(text)
+    else:
+        total = 0.0
+    if total <= 0:
+        raise UserError(f"--max_time {text}: expected seconds or a duration such as 90s, 45m, 11h30m or 2d")
+    return total

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that are told in one line: the user can mend this; the user stopped this."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,14 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with code 2; from Python it is an ordinary exception.
     """
+
+
+class Stopped(Exception):
+    """A run was asked to stop before its end and has saved where it is; the command line exits with ``code``."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

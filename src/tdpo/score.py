@@ -19,6 +19,8 @@ from tdpo.models.reference import Reference, check_comparable
 from tdpo.models.tied import tied_gradient
 from tdpo.models.trees import tree_plan
 from tdpo.objectives import Objective
+from tdpo.ops.budget import LogitsBudget
+from tdpo.ops.fused import FusedLoss
 from tdpo.types import Hidden, PackedBatch, PairLoss, PairStats, TokenisedPair, TokenStats
 
 LayoutChoice = Literal["auto", "tree", "padded"]
@@ -129,7 +131,7 @@ def batch_loss(
     batch: PackedBatch,
     objective: Objective,
     backend: ops.Backend = "auto",
-    logits_budget: int | None = None,
+    logits_budget: LogitsBudget | None = None,
 ) -> tuple[Tensor, PairScores]:
     """Sum of the pairs' losses, differentiable, with the scores of :func:`score_batch`, which then are constants.
 
@@ -141,9 +143,13 @@ def batch_loss(
     ref_hidden = _reference_hidden(reference, batch)
     with tied_gradient(policy) as tied:
         hidden = response_hidden(policy, batch)
-    fused = ops.pair_loss(
-        hidden, ref_hidden, batch.labels, batch.lengths, objective, logits_budget, backend=backend, tied=tied
-    )
+
+    def head(size: int | None) -> FusedLoss:
+        return ops.pair_loss(
+            hidden, ref_hidden, batch.labels, batch.lengths, objective, size, backend=backend, tied=tied
+        )
+
+    fused = (logits_budget or LogitsBudget()).within(head, hidden.states.device)
     logp = _sums(fused.tokens.logp, batch)
     return fused.total, PairScores(fused.outcome, fused.stats, logp[:, 0], logp[:, 1], fused.tokens, batch)
 

@@ -10,22 +10,25 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers.trainer_utils import get_last_checkpoint
 
 from tdpo.config import RunOptions
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
+from tdpo.train.checkpoints import checkpoints, newest_whole, write_whole
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
+logger = logging.getLogger("tdpo")
 OUTPUT = ("output_dir",)
 """Options a training command cannot do without, though the trainer could."""
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*.bin")
@@ -79,9 +82,7 @@ def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
         raise UserError("--resume and --overwrite_output_dir contradict each other")
     if args.overwrite_output_dir and any(folder.resolve() in path.parents for path in read):
         raise UserError(f"--overwrite_output_dir would remove a model in {folder} that this run reads")
-    checkpoint = get_last_checkpoint(folder)
-    holds = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
-    holds += [Path(checkpoint)] if checkpoint else []
+    holds = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))] + checkpoints(folder)[-1:]
     if holds and not (args.resume or args.resume_from_checkpoint or args.overwrite_output_dir):
         raise UserError(
             f"--output_dir {folder} already holds {', '.join(path.name for path in holds)}: --resume goes on from the "
@@ -89,7 +90,14 @@ def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
         )
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such folder")
-    return args.resume_from_checkpoint or (checkpoint if args.resume else None)
+    if args.resume_from_checkpoint or not args.resume:
+        return args.resume_from_checkpoint
+    newest, passed = newest_whole(folder)
+    for line in passed:
+        logger.warning(line)
+    if newest is None:
+        logger.warning("--resume: no whole checkpoint in %s, the run starts from the beginning", folder)
+    return None if newest is None else str(newest)
 
 
 def clear_earlier_run(args: RunOptions) -> None:
@@ -129,6 +137,15 @@ def told_in_words(trainer: Any = None) -> Iterator[None]:
         raise UserError(str(error)) from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{error}. Checkpoints written before stay as they are (--resume goes on from them)") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the device gave no more'} A lower "
+            "--per_device_train_batch_size with a higher --gradient_accumulation_steps gives the same result in less "
+            "memory; so do --logits_budget, --gradient_checkpointing and --accelerate_config fsdp2; --max_length "
+            "shortens the data"
+        ) from error
+    except UnpicklingError as error:
+        raise UserError(f"a file of the checkpoint is not what it should be, and was not run: {error}") from error
     except RuntimeError as error:
         if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
             raise UserError(
@@ -175,9 +192,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 

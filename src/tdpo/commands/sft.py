@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.cli import COMMANDS
+from tdpo.commands import launch
 from tdpo.commands.common import (
     OUTPUT,
     clear_earlier_run,
@@ -20,11 +21,13 @@ from tdpo.data.sft import SFTDataset, prepare_sft
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.models.load import adapter_base, check_vocabulary, load_model, load_tokenizer
+from tdpo.train.interrupts import listening
 from tdpo.train.sft import SFTTrainer
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
+    launch.apply(argv, "sft")
     model_config, adapter, data, args = parse(
         "sft", COMMANDS["sft"], (ModelConfig, AdapterOptions, EvalDataConfig, SFTConfig), argv, OUTPUT
     )
@@ -47,15 +50,16 @@ def run(argv: Sequence[str]) -> None:
     check_vocabulary(model, tokenizer)
     with told_in_words():
         trainer = SFTTrainer(model, args, train, held_out, tokenizer, peft_config=adapter.peft_config())
-    with told_in_words(trainer):
+    with told_in_words(trainer), listening(trainer.stop_request):
         clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    with told_in_words():
+    trainer.raise_if_stopped()
+    with told_in_words(trainer):
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
-    if held_out is not None:
-        metrics = trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
-        out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token", soft_wrap=True)
-    trainer.save_state()
+        if held_out is not None:
+            metrics = trainer.evaluate()
+            trainer.save_metrics("eval", metrics)
+            out.print(f"held-out loss {metrics['eval_loss']:.4f} nats per token", soft_wrap=True)
+        trainer.save_state()
     out.print(f"saved to {args.output_dir}", soft_wrap=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tdpo.cli import COMMANDS
+from tdpo.commands import launch
 from tdpo.commands.common import (
     OUTPUT,
     clear_earlier_run,
@@ -22,11 +23,13 @@ from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.models.load import adapter_base, check_vocabulary, load_model, load_tokenizer, same_model
+from tdpo.train.interrupts import listening
 from tdpo.train.trainer import TDPOTrainer
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command: options, data, then weights, so that mistakes show before anything is loaded."""
+    launch.apply(argv, "train")
     model_config, ref, adapter, data, args = parse(
         "train",
         COMMANDS["train"],
@@ -54,18 +57,19 @@ def run(argv: Sequence[str]) -> None:
     trainer = _trainer(model_config, ref_name, adapter, args, (train, held_out), tokenizer)
     out.print(f"objective {trainer.objective}, {trainer.layout}", soft_wrap=True)
     out.print(trainer.reference_line, soft_wrap=True)
-    with told_in_words(trainer):
+    with told_in_words(trainer), listening(trainer.stop_request):
         clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    with told_in_words():
+    trainer.raise_if_stopped()
+    with told_in_words(trainer):
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
-    if held_out is not None:
-        metrics = trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
-        shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        out.print(metric_table(shown, f"held out: {len(held_out)} pairs"))
-    trainer.save_state()
+        if held_out is not None:
+            metrics = trainer.evaluate()
+            trainer.save_metrics("eval", metrics)
+            shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+            out.print(metric_table(shown, f"held out: {len(held_out)} pairs"))
+        trainer.save_state()
     out.print(f"saved to {args.output_dir}", soft_wrap=True)
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from tdpo.config import RunOptions
-from tdpo.errors import UserError
+from tdpo.config import RunOptions, seconds
+from tdpo.errors import Stopped, UserError
+from tdpo.train import checkpoints
+from tdpo.train.interrupts import StopRequest, reason
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
-from tdpo.train.sampling import BalancedSampler
+from tdpo.train.sampling import FILLER, StepBatches, loader
 
 logger = logging.getLogger("tdpo")
 
@@ -34,6 +40,8 @@ class BatchMeanTrainer(Trainer):
     label = "training"
     args: RunOptions
     _evaluated: Tensor
+    _aside: Path | None = None
+    _agreed: Tensor | int = 0
 
     def __init__(self, *, args: RunOptions, callbacks: Iterable[TrainerCallback] | None = None, **kwargs: Any) -> None:
         super().__init__(args=args, callbacks=list(callbacks or []), **kwargs)
@@ -43,7 +51,10 @@ class BatchMeanTrainer(Trainer):
                 "or set CUDA_VISIBLE_DEVICES to one"
             )
         self.loss_is_scaled_for_ga = True
+        self.stop_request = StopRequest(None if args.max_time is None else seconds(args.max_time))
         self._rows_of_step: list[Tensor] = []
+        self._loss_since_log, self._last_logged = torch.zeros(()), 0
+        self.add_callback(_StopCallback(self))
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
         if not args.disable_tqdm:
@@ -61,31 +72,61 @@ class BatchMeanTrainer(Trainer):
         """The source rows of a batch in words, for the message about a loss that is not finite."""
         raise NotImplementedError("abstract: a subclass names its rows")
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The order of training: shuffled or as it is, dealt to micro-batches of equal work."""
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if not hasattr(dataset, "lengths"):
-            return super()._get_train_sampler(train_dataset)
+    def count(self, outputs: Any, weight: float) -> None:
+        """Adds what :meth:`loss_sum` said of a batch to the metrics; with weight 0 the batch is a filler."""
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of this process; those of a step carry equal work, and no pair is repeated to fill the last ones."""
+        dataset: Any = self.train_dataset
+        if dataset is None:
+            raise UserError("training needs a train_dataset")
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return BalancedSampler(
-            dataset.lengths(),
+        shuffled = self.args.train_sampling_strategy != "sequential"
+        return self._loader(
+            dataset,
             self._train_batch_size,
-            self.args.gradient_accumulation_steps * self.accelerator.num_processes,
-            None if self.args.train_sampling_strategy == "sequential" else seed,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=seed if shuffled else None,
+            drop_last=self.args.dataloader_drop_last,
         )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of this process, every pair in exactly one of all processes' batches."""
+        held_out: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(held_out, str):
+            held_out = self.eval_dataset[held_out]  # type: ignore[index]
+        if held_out is None:
+            raise UserError("evaluation needs an eval_dataset")
+        return self._loader(held_out, self.args.eval_batch_size, accumulation=1, seed=None)
+
+    def _loader(self, dataset: Any, batch_size: int, **order: Any) -> Any:
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        batches = StepBatches(dataset.lengths(), batch_size, processes=processes, process=process, **order)
+        collate: Any = self.data_collator
+        return loader(dataset, batches, collate, self.args)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """Collects the micro-batches of one optimizer step and counts the items of all processes in them."""
+        """Collects the micro-batches of one optimizer step and counts the items of all processes in them.
+
+        The reason to stop of each process goes along, so that all of them stop after the same step.
+        """
+        if self.state.global_step >= self.state.max_steps:  # resumed where it had ended; one more step is one too many
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._rows_of_step = [batch["pair_rows"] for batch in batches]
-        count = torch.tensor(sum(self.item_count(batch) for batch in batches), device=device)
-        return batches, self.accelerator.gather(count).sum()
+        items = sum(self.item_count(batch) for batch in batches if FILLER not in batch)
+        told = self.accelerator.gather(torch.tensor([[items, self.stop_request.poll()]], device=device))
+        self._agreed = told[:, 1].max()  # read after the step, which waits for the device anyway
+        return batches, told[:, 0].sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The batch's share of the mean over ``num_items_in_batch`` items, or over its own where that is None."""
+        weight = 0.0 if inputs.pop(FILLER, False) else 1.0
         total, outputs = self.loss_sum(model, inputs)
+        self.count(outputs, weight)
+        total = total * weight
         if num_items_in_batch is None:
             loss = total / self.item_count(inputs)
         else:
@@ -106,11 +147,22 @@ class BatchMeanTrainer(Trainer):
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, in {self.rows_of(inputs)}. Nothing "
                 "was updated with it; look at these rows, or lower --learning_rate"
             )
+        self._loss_since_log = self._loss_since_log.to(loss.device) + loss
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the mean loss since the last log also where that was before an interruption."""
+        steps = self.state.global_step - self._last_logged
+        if "loss" in logs and steps > 0:
+            logs["loss"] = self.accelerator.gather(self._loss_since_log[None]).mean().item() / steps
+            self._loss_since_log, self._last_logged = torch.zeros_like(self._loss_since_log), self.state.global_step
+        super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clips, and stops before the optimizer would write a gradient that is not finite into the weights."""
-        norm = super()._clip_grad_norm(model)
+        norm: Any = super()._clip_grad_norm(model)
+        if hasattr(norm, "full_tensor"):  # of sharded gradients, each process has its part of the sum
+            norm = norm.full_tensor()
         if norm is not None and not math.isfinite(float(norm)):
             where = "; ".join(self.rows_of({"pair_rows": part}) for part in self._rows_of_step)
             raise NonFiniteLoss(
@@ -123,10 +175,13 @@ class BatchMeanTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of a batch without gradient; what it adds up to is asked of :meth:`end_evaluation`."""
+        weight = 0.0 if inputs.pop(FILLER, False) else 1.0
         with torch.no_grad(), self.compute_loss_context_manager():
-            total, _ = self.loss_sum(model, inputs)
+            total, outputs = self.loss_sum(model, inputs)
+        self.count(outputs, weight)
         count = self.item_count(inputs)
-        self._evaluated = self._evaluated + torch.stack([total.double().cpu(), torch.tensor(float(count)).double()])
+        sums = torch.stack([total.double().cpu(), torch.tensor(float(count)).double()])
+        self._evaluated = self._evaluated + weight * sums
         return total / count, None, None
 
     def evaluation_loop(
@@ -152,11 +207,203 @@ class BatchMeanTrainer(Trainer):
         total, count = self.accelerator.gather(self._evaluated.float().to(self.args.device)[None]).sum(0).tolist()
         return {"loss": total / max(count, 1.0)}
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``transformers.Trainer.train``; the progress bar is closed whatever happens."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``transformers.Trainer.train``: True resumes from the newest whole checkpoint, with everything in it.
+
+        The progress bar is closed whatever happens.
+
+        Raises:
+            UserError: if there is nothing to resume from, or data or batch size are not those of the checkpoint.
+        """
+        folder = self._checkpoint_of(resume_from_checkpoint)
+        if self.is_world_process_zero():
+            checkpoints.clear_partial(str(self.args.output_dir))
+        self._loss_since_log, self._last_logged = torch.zeros((), device=self.args.device), 0
+        if folder is not None:
+            self._restore(folder)
+        self.stop_request.start()
         try:
-            return super().train(*args, **kwargs)
+            return super().train(None if folder is None else str(folder), *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, OurProgressCallback):
                     callback.close()
+
+    def stop_code(self) -> int:
+        """The exit code of the reason to stop that all processes agreed on, 0 if there is none."""
+        code = int(self._agreed)
+        return code if self.state.global_step < self.state.max_steps else 0
+
+    def raise_if_stopped(self) -> None:
+        """Raises if :meth:`train` returned before its end.
+
+        Raises:
+            Stopped: saying why, and from where the run can go on.
+        """
+        step, code = self.state.global_step, self.stop_code()
+        if code:
+            raise Stopped(
+                f"{reason(code)} at step {step} of {self.state.max_steps}: saved checkpoint-{step}; the same command "
+                "with --resume goes on from it",
+                code,
+            )
+
+    def run_state(self) -> dict[str, Any]:
+        """What this process remembers beside the Trainer's own state, as JSON: it makes resumed logs exact."""
+        return {
+            "loss_since_log": float(self._loss_since_log),
+            "last_logged": self._last_logged,
+            "pairs": len(self.train_dataset),  # type: ignore[arg-type]
+            "pairs_per_step": self._pairs_per_step(),
+            "processes": self.accelerator.num_processes,
+        }
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`run_state` gave."""
+        device = self.args.device
+        self._loss_since_log = torch.tensor(state["loss_since_log"], dtype=torch.float32, device=device)
+        self._last_logged = state["last_logged"]
+
+    def _pairs_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def _checkpoint_of(self, resume: str | bool | None) -> Path | None:
+        if resume is not True:
+            return Path(resume) if resume else None
+        newest, passed = checkpoints.newest_whole(str(self.args.output_dir))
+        if newest is None:
+            raise UserError("; ".join([f"{self.args.output_dir}: no whole checkpoint to resume from", *passed]))
+        return newest
+
+    def _restore(self, folder: Path) -> None:
+        """Reads this process's :meth:`run_state`, if the run is the one that wrote it."""
+        file = folder / checkpoints.run_state_name(self.accelerator.process_index)
+        first = folder / checkpoints.run_state_name(0)
+        if not first.is_file():
+            logger.warning("%s was not written by tdpo: the log after resuming begins anew", folder)
+            return
+        state = json.loads((file if file.is_file() else first).read_text(encoding="utf-8"))
+        now = {"pairs": len(self.train_dataset), "pairs_per_step": self._pairs_per_step()}  # type: ignore[arg-type]
+        for name, what in (("pairs", "pairs of training data"), ("pairs_per_step", "pairs per optimizer step")):
+            if state[name] != now[name] and not self.args.ignore_data_skip:
+                raise UserError(
+                    f"{folder} was written with {state[name]} {what}, now there are {now[name]}: its place in the data "
+                    "would be another. Use the same data, and the same product of processes, "
+                    "--per_device_train_batch_size and --gradient_accumulation_steps; --ignore_data_skip starts the "
+                    "data anew"
+                )
+        if state["processes"] != self.accelerator.num_processes:
+            logger.warning(
+                "%s was written by %d processes, now there are %d: random numbers and the first log will differ",
+                folder, state["processes"], self.accelerator.num_processes,
+            )  # fmt: skip
+        elif file.is_file():
+            self.load_run_state(state)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints go: aside while one is being written."""
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the Trainer's, once the checkpoint has its name."""
+        if self._aside is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint, written aside, sealed and renamed, so that its name promises that it is whole.
+
+        The Trainer writes into ``_get_output_dir()/checkpoint-N``; that folder is another one meanwhile, and everything
+        else, for every kind of sharding, stays its business.
+        """
+        output_dir = Path(str(self.args.output_dir))
+        final = output_dir / f"checkpoint-{self.state.global_step}"
+        aside = final.with_name(final.name + checkpoints.PARTIAL)
+        written = aside / final.name
+        with checkpoints.told_what_stays(final.name, aside, output_dir):
+            self._aside = aside
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            self._complete(written, final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.seal(written)
+                checkpoints.publish(written, final)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_local_main_process and written.is_dir():  # this machine has a disk of its own
+                checkpoints.seal(written)
+                checkpoints.publish(written, final)
+            shutil.rmtree(aside, ignore_errors=True)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(output_dir, self.args.save_total_limit, final, best)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _complete(self, written: Path, final: Path) -> None:
+        """Adds this process's own state to a checkpoint, and its final name where the Trainer noted the one aside."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        if not self.args.save_only_model:
+            name = checkpoints.run_state_name(self.accelerator.process_index)
+            (written / name).write_text(json.dumps(self.run_state()), encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; every file appears whole or not at all."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        aside = folder / f"model{checkpoints.PARTIAL}"
+        if self.is_fsdp_enabled:  # sharded state dicts are for resuming; a model is saved whole
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        with checkpoints.told_what_stays("the model", aside, folder):
+            super().save_model(str(aside), _internal_call=True)
+            if self.args.should_save:
+                checkpoints.move_into(aside, folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As the Trainer's; a tied weight, which a gathered state dict holds under two names, is written once."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if state_dict:
+            state_dict = {name: weight for name, weight in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
+
+    def save_state(self) -> None:
+        """As the Trainer's; the file appears whole or not at all."""
+        if self.args.should_save:
+            path = Path(str(self.args.output_dir)) / TRAINER_STATE_NAME
+            partial = path.with_name(path.name + checkpoints.PARTIAL)
+            self.state.save_to_json(str(partial))
+            partial.replace(path)
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """As the Trainer's; the files appear whole or not at all."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        together = folder / "all_results.json"
+        files = {folder / f"{split}_results.json": metrics}
+        if combined:
+            earlier = json.loads(together.read_text(encoding="utf-8")) if together.is_file() else {}
+            files[together] = {**earlier, **metrics}
+        for path, content in files.items():
+            checkpoints.write_whole(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
+
+
+class _StopCallback(TrainerCallback):
+    """Saves and stops after the step in which the processes agreed to."""
+
+    def __init__(self, trainer: BatchMeanTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks the loop to save and to stop."""
+        if self.trainer.stop_code():
+            control.should_save = control.should_training_stop = True

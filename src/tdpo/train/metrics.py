@@ -7,6 +7,8 @@ number of response tokens. Every margin is chosen minus rejected.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,11 @@ class MetricSums:
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
-    def add(self, scores: PairScores) -> None:
-        """Adds a batch; nothing leaves the device."""
+    def add(self, scores: PairScores, weight: float = 1.0) -> None:
+        """Adds a batch; nothing leaves the device. With weight 0 it adds nothing, whatever its scores are."""
         columns = pair_columns(scores, self.beta)
         sums = torch.stack([value.sum(dtype=torch.float32) for value in columns.values()])
+        sums = weight * sums if weight else torch.zeros_like(sums)
         self._names = list(columns)
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -44,6 +47,15 @@ class MetricSums:
     def sums(self) -> Tensor | None:
         """The sums as a tensor, to be gathered from all processes; None before the first batch."""
         return self._sums
+
+    def state(self) -> dict[str, float]:
+        """The sums by name, for a checkpoint; a float holds each exactly."""
+        return {} if self._sums is None else dict(zip(self._names, self._sums.tolist(), strict=True))
+
+    def load(self, state: dict[str, float], device: torch.device) -> None:
+        """Takes back what :meth:`state` gave."""
+        self._names = list(state)
+        self._sums = torch.tensor(list(state.values()), dtype=torch.float32, device=device) if state else None
 
     def means(self) -> dict[str, float]:
         """Every metric as its mean over the pairs added, empty if there were none."""
@@ -104,6 +116,15 @@ class DisplacementWatch:
         self._falling = 0
         self._warned = False
         self._last: tuple[float, float] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What has been seen so far, for a checkpoint."""
+        return {"falling": self._falling, "warned": self._warned, "last": self._last}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state` gave."""
+        self._falling, self._warned = state["falling"], state["warned"]
+        self._last = None if state["last"] is None else tuple(state["last"])
 
     def warning(self, metrics: dict[str, float]) -> str | None:
         """Takes one log's metrics and returns words, once, when both log-ratios keep falling and have fallen far.

@@ -1,67 +1,155 @@
-"""The order of training pairs: every epoch visits each pair once, and the micro-batches of a step carry equal work."""
+"""Which process trains on which pairs: every pair once an epoch, and the micro-batches of a step carry equal work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+FILLER = "filler"
+"""Key of a batch that is there so that a process has something to run while others work; it counts for nothing."""
 
 
-class BalancedSampler(Sampler[int]):
-    """Deals the pairs of each optimizer step to its micro-batches so that they hold about as many tokens.
+class Filler(int):
+    """Index of an item that is only run so that a process has a batch; others may train on the item meanwhile."""
 
-    The pairs of a step are those of the plain order; only which micro-batch (and so which process) takes them changes.
+
+class StepBatches(Sampler[list[int]]):
+    """The micro-batches of one process. The pairs of a step are dealt to all of them so that they weigh about the same.
+
+    The pairs of a step are those of the plain order; only which micro-batch, and so which process, takes them differs.
     Since the loss is a mean over the whole step, the result does not: accumulation and processes wait less, and the
-    largest micro-batch, which sets the memory, is smaller.
+    largest micro-batch, which sets the memory, is smaller. Every process gets the same number of batches and no pair
+    twice: where the pairs of a last step do not go round, a process gets a single :class:`Filler`.
 
     Args:
         lengths: Tokens of each pair.
-        micro_batch: Pairs of a micro-batch.
-        micro_batches: Micro-batches of an optimizer step, over all processes.
+        micro_batch: Pairs of a micro-batch, at most.
+        accumulation: Micro-batches of an optimizer step in each process.
         seed: Shuffles each epoch anew, reproducibly; None keeps the dataset's order.
+        processes: How many processes share the pairs.
+        process: Which of them this is.
+        drop_last: Leave out the pairs at the end that do not fill a micro-batch in every process.
     """
 
-    def __init__(self, lengths: Sequence[int], micro_batch: int, micro_batches: int, seed: int | None) -> None:
-        self.lengths, self.micro_batch, self.micro_batches, self.seed = lengths, micro_batch, micro_batches, seed
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        micro_batch: int,
+        accumulation: int,
+        seed: int | None,
+        processes: int = 1,
+        process: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        self.lengths, self.accumulation, self.seed = lengths, accumulation, seed
+        self.processes, self.process = processes, process
+        self.batch_size, self.drop_last = micro_batch, drop_last  # the names loaders ask a batch sampler for
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch's order; called by the training loop, also when it resumes."""
         self.epoch = epoch
 
+    @property
+    def _round(self) -> int:
+        """Pairs of one micro-batch of all processes."""
+        return self.batch_size * self.processes
+
     def __len__(self) -> int:
-        return len(self.lengths)
+        pairs = len(self.lengths)
+        return pairs // self._round if self.drop_last else -(-pairs // self._round)
 
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(len(self.lengths)))
-        if self.seed is not None:
+    def order(self) -> list[int]:
+        """The pairs of the epoch in the order they are taken."""
+        if self.seed is None:
+            order = list(range(len(self.lengths)))
+        else:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(len(order), generator=generator).tolist()
-        step = self.micro_batch * self.micro_batches
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return order[: len(self) * self._round]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        step = self._round * self.accumulation
         for start in range(0, len(order), step):
-            yield from deal(order[start : start + step], self.lengths, self.micro_batch)
+            pairs = order[start : start + step]
+            blocks = deal(pairs, self.lengths, -(-len(pairs) // self._round) * self.processes)
+            for block in blocks[self.process :: self.processes]:
+                yield block or [Filler(pairs[0])]
 
 
-def deal(items: Sequence[int], lengths: Sequence[int], size: int) -> list[int]:
-    """Reorders items so that consecutive blocks of ``size`` have about equal total length; the last may be short.
+def deal(items: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Deals items to ``count`` blocks of equal size (one less in the last ones) and about equal total length.
 
     The longest item left goes to the lightest block that has room.
 
     Example:
-        >>> deal([0, 1, 2, 3], lengths=[9, 8, 2, 1], size=2)
-        [0, 3, 1, 2]
-        >>> deal([2, 0], lengths=[1, 1, 5], size=2)
-        [2, 0]
+        >>> deal([0, 1, 2, 3], lengths=[9, 8, 2, 1], count=2)
+        [[0, 3], [1, 2]]
+        >>> deal([2, 0], lengths=[1, 1, 5], count=3)
+        [[2], [0], []]
     """
-    if len(items) <= size:
-        return list(items)
-    room = [min(size, len(items) - start) for start in range(0, len(items), size)]
+    if count == 1:
+        return [list(items)]
+    room = [len(items) // count + (block < len(items) % count) for block in range(count)]
     blocks: list[list[int]] = [[] for _ in room]
-    totals = [0.0] * len(room)
+    totals = [0.0] * count
     for item in sorted(items, key=lambda i: -lengths[i]):
-        # A short last block is filled in proportion, so that its few items are not all the longest.
-        block = min((b for b in range(len(room)) if len(blocks[b]) < room[b]), key=lambda b: totals[b] / room[b])
+        # A block with fewer items is filled in proportion, so that its few are not all the longest.
+        block = min((b for b in range(count) if len(blocks[b]) < room[b]), key=lambda b: totals[b] / room[b])
         blocks[block].append(item)
         totals[block] += lengths[item]
-    return [item for block in blocks for item in block]
+    return blocks
+
+
+@dataclass(frozen=True)
+class _Marked(Dataset[Any]):
+    """A dataset whose items come with whether they are fillers."""
+
+    items: Any
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        return self.items[index], isinstance(index, Filler)
+
+
+@dataclass(frozen=True)
+class _MarkedCollator:
+    """Collates marked items; the batch of a filler carries the key :data:`FILLER`."""
+
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
+
+    def __call__(self, marked: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
+        batch = self.collate([item for item, _ in marked])
+        return {**batch, FILLER: True} if marked[0][1] else batch
+
+
+def loader(
+    dataset: Any, batches: StepBatches, collate: Callable[[Sequence[Any]], Any], args: TrainingArguments
+) -> DataLoader[Any]:
+    """The loader of one process; its batches are chosen already, so accelerate only moves them to the device."""
+    workers = args.dataloader_num_workers
+    plain: DataLoader[Any] = DataLoader(
+        _Marked(dataset),
+        batch_sampler=batches,
+        collate_fn=_MarkedCollator(collate),
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+    )
+    non_blocking = args.accelerator_config.non_blocking  # type: ignore[union-attr]
+    return prepare_data_loader(plain, args.device, 1, 0, put_on_device=True, non_blocking=non_blocking)

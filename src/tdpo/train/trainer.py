@@ -25,6 +25,7 @@ from tdpo.models.load import load_model
 from tdpo.models.policy import disable_dropout, head_of, position_limit
 from tdpo.models.reference import Reference
 from tdpo.objectives import Objective
+from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, logger
 from tdpo.train.metrics import DisplacementWatch, MetricSums
@@ -86,6 +87,7 @@ class TDPOTrainer(BatchMeanTrainer):
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
+        self._budget = LogitsBudget(args.logits_budget)
         self._watch = DisplacementWatch(args.beta)
         tokenizer = processing_class or _tokenizer_of(policy, train_dataset)
         limit = position_limit(policy, *self.reference.models())
@@ -112,11 +114,23 @@ class TDPOTrainer(BatchMeanTrainer):
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
         def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
-            return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self.args.logits_budget)
+            return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self._budget)
 
-        total, scores = run_inside(model, step)
-        self._sums.add(scores)
-        return total, scores
+        return run_inside(model, step)
+
+    def count(self, outputs: PairScores, weight: float) -> None:
+        """Adds a batch's scores to the metrics."""
+        self._sums.add(outputs, weight)
+
+    def run_state(self) -> dict[str, Any]:
+        """As the base's, with the sums of the pairs since the last log and what displacement is watched by."""
+        return super().run_state() | {"metrics": self._sums.state(), "displacement": self._watch.state()}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`run_state` gave."""
+        super().load_run_state(state)
+        self._sums.load(state["metrics"], self.args.device)
+        self._watch.load(state["displacement"])
 
     def item_count(self, inputs: dict[str, Any]) -> int:
         """Pairs of a batch."""

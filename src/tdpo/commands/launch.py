@@ -1,0 +1,128 @@
+"""``--accelerate_config``: how a run is shared between processes, from a preset or accelerate's own YAML file.
+
+Under a launcher the file's settings become the environment that ``accelerate launch`` would have made of it. Without
+one, the command starts itself again under torchrun, one process for each GPU or as many as the file says.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tdpo.config import APPLIED
+from tdpo.errors import UserError, nearest
+
+PRESETS = ("ddp", "fsdp2", "zero2")
+OPTION, PROCESSES = "--accelerate_config", "--num_processes"
+ENGINES = {"MULTI_GPU": "", "MULTI_CPU": "", "NO": "", "FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}
+"""accelerate's ``distributed_type`` and the section of its file that goes with it."""
+KNOWN = (
+    "compute_environment", "debug", "distributed_type", "downcast_bf16", "enable_cpu_affinity", "machine_rank",
+    "main_training_function", "mixed_precision", "num_machines", "num_processes", "rdzv_backend", "same_network",
+    "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu", "fsdp_config", "deepspeed_config", "gpu_ids",
+)  # fmt: skip
+"""Keys of such a file that a run here can honour: about machines it is torchrun that is told, not the file."""
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The settings of a preset or a file.
+
+    Raises:
+        UserError: naming what cannot be read or is not understood.
+    """
+    if name in PRESETS:
+        text = resources.files("tdpo").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            known = ", ".join(PRESETS)
+            raise UserError(f"{OPTION} {name}: no such file, nor a preset ({known}).{nearest(name, PRESETS)}")
+        text = path.read_text(encoding="utf-8")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{OPTION} {name}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict) or config.get("distributed_type") not in ENGINES:
+        raise UserError(f"{OPTION} {name}: distributed_type must be one of {', '.join(ENGINES)}")
+    unknown = [key for key in config if key not in KNOWN]
+    if unknown:
+        raise UserError(
+            f"{OPTION} {name}: {unknown[0]} is not understood; use accelerate launch with this file instead"
+        )
+    if config.get("num_machines", 1) != 1:
+        raise UserError(f"{OPTION} {name}: num_machines is {config['num_machines']}; start torchrun on every machine")
+    return config
+
+
+def environment_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """What ``accelerate launch`` puts into the environment for such a file."""
+    kind = config["distributed_type"]
+    made = {}
+    if str(config.get("mixed_precision", "no")) not in ("no", "False"):
+        made["ACCELERATE_MIXED_PRECISION"] = str(config["mixed_precision"])
+    section: dict[str, Any] = config.get(ENGINES[kind], None) or {} if ENGINES[kind] else {}
+    if kind == "FSDP":
+        made["ACCELERATE_USE_FSDP"] = "true"
+        made |= {key.upper(): _word(value) for key, value in section.items()}
+        wrapped = made.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP", None)
+        if wrapped:
+            made["FSDP_TRANSFORMER_CLS_TO_WRAP"] = wrapped
+    if kind == "DEEPSPEED":
+        made["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if "deepspeed_config_file" in section:
+            made["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(section["deepspeed_config_file"])
+        names = {"zero3_init_flag": "ZERO3_INIT", "zero3_save_16bit_model": "ZERO3_SAVE_16BIT_MODEL"}
+        rest = {key: value for key, value in section.items() if key != "deepspeed_config_file"}
+        made |= {f"ACCELERATE_DEEPSPEED_{names.get(k, k.upper())}": _word(v) for k, v in rest.items()}
+    return made
+
+
+def apply(argv: Sequence[str], command: str) -> None:
+    """Does what ``--accelerate_config`` among a command's words asks for, before options are parsed and models loaded.
+
+    Returns with the environment set, or does not return: the process becomes torchrun's.
+
+    Raises:
+        UserError: for a file that is not understood, or an engine that does not run here.
+    """
+    name = _value(argv, OPTION)
+    if name is None:
+        return
+    config = read_config(name)
+    cpu = "--use_cpu" in argv or bool(config.get("use_cpu")) or not torch.cuda.is_available()
+    if config["distributed_type"] == "FSDP" and cpu:
+        raise UserError(
+            f"{OPTION} {name}: accelerate has no FSDP on a CPU; it would train with plain data parallelism and not say "
+            "so. Use ddp"
+        )
+    processes = _value(argv, PROCESSES) or config.get("num_processes") or (1 if cpu else torch.cuda.device_count())
+    if not str(processes).isdecimal() or int(processes) < 1:
+        raise UserError(f"{PROCESSES} must be at least 1, got {processes}")
+    os.environ.update(environment_of(config) | {APPLIED: name})
+    if "LOCAL_RANK" in os.environ:
+        return
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*words, "-m", "tdpo", command, *argv])
+
+
+def _value(argv: Sequence[str], option: str) -> str | None:
+    """The value of an option among words, ``--option value`` or ``--option=value``; the last one counts."""
+    found = None
+    for place, word in enumerate(argv):
+        if word == option and place + 1 < len(argv):
+            found = argv[place + 1]
+        elif word.startswith(option + "="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

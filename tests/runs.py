@@ -1,0 +1,91 @@
+"""Training runs as processes of their own: one, or several under torchrun; what their folders hold afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from safetensors.torch import load_file
+
+LENGTHS = ["--max_length", "96", "--max_prompt_length", "48"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of the tests, on one thread, with this project's sources and no accelerator."""
+    path = os.pathsep.join([str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def train_words(model: Path, data: Path, out: Path, *options: object) -> list[str]:
+    """The words of ``tdpo train`` on a CPU."""
+    words = [
+        "train", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", out, "--use_cpu",
+        "--disable_tqdm", "--learning_rate", "1e-2", *LENGTHS, *options,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+def start(words: list[str], processes: int = 1, **more: str) -> subprocess.Popen[str]:
+    """Starts a command; several processes are torchrun's, and get its id."""
+    launcher = [sys.executable] if processes == 1 else [*TORCHRUN, "--nproc_per_node", str(processes)]
+    return subprocess.Popen(
+        [*launcher, "-m", "tdpo", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**more),
+    )  # fmt: skip
+
+
+def finish(run: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
+    """Exit code and everything a run said; one that hangs fails the test."""
+    try:
+        told, _ = run.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        pytest.fail(f"no end within {timeout} s: {run.communicate()[0][-2000:]}")
+    return run.returncode, told
+
+
+def completed(words: list[str], processes: int = 1, timeout: float = 60, **more: str) -> str:
+    """Runs a command that has to succeed."""
+    code, told = finish(start(words, processes, **more), timeout)
+    assert code == 0, told[-3000:]
+    return told
+
+
+def wait_for(happened: Callable[[], Any], run: subprocess.Popen[str], timeout: float = 60) -> None:
+    """Waits until something has happened in a run that goes on."""
+    end = time.monotonic() + timeout
+    while not happened():
+        if run.poll() is not None or time.monotonic() > end:
+            run.kill()
+            pytest.fail(f"ended or overdue ({run.returncode}): {run.communicate()[0][-2000:]}")
+        time.sleep(0.002)
+
+
+def interrupted(run: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:
+    """Sends a signal, then as :func:`finish`."""
+    run.send_signal(number)
+    return finish(run)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The saved weights."""
+    return load_file(folder / "model.safetensors")
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """The logs of a finished run without what a clock says."""
+    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    clocks = ("runtime", "per_second", "train_loss", "total_flos", "preparation")
+    kept = ({name: value for name, value in log.items() if not any(c in name for c in clocks)} for log in logs)
+    return [log for log in kept if len(log) > 2]

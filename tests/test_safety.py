@@ -1,0 +1,264 @@
+"""A run survives what happens to runs: signals, time limits, full disks, half-written files, ranks that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY, make_model, preference_rows
+from runs import environment, finish, interrupted, start, train_words, wait_for
+
+from tdpo import TDPOConfig, TDPOTrainer, UserError
+from tdpo.cli import main
+from tdpo.commands.common import told_in_words
+from tdpo.config import seconds
+from tdpo.train import checkpoints
+from tdpo.train.interrupts import StopRequest
+
+LONG = ["--max_steps", "100000", "--save_steps", "5", "--save_total_limit", "2", "--per_device_train_batch_size", "2"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "processes"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 1), (signal.SIGTERM, None, 2)]
+)
+def test_a_signal_saves_and_leaves_with_its_code(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, number: signal.Signals, code: int | None, processes: int
+) -> None:
+    out = tmp_path / "out"
+    run = start(train_words(model_folder, pairs_file, out, *LONG), processes)
+    wait_for(lambda: checkpoints.checkpoints(out), run)
+    left, told = interrupted(run, number)
+    assert left == code if code else left != 0, told  # torchrun has a code of its own
+    newest, passed = checkpoints.newest_whole(out)
+    assert newest is not None and not passed
+    step = checkpoints.step_of(newest)
+    assert f"interrupted by {number.name} at step {step} of 100000: saved checkpoint-{step}" in told
+    assert processes > 1 or "Traceback" not in told  # torchrun shows one of its own
+    assert not list(out.glob("*.partial")) and not (out / "model.safetensors").exists()
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    code = (
+        "import runpy, signal, time\n"
+        f"own = runpy.run_path({str(REPOSITORY / 'src/tdpo/train/interrupts.py')!r})\n"
+        "with own['listening'](own['StopRequest']()) as request:\n"
+        "    print('ready', flush=True)\n"
+        "    while not request.poll(): time.sleep(0.01)\n"
+        "    print('asked', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
+    assert run.stdout is not None
+    for word in ("ready", "asked"):
+        assert run.stdout.readline().strip() == word
+        run.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    assert run.wait(10) == 143 and time.monotonic() - begun < 5
+
+
+def test_the_time_limit_saves_and_leaves_with_124(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = train_words(model_folder, pairs_file, tmp_path / "out", "--max_steps", "100000", "--max_time", "0.5s")
+    assert main(words) == 124
+    newest, _ = checkpoints.newest_whole(tmp_path / "out")
+    assert newest is not None
+    assert f"out of time (--max_time) at step {checkpoints.step_of(newest)} of 100000" in capsys.readouterr().err
+    assert main([*words[:-4], "--max_steps", str(checkpoints.step_of(newest) + 1), "--resume"]) == 0
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "5x", "1h 2m", "-3"])
+def test_a_duration_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="expected seconds or a duration such as"):
+        seconds(text)
+
+
+def test_a_launchers_echo_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("left"))
+    request = StopRequest()
+    request.handle(signal.SIGINT, None)
+    request.handle(signal.SIGINT, None)
+    assert request.poll() == 130
+
+
+def trainer(folder: Path, tokenizer: Any, **options: Any) -> TDPOTrainer:
+    defaults = {"max_steps": 4, "save_steps": 2, "max_length": 96, "max_prompt_length": 48}
+    args = TDPOConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **{**defaults, **options})
+    return TDPOTrainer(make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer)
+
+
+def test_half_written_checkpoints_are_recognised_and_passed_over(tmp_path: Path, tokenizer: Any) -> None:
+    trainer(tmp_path, tokenizer, save_steps=1).train()
+    newest, passed = checkpoints.newest_whole(tmp_path)
+    assert newest == tmp_path / "checkpoint-4" and passed == []
+    size = (newest / "optimizer.pt").stat().st_size
+    with (newest / "optimizer.pt").open("r+b") as file:
+        file.truncate(size // 2)
+    (tmp_path / "checkpoint-3" / "rng_state.pth").unlink()
+    (tmp_path / "checkpoint-2" / "manifest.json").unlink()
+    newest, passed = checkpoints.newest_whole(tmp_path)
+    assert newest == tmp_path / "checkpoint-1"
+    assert passed == [
+        f"checkpoint-4 is not whole and is passed over: optimizer.pt has {size // 2} of {size} bytes",
+        "checkpoint-3 is not whole and is passed over: rng_state.pth is missing",
+        "checkpoint-2 is not whole and is passed over: manifest.json is missing, which is written last",
+    ]
+    resumed = trainer(tmp_path, tokenizer)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._initial_global_step == 1
+    assert checkpoints.newest_whole(tmp_path)[0] == tmp_path / "checkpoint-4", "written anew"
+
+
+def test_rotation_never_removes_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    def write(step: int, whole: bool = True) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("x" * step)
+        checkpoints.seal(folder)
+        if not whole:
+            (folder / "weights").write_text("")
+        return folder
+
+    def left() -> list[int]:
+        return [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)]
+
+    for step in (10, 20):
+        write(step)
+    checkpoints.rotate(tmp_path, 1, write(30, whole=False), None)
+    assert left() == [10, 20, 30], "what was just written is not whole, so nothing goes"
+    checkpoints.rotate(tmp_path, 2, write(40), best=str(tmp_path / "checkpoint-10"))
+    assert left() == [10, 30, 40]
+    checkpoints.rotate(tmp_path, 1, write(15), best=None)
+    assert left() == [15, 30], "the newest is the one written last, also after going back to an earlier step"
+    checkpoints.rotate(tmp_path, None, write(50), best=None)
+    assert left() == [15, 30, 50]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a megabyte."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"needs to mount a small tmpfs: {made.stderr.decode().strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk_costs_nothing_that_was_written(
+    small_disk: Path, model_folder: Path, pairs_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = small_disk / "out"
+    words = train_words(model_folder, pairs_file, out, "--max_steps", "40", "--save_steps", "2")
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    newest, passed = checkpoints.newest_whole(out)
+    assert newest is not None and not passed and not list(out.glob("*.partial"))
+    step = checkpoints.step_of(newest)
+    assert f"checkpoint-{step + 2} could not be written whole to {out}" in told and "MiB free" in told
+    assert f"{newest.name} stays whole, --resume goes on from it" in told and "Traceback" not in told
+    words[words.index("--max_steps") + 1] = str(step + 1)
+    assert main([*words, "--resume", "--save_strategy", "no"]) == 2
+    told = capsys.readouterr().err
+    assert "No space left on device" in told and "Traceback" not in told
+    assert checkpoints.flaw(newest) == "", "resuming on a full disk leaves it as it was"
+
+
+def test_nothing_runs_that_a_checkpoint_brings_as_code(tmp_path: Path, tokenizer: Any) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    trainer(tmp_path / "out", tokenizer).train()
+    newest, _ = checkpoints.newest_whole(tmp_path / "out")
+    assert newest is not None
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        kept = (newest / name).read_bytes()
+        torch.save(Payload(), newest / name)
+        if name == "training_args.bin":  # nobody reads it
+            trainer(tmp_path / "out", tokenizer, max_steps=5).train(resume_from_checkpoint=str(newest))
+        else:
+            with pytest.raises(Exception, match=r"[Ww]eights.only"):
+                trainer(tmp_path / "out", tokenizer, max_steps=5).train(resume_from_checkpoint=str(newest))
+        (newest / name).write_bytes(kept)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_error(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    out = tmp_path / "out"
+    run = start(train_words(model_folder, pairs_file, out, *LONG), 2)
+    wait_for(lambda: checkpoints.checkpoints(out), run)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True).stdout
+    begun = time.monotonic()
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    code, told = finish(run)
+    assert code != 0 and time.monotonic() - begun < 45
+    assert "Signal 9 (SIGKILL)" in told
+    assert checkpoints.newest_whole(out)[0] is not None
+
+
+def test_the_manifest_lists_every_file(tmp_path: Path, tokenizer: Any) -> None:
+    trainer(tmp_path, tokenizer, max_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    sizes = json.loads((folder / "manifest.json").read_text())["sizes"]
+    assert sizes == {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "manifest.json"}
+    assert {"model.safetensors", "optimizer.pt", "run_state_0.json", "trainer_state.json"} <= set(sizes)
+
+
+def test_out_of_memory_over_the_logits_halves_their_budget_once(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tdpo import ops
+
+    asked: list[int | None] = []
+    pair_loss = ops.pair_loss
+
+    def scarce(*args: Any, **options: Any) -> Any:
+        asked.append(args[5])
+        if (args[5] or 2**28) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return pair_loss(*args, **options)
+
+    monkeypatch.setattr(ops, "pair_loss", scarce)
+    limit = 2**27
+    trainer(tmp_path / "a", tokenizer, max_steps=2).train()
+    assert asked == [None, 2**27, 2**27]
+    assert "--logits_budget is 134217728 bytes from here on, half of it" in caplog.text
+    limit = 2**20
+    told = r"out of memory: CUDA out of memory\. A lower --per_device_train_batch_size"
+    with pytest.raises(UserError, match=told), told_in_words():
+        trainer(tmp_path / "b", tokenizer).train()
+    assert asked[3:] == [None, 2**27], "not halved for ever"
+
+
+def test_what_does_not_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(**options: Any) -> TDPOConfig:
+        return TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+    with pytest.raises(UserError, match="--torch_compile is not supported"):
+        made(torch_compile=True)
+    with pytest.raises(UserError, match="batches are shared out by tdpo"):
+        made(accelerator_config={"split_batches": True})
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(UserError, match="ZeRO stage 3 is not supported"):
+        made()
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    ends = []
+    for number, checkpointing in enumerate((False, True)):
+        made = trainer(tmp_path / str(number), tokenizer, gradient_checkpointing=checkpointing, learning_rate=1e-2)
+        made.train()
+        ends.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-6)
