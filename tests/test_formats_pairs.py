@@ -366,31 +366,31 @@ value = 3
 
 @pytest.fixture
 def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_formats.py").write_text(FUNCTIONS)
+    (tmp_path / "my_functions.py").write_text(FUNCTIONS)
     (tmp_path / "my_broken.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "my_formats", raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "my_functions", raising=False)
 
 
 @pytest.mark.usefixtures("functions")
 def test_a_function_of_the_users_converts_rows() -> None:
-    records, report = to_records(from_memory([{"n": 2}, {"n": 0}, {"n": 1}], "pairs.jsonl"), "my_formats:good")
+    records, report = to_records(from_memory([{"n": 2}, {"n": 0}, {"n": 1}], "pairs.jsonl"), "my_functions:good")
     assert [(r.chosen, r.row) for r in records] == [("c0", 1), ("c1", 1), ("c0", 3)]
-    assert (report.read, report.kept, report.format) == (3, 3, "my_formats:good")
-    assert one({"n": 1}, "my_formats:record") == PreferenceRecord("p", "c", "r", "pairs.jsonl", 1)
-    assert len(to_records(from_memory([{}], "pairs.jsonl"), "my_formats:several")[0]) == 2
-    assert told({}, "my_formats:strange").endswith("with prompt, chosen and rejected, found the fields 'answer'")
-    assert told({}, "my_formats:number").endswith("with prompt, chosen and rejected, found the number 42")
-    assert told({}, "my_formats:broken") == "my_formats:broken raised KeyError: 'missing'"
+    assert (report.read, report.kept, report.format) == (3, 3, "my_functions:good")
+    assert one({"n": 1}, "my_functions:record") == PreferenceRecord("p", "c", "r", "pairs.jsonl", 1)
+    assert len(to_records(from_memory([{}], "pairs.jsonl"), "my_functions:several")[0]) == 2
+    assert told({}, "my_functions:strange").endswith("with prompt, chosen and rejected, found the fields 'answer'")
+    assert told({}, "my_functions:number").endswith("with prompt, chosen and rejected, found the number 42")
+    assert told({}, "my_functions:broken") == "my_functions:broken raised KeyError: 'missing'"
 
 
 @pytest.mark.usefixtures("functions")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my_formats:none", "module my_formats has no none"),
-        ("my_formats:value", "the number 3 is no function"),
+        ("my_functions:none", "module my_functions has no none"),
+        ("my_functions:value", "the number 3 is no function"),
         ("my_nowhere:good", "ModuleNotFoundError: No module named 'my_nowhere'"),
         ("my_broken:good", "ZeroDivisionError: division by zero"),
         (":", "ValueError: Empty module name"),
