@@ -23,7 +23,7 @@ from tdpo.data.formats import (
 )
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.reading import Reading
-from tdpo.data.sources import SourceRow, from_memory
+from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text
@@ -104,11 +104,12 @@ def prepare_sft(
     """
     if isinstance(data, SFTDataset):
         return data
-    rows = list(data)
-    if not rows:
-        raise UserError(f"{name}: no rows in it")
-    if not isinstance(rows[0], SourceRow):
-        rows = from_memory(rows, name)
+    rows: Source | list[SourceRow]
+    if isinstance(data, Source):
+        rows = data
+    else:
+        given = list(data)
+        rows = given if given and isinstance(given[0], SourceRow) else from_memory(given, name)
     turns, report = _exchanges(rows, reading, on_bad_row)
     examples = []
     for place, prompt_ids, (response_ids,) in tokeniser.turns(
