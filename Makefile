@@ -37,6 +37,7 @@ bench: install
 	$(BIN)/python benchmarks/bound.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/op.py
 	$(BIN)/python benchmarks/step.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
+	$(BIN)/python benchmarks/reference.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/data.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/plot.py
 
