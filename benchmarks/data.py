@@ -143,7 +143,7 @@ def trl(rows: list[Row], tokenizer: Any, folder: Path, processes: int | None) ->
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """One preparation in this process: seconds, tokens, and memory above what rows and tokenizer take."""
+    """One preparation: seconds, CPU seconds (with child processes), tokens, and memory above rows and tokenizer."""
     rows, tokenizer = make_rows(options), AutoTokenizer.from_pretrained(options.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         if options.implementation.startswith("trl"):
@@ -153,9 +153,15 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             prepare = (tdpo if options.implementation == "tdpo" else tdpo_second_start)(rows, tokenizer, Path(folder))
         before = resident(peak=False)
         Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        spent = sum(os.times()[:4])
         with contextlib.redirect_stdout(io.StringIO()):
             seconds, tokens = prepare()
-        return {"seconds": seconds, "tokens": tokens, "mebibytes": (resident(peak=True) - before) / 2**20}
+        return {
+            "seconds": seconds,
+            "cpu_seconds": sum(os.times()[:4]) - spent,
+            "tokens": tokens,
+            "mebibytes": (resident(peak=True) - before) / 2**20,
+        }
 
 
 def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[str, Any]:
@@ -165,6 +171,7 @@ def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -
         "implementation": name,
         "seconds": round(statistics.median(run["seconds"] for run in runs), 2),
         **dict(zip(("time_over_tdpo", "time_over_tdpo_min", "time_over_tdpo_max"), times, strict=True)),
+        "cpu_seconds": round(statistics.median(run["cpu_seconds"] for run in runs), 2),
         "mebibytes": round(statistics.median(run["mebibytes"] for run in runs)),
         "tokens_first_round": int(runs[0]["tokens"]),
     }
