@@ -191,3 +191,20 @@ def test_mistakes_about_processes_are_told(tmp_path: Path, capsys: pytest.Captur
     assert "start torchrun on every machine" in told("--accelerate_config", file)
     file.write_text("distributed_type: FSDP\nfsdp: {}\n")
     assert "fsdp is not understood" in told("--accelerate_config", file)
+
+
+def test_deepspeed_takes_the_same_trajectory(
+    trajectories: dict[str, Path], model_folder: Path, odd_pairs: Path, tmp_path: Path
+) -> None:
+    """ZeRO-2 on CPUs over gloo; DeepSpeed compiles an extension at its first start, which takes a compiler and time."""
+    pytest.importorskip("deepspeed", reason="needs deepspeed, which is no part of the test packages")
+    words = train_words(
+        model_folder, odd_pairs, tmp_path / "zero2", "--optim", "sgd", "--lr_scheduler_type", "constant",
+        "--logging_steps", 1, "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 4,
+        "--eval_dataset_name", odd_pairs, "--max_steps", 30, "--learning_rate", 0.05, "--max_grad_norm", 100,
+        "--save_steps", 10, "--accelerate_config", "zero2", "--num_processes", 2,
+    )  # fmt: skip
+    completed(words, timeout=600, DS_ACCELERATOR="cpu")
+    assert_same_trajectory(tmp_path / "zero2", trajectories["one"])
+    shards = list((tmp_path / "zero2" / "checkpoint-30" / "global_step30").glob("*zero_pp_rank_*_optim_states.pt"))
+    assert len(shards) == 2, "the optimizer was sharded"

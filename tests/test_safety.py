@@ -21,6 +21,7 @@ from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.cli import main
 from tdpo.commands.common import told_in_words
 from tdpo.config import seconds
+from tdpo.ops.chunked import default_logits_budget
 from tdpo.train import checkpoints
 from tdpo.train.interrupts import StopRequest
 
@@ -226,20 +227,21 @@ def test_out_of_memory_over_the_logits_halves_their_budget_once(
 
     def scarce(*args: Any, **options: Any) -> Any:
         asked.append(args[5])
-        if (args[5] or 2**28) > limit:
+        if (args[5] or default) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return pair_loss(*args, **options)
 
     monkeypatch.setattr(ops, "pair_loss", scarce)
-    limit = 2**27
+    default = default_logits_budget(torch.device("cpu"))
+    limit = default // 2
     trainer(tmp_path / "a", tokenizer, max_steps=2).train()
-    assert asked == [None, 2**27, 2**27]
-    assert "--logits_budget is 134217728 bytes from here on, half of it" in caplog.text
+    assert asked == [None, limit, limit]
+    assert f"--logits_budget is {limit} bytes from here on, half of it" in caplog.text
     limit = 2**20
     told = r"out of memory: CUDA out of memory\. A lower --per_device_train_batch_size"
     with pytest.raises(UserError, match=told), told_in_words():
         trainer(tmp_path / "b", tokenizer).train()
-    assert asked[3:] == [None, 2**27], "not halved for ever"
+    assert asked[3:] == [None, default // 2], "not halved for ever"
 
 
 def test_what_does_not_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
