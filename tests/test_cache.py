@@ -163,6 +163,7 @@ def rank(number: int, file: Path, folder: Path, start: object, told: object) -> 
         return whole(self, records, *more)
 
     Tokeniser.pairs = counted
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that the parent had started are not there after a fork
     start.wait()
     dataset = prepared(file, folder, max_length=60)
     told.put((number, count, [(p.prompt_ids, p.chosen_ids, p.rejected_ids, p.row) for p in dataset]))
@@ -175,7 +176,7 @@ def test_two_processes_see_the_same_pairs_in_the_same_order_tokenised_once(tmp_p
     ranks = [context.Process(target=rank, args=(n, file, tmp_path / "cache", start, told)) for n in range(2)]
     for process in ranks:
         process.start()
-    (_, one, first), (_, other, second) = (told.get(timeout=60) for _ in ranks)
+    (_, one, first), (_, other, second) = (told.get(timeout=120) for _ in ranks)
     for process in ranks:
         process.join()
     assert first == second and len(first) == 4000
