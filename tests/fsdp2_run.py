@@ -26,9 +26,11 @@ def main(options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(options["model"])
     tokenizer = AutoTokenizer.from_pretrained(options["model"])
-    rows = [json.loads(line) for line in Path(options["data"]).read_text().splitlines()]
+    rows, held_out = (
+        [json.loads(line) for line in Path(options[name]).read_text().splitlines()] for name in ("data", "held_out")
+    )
     args = TDPOConfig(**options["args"])
-    trainer = TDPOTrainer(model, None, args, None, rows, rows, tokenizer)
+    trainer = TDPOTrainer(model, None, args, None, rows, held_out, tokenizer)
     mesh = init_device_mesh("cpu", (trainer.accelerator.num_processes,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)

@@ -51,10 +51,10 @@ def trajectories(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, o
     folder = tmp_path_factory.mktemp("ways")
     options = ["--max_steps", 30, "--learning_rate", 0.05, "--max_grad_norm", 100]
     ends = {way: run(way, model_folder, odd_pairs, folder / way, *options) for way in WAYS}
-    return {**ends, "fsdp2": run_sharded(model_folder, odd_pairs, folder / "fsdp2", 0.05)}
+    return {**ends, "fsdp2": run_sharded(model_folder, odd_pairs, odd_pairs, folder / "fsdp2", 0.05)}
 
 
-def run_sharded(model: Path, data: Path, out: Path, learning_rate: float) -> Path:
+def run_sharded(model: Path, data: Path, held_out: Path, out: Path, learning_rate: float) -> Path:
     """The same in two processes whose policy is sharded by FSDP2."""
     args = {
         "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1, "per_device_train_batch_size": 4,
@@ -63,7 +63,7 @@ def run_sharded(model: Path, data: Path, out: Path, learning_rate: float) -> Pat
         "output_dir": str(out),
     }  # fmt: skip
     options = out.with_suffix(".json")
-    options.write_text(json.dumps({"model": str(model), "data": str(data), "args": args}))
+    options.write_text(json.dumps({"model": str(model), "data": str(data), "held_out": str(held_out), "args": args}))
     script = [*TORCHRUN, "--nproc_per_node", "2", str(Path(__file__).with_name("fsdp2_run.py")), str(options)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
@@ -131,7 +131,7 @@ def test_a_real_model_on_real_dialogues_takes_one_trajectory(shared: Path, tmp_p
     options = ["--max_steps", 30, "--learning_rate", 1e-3, "--max_grad_norm", 100]
     ways = ("one", "accumulated 4", "two processes")
     ends = {way: run(way, model, dialogues, tmp_path / way, *options) for way in ways}
-    ends["fsdp2"] = run_sharded(model, dialogues / "train.jsonl", tmp_path / "fsdp2", 1e-3)
+    ends["fsdp2"] = run_sharded(model, dialogues / "train.jsonl", dialogues / "test.jsonl", tmp_path / "fsdp2", 1e-3)
     for way in ends:
         assert_same_trajectory(ends[way], ends["one"])
     losses = [log["loss"] for log in history(ends["one"]) if "loss" in log]
