@@ -602,7 +602,7 @@ def test_a_budget_below_one_row_still_runs_a_row_at_a_time():
     budget = budget_for(6, 1000, torch.float32)
     assert chunk_rows(small, torch.float32, 1) == 1
     assert chunk_rows(small, torch.float32, budget) == 6 and chunk_rows(capped, torch.float32, budget) == 4
-    assert default_logits_budget(torch.device("cpu")) == 192 * 2**20
+    assert default_logits_budget(torch.device("cpu")) == 256 * 2**20
     assert default_logits_budget(torch.device("cuda")) == 512 * 2**20
 
 

@@ -415,7 +415,7 @@ class ScoringOptions(LayoutOptions):
     )
     logits_budget: int | None = field(
         default=None,
-        metadata={"help": "Bytes for logits at a time; default 192 MiB on a CPU, 512 MiB on an accelerator."},
+        metadata={"help": "Bytes for logits at a time; default 256 MiB on a CPU, 512 MiB on an accelerator."},
     )
 
 

@@ -36,8 +36,8 @@ LOGP_BUFFERS = 4
 
 
 def default_logits_budget(device: torch.device) -> int:
-    """Bytes a chunk's buffers may take: 512 MiB on an accelerator, 192 MiB on a CPU."""
-    return (192 if device.type == "cpu" else 512) * 2**20
+    """Bytes a chunk's buffers may take: 512 MiB on an accelerator, 256 MiB on a CPU."""
+    return (256 if device.type == "cpu" else 512) * 2**20
 
 
 def response_stats(
