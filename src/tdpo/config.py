@@ -22,7 +22,7 @@ from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns
 from tdpo.data.sft import SFT_FORMATS
 from tdpo.data.sources import Source, open_mixture, open_source
 from tdpo.data.templates import TEMPLATES
-from tdpo.data.tokenise import Lengths
+from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.errors import UserError
 from tdpo.ops import Backend
 
@@ -351,6 +351,13 @@ class PairOptions(FormatOptions, LengthOptions):
     cache_dataset: bool = field(
         default=True, metadata={"help": "Keep tokenised pairs on disk, so that the next run need not tokenise them."}
     )
+    dataset_num_proc: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that tokenise a dataset; each takes seconds to start, so several pay for hundreds "
+            "of thousands of pairs."
+        },
+    )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for tokenised pairs; default $TDPO_CACHE, or else ~/.cache/tdpo."}
     )
@@ -358,6 +365,15 @@ class PairOptions(FormatOptions, LengthOptions):
     def pair_cache(self) -> PairCache | None:
         """Where tokenised pairs are kept, or None if they are not to be."""
         return PairCache(self.cache_dir) if self.cache_dataset else None
+
+    def tokeniser(self, tokenizer: Any) -> Tokeniser:
+        """The tokenizer under these options.
+
+        Raises:
+            UserError: if it has no end-of-sequence token, or the options do not go together.
+        """
+        check_at_least(self, 1, "dataset_num_proc")
+        return Tokeniser(tokenizer, self.lengths(), processes=self.dataset_num_proc)
 
     def lengths(self) -> Lengths:
         """Truncation as these options describe it."""

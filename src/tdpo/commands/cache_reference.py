@@ -29,7 +29,6 @@ from tdpo.config import (
 from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
 from tdpo.data.formats import FORMATS
 from tdpo.data.sources import Source
-from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
@@ -70,7 +69,7 @@ def run(argv: Sequence[str]) -> None:
     folder = Path(options.reference_cache).expanduser()
     check_writable(folder)
     tokenizer = load_tokenizer(model_config)
-    tokeniser = Tokeniser(tokenizer, options.lengths())
+    tokeniser = options.tokeniser(tokenizer)
 
     def prepare(rows: Source) -> PairDataset:
         return prepare_pairs(rows, tokeniser, reading, options.on_bad_row)

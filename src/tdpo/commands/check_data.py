@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
     source, aside = data.open_training(reading), data.open_held_out(reading)
     _check_outputs(options, source, *([aside] if aside else []))
     quieten()
-    tokeniser = Tokeniser(load_tokenizer(model_config), options.lengths())
+    tokeniser = options.tokeniser(load_tokenizer(model_config))
 
     def prepared(rows: Source) -> Prepared:
         return prepare(rows, tokeniser, reading, options.on_bad_row, options.pair_cache())

@@ -25,7 +25,6 @@ from tdpo.config import (
 from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
 from tdpo.data.formats import FORMATS
 from tdpo.data.sources import Source, open_source
-from tdpo.data.tokenise import Tokeniser
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
@@ -62,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
     if options.json:
         check_writable(Path(options.json).absolute().parent)
     tokenizer = load_tokenizer(model_config)
-    tokeniser = Tokeniser(tokenizer, options.lengths())
+    tokeniser = options.tokeniser(tokenizer)
 
     def prepare(rows: Source) -> PairDataset:
         return prepare_pairs(rows, tokeniser, reading, options.on_bad_row, cache=options.pair_cache())

@@ -21,7 +21,6 @@ from tdpo.commands.options import parse
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.sources import Source
-from tdpo.data.tokenise import Tokeniser
 from tdpo.models.load import adapter_base, check_vocabulary, load_model, load_tokenizer, same_model
 from tdpo.train.interrupts import listening
 from tdpo.train.trainer import TDPOTrainer
@@ -46,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
     ref_name = _second_model(model_config, ref, adapter, args)
     out = console()
     tokenizer = load_tokenizer(model_config)
-    tokeniser = Tokeniser(tokenizer, args.lengths())
+    tokeniser = args.tokeniser(tokenizer)
 
     def prepare(rows: Source) -> PairDataset:
         return prepare_pairs(rows, tokeniser, reading, args.on_bad_row, cache=args.pair_cache())

@@ -18,6 +18,7 @@ from tdpo.data.reading import Reading
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.table import PairTable, record_batch
 from tdpo.data.tokenise import Tokeniser
+from tdpo.data.workers import batches_of_workers
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
 
@@ -163,14 +164,30 @@ def _build(
 def _batches(
     records: Iterable[PreferenceRecord], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
 ) -> Iterator[Any]:
-    kept, left = 0, iter(records)
-    while chunk := list(itertools.islice(left, CHUNK)):
-        with _no_collection():
-            pairs = tokeniser.pairs(chunk, report, on_bad_row)
-            kept += len(pairs)
-            batch = record_batch(pairs)
+    kept = 0
+    for batch in _work(_chunks(records), tokeniser, report, on_bad_row):
+        kept += len(batch)
         yield batch
     report.kept = kept
+
+
+def _chunks(records: Iterable[PreferenceRecord]) -> Iterator[list[PreferenceRecord]]:
+    left = iter(records)
+    while chunk := list(itertools.islice(left, CHUNK)):
+        yield chunk
+
+
+def _work(
+    chunks: Iterator[list[PreferenceRecord]], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
+) -> Iterator[Any]:
+    """A record batch per chunk, made here or in other processes."""
+    if tokeniser.processes > 1:
+        yield from batches_of_workers(chunks, tokeniser, report, on_bad_row)
+        return
+    for chunk in chunks:
+        with _no_collection():
+            batch = record_batch(tokeniser.pairs(chunk, report, on_bad_row))
+        yield batch
 
 
 @contextmanager

@@ -137,13 +137,21 @@ class Tokeniser:
         tokenizer: The tokenizer of the policy.
         lengths: Truncation.
         encode: The encoder of another ``Tokeniser`` with the same tokenizer, to share what it has learnt.
+        processes: Processes that a whole dataset is tokenised in; see :mod:`tdpo.data.workers`.
 
     Raises:
         UserError: if the tokenizer has no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, lengths: Lengths | None = None, encode: TextEncoder | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        lengths: Lengths | None = None,
+        encode: TextEncoder | None = None,
+        processes: int = 1,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.processes = processes
         self.lengths = lengths or Lengths()
         if tokenizer.eos_token_id is None:
             raise UserError(

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, TrainerCallback
 from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
 from tdpo.data.pack import pack_padded, pack_trees
-from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout
 from tdpo.models.inside import open_forward, run_inside
@@ -225,7 +224,7 @@ def _tokenizer_of(policy: Any, dataset: Any) -> Any:
 def _prepare(
     data: Iterable[Any], tokenizer: Any, policy: nn.Module, limit: int | None, args: TDPOConfig, name: str
 ) -> PairDataset:
-    tokeniser = Tokeniser(tokenizer, args.lengths()) if tokenizer is not None else None
+    tokeniser = args.tokeniser(tokenizer) if tokenizer is not None else None
     dataset = prepare_pairs(
         data,
         tokeniser,

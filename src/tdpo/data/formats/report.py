@@ -63,6 +63,14 @@ class DataReport:
             reason = OTHER_REASONS
         self.dropped[reason].append(place.row)
 
+    def add(self, part: DataReport) -> None:
+        """Takes over what the report of a part of the source says of dropped and cut rows."""
+        for reason, rows in part.dropped.items():
+            known = reason in self.dropped or len(self.dropped) < REASONS_KEPT
+            self.dropped[reason if known else OTHER_REASONS] += rows
+        for what, rows in part.truncated.items():
+            self.truncated[what] += rows
+
     def lines(self) -> list[str]:
         """The report in words, one line each.
 
