@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import machine, write_csv
+from measure import machine, pairs_parser, write_csv
 from step import draw_pairs, models, step_of
 from torch import Tensor, nn
 
@@ -105,14 +105,7 @@ def compare(options: argparse.Namespace, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Prints and writes the step's time, the bound and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", required=True, help="preference data, any format tdpo reads")
-    parser.add_argument("--tokenizer", required=True, help="name or folder")
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repetitions", type=int, default=7, help="turns of step and products per draw of pairs")
-    parser.add_argument("--rounds", type=int, default=7, help="draws of pairs")
+    parser = pairs_parser(__doc__, repetitions=7, rounds=7)
     parser.add_argument("--csv", default="benchmarks/results/bound.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -89,6 +89,35 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
     return round(statistics.median(found), 2), round(found[0], 2), round(found[-1], 2)
 
 
+def ratio_columns(figure: str, base: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """:func:`ratios` as three columns of a table, named after the figure and what it is divided by."""
+    ends = ("", "_min", "_max")
+    return {f"{figure}_over_{base}{end}": value for end, value in zip(ends, ratios(ours, theirs), strict=True)}
+
+
+def pairs_parser(description: str | None, repetitions: int = 3, rounds: int = 3) -> argparse.ArgumentParser:
+    """The options of a benchmark on real pairs; :func:`words_of` hands them to its processes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", required=True, help="preference data, any format tdpo reads")
+    parser.add_argument("--tokenizer", required=True, help="name or folder")
+    parser.add_argument("--rows", type=int, default=400, help="rows of the data to draw pairs from")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--repetitions", type=int, default=repetitions, help="timed steps, after those to warm up")
+    parser.add_argument("--rounds", type=int, default=rounds, help="draws of pairs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+PAIRS_OPTIONS = ("pairs", "tokenizer", "rows", "batch_size", "repetitions", "threads")
+"""Options of :func:`pairs_parser` that are the same in every process."""
+
+
+def words_of(options: argparse.Namespace, names: Sequence[str] = PAIRS_OPTIONS) -> list[str]:
+    """Some options as words of a command line."""
+    return [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
+
+
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the figures belong to."""
     cpu = next(

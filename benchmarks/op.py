@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import MEBIBYTE, in_turn, machine, peak_above, ratios, seconds_of, write_csv
+from measure import MEBIBYTE, in_turn, machine, peak_above, ratios, seconds_of, words_of, write_csv
 from torch import Tensor
 
 from tdpo import objectives, ops
@@ -193,7 +193,7 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     same = ("tokens", "width", "dtype", "backend", "repetitions", "threads")
-    arguments = [word for name in same for word in (f"--{name}", str(getattr(options, name)))]
+    arguments = words_of(options, same)
     named = machine(options) | {"rounds": options.rounds}
     for path, table in ((options.csv, time_table), (options.memory_csv, memory_table)):
         rows = table(options, arguments)

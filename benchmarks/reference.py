@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import in_turn, machine, peak_above, ratios, resident, seconds_of, write_csv
+from measure import (
+    in_turn,
+    machine,
+    pairs_parser,
+    peak_above,
+    ratio_columns,
+    resident,
+    seconds_of,
+    words_of,
+    write_csv,
+)
 from step import draw_pairs, models
 
 from tdpo import objectives
@@ -105,9 +115,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs every setting in turn, round after round with other pairs, and gives a row each."""
-    same = ("pairs", "tokenizer", "rows", "batch_size", "repetitions", "threads")
-    arguments = [word for name in same for word in (f"--{name}", str(getattr(options, name)))]
-    found = in_turn(__file__, [{"setting": name} for name in SETTINGS], options.rounds, arguments)
+    found = in_turn(__file__, [{"setting": name} for name in SETTINGS], options.rounds, words_of(options))
     runs = dict(zip(SETTINGS, found, strict=True))
     rows = []
     for name, measured in runs.items():
@@ -116,24 +124,15 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             values = [run[figure] for run in measured if figure in run]
             row[figure] = round(statistics.median(values), 3) if values else ""
         for figure in ("seconds", "processor_seconds", "mebibytes"):
-            found_ratios = ratios([run[figure] for run in runs["full-frozen"]], [run[figure] for run in measured])
-            ends = ("", "_min", "_max")
-            row |= {f"{figure}_over_full_frozen{end}": v for end, v in zip(ends, found_ratios, strict=True)}
+            base, own = ([run[figure] for run in some] for some in (runs["full-frozen"], measured))
+            row |= ratio_columns(figure, "full_frozen", base, own)
         rows.append(row)
     return rows
 
 
 def main() -> None:
     """Measures one setting, or compares all and writes a CSV."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", required=True, help="preference data, any format tdpo reads")
-    parser.add_argument("--tokenizer", required=True, help="name or folder")
-    parser.add_argument("--rows", type=int, default=400, help="rows of the data to draw pairs from")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--repetitions", type=int, default=3, help="timed steps per process, after two to warm up")
-    parser.add_argument("--rounds", type=int, default=3, help="processes per setting, each with other pairs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
+    parser = pairs_parser(__doc__)
     parser.add_argument("--setting", choices=SETTINGS, help="measure this one here and print JSON")
     parser.add_argument("--csv", default="benchmarks/results/reference.csv")
     options = parser.parse_args()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import in_turn, machine, peak_above, ratios, seconds_of, write_csv
+from measure import in_turn, machine, pairs_parser, peak_above, ratio_columns, seconds_of, words_of, write_csv
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -173,10 +173,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs every implementation in turn, round after round with other pairs, and gives a row each."""
-    same = ("pairs", "tokenizer", "rows", "batch_size", "repetitions", "threads")
-    arguments = [word for name in same for word in (f"--{name}", str(getattr(options, name)))]
     settings = [{"implementation": name} for name in options.compare]
-    results = dict(zip(options.compare, in_turn(__file__, settings, options.rounds, arguments), strict=True))
+    results = dict(zip(options.compare, in_turn(__file__, settings, options.rounds, words_of(options)), strict=True))
     ours = results["tdpo2"]
     return [row(name, runs, ours) for name, runs in results.items() if runs]
 
@@ -185,9 +183,9 @@ def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -
     """Medians over rounds, and the ratios to ours round by round."""
     result: dict[str, Any] = {"implementation": name}
     for figure, digits in (("seconds", 3), ("mebibytes", 0)):
-        found = ratios([our[figure] for our in ours], [run[figure] for run in runs])
-        result[figure] = round(statistics.median(run[figure] for run in runs), digits)
-        result |= {f"{figure}_over_tdpo2{end}": v for end, v in zip(("", "_min", "_max"), found, strict=True)}
+        values = [run[figure] for run in runs]
+        result[figure] = round(statistics.median(values), digits)
+        result |= ratio_columns(figure, "tdpo2", [our[figure] for our in ours], values)
     return result | {
         "loss_first_round": round(runs[0]["loss"], 6),
         "gradient_norm_first_round": round(runs[0]["gradient_norm"], 6),
@@ -196,15 +194,7 @@ def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -
 
 def main() -> None:
     """Measures one implementation, or compares all and writes a CSV."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", required=True, help="preference data, any format tdpo reads")
-    parser.add_argument("--tokenizer", required=True, help="name or folder")
-    parser.add_argument("--rows", type=int, default=400, help="rows of the data to draw pairs from")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--repetitions", type=int, default=3, help="timed steps per process, after one to warm up")
-    parser.add_argument("--rounds", type=int, default=3, help="processes per implementation, each with other pairs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
+    parser = pairs_parser(__doc__)
     parser.add_argument("--compare", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="measure this one here and print JSON")
     parser.add_argument("--csv", default="benchmarks/results/step.csv")

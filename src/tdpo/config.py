@@ -62,7 +62,9 @@ class ModelConfig:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "Attention implementation: eager, sdpa, flash_attention_2; default: the model's."},
+        metadata={
+            "help": "Attention implementation: eager, sdpa, flex_attention, flash_attention_2; default: the model's."
+        },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow models and tokenizers that bring Python code of their own to run it."}

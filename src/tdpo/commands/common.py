@@ -25,7 +25,8 @@ from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
-from tdpo.train.checkpoints import checkpoints, newest_whole, write_whole
+from tdpo.files import write_whole
+from tdpo.train.checkpoints import checkpoints, newest_whole
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
 logger = logging.getLogger("tdpo")

@@ -26,6 +26,7 @@ import transformers
 from tdpo.data.formats import DataReport
 from tdpo.data.sources import SourceRow
 from tdpo.data.table import SCHEMA, PairTable
+from tdpo.files import write_whole
 from tdpo.types import PreferenceRecord
 
 logger = logging.getLogger("tdpo")
@@ -96,9 +97,7 @@ class PairCache:
                 size, checksum = _size_and_checksum(partial)
                 about = {"source": report.source, "bytes": size, "crc32": checksum, "report": _fields(report)}
                 partial.replace(self._pairs(key))
-                told = self._about(key).with_suffix(".json.partial")
-                told.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-                told.replace(self._about(key))
+                write_whole(self._about(key), json.dumps(about, indent=1) + "\n")
                 return PairTable.mapped(self._pairs(key)), report
         finally:
             with contextlib.suppress(OSError):

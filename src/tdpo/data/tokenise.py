@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from tdpo.data.chat import ChatRenderer, Piece
 from tdpo.data.encode import TextEncoder
-from tdpo.data.formats import ROWS_NAMED, DataReport, OnBadRow, RowError
+from tdpo.data.formats import ROWS_NAMED, DataReport, OnBadRow, Placed, RowError
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
@@ -17,18 +17,6 @@ TruncationMode = Literal["keep_end", "keep_start"]
 OnOverlong = Literal["truncate", "drop", "error"]
 ANCHOR = "\n"
 """Text put before a response whose tokenizer would otherwise prefix it with a space of its own; its ids are cut off."""
-
-
-class Placed(Protocol):
-    """Anything that knows where it was read."""
-
-    @property
-    def source(self) -> str:
-        """File or dataset."""
-
-    @property
-    def row(self) -> int:
-        """Row number, from 1."""
 
 
 @dataclass(frozen=True)

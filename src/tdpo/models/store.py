@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tdpo.errors import UserError
+from tdpo.files import PARTIAL, write_whole
 from tdpo.models.fingerprint import bytes_hash
 from tdpo.types import TokenisedPair
 
@@ -132,9 +132,9 @@ class HiddenStore:
         content["versions"] = {"torch": torch.__version__}
         with _told_in_words(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob("*.partial-*"):
+            for left in self.folder.glob(f"*{PARTIAL}-*"):
                 left.unlink(missing_ok=True)
-            _write_whole(self.folder / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+            write_whole(self.folder / MANIFEST, json.dumps(content, indent=2) + "\n")
 
     def add(self, pairs: Sequence[TokenisedPair], states_ND: Tensor) -> None:
         """Writes one shard.
@@ -159,7 +159,7 @@ class HiddenStore:
         told = {"key": self.key.digest, "content": _content_hash(tensors)}
         name = f"hidden-{told['content'][:24]}.safetensors"
         with _told_in_words(self.folder):
-            _write_whole(self.folder / name, save(tensors, metadata=told))
+            write_whole(self.folder / name, save(tensors, metadata=told))
 
     def refresh(self) -> None:
         """Looks at the folder again: shards that other processes wrote are found."""
@@ -264,20 +264,6 @@ def _differences(stored: dict[str, Any], ours: dict[str, Any], names: Sequence[s
     return " and ".join(
         hashed[name] if name in hashed else f"{name} {stored.get(name)} (now {ours[name]})" for name in names
     )
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file aside, brings it to the disk and renames it."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

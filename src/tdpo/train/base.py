@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from tdpo.config import RunOptions, seconds
 from tdpo.errors import Stopped, UserError
+from tdpo.files import PARTIAL, write_whole
 from tdpo.train import checkpoints
 from tdpo.train.interrupts import StopRequest, reason
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
@@ -317,7 +318,7 @@ class BatchMeanTrainer(Trainer):
         """
         output_dir = Path(str(self.args.output_dir))
         final = output_dir / f"checkpoint-{self.state.global_step}"
-        aside = final.with_name(final.name + checkpoints.PARTIAL)
+        aside = final.with_name(final.name + PARTIAL)
         written = aside / final.name
         with checkpoints.told_what_stays(final.name, aside, output_dir):
             self._aside = aside
@@ -357,7 +358,7 @@ class BatchMeanTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or str(self.args.output_dir))
-        aside = folder / f"model{checkpoints.PARTIAL}"
+        aside = folder / f"model{PARTIAL}"
         if self.is_fsdp_enabled:  # sharded state dicts are for resuming; a model is saved whole
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         with checkpoints.told_what_stays("the model", aside, folder):
@@ -379,7 +380,7 @@ class BatchMeanTrainer(Trainer):
         """As the Trainer's; the file appears whole or not at all."""
         if self.args.should_save:
             path = Path(str(self.args.output_dir)) / TRAINER_STATE_NAME
-            partial = path.with_name(path.name + checkpoints.PARTIAL)
+            partial = path.with_name(path.name + PARTIAL)
             self.state.save_to_json(str(partial))
             partial.replace(path)
 
@@ -394,7 +395,7 @@ class BatchMeanTrainer(Trainer):
             earlier = json.loads(together.read_text(encoding="utf-8")) if together.is_file() else {}
             files[together] = {**earlier, **metrics}
         for path, content in files.items():
-            checkpoints.write_whole(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
+            write_whole(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
 class _StopCallback(TrainerCallback):

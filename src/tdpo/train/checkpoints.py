@@ -7,7 +7,6 @@ size of each of its files, so that one that was cut short on its way (a copy, a 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tdpo.errors import UserError
+from tdpo.files import PARTIAL, flush
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -104,18 +103,20 @@ def clear_partial(output_dir: str | Path) -> None:
     """Removes what an interrupted run was writing or removing."""
     for path in Path(output_dir).glob(f"checkpoint-*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in Path(output_dir).glob(f"*{PARTIAL}-*"):
+        path.unlink(missing_ok=True)
 
 
 def seal(folder: Path) -> None:
     """Makes the files of a folder durable and lists their sizes in its manifest, written last."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     for path in files:
-        _flush(path)
+        flush(path)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"sizes": {str(p.relative_to(folder)): p.stat().st_size for p in files}}, indent=1))
-    _flush(manifest)
+    flush(manifest)
     for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _flush(inner)
+        flush(inner)
 
 
 def publish(aside: Path, final: Path) -> None:
@@ -123,7 +124,7 @@ def publish(aside: Path, final: Path) -> None:
     if final.exists():
         remove(final)
     aside.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def move_into(aside: Path, folder: Path) -> None:
@@ -131,19 +132,12 @@ def move_into(aside: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(aside.rglob("*")):
         if path.is_file():
-            _flush(path)
+            flush(path)
             target = folder / path.relative_to(aside)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
-    _flush(folder)
+    flush(folder)
     shutil.rmtree(aside)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 @contextmanager
@@ -174,12 +168,3 @@ def is_write_error(error: BaseException) -> bool:
         return True
     words = ("PytorchStreamWriter", "unexpected pos", "No space left", "os error")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

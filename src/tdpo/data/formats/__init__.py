@@ -3,7 +3,7 @@
 from tdpo.data.formats.convert import OnBadRow, convert, iter_records, name_of, to_records
 from tdpo.data.formats.fields import chat_options, is_empty, renamed, text_of
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format
-from tdpo.data.formats.report import ROWS_NAMED, DataReport, RowDropped, RowError
+from tdpo.data.formats.report import ROWS_NAMED, DataReport, Placed, RowDropped, RowError
 
 __all__ = [
     "AUTO",
@@ -12,6 +12,7 @@ __all__ = [
     "DataReport",
     "Format",
     "OnBadRow",
+    "Placed",
     "RowDropped",
     "RowError",
     "chat_options",
