@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_formats_pairs import ROWS, dropped, one, told
+from test_formats_pairs import ROWS, TEXTS, dropped, one, told
 
 from tdpo import UserError
 from tdpo.data.formats import to_records
@@ -37,6 +37,16 @@ def test_scored_completions_make_all_pairs_that_differ() -> None:
     scores = {row["completion"]: row["reward"] for row in completions()}
     assert all(scores[chosen] > scores[rejected] for chosen, rejected in made)
     assert len(set(made)) == len(made)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_scored_completions_in_any_script_and_of_any_length(text: str) -> None:
+    scores = {"yes": 1.0, "no": -1.0, "": 0.0}
+    rows = [{"prompt": text, "completion": f"{text} {word}", "reward": score} for word, score in scores.items()]
+    records, report = to_records(from_memory(rows, "pairs.jsonl"))
+    assert report.format == "scored" and {record.prompt for record in records} == {text}
+    found = {(record.chosen.removeprefix(text), record.rejected.removeprefix(text)) for record in records}
+    assert found == {(" yes", " no"), (" yes", " "), (" ", " no")}
 
 
 def test_scored_completions_make_the_best_against_the_worst() -> None:
