@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import in_turn, machine, ratios, resident, write_csv
+from measure import in_turn, machine, ratio_columns, resident, write_csv
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tdpo.data.cache import PairCache
@@ -33,7 +33,7 @@ from tdpo.data.formats import to_records
 from tdpo.data.sources import from_memory, open_source, read_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 
-IMPLEMENTATIONS = ("tdpo", "tdpo-second-start", "trl", "trl-processes")
+IMPLEMENTATIONS = ("tdpo", "tdpo-processes", "tdpo-second-start", "trl", "trl-processes")
 Row = dict[str, str]
 
 
@@ -74,13 +74,14 @@ def _words(names: list[str]) -> Iterator[str]:
             yield from str(row.fields["text"]).split(" ")
 
 
-def tdpo(rows: list[Row], tokenizer: Any, folder: Path) -> Callable[[], tuple[float, int]]:
+def tdpo(rows: list[Row], tokenizer: Any, folder: Path, processes: int = 1) -> Callable[[], tuple[float, int]]:
     """Rows in memory to pairs in a cache file, and the tokens in them."""
     source = from_memory(rows, "rows")
+    tokeniser = Tokeniser(tokenizer, Lengths(2**20, 2**19), processes=processes)
 
     def prepare() -> tuple[float, int]:
         start = time.perf_counter()
-        pairs = prepare_pairs(source, Tokeniser(tokenizer, Lengths(2**20, 2**19)), cache=PairCache(folder))
+        pairs = prepare_pairs(source, tokeniser, cache=PairCache(folder))
         return time.perf_counter() - start, sum(pairs.lengths())
 
     return prepare
@@ -146,11 +147,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     """One preparation: seconds, CPU seconds (with child processes), tokens, and memory above rows and tokenizer."""
     rows, tokenizer = make_rows(options), AutoTokenizer.from_pretrained(options.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
+        processes = (os.cpu_count() or 1) if options.implementation.endswith("-processes") else 1
         if options.implementation.startswith("trl"):
-            processes = os.cpu_count() if options.implementation == "trl-processes" else None
-            prepare = trl(rows, tokenizer, Path(folder), processes)
+            prepare = trl(rows, tokenizer, Path(folder), processes if processes > 1 else None)
+        elif options.implementation == "tdpo-second-start":
+            prepare = tdpo_second_start(rows, tokenizer, Path(folder))
         else:
-            prepare = (tdpo if options.implementation == "tdpo" else tdpo_second_start)(rows, tokenizer, Path(folder))
+            prepare = tdpo(rows, tokenizer, Path(folder), processes)
         before = resident(peak=False)
         Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
         spent = sum(os.times()[:4])
@@ -166,11 +169,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[str, Any]:
     """Medians over rounds, and the ratios to ours round by round."""
-    times = ratios([run["seconds"] for run in ours], [run["seconds"] for run in runs])
+    times = ratio_columns("time", "tdpo", [run["seconds"] for run in ours], [run["seconds"] for run in runs])
     return {
         "implementation": name,
         "seconds": round(statistics.median(run["seconds"] for run in runs), 2),
-        **dict(zip(("time_over_tdpo", "time_over_tdpo_min", "time_over_tdpo_max"), times, strict=True)),
+        **times,
         "cpu_seconds": round(statistics.median(run["cpu_seconds"] for run in runs), 2),
         "mebibytes": round(statistics.median(run["mebibytes"] for run in runs)),
         "tokens_first_round": int(runs[0]["tokens"]),

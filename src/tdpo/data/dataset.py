@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ from tdpo.data.reading import Reading
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.table import PairTable, record_batch
 from tdpo.data.tokenise import Tokeniser
-from tdpo.data.workers import batches_of_workers
+from tdpo.data.workers import batches_made_here, batches_of_workers
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
 
@@ -165,7 +163,8 @@ def _batches(
     records: Iterable[PreferenceRecord], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
 ) -> Iterator[Any]:
     kept = 0
-    for batch in _work(_chunks(records), tokeniser, report, on_bad_row):
+    make = batches_of_workers if tokeniser.processes > 1 else batches_made_here
+    for batch in make(_chunks(records), tokeniser, report, on_bad_row):
         kept += len(batch)
         yield batch
     report.kept = kept
@@ -175,31 +174,6 @@ def _chunks(records: Iterable[PreferenceRecord]) -> Iterator[list[PreferenceReco
     left = iter(records)
     while chunk := list(itertools.islice(left, CHUNK)):
         yield chunk
-
-
-def _work(
-    chunks: Iterator[list[PreferenceRecord]], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
-) -> Iterator[Any]:
-    """A record batch per chunk, made here or in other processes."""
-    if tokeniser.processes > 1:
-        yield from batches_of_workers(chunks, tokeniser, report, on_bad_row)
-        return
-    for chunk in chunks:
-        with _no_collection():
-            batch = record_batch(tokeniser.pairs(chunk, report, on_bad_row))
-        yield batch
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Holds the garbage collector back: a chunk makes many lists and no cycles; looking for some doubles its time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _is_tokenised(row: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Tokenising in several processes: chunks of records go out, record batches come back in their order.
+"""Chunks of records to record batches, here or in several processes, which give them back in their order.
 
 A process starts anew, imports the package and gets the tokenizer, which takes seconds before its first row; so it is
 asked for (``--dataset_num_proc``) and pays from some hundred thousand pairs on.
@@ -6,6 +6,7 @@ asked for (``--dataset_num_proc``) and pays from some hundred thousand pairs on.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,14 @@ AHEAD = 2
 
 _tokeniser: Tokeniser | None = None
 """The tokeniser of this process, where it is a worker."""
+
+
+def batches_made_here(
+    chunks: Iterable[list[PreferenceRecord]], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
+) -> Iterator[Any]:
+    """A record batch per chunk, made in this process; see :func:`batches_of_workers`."""
+    for chunk in chunks:
+        yield _batch(chunk, tokeniser, report, on_bad_row)
 
 
 def batches_of_workers(
@@ -79,4 +88,15 @@ def _tokenised(records: list[PreferenceRecord], source: str, on_bad_row: OnBadRo
     if _tokeniser is None:
         raise RuntimeError("this process has no tokeniser; it was not started by batches_of_workers")
     report = DataReport(source)
-    return record_batch(_tokeniser.pairs(records, report, on_bad_row)), report
+    return _batch(records, _tokeniser, report, on_bad_row), report
+
+
+def _batch(records: list[PreferenceRecord], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow) -> Any:
+    """Holds the garbage collector back: a chunk makes many lists and no cycles; looking for some doubles its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return record_batch(tokeniser.pairs(records, report, on_bad_row))
+    finally:
+        if was_on:
+            gc.enable()
