@@ -80,7 +80,7 @@ def _cached(reference: FrozenCopy, pairs: list[TokenisedPair], dtype: str, figur
     figures["fill_seconds"] = time.perf_counter() - start
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
     figures["bytes_per_token"] = sum(path.stat().st_size for path in folder.glob("hidden-*")) / tokens
-    return CachedHidden(store, reference.hidden(pack_trees(pairs[:1])).head)
+    return CachedHidden(store, reference.head())
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:

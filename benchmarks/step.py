@@ -26,7 +26,7 @@ from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.data.sources import read_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.models.hidden import response_hidden
-from tdpo.models.reference import FrozenCopy
+from tdpo.models.reference import FrozenCopy, reference_hidden
 from tdpo.models.tied import tied_gradient
 from tdpo.score import batch_loss
 from tdpo.types import PackedBatch, PairStats, TokenisedPair
@@ -88,7 +88,7 @@ def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[Tokenised
         def without_kl() -> Tensor:
             batch = pack(pairs)
             with tied_gradient(policy) as tied:
-                hidden, ref_hidden = response_hidden(policy, batch), reference.hidden(batch)
+                hidden, ref_hidden = response_hidden(policy, batch), reference_hidden(reference, batch)
             return ops.pair_loss(
                 hidden, ref_hidden, batch.labels, batch.lengths, objective, with_kl=False, tied=tied
             ).total

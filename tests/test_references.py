@@ -21,11 +21,11 @@ from tdpo.data.dataset import prepare_pairs
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
-from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy
+from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, reference_hidden
 from tdpo.models.store import CacheKey, HiddenStore
 from tdpo.score import score_batch
 from tdpo.train.references import FillOptions, cache_key, fill
-from tdpo.types import Hidden, PackedBatch, TokenisedPair
+from tdpo.types import Head, PackedBatch, TokenisedPair
 
 OBJECTIVE = tdpo.objectives.tdpo1(0.3)
 CPU = torch.device("cpu")
@@ -70,9 +70,12 @@ class InDtype:
     def __init__(self, reference: FrozenCopy, dtype: torch.dtype) -> None:
         self.reference, self.dtype = reference, dtype
 
-    def hidden(self, batch: PackedBatch) -> Hidden:
-        live = self.reference.hidden(batch)
-        return Hidden(live.states.to(self.dtype).to(live.states.dtype), live.head)
+    def states(self, batch: PackedBatch) -> torch.Tensor:
+        live = self.reference.states(batch)
+        return live.to(self.dtype).to(live.dtype)
+
+    def head(self) -> Head:
+        return self.reference.head()
 
 
 @pytest.mark.parametrize("pack", [pack_padded, pack_trees])
@@ -84,7 +87,7 @@ def test_cached_statistics_are_bit_equal_to_the_live_reference_in_the_caches_dty
     policy, model = make_model(len(tokenizer), seed=1), make_model(len(tokenizer))
     store = filled(tmp_path, model, pairs, pack, dtype=dtype)
     live = FrozenCopy(model)
-    cached, kept = CachedHidden(store, live.hidden(pack(pairs)).head), store.key.torch_dtype
+    cached, kept = CachedHidden(store, live.head()), store.key.torch_dtype
     assert kept == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
     assert store.bytes_per_token() == 32 * kept.itemsize
     ordered = sorted(pairs, key=lambda pair: -len(pair.prompt_ids) - len(pair.chosen_ids + pair.rejected_ids))
@@ -221,7 +224,7 @@ def test_adapter_off_is_the_base_bit_for_bit_and_leaves_no_trace(tokenizer: Any,
     frozen = next(p for n, p in policy.named_parameters() if "lora_A" in n).requires_grad_(False)
     before = [(n, p.requires_grad) for n, p in policy.named_parameters()], [m.training for m in policy.modules()]
     batch = pack_trees(pairs)
-    ours, theirs = AdapterOff(policy).hidden(batch), FrozenCopy(base).hidden(batch)
+    ours, theirs = (reference_hidden(reference, batch) for reference in (AdapterOff(policy), FrozenCopy(base)))
     assert torch.equal(ours.states, theirs.states) and torch.equal(ours.head.weight, theirs.head.weight)
     assert (
         [(n, p.requires_grad) for n, p in policy.named_parameters()],

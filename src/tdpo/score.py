@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,9 +13,10 @@ from tdpo import ops
 from tdpo.data.dataset import check_fits
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
-from tdpo.models.hidden import response_hidden
-from tdpo.models.policy import evaluating, head_of, position_limit, prove_head
-from tdpo.models.reference import Reference, check_comparable
+from tdpo.models.hidden import response_states
+from tdpo.models.inside import run_in_head
+from tdpo.models.policy import head_of, position_limit, prove_head
+from tdpo.models.reference import Reference, as_reference, check_comparable
 from tdpo.models.tied import tied_gradient
 from tdpo.models.trees import tree_plan
 from tdpo.objectives import Objective
@@ -96,7 +97,7 @@ def score_pairs(
     prove_head(policy)
     if isinstance(reference, nn.Module):
         check_comparable(policy, reference)
-    models = [policy, *([reference] if isinstance(reference, nn.Module) else reference.models())]
+    models = [policy, *as_reference(reference).models()]
     check_fits(pairs, head_of(policy).vocab_size, position_limit(*models))
     batch = packer(layout, models)(pairs).to(next(policy.parameters()).device)
     return score_batch(policy, reference, batch, objective, backend)
@@ -140,18 +141,25 @@ def batch_loss(
     if backend == "naive":
         scores = score_batch(policy, reference, batch, objective, backend)
         return scores.loss.sum(), scores
-    ref_hidden = _reference_hidden(reference, batch)
+    live = as_reference(reference)
+    ref_states = live.states(batch)
+    budget = logits_budget or LogitsBudget()
     with tied_gradient(policy) as tied:
-        hidden = response_hidden(policy, batch)
 
-    def head(size: int | None) -> FusedLoss:
-        return ops.pair_loss(
-            hidden, ref_hidden, batch.labels, batch.lengths, objective, size, backend=backend, tied=tied
-        )
+        def loss(states: Tensor) -> tuple[Tensor, FusedLoss]:
+            hidden, ref_hidden = Hidden(states, head_of(policy)), Hidden(ref_states, live.head())
 
-    fused = (logits_budget or LogitsBudget()).within(head, hidden.states.device)
+            def sized(size: int | None) -> FusedLoss:
+                return ops.pair_loss(
+                    hidden, ref_hidden, batch.labels, batch.lengths, objective, size, backend=backend, tied=tied
+                )
+
+            fused = budget.within(sized, states.device)
+            return fused.total, fused
+
+        total, fused = run_in_head(policy, response_states(policy, batch), loss)
     logp = _sums(fused.tokens.logp, batch)
-    return fused.total, PairScores(fused.outcome, fused.stats, logp[:, 0], logp[:, 1], fused.tokens, batch)
+    return total, PairScores(fused.outcome, fused.stats, logp[:, 0], logp[:, 1], fused.tokens, batch)
 
 
 def score_batch(
@@ -163,20 +171,20 @@ def score_batch(
     logits_budget: int | None = None,
 ) -> PairScores:
     """:func:`score_pairs` for a batch that is already laid out, on the policy's device, without the checks."""
-    ref_hidden = _reference_hidden(reference, batch)
-    hidden = response_hidden(policy, batch)
-    tokens = ops.response_stats(hidden, ref_hidden, batch.labels, backend, logits_budget)
-    logratio = _sums(tokens.logp - tokens.ref_logp, batch)
-    kl, logp = _sums(tokens.kl, batch), _sums(tokens.logp.detach(), batch)
+    live = as_reference(reference)
+    ref_states = live.states(batch)
+
+    def statistics(states: Tensor) -> tuple[Tensor, Tensor, TokenStats]:
+        hidden, ref_hidden = Hidden(states, head_of(policy)), Hidden(ref_states, live.head())
+        tokens = ops.response_stats(hidden, ref_hidden, batch.labels, backend, logits_budget)
+        return tokens.logp, tokens.kl, tokens
+
+    logp, kl, tokens = run_in_head(policy, response_states(policy, batch), statistics)
+    tokens = replace(tokens, logp=logp, kl=kl)
+    logratio = _sums(logp - tokens.ref_logp, batch)
+    kl, logp = _sums(kl, batch), _sums(logp.detach(), batch)
     stats = PairStats(logratio[:, 0], logratio[:, 1], kl[:, 0], kl[:, 1])
     return PairScores(objective(stats), stats, logp[:, 0], logp[:, 1], tokens, batch)
-
-
-def _reference_hidden(reference: nn.Module | Reference, batch: PackedBatch) -> Hidden:
-    if not isinstance(reference, nn.Module):
-        return reference.hidden(batch)
-    with evaluating(reference), torch.no_grad():
-        return response_hidden(reference, batch)
 
 
 def _sums(values_N: Tensor, batch: PackedBatch) -> Tensor:

@@ -16,7 +16,7 @@ from tdpo import ops
 from tdpo.data.pack import pack_sequences
 from tdpo.models.hidden import response_hidden
 from tdpo.models.policy import evaluating
-from tdpo.models.reference import Reference
+from tdpo.models.reference import Reference, reference_hidden
 from tdpo.ops.chunked import default_logits_budget
 from tdpo.ops.heads import chunk_rows
 from tdpo.ops.numerics import head_logits, statistics_dtype
@@ -146,8 +146,7 @@ def sample_stats(
 
 def _batch_sums(policy: nn.Module, reference: nn.Module | Reference, batch: PackedBatch) -> Tensor:
     """KL, log-ratio and entropy of each row, ``[3, S]`` on the CPU."""
-    hidden = response_hidden(policy, batch)
-    ref_hidden = response_hidden(reference, batch) if isinstance(reference, nn.Module) else reference.hidden(batch)
+    hidden, ref_hidden = response_hidden(policy, batch), reference_hidden(reference, batch)
     # The operation gives KL(second || first). Trained against, the reference comes second; here the roles are swapped,
     # so that it is KL(policy || reference) that comes out, and "logp" is the reference's.
     swapped = ops.response_stats(ref_hidden, hidden, batch.labels)

@@ -1,20 +1,22 @@
 """Runs code inside a model's forward, whatever the model is wrapped in.
 
-Data-parallel and sharding wrappers synchronise gradients and gather weights around the *forward* of what they wrap;
-the head's weight may be whole only there. So body, head and loss have to run within one forward. A model that was
-given :func:`open_forward` accepts one more argument, ``inside=function``, and then returns ``function(model)``.
+Data-parallel and sharding wrappers synchronise gradients and gather weights around the *forward* of what they wrap. So
+body, head and loss have to run within the model's forward: one that was given :func:`open_forward` accepts one more
+argument, ``inside=function``, and then returns ``function(model)``. What reads the head's weight runs within the head's
+own forward too (:func:`run_in_head`), since each module's weights may be whole only while it runs.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from tdpo.models.policy import causal_lm
+from tdpo.models.policy import causal_lm, prove_head
 
 Result = TypeVar("Result")
 
@@ -37,3 +39,29 @@ def open_forward(model: nn.Module) -> None:
 def run_inside(model: nn.Module, function: Callable[[Any], Result]) -> Result:
     """Calls ``function(causal_lm)`` within the forward of ``model``, wrapped or not; see :func:`open_forward`."""
     return model(inside=function)
+
+
+def run_in_head(model: nn.Module, states: Tensor, function: Callable[[Tensor], Result]) -> Result:
+    """Calls ``function(states)`` within the forward of the model's head, and of every module the head is made of.
+
+    What it returns has to name, as a tensor in a tuple, every tensor a backward may start from: wrappers gather the
+    weights again when its gradient arrives.
+    """
+    prove_head(model)  # once per model, by a forward that has to find its head as it is
+    head = causal_lm(model).get_output_embeddings()
+    for module in reversed(list(head.modules())):  # a head that an adapter saves whole is a wrapper around two
+        function = partial(_as_forward, module, function)
+    return function(states)
+
+
+def _as_forward(module: nn.Module, function: Callable[[Tensor], Result], states: Tensor) -> Result:
+    """Calls a module, hooks and all, with a function in the place of its forward."""
+    own = vars(module).get("forward")
+    module.forward = function
+    try:
+        return module(states)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

@@ -1,8 +1,8 @@
 """The reference: where its hidden states come from.
 
 :class:`FrozenCopy` is a second model; :class:`AdapterOff` the policy without its adapter; :class:`CachedHidden` reads
-what one of them gave once. :class:`PolicyItself` is the policy before its first step, and only good to fill a cache.
-Which one a run takes is decided in :mod:`tdpo.train.references`.
+what one of them gave once. :class:`AsItIs` is any model at this moment: one that is only scored, or the policy before
+its first step. Which one a run takes is decided in :mod:`tdpo.train.references`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ import copy
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_layers, moves_its_base, switched_off
-from tdpo.models.hidden import response_hidden
-from tdpo.models.policy import evaluating, head_of
+from tdpo.models.hidden import response_states
+from tdpo.models.policy import causal_lm, evaluating, head_of
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
 
 
 class Reference(Protocol):
-    """Anything that gives the reference's hidden states of a batch."""
+    """Anything that gives the reference's hidden states of a batch, and the head they are meant for."""
 
-    def hidden(self, batch: PackedBatch) -> Hidden:
-        """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
+    def states(self, batch: PackedBatch) -> Tensor:
+        """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
+
+    def head(self) -> Head:
+        """The head. Where it is the policy's, its weight may be whole only within the policy's head."""
 
     def models(self) -> list[nn.Module]:
         """The models that run a batch for it, so that a layout can be proven on them."""
@@ -54,10 +57,14 @@ class FrozenCopy:
         if next(self.model.parameters()).device != torch.device(device):
             self.model.to(device)
 
-    def hidden(self, batch: PackedBatch) -> Hidden:
-        """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
+    def states(self, batch: PackedBatch) -> Tensor:
+        """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
         with torch.no_grad():
-            return response_hidden(self.model, batch)
+            return response_states(self.model, batch)
+
+    def head(self) -> Head:
+        """The frozen model's."""
+        return head_of(self.model)
 
 
 class AdapterOff:
@@ -81,6 +88,8 @@ class AdapterOff:
             )
         self.policy = policy
         self._layers = adapter_layers(policy)
+        in_head = set(causal_lm(policy).get_output_embeddings().modules())
+        self._head_layers = [layer for layer in self._layers if layer in in_head]
 
     def models(self) -> list[nn.Module]:
         """The policy's model, which runs for both."""
@@ -89,31 +98,38 @@ class AdapterOff:
     def to(self, device: torch.device | str) -> None:
         """Nothing here is the reference's own."""
 
-    def hidden(self, batch: PackedBatch) -> Hidden:
-        """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
+    def states(self, batch: PackedBatch) -> Tensor:
+        """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
         with evaluating(self.policy), switched_off(self._layers), torch.no_grad():
-            hidden = response_hidden(self.policy, batch)
-            head = hidden.head  # read while the adapter is off: a trained head is another weight
-        return Hidden(hidden.states, head)
+            return response_states(self.policy, batch)
+
+    def head(self) -> Head:
+        """The policy's; what it was copied from where it is trained."""
+        with switched_off(self._head_layers):
+            return head_of(self.policy)
 
 
-class PolicyItself:
-    """The policy as it is at this moment; after the first step it is no reference any more."""
+class AsItIs:
+    """A model as it is at this moment, left as it is; a policy is no reference any more after its first step."""
 
-    def __init__(self, policy: nn.Module) -> None:
-        self.policy = policy
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
     def models(self) -> list[nn.Module]:
-        """The policy's model."""
-        return [self.policy]
+        """The model."""
+        return [self.model]
 
     def to(self, device: torch.device | str) -> None:
         """Nothing here is the reference's own."""
 
-    def hidden(self, batch: PackedBatch) -> Hidden:
-        """Hidden states ``[N, D]`` of the batch's response tokens and the head, without gradient."""
-        with evaluating(self.policy), torch.no_grad():
-            return response_hidden(self.policy, batch)
+    def states(self, batch: PackedBatch) -> Tensor:
+        """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
+        with evaluating(self.model), torch.no_grad():
+            return response_states(self.model, batch)
+
+    def head(self) -> Head:
+        """The model's."""
+        return head_of(self.model)
 
 
 class CachedHidden:
@@ -127,7 +143,7 @@ class CachedHidden:
     def __init__(self, store: HiddenStore, head: Head) -> None:
         self.store = store
         bias = None if head.bias is None else head.bias.detach().clone()
-        self.head = Head(head.weight.detach().clone(), bias, head.scale, head.soft_cap)
+        self._head = Head(head.weight.detach().clone(), bias, head.scale, head.soft_cap)
 
     def models(self) -> list[nn.Module]:
         """None: nothing runs."""
@@ -135,19 +151,34 @@ class CachedHidden:
 
     def to(self, device: torch.device | str) -> None:
         """Moves the head; states follow their batch."""
-        bias = None if self.head.bias is None else self.head.bias.to(device)
-        self.head = Head(self.head.weight.to(device), bias, self.head.scale, self.head.soft_cap)
+        bias = None if self._head.bias is None else self._head.bias.to(device)
+        self._head = Head(self._head.weight.to(device), bias, self._head.scale, self._head.soft_cap)
 
-    def hidden(self, batch: PackedBatch) -> Hidden:
-        """Hidden states ``[N, D]`` of the batch's response tokens and the head.
+    def head(self) -> Head:
+        """The copy."""
+        return self._head
+
+    def states(self, batch: PackedBatch) -> Tensor:
+        """Hidden states ``[N, D]`` of the batch's response tokens.
 
         Raises:
             UserError: naming the rows of pairs the cache does not hold.
         """
         states = self.store.states(batch.pair_keys, batch.lengths, batch.pair_rows)
         # A cache of fewer bits than the head is widened, never the head narrowed.
-        dtype = torch.promote_types(states.dtype, self.head.weight.dtype)
-        return Hidden(states.to(batch.input_ids.device, dtype), self.head)
+        dtype = torch.promote_types(states.dtype, self._head.weight.dtype)
+        return states.to(batch.input_ids.device, dtype)
+
+
+def as_reference(reference: nn.Module | Reference) -> Reference:
+    """A reference strategy as it is; a model as one."""
+    return AsItIs(reference) if isinstance(reference, nn.Module) else reference
+
+
+def reference_hidden(reference: nn.Module | Reference, batch: PackedBatch) -> Hidden:
+    """States ``[N, D]`` and head of a reference whose weights are whole."""
+    live = as_reference(reference)
+    return Hidden(live.states(batch), live.head())
 
 
 def check_comparable(policy: nn.Module, reference: nn.Module) -> None:

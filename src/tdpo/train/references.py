@@ -25,7 +25,7 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import KEEPING_INITS, has_adapter, with_adapter
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
 from tdpo.models.policy import causal_lm, prove_head
-from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, PolicyItself, Reference, check_comparable
+from tdpo.models.reference import AdapterOff, AsItIs, CachedHidden, FrozenCopy, Reference, check_comparable
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
 from tdpo.train.progress import bar
 from tdpo.types import PackedBatch, TokenisedPair
@@ -82,7 +82,7 @@ def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, a
     elif strategy == "adapter_off" or peft_config is not None:
         reference = AdapterOff(policy)
     else:
-        reference = PolicyItself(policy)
+        reference = AsItIs(policy)
     return Models(policy, reference, f"reference: {strategy} ({why})", cache)
 
 
@@ -159,8 +159,7 @@ def cached(
         raise UserError(store.lacks([pair.row for pair in missing], len(pairs)))
     fill(store, models.reference, pairs, pack, run)
     with torch.no_grad():
-        head = models.reference.hidden(_probe(run)).head
-    return CachedHidden(store, head)
+        return CachedHidden(store, models.reference.head())
 
 
 def cache_key(reference: Reference, pack: Any, run: FillOptions) -> CacheKey:
@@ -170,7 +169,7 @@ def cache_key(reference: Reference, pack: Any, run: FillOptions) -> CacheKey:
     dtype = run.dtype
     if dtype == "auto":
         with torch.no_grad(), run.autocast():
-            dtype = str(reference.hidden(_probe(run)).states.dtype).removeprefix("torch.")
+            dtype = str(reference.states(_probe(run)).dtype).removeprefix("torch.")
     lm = causal_lm(model)
     return CacheKey(
         weights=base_weights_hash(model) if without_adapter else weights_hash(model),
@@ -223,7 +222,7 @@ def _run(
         task = shown.add_task("caching the reference", total=len(batches), figures="")
         for batch in batches:
             with run.autocast():
-                states = reference.hidden(pack(batch).to(run.device)).states
+                states = reference.states(pack(batch).to(run.device))
             pending.append((batch, states.to(store.key.torch_dtype).cpu()))
             if sum(part.nbytes for _, part in pending) >= SHARD_BYTES:
                 flush()

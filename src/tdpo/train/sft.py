@@ -15,13 +15,13 @@ from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths, prepare_sft
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout, with_adapter
-from tdpo.models.hidden import response_hidden
-from tdpo.models.inside import open_forward, run_inside
+from tdpo.models.hidden import response_states
+from tdpo.models.inside import open_forward, run_in_head, run_inside
 from tdpo.models.load import load_model
-from tdpo.models.policy import disable_dropout, position_limit, prove_head
+from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer
-from tdpo.types import PackedBatch
+from tdpo.types import Hidden, PackedBatch
 
 
 class SFTTrainer(BatchMeanTrainer):
@@ -94,8 +94,15 @@ class SFTTrainer(BatchMeanTrainer):
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Summed negative log-likelihood of the batch's response tokens; only they meet the vocabulary."""
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
-        logp = run_inside(model, lambda lm: ops.response_logp(response_hidden(lm, batch), batch.labels))
-        return -logp.sum(), logp
+
+        def step(lm: nn.Module) -> tuple[Tensor, Tensor]:
+            def loss(states: Tensor) -> tuple[Tensor, Tensor]:
+                logp = ops.response_logp(Hidden(states, head_of(lm)), batch.labels)
+                return -logp.sum(), logp.detach()
+
+            return run_in_head(lm, response_states(lm, batch), loss)
+
+        return run_inside(model, step)
 
     def item_count(self, inputs: dict[str, Any]) -> int:
         """Response tokens of a batch."""
