@@ -87,7 +87,7 @@ def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[Tokenised
 
         def without_kl() -> Tensor:
             batch = pack(pairs)
-            with tied_gradient(policy) as tied:
+            with tied_gradient(policy, batch.input_ids.device) as tied:
                 hidden, ref_hidden = response_hidden(policy, batch), reference_hidden(reference, batch)
             return ops.pair_loss(
                 hidden, ref_hidden, batch.labels, batch.lengths, objective, with_kl=False, tied=tied

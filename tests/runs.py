@@ -17,6 +17,7 @@ import torch
 from conftest import REPOSITORY
 from safetensors.torch import load_file
 
+Weights = dict[str, torch.Tensor]
 LENGTHS = ["--max_length", "96", "--max_prompt_length", "48"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -78,9 +79,14 @@ def interrupted(run: subprocess.Popen[str], number: signal.Signals) -> tuple[int
     return finish(run)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path) -> Weights:
     """The saved weights."""
     return load_file(folder / "model.safetensors")
+
+
+def adapter_weights(folder: Path) -> Weights:
+    """The saved weights of an adapter."""
+    return load_file(folder / "adapter_model.safetensors")
 
 
 def history(folder: Path) -> list[dict[str, float]]:

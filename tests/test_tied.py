@@ -102,20 +102,20 @@ def test_it_stands_aside_where_it_has_no_place() -> None:
     class Scaled(nn.Embedding):
         """Does more than look up."""
 
-    with torch.no_grad(), tied.tied_gradient(policy) as none:
+    with torch.no_grad(), tied.tied_gradient(policy, torch.device("cpu")) as none:
         assert none is None
-    with torch.autocast("cpu", torch.bfloat16), tied.tied_gradient(policy) as none:
+    with torch.autocast("cpu", torch.bfloat16), tied.tied_gradient(policy, torch.device("cpu")) as none:
         assert none is None
     table = policy.get_input_embeddings()
-    with tied.tied_gradient(policy) as some:
+    with tied.tied_gradient(policy, torch.device("cpu")) as some:
         assert some is not None and len(table._forward_hooks) == 1
     assert not table._forward_hooks
     policy.requires_grad_(False)
-    with tied.tied_gradient(policy) as none:
+    with tied.tied_gradient(policy, torch.device("cpu")) as none:
         assert none is None
     policy.requires_grad_(True)
     scaled = Scaled(*table.weight.shape)
     scaled.weight = table.weight
     policy.set_input_embeddings(scaled)
-    with tied.tied_gradient(policy) as none:
+    with tied.tied_gradient(policy, torch.device("cpu")) as none:
         assert none is None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 
 from tdpo import __version__
@@ -57,16 +58,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"no command {name!r}; there are: {', '.join(COMMANDS)}.{nearest(name, COMMANDS)}")
         command = importlib.import_module(f"tdpo.commands.{name.replace('-', '_')}")
         command.run(arguments[1:])
+        _part()
     except UserError as error:
         print(f"tdpo {name}: {error}", file=sys.stderr)
         return USER_ERROR
     except Stopped as stopped:
         print(f"tdpo {name}: {stopped}", file=sys.stderr)
+        _part()
         return stopped.code
     except KeyboardInterrupt:
         print(f"\ntdpo {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _part() -> None:
+    """Ends the group of a run's processes.
+
+    A thread of gloo's may still hold the tensors of the last collective, and needs Python's lock to let go of them. If
+    the interpreter is ending by then it aborts, and a finished run looks like a failed one; so it gets the lock here.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tdpo.data.sources import Source, open_mixture, open_source
 from tdpo.data.templates import TEMPLATES
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.errors import UserError
+from tdpo.models.sharding import load_whole
 from tdpo.ops import Backend
 
 DATASET_HELP = (
@@ -478,7 +479,7 @@ class RunOptions(TrainingArguments):
     accelerate_config: str | None = field(
         default=None,
         metadata={
-            "help": "How processes share the run: ddp, fsdp2, zero2, or a YAML file of accelerate's. Starts the "
+            "help": "How processes share the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's. Starts the "
             "processes where no launcher has."
         },
     )
@@ -523,9 +524,7 @@ class RunOptions(TrainingArguments):
             raise UserError(
                 "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
             )
-        zero = getattr(self.deepspeed_plugin, "zero_stage", None)
-        if zero == 3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-            raise UserError("DeepSpeed ZeRO stage 3 is not supported; --accelerate_config zero2 or fsdp2 is")
+        load_whole()
 
 
 @dataclass

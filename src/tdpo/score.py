@@ -144,7 +144,7 @@ def batch_loss(
     live = as_reference(reference)
     ref_states = live.states(batch)
     budget = logits_budget or LogitsBudget()
-    with tied_gradient(policy) as tied:
+    with tied_gradient(policy, batch.input_ids.device) as tied:
 
         def loss(states: Tensor) -> tuple[Tensor, FusedLoss]:
             hidden, ref_hidden = Hidden(states, head_of(policy)), Hidden(ref_states, live.head())

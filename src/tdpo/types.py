@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import sys
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,6 +175,11 @@ class Head:
     def vocab_size(self) -> int:
         """V, rows of the weight."""
         return self.weight.shape[0]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Head:
+        """The same head with its tensors changed."""
+        bias = None if self.bias is None else change(self.bias)
+        return dataclasses.replace(self, weight=change(self.weight), bias=bias)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from tdpo.config import RunOptions
 from tdpo.data.dataset import PairDataset
@@ -26,6 +27,7 @@ from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
 from tdpo.files import write_whole
+from tdpo.models.sharding import held
 from tdpo.train.checkpoints import checkpoints, newest_whole
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
@@ -59,6 +61,16 @@ def quieten() -> None:
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     level = logging.WARNING if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+
+
+class TellSharding(TrainerCallback):
+    """Says at the start of training how much of a sharded model each process holds."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Prints one line where weights are sharded."""
+        own, whole = held(model)
+        if own < whole:
+            console().print(f"weights: sharded, {own:,} of {whole:,} in this process", soft_wrap=True)
 
 
 def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:

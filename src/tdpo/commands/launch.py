@@ -6,6 +6,7 @@ one, the command starts itself again under torchrun, one process for each GPU or
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import yaml
 from tdpo.config import APPLIED
 from tdpo.errors import UserError, nearest
 
-PRESETS = ("ddp", "fsdp2", "zero2")
+PRESETS = ("ddp", "fsdp2", "zero2", "zero3")
 OPTION, PROCESSES = "--accelerate_config", "--num_processes"
 ENGINES = {"MULTI_GPU": "", "MULTI_CPU": "", "NO": "", "FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}
 """accelerate's ``distributed_type`` and the section of its file that goes with it."""
@@ -97,16 +98,16 @@ def apply(argv: Sequence[str], command: str) -> None:
         return
     config = read_config(name)
     cpu = "--use_cpu" in argv or bool(config.get("use_cpu")) or not torch.cuda.is_available()
-    if config["distributed_type"] == "FSDP" and cpu:
-        raise UserError(
-            f"{OPTION} {name}: accelerate has no FSDP on a CPU; it would train with plain data parallelism and not say "
-            "so. Use ddp"
-        )
+    if config["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"{OPTION} {name} needs deepspeed: pip install 'tdpo[deepspeed]'")
     processes = _value(argv, PROCESSES) or config.get("num_processes") or (1 if cpu else torch.cuda.device_count())
     if not str(processes).isdecimal() or int(processes) < 1:
         raise UserError(f"{PROCESSES} must be at least 1, got {processes}")
+    launched = "LOCAL_RANK" in os.environ
+    if config["distributed_type"] == "FSDP" and cpu and int(processes) < 2 and not launched:
+        raise UserError(f"{OPTION} {name} on a CPU needs two processes or more: {PROCESSES} 2")
     os.environ.update(environment_of(config) | {APPLIED: name})
-    if "LOCAL_RANK" in os.environ:
+    if launched:
         return
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     sys.stdout.flush()

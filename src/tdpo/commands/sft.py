@@ -8,6 +8,7 @@ from tdpo.cli import COMMANDS
 from tdpo.commands import launch
 from tdpo.commands.common import (
     OUTPUT,
+    TellSharding,
     clear_earlier_run,
     console,
     prepare_output,
@@ -49,7 +50,9 @@ def run(argv: Sequence[str]) -> None:
     model = load_model(model_config, trainable=True, quantization=adapter.quantization())
     check_vocabulary(model, tokenizer)
     with told_in_words():
-        trainer = SFTTrainer(model, args, train, held_out, tokenizer, peft_config=adapter.peft_config())
+        trainer = SFTTrainer(
+            model, args, train, held_out, tokenizer, [TellSharding()], peft_config=adapter.peft_config()
+        )
     with told_in_words(trainer), listening(trainer.stop_request):
         clear_earlier_run(args)
         result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -9,6 +9,7 @@ from tdpo.cli import COMMANDS
 from tdpo.commands import launch
 from tdpo.commands.common import (
     OUTPUT,
+    TellSharding,
     clear_earlier_run,
     console,
     metric_table,
@@ -86,7 +87,9 @@ def _trainer(
     check_vocabulary(model, tokenizer)
     reference = load_model(model_config, ref_name, quantization=quantization) if ref_name else None
     with told_in_words():
-        return TDPOTrainer(model, reference, args, None, *data, tokenizer, peft_config=adapter.peft_config())
+        return TDPOTrainer(
+            model, reference, args, None, *data, tokenizer, [TellSharding()], peft_config=adapter.peft_config()
+        )
 
 
 def _second_model(

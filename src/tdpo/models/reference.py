@@ -17,6 +17,7 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_layers, moves_its_base, switched_off
 from tdpo.models.hidden import response_states
 from tdpo.models.policy import causal_lm, evaluating, head_of
+from tdpo.models.sharding import shard_frozen
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
 
@@ -36,12 +37,16 @@ class Reference(Protocol):
     def to(self, device: torch.device | str) -> None:
         """Moves what is the reference's own; the policy's place is the trainer's business."""
 
+    def place(self, accelerator: Any) -> None:
+        """Brings what is the reference's own to its device, shared out between processes where the policy will be."""
+
 
 class FrozenCopy:
     """A second model in evaluation mode whose parameters take no gradient."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
+        self._head: Head | None = None
 
     @classmethod
     def of(cls, policy: nn.Module) -> FrozenCopy:
@@ -57,6 +62,14 @@ class FrozenCopy:
         if next(self.model.parameters()).device != torch.device(device):
             self.model.to(device)
 
+    def place(self, accelerator: Any) -> None:
+        """Shards the body where weights are sharded; the head, which every step reads whole, stays whole."""
+        head = head_of(self.model).map(torch.detach)  # the parameter itself is emptied
+        if shard_frozen(causal_lm(self.model).base_model, accelerator):
+            self._head = head.map(lambda tensor: tensor.to(accelerator.device))
+        else:
+            self.to(accelerator.device)
+
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
         with torch.no_grad():
@@ -64,7 +77,7 @@ class FrozenCopy:
 
     def head(self) -> Head:
         """The frozen model's."""
-        return head_of(self.model)
+        return self._head or head_of(self.model)
 
 
 class AdapterOff:
@@ -98,6 +111,9 @@ class AdapterOff:
     def to(self, device: torch.device | str) -> None:
         """Nothing here is the reference's own."""
 
+    def place(self, accelerator: Any) -> None:
+        """Nothing here is the reference's own."""
+
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
         with evaluating(self.policy), switched_off(self._layers), torch.no_grad():
@@ -122,6 +138,9 @@ class AsItIs:
     def to(self, device: torch.device | str) -> None:
         """Nothing here is the reference's own."""
 
+    def place(self, accelerator: Any) -> None:
+        """Nothing here is the reference's own."""
+
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
         with evaluating(self.model), torch.no_grad():
@@ -141,9 +160,7 @@ class CachedHidden:
     """
 
     def __init__(self, store: HiddenStore, head: Head) -> None:
-        self.store = store
-        bias = None if head.bias is None else head.bias.detach().clone()
-        self._head = Head(head.weight.detach().clone(), bias, head.scale, head.soft_cap)
+        self.store, self._head = store, head.map(lambda tensor: tensor.detach().clone())
 
     def models(self) -> list[nn.Module]:
         """None: nothing runs."""
@@ -151,8 +168,11 @@ class CachedHidden:
 
     def to(self, device: torch.device | str) -> None:
         """Moves the head; states follow their batch."""
-        bias = None if self._head.bias is None else self._head.bias.to(device)
-        self._head = Head(self._head.weight.to(device), bias, self._head.scale, self._head.soft_cap)
+        self._head = self._head.map(lambda tensor: tensor.to(device))
+
+    def place(self, accelerator: Any) -> None:
+        """Moves the head."""
+        self.to(accelerator.device)
 
     def head(self) -> Head:
         """The copy."""

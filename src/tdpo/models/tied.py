@@ -43,16 +43,20 @@ class TiedGradient:
 
 
 @contextmanager
-def tied_gradient(model: nn.Module) -> Iterator[TiedGradient | None]:
+def tied_gradient(model: nn.Module, device: torch.device) -> Iterator[TiedGradient | None]:
     """Inside, the embedding of a model that ties it to its head keeps company with the gradient that is yielded.
 
     None, and nothing is changed, where there is nothing to gain or the embedding is more than a plain lookup: an untied
-    or frozen weight, autocast (the head is a cast copy then), no gradients.
+    or frozen weight, one that DeepSpeed takes away after each module, autocast (the head is a cast copy then), no
+    gradients.
+
+    Args:
+        model: The model.
+        device: Where it computes, which offloaded weights do not tell.
     """
     lm: Any = causal_lm(model)
     table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    device = lm.device.type
-    if not (_plainly_tied(table, head) and torch.is_grad_enabled()) or torch.is_autocast_enabled(device):
+    if not (_plainly_tied(table, head) and torch.is_grad_enabled()) or torch.is_autocast_enabled(device.type):
         yield None
         return
     gradient = TiedGradient()
@@ -72,7 +76,8 @@ def _plainly_tied(table: Any, head: Any) -> bool:
     """Whether an embedding does nothing but look up rows of a weight that is the head's too, and is trained."""
     if type(table) is not nn.Embedding or table.max_norm is not None or table.scale_grad_by_freq:
         return False
-    return getattr(head, "weight", None) is table.weight and table.weight.requires_grad
+    weight = table.weight
+    return getattr(head, "weight", None) is weight and weight.requires_grad and not hasattr(weight, "ds_id")
 
 
 class _Lookup(torch.autograd.Function):

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from tdpo.config import RunOptions, seconds
 from tdpo.errors import Stopped, UserError
 from tdpo.files import PARTIAL, write_whole
+from tdpo.models import sharding
 from tdpo.train import checkpoints
 from tdpo.train.interrupts import StopRequest, reason
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
@@ -60,6 +61,13 @@ class BatchMeanTrainer(Trainer):
             self.remove_callback(standard)
         if not args.disable_tqdm:
             self.add_callback(OurProgressCallback(self.label))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's, with FSDP on CPUs too."""
+        on_cpus = sharding.allow_fsdp_on_cpus(self.args)
+        super().create_accelerator_and_postprocess()
+        if on_cpus:
+            sharding.settle_fsdp_on_cpus(self.accelerator)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The sum of the losses of a batch, differentiable, and whatever the caller may want of it."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from tdpo import ops
 from tdpo.config import ModelConfig, SFTConfig
@@ -56,6 +56,7 @@ class SFTTrainer(BatchMeanTrainer):
         peft_config: Any = None,
     ) -> None:
         args = args or SFTConfig(output_dir="sft-output")
+        set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         loaded = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
         if peft_config is not None:
             loaded = with_adapter(loaded, peft_config)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
@@ -73,6 +73,7 @@ class TDPOTrainer(BatchMeanTrainer):
         peft_config: Any = None,
     ) -> None:
         args = args or TDPOConfig(output_dir="tdpo-output")
+        set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         policy = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
         held_against = load_model(ModelConfig(ref_model)) if isinstance(ref_model, str) else ref_model
         if held_against is policy:
@@ -103,8 +104,10 @@ class TDPOTrainer(BatchMeanTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.reference.to(self.args.device)
-        if models.cache is not None:
+        if models.cache is None:
+            self.reference.place(self.accelerator)
+        else:
+            self.reference.to(self.args.device)
             self._read_from(models.cache, models, pack)
         logger.info(self.reference_line)
 
@@ -197,7 +200,7 @@ class TDPOTrainer(BatchMeanTrainer):
         self.reference = cached(models, folder, pairs, pack, run)
         if moves:
             policy.to(place)
-        self.reference.to(self.args.device)
+        self.reference.place(self.accelerator)
         self.reference_line = told(models, self.reference.store)
 
 

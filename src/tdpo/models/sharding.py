@@ -1,0 +1,120 @@
+"""What a run needs so that weights may be shared out between processes, beyond what transformers and accelerate do.
+
+Both let every process but one load empty weights, or parts of weights, to be filled later. The proofs on the loaded
+model (its head, its trees) and the copy that becomes the reference need whole ones, so models are loaded whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from tdpo.errors import UserError
+
+logger = logging.getLogger("tdpo")
+LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+def load_whole() -> None:
+    """Makes every process load whole weights from here on, whatever the launcher's settings say."""
+    if os.environ.get(LOADS_EMPTY, "false").lower() in ("true", "1"):
+        os.environ[LOADS_EMPTY] = "false"
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("fsdp_cpu_ram_efficient_loading is off: every process reads the whole model, to prove it")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # what makes from_pretrained partition while it loads; accelerate has its own
+
+
+def allow_fsdp_on_cpus(args: Any) -> bool:
+    """Lets accelerate shard on CPUs too, where it would train with plain data parallelism and not say so.
+
+    Accelerate takes FSDP's settings for kinds of devices it lists; torch's ``fully_shard`` takes any.
+
+    Returns:
+        Whether FSDP was asked for and there is no accelerator.
+
+    Raises:
+        UserError: where a GPU is hidden from this run alone, or there is one process.
+    """
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or args.fsdp_plugin_args is not None
+    if not asked or args.device.type != "cpu":
+        return False
+    if torch.accelerator.is_available():
+        raise UserError("FSDP with --use_cpu takes the GPU for its own; hide it with CUDA_VISIBLE_DEVICES=")
+    state = PartialState()
+    if state.num_processes < 2:
+        raise UserError("FSDP on a CPU needs two processes or more: --num_processes 2, or torchrun")
+    state.distributed_type = DistributedType.MULTI_GPU
+    return True
+
+
+def settle_fsdp_on_cpus(accelerator: Any) -> None:
+    """What :func:`allow_fsdp_on_cpus` needs once there is an accelerator: offloaded weights are not pinned for a GPU.
+
+    Raises:
+        UserError: if accelerate took the settings for something else all the same.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("this version of accelerate does not shard on CPUs; use --accelerate_config ddp")
+    plugin = accelerator.state.fsdp_plugin
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+
+
+def shard_frozen(body: nn.Module, accelerator: Any) -> bool:
+    """Shares out the weights of a frozen model's body as accelerate will share out the policy's, in place.
+
+    Args:
+        body: A transformers model without a head; its weights are whole.
+        accelerator: Says how. Without FSDP2 or ZeRO stage 3 nothing happens.
+
+    Returns:
+        Whether the body is sharded now, and on its device.
+    """
+    state = accelerator.state
+    if accelerator.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 2:
+        from accelerate.utils import fsdp2_prepare_model
+
+        fsdp2_prepare_model(accelerator, body)
+        return True
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
+        import deepspeed
+
+        given = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        kept = ("stage", "stage3_param_persistence_threshold", "offload_param")
+        zero = {name: given[name] for name in kept if given.get(name) not in (None, "auto")}
+        dtype = next(body.parameters()).dtype
+        deepspeed.initialize(  # without an optimizer it only shares out the weights
+            model=body,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": zero,
+                "bf16": {"enabled": dtype == torch.bfloat16},
+                "fp16": {"enabled": dtype == torch.float16},
+                "steps_per_print": float("inf"),
+            },
+        )
+        return True
+    return False
+
+
+def held(model: Any) -> tuple[int, int]:
+    """How many weights of a model this process holds between steps, and how many there are."""
+    own = whole = 0
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_numel"):  # DeepSpeed's: empty while it is partitioned
+            own += max(parameter.numel(), parameter.ds_tensor.numel())
+            whole += parameter.ds_numel
+        else:
+            own += parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
+            whole += parameter.numel()
+    return own, whole
