@@ -16,11 +16,14 @@ import pytest
 import torch
 from conftest import REPOSITORY, make_model, preference_rows
 from runs import environment, finish, interrupted, start, train_words, wait_for
+from safetensors.torch import load_file
 
 from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.cli import main
 from tdpo.commands.common import told_in_words
 from tdpo.config import seconds
+from tdpo.models.compiling import compile_layers
+from tdpo.models.policy import causal_lm
 from tdpo.ops.chunked import default_logits_budget
 from tdpo.train import checkpoints
 from tdpo.train.interrupts import StopRequest
@@ -92,10 +95,11 @@ def test_a_launchers_echo_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -
     assert request.poll() == 130
 
 
-def trainer(folder: Path, tokenizer: Any, **options: Any) -> TDPOTrainer:
+def trainer(folder: Path, tokenizer: Any, peft_config: Any = None, **options: Any) -> TDPOTrainer:
     defaults = {"max_steps": 4, "save_steps": 2, "max_length": 96, "max_prompt_length": 48}
     args = TDPOConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **{**defaults, **options})
-    return TDPOTrainer(make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer)
+    model = make_model(len(tokenizer))
+    return TDPOTrainer(model, None, args, None, preference_rows(), None, tokenizer, peft_config=peft_config)
 
 
 def test_half_written_checkpoints_are_recognised_and_passed_over(tmp_path: Path, tokenizer: Any) -> None:
@@ -244,17 +248,35 @@ def test_out_of_memory_over_the_logits_halves_their_budget_once(
     assert asked[3:] == [None, default // 2], "not halved for ever"
 
 
-def test_what_does_not_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(**options: Any) -> TDPOConfig:
-        return TDPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
-
-    with pytest.raises(UserError, match="--torch_compile is not supported"):
-        made(torch_compile=True)
+def test_what_does_not_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batches are shared out by tdpo"):
-        made(accelerator_config={"split_batches": True})
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    with pytest.raises(UserError, match="ZeRO stage 3 is not supported"):
-        made()
+        TDPOConfig(output_dir=str(tmp_path), use_cpu=True, accelerator_config={"split_batches": True})
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_compiled_layers_change_nothing_but_time(tmp_path: Path, tokenizer: Any, adapter: bool) -> None:
+    """Compiled without code generation, whose digits are its own."""
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"]) if adapter else None
+    ends = []
+    for number, options in enumerate(({}, {"torch_compile_backend": "aot_eager"})):
+        made = trainer(tmp_path / str(number), tokenizer, lora, learning_rate=1e-2, **options)
+        made.train()
+        made.save_model()
+        layers = causal_lm(made.model).model.layers
+        assert all((layer._compiled_call_impl is not None) == bool(options) for layer in layers)
+        ends.append(load_file(next((tmp_path / str(number)).glob("*model.safetensors"))))
+    assert set(ends[0]) == set(ends[1])
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_model_that_does_not_name_its_layers_is_not_compiled(tokenizer: Any) -> None:
+    model = make_model(len(tokenizer))
+    model._no_split_modules = None
+    with pytest.raises(UserError, match="--torch_compile: LlamaForCausalLM does not say what its layers are"):
+        compile_layers([model])
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:

@@ -512,11 +512,6 @@ class RunOptions(TrainingArguments):
             raise UserError("--label_smoothing_factor has no effect on these losses; leave it at 0")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
-        if self.torch_compile:
-            raise UserError(
-                "--torch_compile is not supported: it compiles a model's own forward, and the step runs body, head and "
-                "loss inside it instead"
-            )
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
         given = self.accelerator_config

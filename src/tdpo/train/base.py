@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import TorchDynamoPlugin
+from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -20,6 +21,7 @@ from tdpo.config import RunOptions, seconds
 from tdpo.errors import Stopped, UserError
 from tdpo.files import PARTIAL, write_whole
 from tdpo.models import sharding
+from tdpo.models.compiling import compile_layers
 from tdpo.train import checkpoints
 from tdpo.train.interrupts import StopRequest, reason
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
@@ -61,6 +63,15 @@ class BatchMeanTrainer(Trainer):
             self.remove_callback(standard)
         if not args.disable_tqdm:
             self.add_callback(OurProgressCallback(self.label))
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """As the Trainer's; what is compiled, if anything, are the layers, and they are by then."""
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
+    def compile_if_asked(self, *models: nn.Module) -> None:
+        """Compiles the layers of some models where ``args.torch_compile`` says so."""
+        if self.args.torch_compile:
+            compile_layers(models, self.args.torch_compile_backend, self.args.torch_compile_mode)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's, with FSDP on CPUs too."""

@@ -91,6 +91,7 @@ class SFTTrainer(BatchMeanTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.compile_if_asked(loaded)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Summed negative log-likelihood of the batch's response tokens; only they meet the vocabulary."""

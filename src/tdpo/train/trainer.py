@@ -22,7 +22,7 @@ from tdpo.models.adapters import tell_of_dropout
 from tdpo.models.inside import open_forward, run_inside
 from tdpo.models.load import load_model
 from tdpo.models.policy import disable_dropout, head_of, position_limit
-from tdpo.models.reference import Reference
+from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss, packer, tree_refusal
@@ -105,10 +105,13 @@ class TDPOTrainer(BatchMeanTrainer):
             optimizers=optimizers,
         )
         if models.cache is None:
+            if isinstance(self.reference, FrozenCopy):
+                self.compile_if_asked(self.reference.model)
             self.reference.place(self.accelerator)
         else:
             self.reference.to(self.args.device)
             self._read_from(models.cache, models, pack)
+        self.compile_if_asked(policy)  # a cache is filled without, so that it serves runs with and without
         logger.info(self.reference_line)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, PairScores]:
