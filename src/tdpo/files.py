@@ -1,9 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the room there is for some that others write."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
+
+from tdpo.errors import UserError
 
 PARTIAL = ".partial"
 """Ends, or with a process's number ends, the name of what is being written and never read."""
@@ -32,3 +35,23 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_shared_memory(option: str, processes: int) -> None:
+    """Refuses to start processes that would not find room for the locks they share.
+
+    Args:
+        option: What asks for the processes.
+        processes: How many.
+
+    Raises:
+        UserError: naming the shared memory, and what to do about it.
+    """
+    try:
+        for _ in [multiprocessing.get_context("spawn").Queue() for _ in range(processes + 2)]:
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{option} {processes}: there is no room in the shared memory (/dev/shm): {error}. Give it more "
+            f"(docker run --shm-size 1g), or leave {option} at 0"
+        ) from error

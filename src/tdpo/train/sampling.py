@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
+
+from tdpo.files import check_shared_memory
 
 FILLER = "filler"
 """Key of a batch that is there so that a process has something to run while others work; it counts for nothing."""
@@ -131,7 +135,25 @@ class _MarkedCollator:
 
     def __call__(self, marked: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
         batch = self.collate([item for item, _ in marked])
-        return {**batch, FILLER: True} if marked[0][1] else batch
+        return _Sent({**batch, FILLER: True} if marked[0][1] else batch)
+
+
+class _Sent(dict[str, Any]):
+    """A batch that a worker sends by its pipe, as bytes.
+
+    Torch would put every tensor into shared memory, and where that is full its loader waits forever for the batch.
+    """
+
+    def __reduce__(self) -> Any:
+        return _received, ({name: _bytes_of(value) for name, value in self.items()},)
+
+
+def _bytes_of(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) and value.dtype != torch.bfloat16 else value
+
+
+def _received(sent: dict[str, Any]) -> dict[str, Any]:
+    return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sent.items()}
 
 
 def loader(
@@ -139,6 +161,8 @@ def loader(
 ) -> DataLoader[Any]:
     """The loader of one process; its batches are chosen already, so accelerate only moves them to the device."""
     workers = args.dataloader_num_workers
+    if workers:
+        check_shared_memory("--dataloader_num_workers", workers)
     plain: DataLoader[Any] = DataLoader(
         _Marked(dataset),
         batch_sampler=batches,
