@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that ``tdpo --help`` answers at once.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tdpo {name}: {error}", file=sys.stderr)
         return USER_ERROR
     except Stopped as stopped:
-        print(f"tdpo {name}: {stopped}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes stopped together
+            print(f"tdpo {name}: {stopped}", file=sys.stderr)
         _part()
         return stopped.code
     except KeyboardInterrupt:
