@@ -1,0 +1,53 @@
+"""Every option, once: dataclasses that the trainers take and the command line parses.
+
+Defaults live here and nowhere else; help texts are what ``tdpo <command> --help`` prints.
+"""
+
+from tdpo.config.checks import check_at_least, check_choices, seconds
+from tdpo.config.data import (
+    DATASET_HELP,
+    DataConfig,
+    EvalDataConfig,
+    FormatOptions,
+    LengthOptions,
+    PairOptions,
+    SplitOptions,
+    check_format,
+)
+from tdpo.config.models import AdapterOptions, ModelConfig, ReferenceConfig
+from tdpo.config.run import APPLIED, RunOptions
+from tdpo.config.training import (
+    CACHE_DTYPE,
+    CACHE_HELP,
+    LayoutOptions,
+    ObjectiveOptions,
+    ScoringOptions,
+    SFTConfig,
+    TDPOConfig,
+)
+
+__all__ = [
+    "APPLIED",
+    "CACHE_DTYPE",
+    "CACHE_HELP",
+    "DATASET_HELP",
+    "AdapterOptions",
+    "DataConfig",
+    "EvalDataConfig",
+    "FormatOptions",
+    "LayoutOptions",
+    "LengthOptions",
+    "ModelConfig",
+    "ObjectiveOptions",
+    "PairOptions",
+    "ReferenceConfig",
+    "RunOptions",
+    "SFTConfig",
+    "ScoringOptions",
+    "SplitOptions",
+    "TDPOConfig",
+    "check_at_least",
+    "check_choices",
+    "check_format",
+    "seconds",
+]

@@ -1,0 +1,227 @@
+"""Options of data: which, how its rows are read, and how long what they become may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tdpo.config.checks import check_at_least
+from tdpo.data.cache import PairCache
+from tdpo.data.formats import AUTO, FORMATS, Format, find_format
+from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns
+from tdpo.data.sources import Source, open_mixture, open_source
+from tdpo.data.tokenise import Lengths, Tokeniser
+from tdpo.errors import UserError
+
+DATASET_HELP = (
+    "Dataset: a .jsonl, .json, .csv, .parquet or .arrow file (also .gz, .bz2, .xz, .zst), a folder, a glob, - for "
+    "standard input, or a hub name."
+)
+
+
+@dataclass
+class SplitOptions:
+    """One file for training and for evaluation: a part of its prompts is set aside."""
+
+    test_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Set aside about this share of the prompts for evaluation; train, sft, eval and every process draw "
+            "the same ones."
+        },
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of --test_fraction, and of fractional weights."})
+
+    def side(self, test: bool) -> Side | None:
+        """One side of the split, or None if there is none."""
+        return None if self.test_fraction is None else Side(self.test_fraction, self.split_seed, test)
+
+
+@dataclass
+class DataConfig(SplitOptions):
+    """Which data, and how its rows are read."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": f"{DATASET_HELP} (this or --datasets)"})
+    datasets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "A mixture instead of --dataset_name: name,weight=0.5,format=hh,... for each dataset, or a list of "
+            "mappings in a YAML file. A weight is how often a record is seen in an epoch."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(
+        default="train",
+        metadata={"help": "Split to train on: of a hub dataset, or the beginning of file names in a folder."},
+    )
+
+    def __post_init__(self) -> None:
+        if bool(self.dataset_name) == bool(self.datasets):
+            raise UserError("give either --dataset_name or --datasets, which names several")
+        self.side(True)
+
+    def open_training(self, reading: Reading) -> Source:
+        """The rows to train on, each with the way it is read.
+
+        Args:
+            reading: How rows of ``dataset_name`` become records; those of ``datasets`` have their own.
+        """
+        return self._open(reading, self.dataset_train_split, self.side(False))
+
+    def _open(self, reading: Reading, split: str, side: Side | None) -> Source:
+        if self.dataset_name:
+            return open_source(self.dataset_name, split, self.dataset_config).read_by(replace(reading, side=side))
+        return open_mixture(self.datasets, split, lambda own: replace(own, side=side), self.split_seed)
+
+
+@dataclass
+class EvalDataConfig(DataConfig):
+    """Training data, and held-out data beside it."""
+
+    dataset_test_split: str = field(default="test", metadata={"help": "Split of --eval_dataset_name to evaluate on."})
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out data, named as --dataset_name; it is evaluated at the end of training at least."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_dataset_name and self.test_fraction is not None:
+            raise UserError("--eval_dataset_name and --test_fraction contradict each other: both name held-out data")
+
+    def open_held_out(self, reading: Reading) -> Source | None:
+        """The rows to evaluate on: of ``eval_dataset_name``, or those that ``test_fraction`` sets aside; or None."""
+        if self.eval_dataset_name:
+            return open_source(self.eval_dataset_name, self.dataset_test_split, self.dataset_config).read_by(reading)
+        return None if self.test_fraction is None else self._open(reading, self.dataset_train_split, self.side(True))
+
+    def check_reading(self, reading: Reading) -> None:
+        """Refuses options of a single dataset's format beside ``datasets``, which have their own.
+
+        Raises:
+            UserError: naming them.
+        """
+        given = reading.given() + [name for name in ("format", "columns") if getattr(reading, name) not in (AUTO, ())]
+        if self.datasets and not self.eval_dataset_name and given:
+            names = ", ".join("--dataset_format" if name == "format" else f"--{name}" for name in given)
+            raise UserError(f"{names} and --datasets contradict each other: each of --datasets has fields of its own")
+
+
+@dataclass
+class FormatOptions:
+    """How rows become records."""
+
+    dataset_format: str = field(
+        default=AUTO,
+        metadata={
+            "help": f"Format of the rows: {', '.join(FORMATS)}, or module:function, a Python function from a row to "
+            "one of these, to several or to None; auto tells it from the columns."
+        },
+    )
+    columns: dict[str, str] | str | None = field(
+        default=None, metadata={"help": "Columns under other names: prompt=question,chosen=good,... or JSON."}
+    )
+    pairs_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of several answers to a prompt: all whose scores differ (default; in sft the best one), the "
+            "best with the worst, or all that differ by --min_margin.",
+            "choices": list(PAIRS_FROM),
+        },
+    )
+    min_margin: float | None = field(
+        default=None, metadata={"help": "Least difference of scores under --pairs_from margin."}
+    )
+    min_score_ratio: float | None = field(
+        default=None, metadata={"help": "Least ratio of scores in the format shp, 2 by default."}
+    )
+
+    def reading(self) -> Reading:
+        """How rows are read as these options describe it.
+
+        Raises:
+            UserError: for an unknown format and options that contradict.
+        """
+        return Reading(
+            self.dataset_format,
+            parse_columns(self.columns),
+            self.pairs_from,  # type: ignore[arg-type]
+            self.min_margin,
+            self.min_score_ratio,
+        )
+
+
+@dataclass
+class LengthOptions:
+    """How long sequences may be, and what happens to rows that do not fit.
+
+    See :class:`tdpo.data.tokenise.Lengths`.
+    """
+
+    max_length: int = field(default=512, metadata={"help": "Longest sequence in tokens, prompt and response together."})
+    truncation_mode: str = field(
+        default="keep_end",
+        metadata={"help": "Which part of a prompt stays when it is cut.", "choices": ["keep_end", "keep_start"]},
+    )
+    on_overlong: str = field(
+        default="truncate",
+        metadata={"help": "What happens to longer rows.", "choices": ["truncate", "drop", "error"]},
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to rows that cannot be used: stop, or drop and count.",
+            "choices": ["error", "drop"],
+        },
+    )
+
+
+@dataclass
+class PairOptions(FormatOptions, LengthOptions):
+    """How preference rows are read and cut."""
+
+    max_prompt_length: int = field(
+        default=256, metadata={"help": "Longest prompt in tokens once a pair has to be cut to --max_length."}
+    )
+    cache_dataset: bool = field(
+        default=True, metadata={"help": "Keep tokenised pairs on disk, so that the next run need not tokenise them."}
+    )
+    dataset_num_proc: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that tokenise a dataset; each takes seconds to start, so several pay for hundreds "
+            "of thousands of pairs."
+        },
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for tokenised pairs; default $TDPO_CACHE, or else ~/.cache/tdpo."}
+    )
+
+    def pair_cache(self) -> PairCache | None:
+        """Where tokenised pairs are kept, or None if they are not to be."""
+        return PairCache(self.cache_dir) if self.cache_dataset else None
+
+    def tokeniser(self, tokenizer: Any) -> Tokeniser:
+        """The tokenizer under these options.
+
+        Raises:
+            UserError: if it has no end-of-sequence token, or the options do not go together.
+        """
+        check_at_least(self, 1, "dataset_num_proc")
+        return Tokeniser(tokenizer, self.lengths(), processes=self.dataset_num_proc)
+
+    def lengths(self) -> Lengths:
+        """Truncation as these options describe it."""
+        return Lengths(self.max_length, self.max_prompt_length, self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
+
+
+def check_format(options: FormatOptions, formats: Mapping[str, Format]) -> None:
+    """Refuses an unknown format, and options that contradict each other, before any data is read.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if options.dataset_format != AUTO:
+        find_format(options.dataset_format, formats)
+    options.reading()

@@ -1,0 +1,149 @@
+"""Options of models: which, how they are loaded, and what is trained of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tdpo.config.checks import check_at_least, check_choices
+from tdpo.data.templates import TEMPLATES
+from tdpo.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """Which model and tokenizer, and how they are loaded."""
+
+    model_name_or_path: str = field(metadata={"help": "Model to train or evaluate: a hub name or a folder."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, where it is not kept with the model: a hub name or a folder."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = field(
+        default="float32",
+        metadata={"help": "Dtype of the weights; auto takes the checkpoint's. For mixed precision use --bf16 instead."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention implementation: eager, sdpa, flex_attention, flash_attention_2; default: the model's."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow models and tokenizers that bring Python code of their own to run it."}
+    )
+    eos_token: str | None = field(
+        default=None, metadata={"help": "End-of-sequence token to use instead of the tokenizer's own."}
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template to use instead of the tokenizer's own: a Jinja file, or one of "
+            f"{', '.join(TEMPLATES)}."
+        },
+    )
+
+
+@dataclass
+class ReferenceConfig:
+    """Which model the policy is held against."""
+
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reference model: a hub name or a folder; default: the policy as it is loaded."}
+    )
+
+
+@dataclass
+class AdapterOptions:
+    """Adapters: train a few new weights instead of the model's, under TRL's names."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the model's weights stay."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: its change is times alpha / r."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapter; takes --disable_dropout false."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get an adapter, or all-linear; default: peft's for the model."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved whole, lm_head for a trained head."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised scale: alpha / sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction of weights apart."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Keep the model in 4 bits under the adapter (QLoRA); needs bitsandbytes."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Keep the model in 8 bits under the adapter; needs bitsandbytes."}
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Kind of 4-bit numbers.", "choices": ["nf4", "fp4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the constants of the 4-bit quantisation too."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(self, 1, "lora_r", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        idle = [] if self.use_peft else self._given(("lora_", "use_rslora", "use_dora"))
+        if idle:
+            raise UserError(f"--{idle[0]} has no effect without --use_peft")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("--load_in_4bit and --load_in_8bit contradict each other")
+        idle = [] if self.load_in_4bit else self._given(("bnb_", "use_bnb"))
+        if idle:
+            raise UserError(f"--{idle[0]} has no effect without --load_in_4bit")
+
+    def peft_config(self) -> Any:
+        """The ``peft.LoraConfig`` these options describe, None without ``use_peft``."""
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+
+        targets = self.lora_target_modules
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+    def check_trains(self, loaded: bool) -> None:
+        """Refuses what would leave nothing to train, or put one adapter on another.
+
+        Args:
+            loaded: Whether the model that is named is an adapter already.
+
+        Raises:
+            UserError: naming the options.
+        """
+        if loaded and self.use_peft:
+            raise UserError("the model has an adapter already: leave --use_peft out to go on training it")
+        if self.quantization() and not (loaded or self.use_peft):
+            raise UserError("weights in 4 or 8 bits cannot be trained: add --use_peft, or go on from an adapter")
+
+    def quantization(self) -> dict[str, Any] | None:
+        """Arguments of transformers' ``BitsAndBytesConfig``, None for weights as they are."""
+        if self.load_in_8bit:
+            return {"load_in_8bit": True}
+        if not self.load_in_4bit:
+            return None
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
+        }
+
+    def _given(self, beginnings: tuple[str, ...]) -> list[str]:
+        """The options of such names that differ from their defaults."""
+        fields = type(self).__dataclass_fields__
+        return [n for n, f in fields.items() if n.startswith(beginnings) and getattr(self, n) != f.default]

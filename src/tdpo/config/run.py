@@ -1,0 +1,100 @@
+"""Options of a run that both trainers share, on top of those of transformers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from tdpo.config.checks import check_at_least, seconds
+from tdpo.errors import UserError
+from tdpo.models.sharding import load_whole
+
+APPLIED = "TDPO_ACCELERATE_CONFIG"
+"""Environment variable that says which ``--accelerate_config`` has been applied to this process."""
+
+
+@dataclass
+class RunOptions(TrainingArguments):
+    """The run: where it goes, and what differs from transformers' own defaults."""
+
+    learning_rate: float = field(
+        default=5e-6, metadata={"help": "The initial learning rate. The TDPO paper's is 5e-6."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the model, its checkpoints and metrics. (required)"}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Hide losses that are not finite. Off: training stops there and names the rows."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Kept off: batches carry more than the model's own inputs."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Train without dropout, so that policy and reference are compared as they are."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the newest checkpoint in --output_dir, if there is one."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into --output_dir although it holds a model or checkpoints."}
+    )
+    max_time: str | None = field(
+        default=None,
+        metadata={
+            "help": "Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124."
+        },
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Give callbacks such as early stopping back their state when resuming."}
+    )
+
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "How processes share the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's. Starts the "
+            "processes where no launcher has."
+        },
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata={"help": "Processes that --accelerate_config starts on this machine; default: one for each GPU."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_time is not None:
+            seconds(self.max_time)
+        if self.accelerate_config != os.environ.get(APPLIED):
+            raise UserError(
+                "--accelerate_config acts before options are read: give it on the command line, not in a --config file "
+                "or from Python"
+            )
+        if self.num_processes is not None and self.accelerate_config is None:
+            raise UserError(
+                "--num_processes says how many processes --accelerate_config starts; it has no effect alone"
+            )
+        if self.remove_unused_columns:
+            raise UserError("--remove_unused_columns cannot be on: it would remove the pairs' own columns")
+        check_at_least(
+            self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        )
+        check_at_least(self, 0, "learning_rate", "num_train_epochs")
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise UserError("--bf16_full_eval and --fp16_full_eval cast the policy and not the reference; use --bf16")
+        if self.label_smoothing_factor:
+            raise UserError("--label_smoothing_factor has no effect on these losses; leave it at 0")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        super().__post_init__()
+        given = self.accelerator_config
+        if given.split_batches or given.dispatch_batches or not given.even_batches:  # type: ignore[union-attr]
+            raise UserError(
+                "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
+            )
+        load_whole()

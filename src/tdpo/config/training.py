@@ -1,0 +1,145 @@
+"""Options of the objective and of scoring, and all the arguments of each trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tdpo import objectives
+from tdpo.config.checks import check_at_least, check_choices
+from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, check_format
+from tdpo.config.run import RunOptions
+from tdpo.data.formats import FORMATS
+from tdpo.data.sft import SFT_FORMATS
+from tdpo.data.tokenise import Lengths
+from tdpo.errors import UserError
+from tdpo.ops import Backend
+
+CACHE_HELP = (
+    "Folder with the reference's hidden states; filled where it is empty, refused where it belongs to other weights, "
+    "tokens or settings."
+)
+CACHE_DTYPE = {
+    "help": "Dtype of the cached hidden states; auto is that in which the reference gives them, which loses nothing.",
+    "choices": ["auto", "float32", "bfloat16", "float16"],
+}
+
+
+@dataclass
+class ObjectiveOptions:
+    """The objective and its parameters."""
+
+    objective: str = field(
+        default="tdpo2", metadata={"help": "Preference objective.", "choices": list(objectives.OBJECTIVES)}
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "Strength of the tie to the reference, in every objective. The paper's is 0.1."}
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the sequential-KL difference in tdpo2, 0.5 by default. Others have none."},
+    )
+
+    def build_objective(self) -> objectives.Objective:
+        """The objective these options describe.
+
+        Raises:
+            UserError: for an unknown name or a parameter the objective does not have.
+        """
+        return objectives.build(self.objective, beta=self.beta, alpha=self.alpha)
+
+
+@dataclass
+class LayoutOptions:
+    """How sequences share rows; none of it changes a result."""
+
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "tree packs sequences into shared rows and runs a prompt once, padded gives each a row; auto is "
+            "tree where a probe proves it on the model.",
+            "choices": ["auto", "tree", "padded"],
+        },
+    )
+
+
+@dataclass
+class ScoringOptions(LayoutOptions):
+    """How pairs are scored; none of it changes a result."""
+
+    backend: Backend = field(
+        default="auto",
+        metadata={
+            "help": "Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, "
+            "triton does so with kernels of its own on a GPU; auto is triton where it runs.",
+        },
+    )
+    logits_budget: int | None = field(
+        default=None,
+        metadata={"help": "Bytes for logits at a time; default 256 MiB on a CPU, 512 MiB on an accelerator."},
+    )
+
+
+@dataclass
+class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
+    """Arguments of tdpo.TDPOTrainer: all of ``transformers.TrainingArguments`` and the fields below.
+
+    Args:
+        objective: ``"dpo"``, ``"tdpo1"`` or ``"tdpo2"``.
+        beta: Strength of the tie to the reference.
+        alpha: Weight of the sequential-KL difference in ``tdpo2`` (None: 0.5); an error with any other objective.
+        max_length: Longest sequence in tokens.
+        max_prompt_length: What is left of the prompt of a longer pair.
+        dataset_format: Format of the rows, ``"auto"`` to tell it from the columns.
+        columns: Columns under other names.
+        reference: What gives the reference's hidden states: ``"frozen"``, ``"adapter_off"``, ``"cached"`` or
+            ``"auto"``, which says its choice and the reason in a log line.
+        reference_cache: Folder of the cache.
+        reference_cache_dtype: Dtype of the states in it; ``"auto"`` is that in which the reference gives them.
+    """
+
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "What gives the reference: frozen is a second model, adapter_off the policy without its adapter, "
+            "cached hidden states on disk; auto is adapter_off under a new adapter, cached with --reference_cache, "
+            "frozen elsewhere.",
+            "choices": ["auto", "frozen", "adapter_off", "cached"],
+        },
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": f"{CACHE_HELP} Default with --reference cached: reference-cache in --output_dir."},
+    )
+    reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self)
+        if self.reference in ("frozen", "adapter_off") and self.reference_cache:
+            raise UserError(f"--reference {self.reference} and --reference_cache contradict each other")
+        if self.reference_cache and Path(self.reference_cache).resolve() == Path(str(self.output_dir)).resolve():
+            raise UserError("--reference_cache and --output_dir are one folder; give the cache one of its own")
+        if self.reference_cache_dtype != "auto" and self.reference != "cached" and not self.reference_cache:
+            raise UserError("--reference_cache_dtype has no effect without --reference cached or --reference_cache")
+        check_at_least(self, 1, "logits_budget")
+        self.build_objective()
+        self.lengths()
+        check_format(self, FORMATS)
+
+
+@dataclass
+class SFTConfig(FormatOptions, LengthOptions, LayoutOptions, RunOptions):
+    """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below."""
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self)
+        self.lengths()
+        check_format(self, SFT_FORMATS)
+
+    def lengths(self) -> Lengths:
+        """Truncation as these options describe it: half of an overlong example may be its prompt."""
+        return Lengths(self.max_length, self.max_length // 2, self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
