@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import shutil
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -379,3 +380,64 @@ def test_mixed_precision_is_part_of_the_key(tmp_path: Path, tokenizer: Any) -> N
     with pytest.raises(UserError, match=r"filled with precision bf16 \(now no\)"):
         args = config(tmp_path, reference_cache=cache)
         TDPOTrainer(make_model(len(tokenizer)), make_model(len(tokenizer), 1), args, None, rows, None, tokenizer)
+
+
+def following(folder: Path, tokenizer: Any, ref_model: Any = None, **options: Any) -> TDPOTrainer:
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 6, "save_steps": 3, "logging_steps": 1}
+    args = config(folder, **{**settings, "save_strategy": "steps", "learning_rate": 1e-2, **options})
+    return TDPOTrainer(make_model(len(tokenizer)), ref_model, args, None, preference_rows(), None, tokenizer)
+
+
+def test_a_reference_that_follows_moves_its_share_every_so_many_steps(tmp_path: Path, tokenizer: Any) -> None:
+    made = following(tmp_path, tokenizer, ref_model_mixup_alpha=0.25, max_steps=3, save_steps=1)
+    assert made.reference_line.endswith("; every 2 steps it takes 0.25 of the policy")
+    made.train()
+    start = dict(make_model(len(tokenizer)).named_parameters())
+    second = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    for name, parameter in made.reference.model.named_parameters():
+        torch.testing.assert_close(parameter.data, torch.lerp(start[name].data, second[name], 0.25))
+    assert not torch.equal(second["model.norm.weight"], start["model.norm.weight"])
+
+
+def test_a_reference_that_takes_the_policys_weights_leaves_no_divergence(tmp_path: Path, tokenizer: Any) -> None:
+    made = following(tmp_path, tokenizer, ref_model_mixup_alpha=1.0)
+    made.train()
+    kl = [log["kl/chosen"] for log in made.state.log_history if "kl/chosen" in log]
+    assert [abs(value) < 1e-6 for value in kl] == [True, False, True, False, True, False]
+
+
+def test_a_run_whose_reference_follows_resumes_bit_for_bit(tmp_path: Path, tokenizer: Any) -> None:
+    """From between two moves, and with a reference that is not where it began."""
+    ends = []
+    for name, resume in (("whole", False), ("parts", True)):
+        made = following(tmp_path / name, tokenizer)
+        if resume:
+            shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / name / "checkpoint-3")
+        made.train(resume_from_checkpoint=resume)
+        made.save_model()
+        ends.append(
+            [load_file(tmp_path / name / file) for file in ("model.safetensors", "checkpoint-6/reference.safetensors")]
+        )
+    for whole, parts in zip(*ends, strict=True):
+        assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    (tmp_path / "parts" / "checkpoint-6" / "reference.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no reference\.safetensors: it was written without --sync_ref_model"):
+        following(tmp_path / "parts", tokenizer, max_steps=8).train(str(tmp_path / "parts" / "checkpoint-6"))
+
+
+def test_what_cannot_follow_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    from peft import get_peft_model
+
+    with pytest.raises(UserError, match="--ref_model_sync_steps has no effect without --sync_ref_model"):
+        config(tmp_path, ref_model_sync_steps=4)
+    with pytest.raises(UserError, match="--sync_ref_model moves the reference, and --reference cached"):
+        config(tmp_path, sync_ref_model=True, reference="cached")
+    with pytest.raises(UserError, match=r"--ref_model_mixup_alpha must be in \(0, 1\], got 1.5"):
+        config(tmp_path, sync_ref_model=True, ref_model_mixup_alpha=1.5)
+    args = config(tmp_path, sync_ref_model=True)
+    adapted = get_peft_model(make_model(len(tokenizer)), lora())
+    deeper = make_model(len(tokenizer))
+    deeper.model.layers.append(copy.deepcopy(deeper.model.layers[0]))
+    for policy, reference in ((adapted, None), (make_model(len(tokenizer)), deeper)):
+        with pytest.raises(UserError, match="can only follow a policy that is a whole model of the same shape"):
+            TDPOTrainer(policy, reference, args, None, preference_rows(), None, tokenizer)

@@ -96,6 +96,9 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
             ``"auto"``, which says its choice and the reason in a log line.
         reference_cache: Folder of the cache.
         reference_cache_dtype: Dtype of the states in it; ``"auto"`` is that in which the reference gives them.
+        sync_ref_model: Whether the frozen reference follows the policy, as in TR-DPO (arXiv 2404.09656).
+        ref_model_mixup_alpha: The policy's share when it does; the rest is the reference's own.
+        ref_model_sync_steps: After how many optimizer steps it does.
     """
 
     reference: str = field(
@@ -112,10 +115,23 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         metadata={"help": f"{CACHE_HELP} Default with --reference cached: reference-cache in --output_dir."},
     )
     reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Let the frozen reference follow the policy in steps (TR-DPO)."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6,
+        metadata={
+            "help": "How far it follows, under --sync_ref_model: this share of the policy, the rest stays; 1 copies."
+        },
+    )
+    ref_model_sync_steps: int = field(
+        default=512, metadata={"help": "After how many optimizer steps it follows, under --sync_ref_model."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
+        self._check_following()
         if self.reference in ("frozen", "adapter_off") and self.reference_cache:
             raise UserError(f"--reference {self.reference} and --reference_cache contradict each other")
         if self.reference_cache and Path(self.reference_cache).resolve() == Path(str(self.output_dir)).resolve():
@@ -126,6 +142,20 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         self.build_objective()
         self.lengths()
         check_format(self, FORMATS)
+
+    def _check_following(self) -> None:
+        given = [name for name in ("ref_model_mixup_alpha", "ref_model_sync_steps") if self._differs(name)]
+        if given and not self.sync_ref_model:
+            raise UserError(f"--{given[0]} has no effect without --sync_ref_model")
+        check_at_least(self, 1, "ref_model_sync_steps")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise UserError(f"--ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
+        fixed = "--reference_cache" if self.reference_cache else f"--reference {self.reference}"
+        if self.sync_ref_model and (self.reference_cache or self.reference in ("cached", "adapter_off")):
+            raise UserError(f"--sync_ref_model moves the reference, and {fixed} is one that cannot move")
+
+    def _differs(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
 
 @dataclass

@@ -62,6 +62,11 @@ class FrozenCopy:
         if next(self.model.parameters()).device != torch.device(device):
             self.model.to(device)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds but a part of the body."""
+        return self._head is not None
+
     def place(self, accelerator: Any) -> None:
         """Shards the body where weights are sharded; the head, which every step reads whole, stays whole."""
         head = head_of(self.model).map(torch.detach)  # the parameter itself is emptied
@@ -69,6 +74,17 @@ class FrozenCopy:
             self._head = head.map(lambda tensor: tensor.to(accelerator.device))
         else:
             self.to(accelerator.device)
+
+    def follow(self, policy: nn.Module, share: float) -> None:
+        """Moves every weight a share of the way to the policy's (Gorbatovski et al. 2024, arXiv 2404.09656, eq. 3).
+
+        Args:
+            policy: A model with the same parameters, whole.
+            share: 1 takes the policy's weights, 0 would stay.
+        """
+        with torch.no_grad():
+            for own, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
+                own.lerp_(theirs.to(own.device, own.dtype), share)
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""

@@ -17,7 +17,9 @@ import torch
 import transformers
 from accelerate import PartialState
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainerCallback
 
 from tdpo.config import TDPOConfig
 from tdpo.data.pack import pack_padded
@@ -84,6 +86,59 @@ def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, a
     else:
         reference = AsItIs(policy)
     return Models(policy, reference, f"reference: {strategy} ({why})", cache)
+
+
+class Following(TrainerCallback):
+    """A frozen reference that follows the policy every so many steps, and a checkpoint's copy of it.
+
+    Args:
+        reference: The reference.
+        policy: The policy, without any wrapper.
+        args: ``ref_model_mixup_alpha`` and ``ref_model_sync_steps`` say how far and how often.
+
+    Raises:
+        UserError: for a reference and a policy that do not have the same parameters.
+    """
+
+    FILE = "reference.safetensors"
+
+    def __init__(self, reference: Reference, policy: nn.Module, args: TDPOConfig) -> None:
+        if isinstance(reference, FrozenCopy) and reference.sharded:
+            raise UserError("--sync_ref_model needs whole weights in every process: --accelerate_config ddp or zero2")
+        if not isinstance(reference, FrozenCopy) or has_adapter(policy) or _shapes(policy) != _shapes(reference.model):
+            raise UserError(
+                "--sync_ref_model: the reference can only follow a policy that is a whole model of the same shape, "
+                "without an adapter"
+            )
+        self.reference, self.policy = reference, policy
+        self.share, self.every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Lets the reference follow, before the step is logged and saved."""
+        if state.global_step % self.every == 0:
+            self.reference.follow(self.policy, self.share)
+
+    def save(self, folder: Path) -> None:
+        """Writes the reference as it is now."""
+        weights = {name: parameter.contiguous() for name, parameter in self.reference.model.named_parameters()}
+        save_file(weights, folder / self.FILE)
+
+    def load(self, folder: Path) -> None:
+        """Takes back what :meth:`save` wrote.
+
+        Raises:
+            UserError: if the checkpoint has no reference.
+        """
+        if not (folder / self.FILE).is_file():
+            raise UserError(f"{folder} has no {self.FILE}: it was written without --sync_ref_model")
+        weights = load_file(folder / self.FILE)
+        with torch.no_grad():
+            for name, parameter in self.reference.model.named_parameters():
+                parameter.copy_(weights[name])
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _choose(policy: Any, ref_model: Any, peft_config: Any, args: TDPOConfig) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, logger
 from tdpo.train.metrics import DisplacementWatch, MetricSums
-from tdpo.train.references import FillOptions, Models, cached, prepare_models, told
+from tdpo.train.references import FillOptions, Following, Models, cached, prepare_models, told
 from tdpo.types import PackedBatch
 
 
@@ -111,6 +111,11 @@ class TDPOTrainer(BatchMeanTrainer):
         else:
             self.reference.to(self.args.device)
             self._read_from(models.cache, models, pack)
+        self._following = Following(self.reference, policy, args) if args.sync_ref_model else None
+        if self._following is not None:
+            self.add_callback(self._following)
+            share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            self.reference_line += f"; every {every} steps it takes {share:g} of the policy"
         self.compile_if_asked(policy)  # a cache is filled without, so that it serves runs with and without
         logger.info(self.reference_line)
 
@@ -136,6 +141,18 @@ class TDPOTrainer(BatchMeanTrainer):
         super().load_run_state(state)
         self._sums.load(state["metrics"], self.args.device)
         self._watch.load(state["displacement"])
+
+    def _complete(self, written: Path, final: Path) -> None:
+        """As the base's, with the reference where it moves."""
+        super()._complete(written, final)
+        if self._following is not None and self.args.should_save and not self.args.save_only_model:
+            self._following.save(written)
+
+    def _restore(self, folder: Path) -> None:
+        """As the base's, with the reference where it moves."""
+        super()._restore(folder)
+        if self._following is not None:
+            self._following.load(folder)
 
     def item_count(self, inputs: dict[str, Any]) -> int:
         """Pairs of a batch."""
