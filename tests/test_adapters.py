@@ -12,7 +12,6 @@ import torch
 from conftest import make_model, preference_rows, write_jsonl
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from test_fused import Products
-from test_real_data import write_dialogues
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tdpo import TDPOConfig, TDPOTrainer, UserError
@@ -311,13 +310,6 @@ def test_every_reference_gives_one_trajectory_through_the_command_line(
     tmp_path: Path, model_folder: Path, pairs_file: Path
 ) -> None:
     check_trajectories(model_folder, pairs_file, tmp_path, "--max_steps=10")
-
-
-def test_every_reference_gives_one_trajectory_on_real_dialogues(shared: Path, tmp_path: Path) -> None:
-    dialogues = write_dialogues(shared, tmp_path / "hh", 160, 20)
-    model = shared / "data/models/stories260k"
-    options = ["--max_steps=30", "--per_device_train_batch_size=4", "--max_length=128", "--learning_rate=1e-4"]
-    check_trajectories(model, dialogues, tmp_path, *options)
 
 
 def test_a_cache_is_filled_by_its_command_and_read_by_training(

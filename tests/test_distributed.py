@@ -199,7 +199,7 @@ def test_the_trajectory_goes_somewhere(trajectories: Runs) -> None:
     assert losses[0] == pytest.approx(math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "one"])
+@pytest.mark.parametrize("way", ["accumulated 4", "cached", "ddp", "fsdp2", "zero2", "zero3"])
 def test_the_gradient_of_the_first_step_is_that_of_one_process(first_steps: Runs, way: str) -> None:
     """Tensor by tensor, as far as the weights it was added to do not round it."""
     start, ours, theirs = (weights(f) for f in (first_steps.world.model, first_steps[way], first_steps["one"]))

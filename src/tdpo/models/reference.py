@@ -17,7 +17,7 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_layers, moves_its_base, switched_off
 from tdpo.models.hidden import response_states
 from tdpo.models.policy import causal_lm, evaluating, head_of
-from tdpo.models.sharding import shard_frozen
+from tdpo.models.sharding import narrow, narrow_dtype, shard_frozen
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
 
@@ -36,6 +36,9 @@ class Reference(Protocol):
 
     def to(self, device: torch.device | str) -> None:
         """Moves what is the reference's own; the policy's place is the trainer's business."""
+
+    def narrowed(self, dtype: torch.dtype) -> Reference:
+        """The same reference with weights of fewer bits; a policy it reads from stays as it is."""
 
     def place(self, accelerator: Any) -> None:
         """Brings what is the reference's own to its device, shared out between processes where the policy will be."""
@@ -62,13 +65,24 @@ class FrozenCopy:
         if next(self.model.parameters()).device != torch.device(device):
             self.model.to(device)
 
+    def narrowed(self, dtype: torch.dtype) -> FrozenCopy:
+        """This one, narrowed."""
+        narrow(self.model, dtype)
+        return self
+
     @property
     def sharded(self) -> bool:
         """Whether this process holds but a part of the body."""
         return self._head is not None
 
     def place(self, accelerator: Any) -> None:
-        """Shards the body where weights are sharded; the head, which every step reads whole, stays whole."""
+        """Shards the body where weights are sharded; the head, which every step reads whole, stays whole.
+
+        Under mixed precision it gets the policy's, so that equal models give equal states.
+        """
+        dtype = narrow_dtype(accelerator)
+        if dtype is not None:
+            narrow(self.model, dtype)
         head = head_of(self.model).map(torch.detach)  # the parameter itself is emptied
         if shard_frozen(causal_lm(self.model).base_model, accelerator):
             self._head = head.map(lambda tensor: tensor.to(accelerator.device))
@@ -127,6 +141,10 @@ class AdapterOff:
     def to(self, device: torch.device | str) -> None:
         """Nothing here is the reference's own."""
 
+    def narrowed(self, dtype: torch.dtype) -> AdapterOff:
+        """A narrowed copy."""
+        return AdapterOff(narrow(copy.deepcopy(self.policy), dtype))
+
     def place(self, accelerator: Any) -> None:
         """Nothing here is the reference's own."""
 
@@ -153,6 +171,10 @@ class AsItIs:
 
     def to(self, device: torch.device | str) -> None:
         """Nothing here is the reference's own."""
+
+    def narrowed(self, dtype: torch.dtype) -> AsItIs:
+        """A narrowed copy."""
+        return AsItIs(narrow(copy.deepcopy(self.model), dtype))
 
     def place(self, accelerator: Any) -> None:
         """Nothing here is the reference's own."""
@@ -185,6 +207,10 @@ class CachedHidden:
     def to(self, device: torch.device | str) -> None:
         """Moves the head; states follow their batch."""
         self._head = self._head.map(lambda tensor: tensor.to(device))
+
+    def narrowed(self, dtype: torch.dtype) -> CachedHidden:
+        """This one: its states have the dtype they were kept in."""
+        return self
 
     def place(self, accelerator: Any) -> None:
         """Moves the head."""

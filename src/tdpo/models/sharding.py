@@ -6,6 +6,7 @@ model (its head, its trees) and the copy that becomes the reference need whole o
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from tdpo.errors import UserError
 
@@ -68,6 +69,31 @@ def settle_fsdp_on_cpus(accelerator: Any) -> None:
     plugin = accelerator.state.fsdp_plugin
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+
+
+def keep_outputs_wide(accelerator: Any) -> None:
+    """Keeps FSDP2 from rounding what a forward returns to the precision of its weights: ours returns the loss."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def narrow_dtype(accelerator: Any) -> torch.dtype | None:
+    """What FSDP2 and DeepSpeed make of a policy's weights under mixed precision, where others leave them and autocast.
+
+    None where weights stay as they are.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    sharded = accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 2
+    return dtype if sharded or accelerator.distributed_type == DistributedType.DEEPSPEED else None
+
+
+def narrow(model: Any, dtype: torch.dtype) -> Any:
+    """Narrows the weights of a model that is not trained, in place, and leaves its buffers, as the engines do."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def shard_frozen(body: nn.Module, accelerator: Any) -> bool:

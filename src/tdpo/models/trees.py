@@ -43,7 +43,7 @@ class TreePlan:
     masks: Callable[[PackedBatch], Masks] | None = None
 
 
-_plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], TreePlan]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[torch.dtype, TreePlan]]] = weakref.WeakKeyDictionary()
 
 
 def tree_plan(model: nn.Module) -> TreePlan:
@@ -52,12 +52,15 @@ def tree_plan(model: nn.Module) -> TreePlan:
     Once per model, attention implementation and dtype: the mask depends on both.
     """
     lm = causal_lm(model)
-    implementation = getattr(lm.config, "_attn_implementation", None) or "eager"
+    implementation, dtype = _implementation(lm), next(lm.parameters()).dtype
     plans = _plans.setdefault(lm, {})
-    key = (implementation, next(lm.parameters()).dtype)
-    if key not in plans:
-        plans[key] = _probe(lm, implementation)
-    return plans[key]
+    if implementation not in plans or plans[implementation][0] != dtype:
+        plans[implementation] = dtype, _probe(lm, implementation)
+    return plans[implementation][1]
+
+
+def _implementation(lm: Any) -> str:
+    return getattr(lm.config, "_attn_implementation", None) or "eager"
 
 
 def tree_states(model: nn.Module, batch: PackedBatch, **inputs: Any) -> Tensor:
@@ -66,7 +69,9 @@ def tree_states(model: nn.Module, batch: PackedBatch, **inputs: Any) -> Tensor:
     Raises:
         ValueError: if the model was refused; ask :func:`tree_plan` first.
     """
-    plan = tree_plan(model)
+    lm = causal_lm(model)
+    # The plan that was proven stays: within a forward, wrappers may have put weights of fewer bits in place.
+    _, plan = _plans.get(lm, {}).get(_implementation(lm)) or (None, tree_plan(model))
     if plan.masks is None:
         raise ValueError(f"this model cannot run trees: {plan.refusal}")
     return _states(model, batch, plan.masks, **inputs)

@@ -79,6 +79,7 @@ class BatchMeanTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if on_cpus:
             sharding.settle_fsdp_on_cpus(self.accelerator)
+        sharding.keep_outputs_wide(self.accelerator)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The sum of the losses of a batch, differentiable, and whatever the caller may want of it."""

@@ -8,6 +8,7 @@ in the whole optimizer step. Left out on purpose: everything ``Trainer`` already
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tdpo.models.inside import open_forward, run_inside
 from tdpo.models.load import load_model
 from tdpo.models.policy import disable_dropout, head_of, position_limit
 from tdpo.models.reference import FrozenCopy, Reference
+from tdpo.models.sharding import narrow_dtype
 from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss, packer, tree_refusal
@@ -217,6 +219,10 @@ class TDPOTrainer(BatchMeanTrainer):
         moves = place != self.args.device
         if moves:
             policy.to(self.args.device)
+        dtype = narrow_dtype(self.accelerator)
+        if dtype is not None:
+            models = replace(models, reference=models.reference.narrowed(dtype))
+            run = replace(run, precision="no")  # the weights are narrow, and nothing is cast on the way
         self.reference = cached(models, folder, pairs, pack, run)
         if moves:
             policy.to(place)
