@@ -226,6 +226,17 @@ def test_weights_really_are_sharded(trajectories: Runs, engine: str) -> None:
     assert whole == sum(tensor.numel() for tensor in weights(trajectories.world.model).values())
 
 
+@pytest.mark.parametrize(
+    "way", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
+)
+def test_in_mixed_precision_policy_and_reference_begin_equal(world: World, tmp_path: Path, way: str) -> None:
+    """These engines make the policy's weights bf16, so the reference's have to be too; and the loss is not rounded."""
+    run(WAYS[way], world, tmp_path / "out", "--max_steps", 1, "--bf16")
+    (log,) = [log for log in history(tmp_path / "out") if "loss" in log]
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log["kl/chosen"] == log["kl/rejected"] == 0
+
+
 def test_an_evaluation_counts_every_pair_once(trajectories: Runs) -> None:
     """An odd number of pairs in two processes with batches of 4: the last round has too few pairs for both."""
     pairs = len(trajectories.world.held_out.read_text().splitlines())
