@@ -312,6 +312,8 @@ def test_mistakes_about_processes_are_told(
     assert "--accelerate_config fsdp2 on a CPU needs two processes or more" in told(
         "--accelerate_config", "fsdp2", "--num_processes", 1
     )
+    assert told("--accelerate_config", "ddp", "--num_processes", 2, "--bta", 1).count("Did you mean 'beta'?") == 1
+    assert "d: no such file or folder" in told("--accelerate_config", "ddp", "--num_processes", 2)
     assert "no such file, nor a preset (ddp, fsdp2, zero2, zero3). Did you mean 'fsdp2'?" in told(
         "--accelerate_config=fsdp"
     )

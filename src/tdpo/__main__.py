@@ -2,6 +2,6 @@
 
 import sys
 
-from tdpo.cli import main
+from tdpo.cli import program
 
-sys.exit(main())
+sys.exit(program())

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from tdpo import __version__
 from tdpo.errors import Stopped, UserError, nearest
@@ -59,14 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"no command {name!r}; there are: {', '.join(COMMANDS)}.{nearest(name, COMMANDS)}")
         command = importlib.import_module(f"tdpo.commands.{name.replace('-', '_')}")
         command.run(arguments[1:])
-        _part()
     except UserError as error:
         print(f"tdpo {name}: {error}", file=sys.stderr)
         return USER_ERROR
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":  # all processes stopped together
             print(f"tdpo {name}: {stopped}", file=sys.stderr)
-        _part()
         return stopped.code
     except KeyboardInterrupt:
         print(f"\ntdpo {name}: interrupted", file=sys.stderr)
@@ -74,17 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _part() -> None:
-    """Ends the group of a run's processes.
+def program() -> int:
+    """What ``tdpo`` runs: :func:`main`, and then the end of the group of processes this one may be in.
 
     A thread of gloo's may still hold the tensors of the last collective, and needs Python's lock to let go of them. If
     the interpreter is ending by then it aborts, and a finished run looks like a failed one; so it gets the lock here.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    code = main()
+    group: Any = sys.modules.get("torch.distributed")
+    # Of a mistake of this process's alone the others know nothing, and would be left waiting.
+    if group is not None and group.is_available() and group.is_initialized() and code != USER_ERROR:
+        group.destroy_process_group()
         time.sleep(0.1)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -48,10 +48,10 @@ def check_shared_memory(option: str, processes: int) -> None:
         UserError: naming the shared memory, and what to do about it.
     """
     try:
-        for _ in [multiprocessing.get_context("spawn").Queue() for _ in range(processes + 2)]:
-            pass
+        room = [multiprocessing.get_context("spawn").Queue() for _ in range(processes + 2)]
+        del room
     except OSError as error:
         raise UserError(
             f"{option} {processes}: there is no room in the shared memory (/dev/shm): {error}. Give it more "
-            f"(docker run --shm-size 1g), or leave {option} at 0"
+            f"(docker run --shm-size 1g), or leave {option} out"
         ) from error

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +22,8 @@ from rich.table import Table
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
+from tdpo.cli import COMMANDS
+from tdpo.commands.options import parse
 from tdpo.config import RunOptions
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
@@ -59,6 +61,8 @@ def quieten() -> None:
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, tells every run of it
     # What DeepSpeed calls in torch, told once per call and process.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
@@ -74,6 +78,23 @@ class TellSharding(TrainerCallback):
         own, whole = held(model)
         if own < whole:
             console().print(f"weights: sharded, {own:,} of {whole:,} in this process", soft_wrap=True)
+
+
+def run_options(command: str, classes: tuple[type, ...], argv: Sequence[str]) -> tuple[Any, ...]:
+    """Parses the options of a training command, and looks whether the data they name is there.
+
+    Args:
+        command: Its name.
+        classes: The dataclasses that hold its options; the last two are those of the data and of the run.
+        argv: Its words.
+    """
+    options = parse(command, COMMANDS[command], classes, argv, OUTPUT)
+    data, args = options[-2:]
+    reading = args.reading()
+    data.check_reading(reading)
+    data.open_training(reading)
+    data.open_held_out(reading)
+    return options
 
 
 def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:

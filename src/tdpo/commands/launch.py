@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,15 @@ def environment_of(config: Mapping[str, Any]) -> dict[str, str]:
     return made
 
 
-def apply(argv: Sequence[str], command: str) -> None:
+def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> None:
     """Does what ``--accelerate_config`` among a command's words asks for, before options are parsed and models loaded.
 
     Returns with the environment set, or does not return: the process becomes torchrun's.
+
+    Args:
+        argv: The command's words.
+        command: Its name.
+        check: Looks the rest of the words over, so that a mistake in them is told once and not by every process.
 
     Raises:
         UserError: for a file that is not understood, or an engine that does not run here.
@@ -106,7 +111,16 @@ def apply(argv: Sequence[str], command: str) -> None:
     launched = "LOCAL_RANK" in os.environ
     if config["distributed_type"] == "FSDP" and cpu and int(processes) < 2 and not launched:
         raise UserError(f"{OPTION} {name} on a CPU needs two processes or more: {PROCESSES} 2")
-    os.environ.update(environment_of(config) | {APPLIED: name})
+    os.environ[APPLIED] = name
+    if not launched:
+        try:
+            check()
+        except BaseException:
+            del os.environ[APPLIED]
+            raise
+    os.environ.update(environment_of(config))
+    if config["distributed_type"] == "DEEPSPEED" and cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if launched:
         return
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from tdpo.cli import COMMANDS
 from tdpo.commands import launch
 from tdpo.commands.common import (
-    OUTPUT,
     TellSharding,
     clear_earlier_run,
     console,
     prepare_output,
     quieten,
     read_dataset,
+    run_options,
     told_in_words,
 )
-from tdpo.commands.options import parse
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.data.sft import SFTDataset, prepare_sft
 from tdpo.data.sources import Source
@@ -25,15 +24,15 @@ from tdpo.models.load import adapter_base, check_vocabulary, load_model, load_to
 from tdpo.train.interrupts import listening
 from tdpo.train.sft import SFTTrainer
 
+OPTIONS = (ModelConfig, AdapterOptions, EvalDataConfig, SFTConfig)
+
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    launch.apply(argv, "sft")
-    model_config, adapter, data, args = parse(
-        "sft", COMMANDS["sft"], (ModelConfig, AdapterOptions, EvalDataConfig, SFTConfig), argv, OUTPUT
-    )
+    options = partial(run_options, "sft", OPTIONS, argv)
+    launch.apply(argv, "sft", options)
+    model_config, adapter, data, args = options()
     reading = args.reading()
-    data.check_reading(reading)
     quieten()
     checkpoint = prepare_output(args, model_config.model_name_or_path, model_config.tokenizer_name_or_path)
     out = console()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from tdpo.cli import COMMANDS
 from tdpo.commands import launch
 from tdpo.commands.common import (
-    OUTPUT,
     TellSharding,
     clear_earlier_run,
     console,
@@ -16,9 +15,9 @@ from tdpo.commands.common import (
     prepare_output,
     quieten,
     read_dataset,
+    run_options,
     told_in_words,
 )
-from tdpo.commands.options import parse
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.sources import Source
@@ -26,19 +25,15 @@ from tdpo.models.load import adapter_base, check_vocabulary, load_model, load_to
 from tdpo.train.interrupts import listening
 from tdpo.train.trainer import TDPOTrainer
 
+OPTIONS = (ModelConfig, ReferenceConfig, AdapterOptions, EvalDataConfig, TDPOConfig)
+
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command: options, data, then weights, so that mistakes show before anything is loaded."""
-    launch.apply(argv, "train")
-    model_config, ref, adapter, data, args = parse(
-        "train",
-        COMMANDS["train"],
-        (ModelConfig, ReferenceConfig, AdapterOptions, EvalDataConfig, TDPOConfig),
-        argv,
-        OUTPUT,
-    )
+    options = partial(run_options, "train", OPTIONS, argv)
+    launch.apply(argv, "train", options)
+    model_config, ref, adapter, data, args = options()
     reading = args.reading()
-    data.check_reading(reading)
     quieten()
     checkpoint = prepare_output(
         args, model_config.model_name_or_path, model_config.tokenizer_name_or_path, ref.ref_model_name_or_path

@@ -97,4 +97,4 @@ class RunOptions(TrainingArguments):
             raise UserError(
                 "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
             )
-        load_whole()
+        load_whole(self.deepspeed_plugin is not None)

@@ -23,13 +23,17 @@ logger = logging.getLogger("tdpo")
 LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
-def load_whole() -> None:
-    """Makes every process load whole weights from here on, whatever the launcher's settings say."""
+def load_whole(deepspeed: bool) -> None:
+    """Makes every process load whole weights from here on, whatever the launcher's settings say.
+
+    Args:
+        deepspeed: Whether the run is DeepSpeed's.
+    """
     if os.environ.get(LOADS_EMPTY, "false").lower() in ("true", "1"):
         os.environ[LOADS_EMPTY] = "false"
         if os.environ.get("RANK", "0") == "0":
             logger.warning("fsdp_cpu_ram_efficient_loading is off: every process reads the whole model, to prove it")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if deepspeed:
         from transformers.integrations import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()  # what makes from_pretrained partition while it loads; accelerate has its own
@@ -44,16 +48,18 @@ def allow_fsdp_on_cpus(args: Any) -> bool:
         Whether FSDP was asked for and there is no accelerator.
 
     Raises:
-        UserError: where a GPU is hidden from this run alone, or there is one process.
+        UserError: where a GPU is hidden from this run alone, there is one process, or it is FSDP's first version.
     """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or args.fsdp_plugin_args is not None
     if not asked or args.device.type != "cpu":
         return False
     if torch.accelerator.is_available():
         raise UserError("FSDP with --use_cpu takes the GPU for its own; hide it with CUDA_VISIBLE_DEVICES=")
-    state = PartialState()
+    state, given = PartialState(), args.fsdp_plugin_args or {}
     if state.num_processes < 2:
         raise UserError("FSDP on a CPU needs two processes or more: --num_processes 2, or torchrun")
+    if int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))) != 2:
+        raise UserError("FSDP on a CPU has to be version 2: fsdp_version: 2 under fsdp_config")
     state.distributed_type = DistributedType.MULTI_GPU
     return True
 
@@ -71,11 +77,27 @@ def settle_fsdp_on_cpus(accelerator: Any) -> None:
         plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
 
 
-def keep_outputs_wide(accelerator: Any) -> None:
-    """Keeps FSDP2 from rounding what a forward returns to the precision of its weights: ours returns the loss."""
+def settle(accelerator: Any) -> None:
+    """Changes what in an engine's settings would cost digits or weights.
+
+    FSDP2 rounds what a forward returns to the precision of its weights, and ours returns the loss. ZeRO stage 3 saves
+    no weights that load, unless it is told to gather them.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+    if _is_zero3(accelerator):
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def _is_fsdp2(accelerator: Any) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 2
+
+
+def _is_zero3(accelerator: Any) -> bool:
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return is_deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3
 
 
 def narrow_dtype(accelerator: Any) -> torch.dtype | None:
@@ -84,8 +106,8 @@ def narrow_dtype(accelerator: Any) -> torch.dtype | None:
     None where weights stay as they are.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    sharded = accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 2
-    return dtype if sharded or accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    narrows = _is_fsdp2(accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
+    return dtype if narrows else None
 
 
 def narrow(model: Any, dtype: torch.dtype) -> Any:
@@ -107,12 +129,18 @@ def shard_frozen(body: nn.Module, accelerator: Any) -> bool:
         Whether the body is sharded now, and on its device.
     """
     state = accelerator.state
-    if accelerator.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 2:
+    if _is_fsdp2(accelerator):
         from accelerate.utils import fsdp2_prepare_model
 
-        fsdp2_prepare_model(accelerator, body)
+        plugin = state.fsdp_plugin
+        policys = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+        plugin.transformer_cls_names_to_wrap = None  # this body's own layers, which need not be the policy's
+        try:
+            fsdp2_prepare_model(accelerator, body)
+        finally:
+            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policys
         return True
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
+    if _is_zero3(accelerator):
         import deepspeed
 
         given = state.deepspeed_plugin.deepspeed_config["zero_optimization"]

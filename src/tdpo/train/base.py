@@ -46,6 +46,7 @@ class BatchMeanTrainer(Trainer):
     _evaluated: Tensor
     _aside: Path | None = None
     _agreed: Tensor | int = 0
+    _begun = False
 
     def __init__(self, *, args: RunOptions, callbacks: Iterable[TrainerCallback] | None = None, **kwargs: Any) -> None:
         super().__init__(args=args, callbacks=list(callbacks or []), **kwargs)
@@ -79,7 +80,7 @@ class BatchMeanTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if on_cpus:
             sharding.settle_fsdp_on_cpus(self.accelerator)
-        sharding.keep_outputs_wide(self.accelerator)
+        sharding.settle(self.accelerator)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """The sum of the losses of a batch, differentiable, and whatever the caller may want of it."""
@@ -214,6 +215,11 @@ class BatchMeanTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As the Trainer's, with exact means over all items instead of means of batch means."""
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self._begun:
+            raise UserError(
+                "under FSDP and DeepSpeed an evaluation needs weights that training has shared out: evaluate after "
+                "train(), or use --eval_on_start"
+            )
         self.begin_evaluation()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         exact = {f"{metric_key_prefix}_{name}": value for name, value in self.end_evaluation().items()}
@@ -243,6 +249,7 @@ class BatchMeanTrainer(Trainer):
         if folder is not None:
             self._restore(folder)
         self.stop_request.start()
+        self._begun = True
         try:
             return super().train(None if folder is None else str(folder), *args, **kwargs)
         finally:
