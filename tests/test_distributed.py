@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,7 +188,15 @@ def assert_close(ours: Weights, theirs: Weights, tolerance: float) -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=tolerance * tensor.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "one"])
+def ways(*quick: str, slow: tuple[str, ...] = ()) -> list[Any]:
+    """Parameters; starting processes takes seconds, so what others all but show is left out unless asked for."""
+    return [*quick, *(pytest.param(way, marks=pytest.mark.slow) for way in slow)]
+
+
+@pytest.mark.parametrize(
+    "way",
+    ways("accumulated 2", "accumulated 4", "cached", "ddp", "fsdp2", "zero2", "zero3", slow=("fsdp2, accumulated 2",)),
+)
 def test_the_trajectory_is_that_of_one_process(trajectories: Runs, way: str) -> None:
     assert_same_trajectory(trajectories[way], trajectories["one"])
 
@@ -199,7 +208,7 @@ def test_the_trajectory_goes_somewhere(trajectories: Runs) -> None:
     assert losses[0] == pytest.approx(math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("way", ["accumulated 4", "cached", "ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("way", ways("accumulated 4", "cached", "ddp", "fsdp2", slow=("zero2", "zero3")))
 def test_the_gradient_of_the_first_step_is_that_of_one_process(first_steps: Runs, way: str) -> None:
     """Tensor by tensor, as far as the weights it was added to do not round it."""
     start, ours, theirs = (weights(f) for f in (first_steps.world.model, first_steps[way], first_steps["one"]))
@@ -210,7 +219,9 @@ def test_the_gradient_of_the_first_step_is_that_of_one_process(first_steps: Runs
         assert gradient > 100 * seen, name
 
 
-@pytest.mark.parametrize("way", [way for way in ADAPTED if way != "frozen"])
+@pytest.mark.parametrize(
+    "way", ways("adapter_off", "cached", "adapter_off, ddp", "adapter_off, fsdp2", slow=("adapter_off, zero3",))
+)
 def test_the_adapters_trajectory_is_that_against_a_frozen_copy_of_its_base(adapted: Runs, way: str) -> None:
     assert_same_trajectory(adapted[way], adapted["frozen"], adapter_weights)
 
@@ -226,9 +237,7 @@ def test_weights_really_are_sharded(trajectories: Runs, engine: str) -> None:
     assert whole == sum(tensor.numel() for tensor in weights(trajectories.world.model).values())
 
 
-@pytest.mark.parametrize(
-    "way", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("way", ways("fsdp2", slow=("zero2", "zero3")))
 def test_in_mixed_precision_policy_and_reference_begin_equal(world: World, tmp_path: Path, way: str) -> None:
     """These engines make the policy's weights bf16, so the reference's have to be too; and the loss is not rounded."""
     run(WAYS[way], world, tmp_path / "out", "--max_steps", 1, "--bf16")
@@ -264,7 +273,7 @@ def test_what_several_processes_save_loads_as_any_model(trajectories: Runs, way:
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("way", ["fsdp2", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (2, 3))])
+@pytest.mark.parametrize("way", ways("fsdp2", slow=("zero2", "zero3")))
 def test_a_sharded_run_resumes_bit_for_bit(world: World, tmp_path: Path, way: str) -> None:
     options = ["--optim", "adamw_torch", "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3]
     options += ["--eval_dataset_name", world.held_out]

@@ -183,7 +183,11 @@ def test_a_full_disk_costs_nothing_that_was_written(
 
 @pytest.mark.parametrize(
     ("size", "option", "code"),
-    [("4k", "--dataloader_num_workers", 2), ("4k", "--dataset_num_proc", 2), ("64k", "--dataloader_num_workers", 0)],
+    [
+        ("4k", "--dataloader_num_workers", 2),
+        pytest.param("4k", "--dataset_num_proc", 2, marks=pytest.mark.slow),
+        ("64k", "--dataloader_num_workers", 0),
+    ],
 )
 def test_little_shared_memory_is_named_or_does_not_matter(
     tmp_path: Path, model_folder: Path, pairs_file: Path, size: str, option: str, code: int
