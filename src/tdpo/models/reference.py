@@ -82,7 +82,7 @@ class FrozenCopy:
         """
         dtype = narrow_dtype(accelerator)
         if dtype is not None:
-            narrow(self.model, dtype)
+            self.narrowed(dtype)
         head = head_of(self.model).map(torch.detach)  # the parameter itself is emptied
         if shard_frozen(causal_lm(self.model).base_model, accelerator):
             self._head = head.map(lambda tensor: tensor.to(accelerator.device))
@@ -90,7 +90,7 @@ class FrozenCopy:
             self.to(accelerator.device)
 
     def follow(self, policy: nn.Module, share: float) -> None:
-        """Moves every weight a share of the way to the policy's (Gorbatovski et al. 2024, arXiv 2404.09656, eq. 3).
+        """Moves every weight a share of the way to the policy's (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656).
 
         Args:
             policy: A model with the same parameters, whole.
