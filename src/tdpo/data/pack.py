@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tdpo.types import PackedBatch, TokenisedPair
 
 PADDING_ID = 0
-"""Fills the end of short rows. Attention is causal, so no real token ever sees it and any valid id would do."""
+"""Fills the end of padded rows. Attention is causal, so no real token sees it. In trees, where padding sees itself
+alone, the row's first token is repeated: a token whose embedding is zero can give NaN gradients (Gemma 3n)."""
 
 
 def pack_padded(pairs: Sequence[TokenisedPair]) -> PackedBatch:
@@ -53,7 +54,7 @@ def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0) -> PackedBatch
     Example:
         >>> batch = pack_trees([TokenisedPair([5, 6], [7], [8, 9]), TokenisedPair([1], [2, 3], [4])])
         >>> batch.input_ids.tolist(), batch.position_ids.tolist()
-        ([[5, 6, 8], [1, 2, 0]], [[0, 1, 2], [0, 1, 0]])
+        ([[5, 6, 8], [1, 2, 1]], [[0, 1, 2], [0, 1, 0]])
         >>> batch.source_index.tolist(), batch.labels.tolist(), batch.sequence_ids.tolist()
         ([1, 1, 2, 3, 4, 3], [7, 8, 9, 2, 3, 4], [0, 1, 1, 2, 2, 3])
     """
@@ -111,7 +112,7 @@ def _forest(trees: Sequence[Tree], sequence_ids: list[int], pair_rows: list[int]
     responses = [branch for tree in trees for branch in tree.branches]
     counts = [len(response) for response in responses]
     return PackedBatch(
-        input_ids=input_ids,
+        input_ids=torch.where(tree_ids < 0, input_ids[:, :1], input_ids),
         position_ids=position_ids,
         tree_ids=tree_ids,
         branch_ids=branch_ids,
