@@ -63,7 +63,7 @@ def test_bad_rows_are_named(tokenizer: Any, row: dict, message: str) -> None:
         prepare_sft([TEXTS[0], row], Tokeniser(tokenizer), name="rows")
     with pytest.raises(UserError, match=r"Known formats:\n  completion: prompt, completion\n  messages: "):
         prepare_sft([{"other": "x"}], Tokeniser(tokenizer))
-    with pytest.raises(UserError, match="must be a list of chat messages that ends with the assistant's"):
+    with pytest.raises(UserError, match="no assistant turn to learn that another turn precedes; roles: user, user"):
         prepare_sft([{"messages": [{"role": "user", "content": "Hi"}] * 2}], Tokeniser(tokenizer))
 
 

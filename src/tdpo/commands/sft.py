@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
     tokeniser = Tokeniser(tokenizer, args.lengths())
 
     def prepare(rows: Source) -> SFTDataset:
-        return prepare_sft(rows, tokeniser, reading, args.on_bad_row)
+        return prepare_sft(rows, tokeniser, reading, args.on_bad_row, train_on=args.train_on)
 
     train = read_dataset(data.open_training(reading), prepare)
     aside = data.open_held_out(reading)

@@ -163,6 +163,13 @@ class SFTConfig(FormatOptions, LengthOptions, LayoutOptions, RunOptions):
     """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
+    train_on: str = field(
+        default="every_turn",
+        metadata={
+            "help": "Which assistant turns of a conversation are learnt: all of them, or the last alone.",
+            "choices": ["every_turn", "last_turn"],
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,47 +1,84 @@
-"""Supervised rows: chosen responses of preference data, prompt and completion, chats, or plain text."""
+"""Examples of supervised fine-tuning: sequences of ids and labels, from rows of every supervised format."""
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import Dataset
 
-from tdpo.data.formats import (
-    AUTO,
-    FORMATS,
-    DataReport,
-    Format,
-    OnBadRow,
-    RowError,
-    chat_options,
-    convert,
-    is_empty,
-    name_of,
-    text_of,
-)
+from tdpo.data.formats import AUTO, DataReport, OnBadRow, convert, name_of
+from tdpo.data.formats.report import row_list
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.reading import Reading
 from tdpo.data.sources import Source, SourceRow, from_memory
-from tdpo.data.tokenise import Tokeniser, Turns
+from tdpo.data.supervised import SFT_FORMATS, Exchange
+from tdpo.data.tokenise import Ids, Tokeniser, Turns
 from tdpo.errors import UserError
-from tdpo.types import PreferenceRecord, Text
+from tdpo.types import PackedBatch, Text
+
+TrainOn = Literal["every_turn", "last_turn"]
+MASKED = -100
+"""Label of a token that is read but not learnt, as in transformers."""
+CHUNK = 512
+"""Conversations that are tokenised together; each turn is encoded with all turns before it."""
+SEPARATE = "a sequence for each turn, because the chat template renders earlier turns differently once others follow"
+PLAIN = "the prompt is a plain text and used as it stands, without the chat template"
 
 
 @dataclass(frozen=True)
 class SFTExample:
-    """One sequence to learn: the loss is on the response, its end token included.
+    """One sequence to learn: the loss is on the responses, their end tokens included.
 
     Attributes:
-        prompt_ids: Ids before the response; of plain text its first token, which nothing predicts.
-        response_ids: Ids that are learnt.
+        prompt_ids: Ids before the first response; of plain text its first token, which nothing predicts.
+        response_ids: Ids that follow: a response, or the responses of a conversation with the turns between them.
         row: Row number in the source.
+        labels: What is to be predicted in place of each of ``response_ids``, :data:`MASKED` for nothing. None is the
+            ids themselves. Only where a response's end token is not of the chat template is a label another token.
     """
 
     prompt_ids: list[int]
     response_ids: list[int]
     row: int = 0
+    labels: list[int] | None = None
+
+
+@dataclass
+class SFTReport(DataReport):
+    """The report of supervised rows.
+
+    Attributes:
+        train_on: Which turns of a conversation are learnt.
+        conversations: Conversations with several turns to learn.
+        turns: Turns to learn in them.
+        notes: Row numbers by what is worth knowing about them.
+    """
+
+    item = "sequences"
+    train_on: TrainOn = "every_turn"
+    conversations: int = 0
+    turns: int = 0
+    notes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def lines(self) -> list[str]:
+        """As the report's of any data, with what is learnt of conversations."""
+        lines = super().lines()
+        if self.conversations and self.train_on == "every_turn":
+            lines.append(
+                f"conversations: every assistant turn is learnt, {self.turns} in {self.conversations} conversations "
+                "with several (--train_on last_turn learns the last alone)"
+            )
+        elif self.conversations:
+            lines.append(
+                f"conversations: only the last assistant turn is learnt, of {self.turns} in {self.conversations} "
+                "conversations with several (--train_on every_turn learns all)"
+            )
+        return lines + [f"{note} ({len(rows)}): {row_list(rows)}" for note, rows in self.notes.items()]
 
 
 class SFTDataset(Dataset[SFTExample]):
@@ -80,7 +117,24 @@ class SFTCollator:
         """The batch of some examples."""
         pack = pack_sequence_trees if self.packed else pack_sequences
         prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
-        return pack(prompts, responses, [e.row for e in examples]).as_dict()
+        batch = pack(prompts, responses, [e.row for e in examples])
+        if any(example.labels is not None for example in examples):
+            batch = _with_labels(batch, [e.response_ids if e.labels is None else e.labels for e in examples])
+        return batch.as_dict()
+
+
+def _with_labels(batch: PackedBatch, labels: Sequence[list[int]]) -> PackedBatch:
+    """The same rows with other labels of each sequence; masked tokens are left to the body and out of the loss."""
+    flat_N = torch.tensor([label for sequence in labels for label in sequence])
+    kept_N = flat_N != MASKED
+    counts = [sum(label != MASKED for label in sequence) for sequence in labels]
+    return replace(
+        batch,
+        source_index=batch.source_index[kept_N],
+        labels=flat_N[kept_N],
+        sequence_ids=batch.sequence_ids[kept_N],
+        lengths=tuple(count for kept in counts for count in (kept, 0)),
+    )
 
 
 def prepare_sft(
@@ -89,8 +143,9 @@ def prepare_sft(
     reading: str | Reading = AUTO,
     on_bad_row: OnBadRow = "error",
     name: str = "dataset",
+    train_on: TrainOn = "every_turn",
 ) -> SFTDataset:
-    """Tokenises rows with ``text``, ``messages``, ``prompt`` and ``completion``, or any preference format (its chosen).
+    """Tokenises rows of a supervised format (:data:`tdpo.data.supervised.SFT_FORMATS`), or of pairs (their chosen).
 
     Args:
         data: An ``SFTDataset``, or an iterable of :class:`~tdpo.data.sources.SourceRow` or dictionaries of columns.
@@ -98,6 +153,7 @@ def prepare_sft(
         reading: How rows are read that do not say so themselves.
         on_bad_row: ``"error"`` or ``"drop"``.
         name: What messages call rows that come from memory.
+        train_on: Which assistant turns of a conversation are learnt.
 
     Raises:
         UserError: for bad rows, unknown columns, and when nothing is left.
@@ -110,14 +166,16 @@ def prepare_sft(
     else:
         given = list(data)
         rows = given if given and isinstance(given[0], SourceRow) else from_memory(given, name)
-    turns, report = _exchanges(rows, reading, on_bad_row)
-    examples = []
-    for place, prompt_ids, (response_ids,) in tokeniser.turns(
-        [Turns.of(turn, turn.response) for turn in turns], report, on_bad_row
-    ):
-        if not prompt_ids:
-            prompt_ids, response_ids = response_ids[:1], response_ids[1:]
-        examples.append(SFTExample(prompt_ids, response_ids, place.row))
+    report = SFTReport(name_of(rows), train_on=train_on)
+    exchanges = _exchanges(rows, reading, on_bad_row, report)
+    examples: list[SFTExample] = []
+    for start in range(0, len(exchanges), CHUNK):
+        turns = _encode(exchanges[start : start + CHUNK], tokeniser, report, on_bad_row)
+        sequences = (ids for conversation in turns for ids in _count(_sequences(conversation), conversation, report))
+        examples += [_example(ids) for ids in tokeniser.within_limits(sequences, report)]
+    if tokeniser.tokenizer.chat_template:
+        plain = [exchange.row for exchange in exchanges if exchange.prompt and isinstance(exchange.prompt, str)]
+        report.notes.update({PLAIN: plain} if plain else {})
     report.kept = len(examples)
     return SFTDataset(examples, report)
 
@@ -136,92 +194,83 @@ def check_lengths(dataset: SFTDataset, positions: int | None) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """A prompt and the response to learn.
-
-    Attributes:
-        prompt: Plain text or chat messages; empty before plain text.
-        response: The same kind.
-        source: The file or dataset it was read from.
-        row: Its row there.
-        tools: As in :class:`~tdpo.types.PreferenceRecord`.
-        chat_template_kwargs: The same.
-        truncation_mode: The same.
-    """
-
-    prompt: Text
-    response: Text
-    source: str
-    row: int
-    tools: list[Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    truncation_mode: Literal["keep_end", "keep_start"] | None = None
-
-
 def _exchanges(
-    rows: Iterable[SourceRow], reading: str | Reading, on_bad_row: OnBadRow
-) -> tuple[list[Exchange], DataReport]:
+    rows: Iterable[SourceRow], reading: str | Reading, on_bad_row: OnBadRow, report: DataReport
+) -> list[Exchange]:
     def key(exchange: Exchange) -> Text:
         return exchange.prompt or exchange.response
 
-    report = DataReport(name_of(rows))
-    return list(convert(rows, reading, on_bad_row, report, SFT_FORMATS, key)), report
+    return list(convert(rows, reading, on_bad_row, report, SFT_FORMATS, key))
 
 
-def _text(row: SourceRow, reading: Reading) -> list[Exchange]:
-    text = text_of(row, "text")
-    if not isinstance(text, str):
-        raise RowError("field 'text' must be a text, found chat messages")
-    return _exchange(row, "", text, "text")
+def _encode(
+    exchanges: Sequence[Exchange], tokeniser: Tokeniser, report: SFTReport, on_bad_row: OnBadRow
+) -> Iterator[list[Ids]]:
+    """The turns to learn of each conversation, encoded as they are asked for one after the other."""
+    turns = [turn for exchange in exchanges for turn in _turns(exchange, report.train_on)]
+    for _, group in itertools.groupby(tokeniser.encode_turns(turns, report, on_bad_row), lambda ids: id(ids.place)):
+        found = list(group)
+        exchange: Exchange = found[0].place  # type: ignore[assignment]
+        count = len(_turns(exchange, report.train_on))
+        # A weight repeats a conversation; of one that was refused at a later turn there are too few.
+        for start in range(0, len(found) - count + 1, count):
+            yield found[start : start + count]
 
 
-def _completion(row: SourceRow, reading: Reading) -> list[Exchange]:
-    prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise RowError("one of 'prompt' and 'completion' is a text, the other chat messages")
-    return _exchange(row, prompt, completion, "completion")
+def _turns(exchange: Exchange, train_on: TrainOn) -> list[Turns]:
+    last = Turns.of(exchange, exchange.response)
+    earlier = exchange.earlier if train_on == "every_turn" else ()
+    return [*(last._replace(prompt=last.prompt[:k], responses=([last.prompt[k]],)) for k in earlier), last]  # type: ignore[list-item]
 
 
-def _messages(row: SourceRow, reading: Reading) -> list[Exchange]:
-    messages = text_of(row, "messages")
-    if isinstance(messages, str) or messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise RowError("field 'messages' must be a list of chat messages that ends with the assistant's")
-    return _exchange(row, messages[:-1], messages[-1:], "messages")
+def _count(sequences: Iterable[Ids], turns: Sequence[Ids], report: SFTReport) -> list[Ids]:
+    """The sequences of a conversation, counted in the report."""
+    found, exchange = list(sequences), turns[0].place
+    assert isinstance(exchange, Exchange)
+    for note in exchange.notes + ((SEPARATE,) if len(found) > 1 else ()):
+        report.notes[note].append(exchange.row)
+    if exchange.earlier:
+        report.conversations += 1
+        report.turns += 1 + len(exchange.earlier)
+    return found
 
 
-def _exchange(row: SourceRow, prompt: Text, response: Text, name: str) -> list[Exchange]:
-    if is_empty(response):
-        raise RowError(f"field {name!r} is empty")
-    return [Exchange(prompt, response, row.source, row.row, **chat_options(row, prompt))]
+def _sequences(turns: Sequence[Ids]) -> Iterator[Ids]:
+    """Joins a conversation's turns into one sequence for as long as each prompt continues the turn before.
+
+    So every response is learnt behind exactly the ids it will be asked with. Where a template renders a turn otherwise
+    once others follow, or a tokenizer merges across its end, another sequence begins.
+
+    Yields:
+        Prompt, and as two responses of one length what follows it and the labels of that.
+    """
+    prompt, ids, labels = turns[0].prompt, list(turns[0].responses[0]), list(turns[0].responses[0])
+    for turn in turns[1:]:
+        asked, (response,) = turn.prompt, turn.responses
+        known = prompt + ids
+        if asked[: len(known)] == known:
+            gap = asked[len(known) :]
+            masked = len(gap)
+        elif len(asked) >= len(known) and asked[: len(known) - 1] == known[:-1]:
+            # The end token is not of the template: it is learnt, and the conversation continues without it.
+            gap = asked[len(known) - 1 :]
+            ids.pop()
+            masked = len(gap) - 1
+        else:
+            yield turns[0]._replace(prompt=prompt, responses=[ids, labels])
+            prompt, ids, labels = asked, list(response), list(response)
+            continue
+        ids += gap + response
+        labels += [MASKED] * masked + response
+    yield turns[0]._replace(prompt=prompt, responses=[ids, labels])
 
 
-def chosen_of(known: Format) -> Format:
-    """A format of preferences as one of responses: the chosen ones, and of several answers the best."""
-
-    def best(reading: Reading) -> Reading:
-        return reading if reading.pairs_from else replace(reading, pairs_from="best_worst")
-
-    def responses(records: Iterable[PreferenceRecord]) -> Iterator[Exchange]:
-        for record in records:
-            kept = ("source", "row", "tools", "chat_template_kwargs")
-            yield Exchange(record.prompt, record.chosen, **{name: getattr(record, name) for name in kept})
-
-    def convert_row(row: SourceRow, reading: Reading) -> list[Any]:
-        made = known.convert(row, best(reading))
-        return list(made if known.join else responses(made))
-
-    def join(made: Sequence[Any], reading: Reading, report: DataReport) -> Iterator[Exchange]:
-        assert known.join is not None
-        return responses(known.join(made, best(reading), report))
-
-    return replace(known, convert=convert_row, join=join if known.join else None)
-
-
-SFT_FORMATS: dict[str, Format] = {
-    "completion": Format("prompt, completion", lambda fields: {"prompt", "completion"} <= fields.keys(), _completion),
-    "messages": Format("messages", lambda fields: "messages" in fields and "chosen" not in fields, _messages),
-    "text": Format("text", lambda fields: "text" in fields, _text),
-    **{name: chosen_of(known) for name, known in FORMATS.items()},
-}
-"""Supervised rows, and behind them all preference formats."""
+def _example(ids: Ids) -> SFTExample:
+    """The example of a sequence within the limits."""
+    prompt, (response, labels) = ids.prompt, ids.responses
+    while labels[-1] == MASKED:  # a turn of the user's that truncation left last
+        labels = labels[:-1]
+    response = response[: len(labels)]
+    if not prompt:
+        prompt, response, labels = response[:1], response[1:], labels[1:]
+    return SFTExample(prompt, response, ids.place.row, None if labels == response else labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -105,17 +105,19 @@ class Turns(NamedTuple):
 
 
 class Ids(NamedTuple):
-    """Turns as ids, within the limits.
+    """Turns as ids.
 
     Attributes:
         place: The row they come from.
         prompt: Ids of the prompt; empty only for an empty text where the tokenizer starts a text with nothing.
         responses: Ids of each response.
+        truncation_mode: As in :class:`Turns`.
     """
 
     place: Placed
     prompt: list[int]
     responses: list[list[int]]
+    truncation_mode: TruncationMode | None = None
 
 
 class Tokeniser:
@@ -180,12 +182,19 @@ class Tokeniser:
 
     def turns(self, turns: Sequence[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
         """Ids of prompts and responses, in order and within the limits; what is cut or dropped is counted."""
-        rows, jobs, bad, overlong = [], [], [], []
+        return self.within_limits(self.encode_turns(turns, report, on_bad_row), report)
+
+    def encode_turns(self, turns: Sequence[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
+        """Encodes prompts and responses of any length, in order. Of a place that is refused, the turns behind too."""
+        rows, jobs, bad, refused = [], [], [], None
         for turn in turns:
+            if turn.place is refused:
+                continue
             try:
                 jobs.append(self._pieces(turn))
                 rows.append(turn)
             except RowError as error:
+                refused = turn.place
                 bad.append(f"{turn.place.source}, row {turn.place.row}: {error}")
                 report.drop(turn.place, f"bad row ({error})")
         if bad and on_bad_row == "error":
@@ -196,13 +205,20 @@ class Tokeniser:
             prompt, *responses = (next(ids) + (end if part.add_end else []) for part in job)
             if isinstance(turn.prompt, str):
                 prompt = self.bos + prompt
+            yield Ids(turn.place, prompt, responses, turn.truncation_mode)
+
+    def within_limits(self, encoded: Iterable[Ids], report: DataReport) -> Iterator[Ids]:
+        """Cuts, drops or refuses what is overlong, as :class:`Lengths` says; whatever is cut or dropped is counted."""
+        overlong = []
+        for ids in encoded:
             try:
-                fitted = self.fit(prompt, responses, turn.place, report, turn.truncation_mode)
+                fitted = self.fit(ids.prompt, ids.responses, ids.place, report, ids.truncation_mode)
             except RowError as error:
-                overlong.append(f"{turn.place.source}, row {turn.place.row}: {error}")
+                overlong.append(f"{ids.place.source}, row {ids.place.row}: {error}")
                 continue
             if fitted is not None:
-                yield Ids(turn.place, *fitted)
+                prompt, responses = fitted
+                yield ids._replace(prompt=prompt, responses=responses)
         if overlong:
             raise UserError(_named(overlong, "--on_overlong truncate or drop would go on"))
 

@@ -30,8 +30,8 @@ class SFTTrainer(BatchMeanTrainer):
     Args:
         model: A causal language model, or a name to load.
         args: Options; see :class:`tdpo.SFTConfig`.
-        train_dataset: Rows with ``text``, ``messages``, ``prompt`` and ``completion``, or preference rows, whose
-            chosen responses are learnt.
+        train_dataset: Conversations in ``messages`` or ``conversations``, questions with answers (``instruction`` and
+            ``output``, ``prompt`` and ``completion``), ``text``, or preference rows, whose chosen responses are learnt.
         eval_dataset: The same, held out.
         processing_class: The tokenizer.
         callbacks: Further transformers callbacks.
@@ -77,6 +77,7 @@ class SFTTrainer(BatchMeanTrainer):
                 args.reading(),
                 args.on_bad_row,  # type: ignore[arg-type]
                 name,
+                args.train_on,  # type: ignore[arg-type]
             )
             check_lengths(dataset, position_limit(loaded))
             return dataset

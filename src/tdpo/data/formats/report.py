@@ -48,6 +48,7 @@ class DataReport:
         truncated: Row numbers by what was cut: ``"prompt"`` or ``"response"``.
     """
 
+    item = "pairs"
     source: str
     format: str = ""
     read: int = 0
@@ -81,7 +82,8 @@ class DataReport:
             pairs.jsonl (preference): 3 rows, 2 kept; dropped 1, chosen and rejected are identical: row 2
         """
         several = self.kept + self.elsewhere > self.read
-        told = f"{self.source} ({self.format}): {self.read} rows, {self.kept} {'pairs of them' if several else 'kept'}"
+        kept = f"{self.kept} {self.item} of them" if several else f"{self.kept} kept"
+        told = f"{self.source} ({self.format}): {self.read} rows, {kept}"
         lines = [told + (f", {self.elsewhere} on the other side of the split" if self.elsewhere else "")]
         reasons = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
         lines += [f"dropped {len(rows)}, {why}: {row_list(rows)}" for why, rows in reasons[:ROWS_NAMED]]

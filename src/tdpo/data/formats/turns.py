@@ -52,7 +52,7 @@ def alpaca(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
         question += "\n" + plain_text(more, "field 'input'")
     if not question.strip():
         raise RowError("field 'instruction' is empty")
-    prompt = [*_system(row), *_history(row), {"role": "user", "content": question}]
+    prompt = [*_system(row), *history_messages(row), {"role": "user", "content": question}]
     chosen, rejected = (_assistant(plain_text(value, what)) for value, what in _two_outputs(row))
     record = PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt))
     return [checked(record)]
@@ -69,6 +69,18 @@ def has_instruction(fields: dict[str, Any]) -> bool:
     return "instruction" in fields and pair
 
 
+def read_turns(row: SourceRow, name: str) -> list[Message]:
+    """Reads a column of turns, each with ``from`` and ``value`` or with ``role`` and ``content``.
+
+    Raises:
+        RowError: naming the turn that is neither.
+    """
+    turns = field_of(row, name)
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"field {name!r} must be a list of turns, found {describe(turns)}")
+    return [_turn(turn, f"field {name!r}, turn {number}") for number, turn in enumerate(turns, 1)]
+
+
 def _two_outputs(row: SourceRow) -> list[tuple[Any, str]]:
     if "chosen" in row.fields or "rejected" in row.fields:
         return [(field_of(row, name), f"field {name!r}") for name in ("chosen", "rejected")]
@@ -83,7 +95,8 @@ def _system(row: SourceRow) -> list[Message]:
     return [] if value in (None, "") else [{"role": "system", "content": plain_text(value, "field 'system'")}]
 
 
-def _history(row: SourceRow) -> list[Message]:
+def history_messages(row: SourceRow) -> list[Message]:
+    """Reads the column ``history``: pairs of question and answer."""
     rounds = row.fields.get("history") or []
     if not isinstance(rounds, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in rounds):
         raise RowError(f"field 'history' must list pairs of question and answer, found {describe(rounds)}")
