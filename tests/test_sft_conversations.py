@@ -229,7 +229,7 @@ FROM_VALUE = [
         ({"messages": [*TWO_TURNS[:2], user("The window?")]}, ONE_TURN),
         ({"messages": [TWO_TURNS[0], assistant("The garden.", weight=0), *TWO_TURNS[2:]]}, SECOND),
         ({"messages": [*TWO_TURNS[:3], assistant("The teacher sees.", weight=0)]}, ONE_TURN),
-        ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "loss": False}, TWO_TURNS[2], {**TWO_TURNS[3], "loss": True}]}, SECOND),
+        ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "loss": False}, *TWO_TURNS[2:]]}, SECOND),
         ({"conversations": [FROM_VALUE[0], {**FROM_VALUE[1], "weight": 0.0}, *FROM_VALUE[2:]]}, SECOND),
         ({"messages": [*TWO_TURNS[:2], REPLY]}, (rendered(*TWO_TURNS[:2], REPLY), AGAIN)),
         ({"messages": [*TWO_TURNS[:2], TOOL, REPLY]}, (rendered(*TWO_TURNS[:2], TOOL, REPLY), AGAIN)),
@@ -318,7 +318,8 @@ def test_the_command_says_which_turns_it_learns(tmp_path: Path, capsys: pytest.C
     for option, line in (("every_turn", "every assistant turn is learnt"), ("last_turn", "only the last assistant")):
         words = [
             "sft", "--model_name_or_path", tmp_path / "model", "--dataset_name", data,
-            "--output_dir", tmp_path / option, "--max_steps", 1, "--use_cpu", "--disable_tqdm", "--save_strategy", "no", "--train_on", option,
+            "--output_dir", tmp_path / option, "--max_steps", 1,
+            "--use_cpu", "--disable_tqdm", "--save_strategy", "no", "--train_on", option,
         ]  # fmt: skip
         assert main([str(word) for word in words]) == 0
         assert line in capsys.readouterr().out

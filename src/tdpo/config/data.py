@@ -15,8 +15,8 @@ from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.errors import UserError
 
 DATASET_HELP = (
-    "Dataset: a .jsonl, .json, .csv, .parquet or .arrow file (also .gz, .bz2, .xz, .zst), a folder, a glob, - for "
-    "standard input, or a hub name."
+    "Dataset: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz, .bz2, .xz, .zst), a folder, a glob, - "
+    "for standard input, or a hub name."
 )
 
 
@@ -53,7 +53,9 @@ class DataConfig(SplitOptions):
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(
         default="train",
-        metadata={"help": "Split to train on: of a hub dataset, or the beginning of file names in a folder."},
+        metadata={
+            "help": "Split to train on: of a hub dataset or a .json file, or the beginning of file names in a folder."
+        },
     )
 
     def __post_init__(self) -> None:

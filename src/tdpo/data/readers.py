@@ -1,25 +1,32 @@
-"""Rows of one file, one after the other and numbered: JSON, JSONL, CSV, Parquet and Arrow, compressed or not."""
+"""Rows of one file, one after the other and numbered: JSON, JSONL, CSV, TSV, Parquet and Arrow, compressed or not."""
 
 from __future__ import annotations
 
 import bz2
 import csv
+import functools
 import gzip
 import io
 import itertools
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from tdpo.data.dialects import delimiter_of, foreign_content, rows_of_json
 from tdpo.errors import UserError
 
 Rows = Iterator[tuple[int, Any]]
 BATCH = 512
 """Rows of a table that are turned into objects at a time."""
 SUFFIXES = ("gz", "bz2", "xz", "zst")
+HEAD = 1024
+"""Bytes that show which kind of file it is."""
+EXCEL_DELIMITER = re.compile(r"sep=[,;|\t]\r?\n", re.IGNORECASE)
+"""The line by which spreadsheets name the delimiter of the lines behind it."""
 
 
 class Unreadable(str):
@@ -34,12 +41,13 @@ def kind_of(path: Path) -> str:
     return name.rpartition(".")[2] if "." in name else ""
 
 
-def read_values(path: Path, shown: str | None = None) -> Rows:
+def read_values(path: Path, shown: str | None = None, split: str | None = None) -> Rows:
     """The values of a file's rows with their numbers from 1, read as they are asked for.
 
     Args:
         path: The file; its suffix says how it is read.
         shown: What messages call it.
+        split: The split to read where a JSON file holds several.
 
     Raises:
         UserError: if it cannot be read, naming the row where there is one.
@@ -50,6 +58,7 @@ def read_values(path: Path, shown: str | None = None) -> Rows:
             f"{shown}: cannot read files of this kind; known are {', '.join('.' + k for k in READERS)}, also with "
             f"{', '.join('.' + s for s in SUFFIXES)}"
         )
+    read = functools.partial(_read_json, split=split) if kind == "json" else READERS[kind]
     import pyarrow
 
     try:
@@ -57,7 +66,10 @@ def read_values(path: Path, shown: str | None = None) -> Rows:
             if plain.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(f"{shown}: it is a pointer of Git LFS, not the file; git lfs pull fetches that")
         with _open(path) as file:
-            yield from READERS[kind](file, shown)
+            foreign = foreign_content(file.peek(HEAD), kind)  # type: ignore[attr-defined]
+            if foreign:
+                raise UserError(f"{shown}: it is {foreign}")
+            yield from read(file, shown)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{shown}: not {NAMES.get(kind, kind)}: {_first_line(error)}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError, pyarrow.ArrowException) as error:
@@ -94,16 +106,21 @@ def _lines(file: IO[bytes], shown: str) -> Iterator[bytes]:
     """Lines without a byte order mark."""
     for number, line in enumerate(file):
         if number == 0:
-            if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:2]:
                 raise UserError(f"{shown}: it is UTF-16 text; save it as UTF-8")
             line = line.removeprefix(b"\xef\xbb\xbf")
         yield line
 
 
 def _read_jsonl(file: IO[bytes], shown: str) -> Rows:
-    for number, line in enumerate(_lines(file, shown), 1):
-        if line.strip():
-            yield number, _value(line)
+    """An object a line, or else a list of objects over one line or several."""
+    lines = ((number, line) for number, line in enumerate(_lines(file, shown), 1) if line.strip())
+    number, first = next(lines, (0, b""))
+    if first.lstrip()[:1] == b"[" or first.strip() == b"{":
+        yield from _whole(number, first, file, shown, lambda value: value if isinstance(value, list) else [value])
+        return
+    for place, line in itertools.chain([(number, first)] if first else [], lines):
+        yield place, _value(line)
 
 
 def _value(line: bytes) -> Any:
@@ -130,27 +147,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _read_json(file: IO[bytes], shown: str) -> Rows:
-    """A list of objects, an object a line (read as JSONL), or one object that holds nothing but such a list."""
+def _read_json(file: IO[bytes], shown: str, split: str | None = None) -> Rows:
+    """One value in any of the layouts of :func:`~tdpo.data.dialects.rows_of_json`, or an object a line."""
     lines = ((number, line) for number, line in enumerate(_lines(file, shown), 1) if line.strip())
     number, first = next(lines, (0, b""))
     if not first:
         return
+    rows_of = functools.partial(rows_of_json, split=split, shown=shown)
     value = _value(first)
     if isinstance(value, Unreadable | list):
-        yield from _whole(number, first, file, shown)
+        yield from _whole(number, first, file, shown, rows_of)
         return
     second = next(lines, None)
     if second is None:
-        inside = _only_list(value)
-        yield from enumerate(inside, 1) if inside is not None else [(number, value)]
+        rows = rows_of(value)
+        yield from [(number, value)] if rows == [value] else enumerate(rows, 1)
         return
     yield number, value
     for number, line in itertools.chain([second], lines):
         yield number, _value(line)
 
 
-def _whole(number: int, first: bytes, file: IO[bytes], shown: str) -> Rows:
+def _whole(number: int, first: bytes, file: IO[bytes], shown: str, rows_of: Callable[[Any], list[Any]]) -> Rows:
     """The rows of a file that is one JSON value over several lines, or else an object a line after all.
 
     Args:
@@ -158,6 +176,7 @@ def _whole(number: int, first: bytes, file: IO[bytes], shown: str) -> Rows:
         first: That line.
         file: The file behind it.
         shown: What messages call it.
+        rows_of: Returns the rows of the value.
     """
     content = first + file.read()
     try:
@@ -174,22 +193,18 @@ def _whole(number: int, first: bytes, file: IO[bytes], shown: str) -> Rows:
         return
     except (ValueError, RecursionError) as error:
         raise UserError(f"{shown}: not readable JSON: {error}") from error
-    inside = _only_list(value)
-    yield from enumerate([value] if inside is None else inside, 1)
+    yield from enumerate(rows_of(value), 1)
 
 
-def _only_list(value: Any) -> list[Any] | None:
-    """The list that a value is, or that an object holds and nothing else."""
-    if isinstance(value, dict) and len(value) == 1:
-        (value,) = value.values()
-    return value if isinstance(value, list) else None
-
-
-def _read_csv(file: IO[bytes], shown: str) -> Rows:
+def _read_csv(file: IO[bytes], shown: str, delimiter: str = ",") -> Rows:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(_decoded(file, shown), strict=True)
+    lines = _decoded(file, shown)
+    first = next(lines, "")
+    if EXCEL_DELIMITER.fullmatch(first):
+        delimiter, first = first[4], next(lines, "")
     number = 0
     try:
+        reader = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter_of(first, delimiter), strict=True)
         header = list(reader.fieldnames or [])
         if len(set(header)) < len(header):
             raise UserError(f"{shown}: a column name stands twice in the header: {', '.join(header)}")
@@ -253,6 +268,7 @@ READERS: dict[str, Callable[[IO[bytes], str], Rows]] = {
     "ndjson": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
+    "tsv": functools.partial(_read_csv, delimiter="\t"),
     "parquet": _read_parquet,
     "arrow": _read_arrow,
 }

@@ -16,12 +16,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tdpo.data.dialects import SPLITS
 from tdpo.data.readers import READERS, Unreadable, kind_of, read_values, table_values
 from tdpo.data.reading import Reading, parse_columns
 from tdpo.errors import UserError, nearest
 
-SPLITS = ("train", "test", "eval", "validation", "dev")
-"""A lone file of a folder stands for any split, unless its name says which one it is."""
 STDIN = "-"
 
 
@@ -79,7 +78,7 @@ class Source:
         for part in self.parts:
             if not part.files or (part.reading is not None and ":" in part.reading.format):
                 return None
-            digest.update(f"\n{part.reading}".encode("utf-8", "surrogatepass"))
+            digest.update(f"\n{part.reading}\n{part.split}".encode("utf-8", "surrogatepass"))
             for path in part.files:
                 try:
                     with open(path, "rb") as file:
@@ -98,11 +97,13 @@ class Part:
         read: Reads them.
         files: All that they depend on; none where that is not known.
         reading: How they become records; None leaves it to whoever converts them.
+        split: The split that is read of files that may hold several.
     """
 
     read: Callable[[], Iterator[SourceRow]]
     files: tuple[Path, ...] = ()
     reading: Reading | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,12 @@ def open_source(name: str, split: str, config: str | None = None) -> Source:
     """Finds a dataset given by name; its rows are read when they are asked for.
 
     Args:
-        name: A local file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.arrow``, each also ``.gz``, ``.bz2``,
-            ``.xz``, ``.zst``), a folder (of such files, or as ``datasets`` saves one), a glob, ``-`` for standard
-            input, or the name of a dataset on the hub.
+        name: A local file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``, each also ``.gz``,
+            ``.bz2``, ``.xz``, ``.zst``), a folder (of such files, or as ``datasets`` saves one), a glob, ``-`` for
+            standard input, or the name of a dataset on the hub.
         split: Split of a hub or saved dataset. In a folder: files whose name starts with it (``train.jsonl``,
-            ``train-00000.parquet``), or, where no file does and the folder holds one dataset file, that one. A single
-            file, a glob and standard input have no splits and are read whole.
+            ``train-00000.parquet``), or, where no file does and the folder holds one dataset file, that one. Of a
+            JSON object with a list of rows for each split, that list. All else has no splits and is read whole.
         config: Configuration of a hub dataset.
 
     Raises:
@@ -170,7 +171,7 @@ def open_source(name: str, split: str, config: str | None = None) -> Source:
 
 def _open(name: str, split: str, config: str | None) -> Source:
     if name == STDIN:
-        return Source("standard input", (_file_part(_spooled_input(), "standard input"),))
+        return Source("standard input", (_file_part(_spooled_input(), "standard input", split),))
     saved = _saved_folder(Path(name).expanduser(), split)
     if saved is not None:
         files = tuple(sorted(path for path in saved.rglob("*") if path.is_file()))
@@ -181,7 +182,7 @@ def _open(name: str, split: str, config: str | None) -> Source:
     for path in paths:
         _check_kind(path)
     shown = str(paths[0]) if len(paths) == 1 else name
-    return Source(shown, tuple(_file_part(path, str(path)) for path in paths))
+    return Source(shown, tuple(_file_part(path, str(path), split) for path in paths))
 
 
 def read_source(name: str, split: str, config: str | None = None) -> list[SourceRow]:
@@ -347,12 +348,13 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     raise UserError(f"{folder}: no file whose name starts with the split {split!r}; dataset files there: {names}")
 
 
-def _file_part(path: Path, shown: str) -> Part:
-    return Part(functools.partial(_file_rows, path, shown), (path,))
+def _file_part(path: Path, shown: str, split: str) -> Part:
+    read = functools.partial(_file_rows, path, shown, split)
+    return Part(read, (path,), split=split if kind_of(path) == "json" else None)
 
 
-def _file_rows(path: Path, shown: str) -> Iterator[SourceRow]:
-    return (_source_row(shown, number, value) for number, value in read_values(path, shown))
+def _file_rows(path: Path, shown: str, split: str) -> Iterator[SourceRow]:
+    return (_source_row(shown, number, value) for number, value in read_values(path, shown, split))
 
 
 def _spooled_input() -> Path:
