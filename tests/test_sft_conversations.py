@@ -84,11 +84,11 @@ def test_every_assistant_turn_is_learnt_with_its_end_or_the_last_alone() -> None
     first, last = tokenizer.encode("The garden."), tokenizer.encode("The teacher sees.")
     labels = [label for label in example.labels or [] if label != MASKED]
     assert labels == [*first, tokenizer_end, *last, tokenizer_end]
-    assert "every assistant turn is learnt, 2 in 1 conversations" in every.report.lines()[1]
+    assert "every assistant turn is learnt, 2 in 1 conversations" in every.report.lines()[-1]
     alone = prepared(rows, tokenizer, train_on="last_turn")
     assert alone.examples[0].prompt_ids + alone.examples[0].response_ids == whole[:-1]
     assert (alone.examples[0].response_ids, alone.examples[0].labels) == ([*last, tokenizer_end], None)
-    assert "only the last assistant turn is learnt, of 2 in 1 conversations" in alone.report.lines()[1]
+    assert "only the last assistant turn is learnt, of 2 in 1 conversations" in alone.report.lines()[-1]
 
 
 def test_a_turn_that_is_rendered_differently_later_gets_a_sequence_of_its_own() -> None:
@@ -102,7 +102,8 @@ def test_a_turn_that_is_rendered_differently_later_gets_a_sequence_of_its_own() 
     assert shown[1][0] == rendered(*TWO_TURNS[:3], assistant("THINK The teacher sees."))
     assert [example.row for example in dataset] == [1, 1, 1, 2]
     assert dataset.report.lines()[0] == "rows (messages): 2 rows, 4 sequences of them"
-    assert dataset.report.lines()[2].startswith("a sequence for each turn") and "row 1" in dataset.report.lines()[2]
+    assert dataset.report.lines()[1].startswith("warning, a sequence for each turn")
+    assert list(dataset.report.noticed.values()) == [[1]]
 
 
 def test_an_end_token_the_template_does_not_write_is_learnt_and_not_read() -> None:
@@ -222,6 +223,7 @@ FROM_VALUE = [
         ({"system_prompt": "Be brief.", "question": "The river?", "response": "The garden."}, WITH_SYSTEM),
         ({"prompt": "The river?", "completion": "The garden.", "system": "Be brief."}, WITH_SYSTEM),
         ({"prompt": "The river", "response": " sees"}, ("The river sees" + END, " sees" + END)),
+        ({"prompt": "The river?", "completion": "The garden.", "system": ""}, ONE_TURN),
         ({"prompt": "The river", "answer": " sees"}, ("The river sees" + END, " sees" + END)),
         ({"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}, SECOND),
         ({"prompt": TWO_TURNS[:1], "completion": TWO_TURNS[1:]}, BOTH),
@@ -247,7 +249,7 @@ def test_a_conversation_that_begins_with_the_assistant_reads_that_turn() -> None
     ]
     assert "the first turn is the assistant's, which is read but not learnt" in dataset.report.lines()[1]
     unanswered = prepared([{"messages": TWO_TURNS[:3]}], tokenizer)
-    assert unanswered.report.lines()[1] == "the last turn is left out, because nothing answers it (1): row 1"
+    assert unanswered.report.lines()[1] == "warning, the last turn is left out, because nothing answers it: row 1"
 
 
 @pytest.mark.parametrize(
@@ -282,7 +284,7 @@ def test_answers_labelled_as_unwanted_are_not_learnt() -> None:
     dataset = prepared(rows, chat_tokenizer())
     assert [example.row for example in dataset] == [1]
     assert dict(dataset.report.dropped) == {"its label is false, an answer that is not wanted": [2]}
-    assert dataset.report.lines()[-1].startswith("the prompt is a plain text and used as it stands")
+    assert dataset.report.lines()[-1].startswith("warning, the prompt is a plain text and used as it stands")
 
 
 def test_a_conversation_the_template_refuses_is_dropped_once_and_whole() -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
 
 from tdpo.data.formats import AUTO, DataReport, OnBadRow, convert, name_of
-from tdpo.data.formats.report import row_list
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.reading import Reading
 from tdpo.data.sources import Source, SourceRow, from_memory
@@ -56,14 +54,12 @@ class SFTReport(DataReport):
         train_on: Which turns of a conversation are learnt.
         conversations: Conversations with several turns to learn.
         turns: Turns to learn in them.
-        notes: Row numbers by what is worth knowing about them.
     """
 
     item = "sequences"
     train_on: TrainOn = "every_turn"
     conversations: int = 0
     turns: int = 0
-    notes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def lines(self) -> list[str]:
         """As the report's of any data, with what is learnt of conversations."""
@@ -78,7 +74,7 @@ class SFTReport(DataReport):
                 f"conversations: only the last assistant turn is learnt, of {self.turns} in {self.conversations} "
                 "conversations with several (--train_on every_turn learns all)"
             )
-        return lines + [f"{note} ({len(rows)}): {row_list(rows)}" for note, rows in self.notes.items()]
+        return lines
 
 
 class SFTDataset(Dataset[SFTExample]):
@@ -174,8 +170,9 @@ def prepare_sft(
         sequences = (ids for conversation in turns for ids in _count(_sequences(conversation), conversation, report))
         examples += [_example(ids) for ids in tokeniser.within_limits(sequences, report)]
     if tokeniser.tokenizer.chat_template:
-        plain = [exchange.row for exchange in exchanges if exchange.prompt and isinstance(exchange.prompt, str)]
-        report.notes.update({PLAIN: plain} if plain else {})
+        for exchange in exchanges:
+            if exchange.prompt and isinstance(exchange.prompt, str):
+                report.notice(exchange, PLAIN)
     report.kept = len(examples)
     return SFTDataset(examples, report)
 
@@ -228,7 +225,7 @@ def _count(sequences: Iterable[Ids], turns: Sequence[Ids], report: SFTReport) ->
     found, exchange = list(sequences), turns[0].place
     assert isinstance(exchange, Exchange)
     for note in exchange.notes + ((SEPARATE,) if len(found) > 1 else ()):
-        report.notes[note].append(exchange.row)
+        report.notice(exchange, note)
     if exchange.earlier:
         report.conversations += 1
         report.turns += 1 + len(exchange.earlier)

@@ -24,6 +24,7 @@ CONVERSATIONS = ("conversations", "conversation")
 UNANSWERED = "the last turn is left out, because nothing answers it"
 UNASKED = "the first turn is the assistant's, which is read but not learnt, because no turn precedes it"
 CHAT_OPTIONS = ("tools", "chat_template_kwargs")
+BESIDE_ANSWERS = ("label", "history", SYSTEMS, *CHAT_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -162,27 +163,26 @@ def or_chosen(plain: Format, pairs: Format) -> Format:
 
 SFT_FORMATS: dict[str, Format] = {
     "completion": Format(
-        "prompt, completion", has_completion, completion,
-        uses=("prompt", "completion", "label", "history", *SYSTEMS, *CHAT_OPTIONS),
+        "prompt, completion", has_completion, completion, uses=("prompt", "completion", *BESIDE_ANSWERS)
     ),
-    "messages": Format("messages", has_messages, messages, uses=("messages", *SYSTEMS, *CHAT_OPTIONS)),
+    "messages": Format("messages", has_messages, messages, uses=("messages", SYSTEMS, *CHAT_OPTIONS)),
     "sharegpt": or_chosen(
         Format(
             "conversations: ShareGPT turns or messages, also with chosen, rejected", has_conversation, sharegpt,
-            uses=(*CONVERSATIONS, *SYSTEMS, *CHAT_OPTIONS),
+            uses=(CONVERSATIONS, SYSTEMS, *CHAT_OPTIONS),
         ),
         FORMATS["sharegpt"],
     ),
     "alpaca": or_chosen(
         Format(
             "instruction, input, output, also with chosen, rejected", has_instruction, alpaca,
-            uses=("instruction", "input", "context", "label", "history", *RESPONSES, *SYSTEMS, *CHAT_OPTIONS),
+            uses=("instruction", "input", "context", RESPONSES, *BESIDE_ANSWERS),
         ),
         FORMATS["alpaca"],
     ),
     "answer": Format(
         "prompt, question, query or problem, with response, answer, output or solution", has_answer, answer,
-        uses=("prompt", *QUESTIONS, *RESPONSES, "label", "history", *SYSTEMS, *CHAT_OPTIONS),
+        uses=(("prompt", *QUESTIONS), RESPONSES, *BESIDE_ANSWERS),
     ),
     "text": Format("text", lambda fields: "text" in fields, text, uses=("text",)),
     **{name: chosen_of(known) for name, known in FORMATS.items() if name not in ("sharegpt", "alpaca")},
@@ -191,12 +191,17 @@ SFT_FORMATS: dict[str, Format] = {
 
 
 def _answered(row: SourceRow, asked: str, answered: str) -> list[Exchange]:
-    """The exchange of two columns; a chat unless both are texts of which ``prompt`` is one, without system turn."""
+    """The exchange of two columns.
+
+    Text in ``prompt`` is continued as it stands; a question, and what has a system column or a history, is a chat. An
+    empty system column makes a chat too, so that all rows of a source are of one kind.
+    """
     if row.fields.get("label") is False:
         raise RowDropped("its label is false, an answer that is not wanted")
     prompt, response = text_of(row, asked), text_of(row, answered)
-    before = [*_system(row), *history_messages(row)]
-    if isinstance(prompt, str) and isinstance(response, str) and asked == "prompt" and not before:
+    history = history_messages(row)
+    stands_alone = asked == "prompt" and not history and all(row.fields.get(name) is None for name in SYSTEMS)
+    if isinstance(prompt, str) and isinstance(response, str) and stands_alone:
         return _exchange(row, prompt, response, answered)
     if isinstance(prompt, str) and is_chat(response):
         raise RowError(f"one of {asked!r} and {answered!r} is a text, the other chat messages")
@@ -206,15 +211,13 @@ def _answered(row: SourceRow, asked: str, answered: str) -> list[Exchange]:
         raise RowError(f"field {answered!r} is empty")
     question: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     learnt = response if is_chat(response) else [{"role": "assistant", "content": response}]
-    flags = [True] * len(before) + [False] * len(question) + [True] * len(learnt)
-    return _conversation(row, [*before, *question, *learnt], answered, flags, system=False)
+    flags = [True] * len(history) + [False] * len(question) + [True] * len(learnt)
+    return _conversation(row, [*history, *question, *learnt], answered, flags)
 
 
-def _conversation(
-    row: SourceRow, turns: list[Message], name: str, flags: Sequence[bool], system: bool = True
-) -> list[Exchange]:
+def _conversation(row: SourceRow, turns: list[Message], name: str, flags: Sequence[bool]) -> list[Exchange]:
     """The exchange that learns every assistant turn whose flag is set and that another turn precedes."""
-    first = _system(row) if system else []
+    first = _system(row)
     if first and turns[0]["role"] == "system":
         if turns[0]["content"] != first[0]["content"]:
             raise RowError(f"field {name!r} begins with another system turn than the row's own column")

@@ -30,7 +30,7 @@ class Format:
         options: Names of the fields of :class:`~tdpo.data.reading.Reading` that it looks at, of those that belong to
             single formats.
         join: Makes records of what all rows gave, where rows belong together.
-        uses: Columns that it reads.
+        uses: Columns that it reads; of a tuple the first that is there.
     """
 
     columns: str
@@ -38,7 +38,7 @@ class Format:
     convert: Callable[[SourceRow, Reading], Sequence[Any]]
     options: tuple[str, ...] = ()
     join: Callable[[Sequence[Any], Reading, DataReport], Iterator[Any]] | None = None
-    uses: tuple[str, ...] = ()
+    uses: tuple[str | tuple[str, ...], ...] = ()
 
 
 PAIRING = ("pairs_from", "min_margin")
