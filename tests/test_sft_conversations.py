@@ -279,6 +279,16 @@ def test_a_named_column_decides_between_several_answers() -> None:
     assert show([row], reading=Reading(columns=parse_columns("response=solution"))) == [ONE_TURN]
 
 
+def test_a_function_of_the_users_returns_any_supervised_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_sft_rows.py").write_text(
+        "def convert(row):\n    return {'messages': row['dialog']}\n"
+        "def pair(row):\n    return {'prompt': 'The', 'chosen': ' river', 'rejected': ' engine'}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert show([{"dialog": TWO_TURNS}], reading="my_sft_rows:convert") == [BOTH]
+    assert show([{"dialog": TWO_TURNS}], reading="my_sft_rows:pair") == [("The river" + END, " river" + END)]
+
+
 def test_answers_labelled_as_unwanted_are_not_learnt() -> None:
     rows = [{"prompt": "The", "completion": f" river {label}", "label": label} for label in (True, False)]
     dataset = prepared(rows, chat_tokenizer())

@@ -82,7 +82,7 @@ def find_format(name: str, formats: Mapping[str, Format]) -> Format:
     if name in formats:
         return formats[name]
     if ":" in name:
-        return _format_of_function(name)
+        return _format_of_function(name, formats)
     raise UserError(
         f"unknown dataset format {name!r}; there are: {AUTO}, {', '.join(formats)}, and module:function."
         f"{nearest(name, formats)}"
@@ -94,8 +94,8 @@ def recognise(fields: dict[str, Any], formats: Mapping[str, Format]) -> str | No
     return next((name for name, known in formats.items() if known.recognises(fields)), None)
 
 
-def _format_of_function(name: str) -> Format:
-    """The format a user's function defines."""
+def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
+    """The format a user's function defines, which returns rows of other formats."""
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -114,18 +114,18 @@ def _format_of_function(name: str) -> Format:
             many = list(made) if isinstance(made, list | tuple | Iterator) else [] if made is None else [made]
         except Exception as error:  # a user's function, called with one row: the row is what they have to look at
             raise RowError(f"{name} raised {type(error).__name__}: {error}") from error
-        return [record for one in many for record in _records_of(one, row, reading, name)]
+        return [record for one in many for record in _records_of(one, row, reading, name, formats)]
 
     return Format("what the function takes", lambda fields: True, convert, (*PAIRING, "min_score_ratio"))
 
 
-def _records_of(made: Any, row: SourceRow, reading: Reading, name: str) -> Sequence[Any]:
+def _records_of(made: Any, row: SourceRow, reading: Reading, name: str, formats: Mapping[str, Format]) -> Sequence[Any]:
     """What a user's function returned, as records: it may be a row of any other format that stands alone."""
     if isinstance(made, PreferenceRecord):
         made = {field: getattr(made, field) for field in ("prompt", "chosen", "rejected", *_options_of(made))}
     if not isinstance(made, dict):
         raise RowError(f"{name} must return an object with prompt, chosen and rejected, found {describe(made)}")
-    alone = {key: known for key, known in FORMATS.items() if known.join is None}
+    alone = {key: known for key, known in formats.items() if known.join is None}
     found = recognise(made, alone)
     if found is None:
         columns = ", ".join(map(repr, made)) or "none"
