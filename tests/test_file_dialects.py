@@ -44,6 +44,10 @@ def numbered(rows: list[Any]) -> list[tuple[int, Any]]:
         ({name: {str(i): cell for i, cell in enumerate(column)} for name, column in COLUMNS.items()}, ROWS),
         ({str(i): row for i, row in enumerate(ROWS)}, ROWS),
         ({"columns": list(COLUMNS), "index": [0, 1, 2], "data": [list(row.values()) for row in ROWS]}, ROWS),
+        ({f"q{i}": row for i, row in enumerate(ROWS)}, ROWS),
+        ({"frage": {"0": "a", "1": "b"}, "gut": {"0": 1, "1": None}},
+         [{"frage": "a", "gut": 1}, {"frage": "b", "gut": None}]),
+        ({"columns": 3, "index": 4, "data": 5}, [{"columns": 3, "index": 4, "data": 5}]),
         ({"schema": {"fields": []}, "data": ROWS}, ROWS),
         ({"version": "1.0", "tags": ["a"], "data": ROWS}, ROWS),
         ({"info": {"by": "me"}, "examples": ROWS}, ROWS),
@@ -167,6 +171,8 @@ def test_other_content_is_named_inside_compressed_files_and_tables_too(tmp_path:
         read(tmp_path, b"<html>", "a.parquet")
     with pytest.raises(UserError, match=r"a\.arrow: it is a Parquet file"):
         read(tmp_path, parquet(), "a.arrow")
+    with pytest.raises(UserError, match=r"a\.xlsx: cannot read files of this kind \(it is an Excel workbook"):
+        read(tmp_path, office(), "a.xlsx")
     with pytest.raises(UserError, match=r"a\.csv: it is JSON; name it \.json or \.jsonl"):
         read(tmp_path, ROWS, "a.csv")
     assert read(tmp_path, parquet(), "a.parquet") == numbered(ROWS)

@@ -84,11 +84,11 @@ def test_every_assistant_turn_is_learnt_with_its_end_or_the_last_alone() -> None
     first, last = tokenizer.encode("The garden."), tokenizer.encode("The teacher sees.")
     labels = [label for label in example.labels or [] if label != MASKED]
     assert labels == [*first, tokenizer_end, *last, tokenizer_end]
-    assert "every assistant turn is learnt, 2 in 1 conversations" in every.report.lines()[-1]
+    assert "assistant turns: 1; all 2 turns are learnt" in every.report.lines()[-1]
     alone = prepared(rows, tokenizer, train_on="last_turn")
     assert alone.examples[0].prompt_ids + alone.examples[0].response_ids == whole[:-1]
     assert (alone.examples[0].response_ids, alone.examples[0].labels) == ([*last, tokenizer_end], None)
-    assert "only the last assistant turn is learnt, of 2 in 1 conversations" in alone.report.lines()[-1]
+    assert "assistant turns: 1; of 2 turns only the last of each is learnt" in alone.report.lines()[-1]
 
 
 def test_a_turn_that_is_rendered_differently_later_gets_a_sequence_of_its_own() -> None:
@@ -102,7 +102,7 @@ def test_a_turn_that_is_rendered_differently_later_gets_a_sequence_of_its_own() 
     assert shown[1][0] == rendered(*TWO_TURNS[:3], assistant("THINK The teacher sees."))
     assert [example.row for example in dataset] == [1, 1, 1, 2]
     assert dataset.report.lines()[0] == "rows (messages): 2 rows, 4 sequences of them"
-    assert dataset.report.lines()[1].startswith("warning, a sequence for each turn")
+    assert dataset.report.lines()[1].startswith("warning, several sequences, because")
     assert list(dataset.report.noticed.values()) == [[1]]
 
 
@@ -327,7 +327,7 @@ def test_the_command_says_which_turns_it_learns(tmp_path: Path, capsys: pytest.C
     tokenizer.save_pretrained(tmp_path / "model")
     make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
     data = write_jsonl(tmp_path / "chats.jsonl", [{"messages": TWO_TURNS}] * 2)
-    for option, line in (("every_turn", "every assistant turn is learnt"), ("last_turn", "only the last assistant")):
+    for option, line in (("every_turn", "all 4 turns are learnt"), ("last_turn", "of 4 turns only the last")):
         words = [
             "sft", "--model_name_or_path", tmp_path / "model", "--dataset_name", data,
             "--output_dir", tmp_path / option, "--max_steps", 1,

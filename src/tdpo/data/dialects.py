@@ -92,7 +92,7 @@ def rows_of_json(value: Any, split: str | None, shown: str) -> list[Any]:
     table = _columnar(value, shown)
     if table is not None:
         return table
-    parts = {} if any(name in value for name in ROW_COLUMNS) else {k: v for k, v in value.items() if _is_part(k, v)}
+    parts = {} if _is_row(value) else {name: part for name, part in value.items() if _is_part(name, part)}
     if split in parts:
         return rows_of_json(parts[split], split, shown)
     if any(name in SPLITS for name in parts):
@@ -107,31 +107,41 @@ def rows_of_json(value: Any, split: str | None, shown: str) -> list[Any]:
 
 def _columnar(value: Mapping[str, Any], shown: str) -> list[dict[str, Any]] | None:
     """The rows of columns as pandas writes them (``orient`` columns, index, split, list), or None."""
-    values, is_row = list(value.values()), any(name in value for name in ROW_COLUMNS)
-    if set(value) == {"columns", "index", "data"} and all(isinstance(cells, list) for cells in value["data"]):
-        return [dict(zip(map(str, value["columns"]), cells, strict=True)) for cells in value["data"]]
-    if values and all(isinstance(column, dict) and column for column in values):
-        if _are_indices(value):
-            return values
-        if all(_are_indices(column) for column in values):
-            if any(column.keys() != values[0].keys() for column in values):
-                raise UserError(f"{shown}: its columns {', '.join(value)} do not have the same rows")
-            return [{name: column[index] for name, column in value.items()} for index in values[0]]
+    values = list(value.values())
+    if values and all(isinstance(part, dict) and part for part in values):
+        return _by_index(value, shown)
     if not all(isinstance(column, list) and not _is_turns(column) for column in values):
         return None
-    if any(map(_is_rows, values)) and not is_row:
+    if set(value) == {"columns", "index", "data"} and all(isinstance(cells, list) for cells in value["data"]):
+        return [dict(zip(map(str, value["columns"]), cells, strict=True)) for cells in value["data"]]
+    if any(map(_is_rows, values)) and not _is_row(value):
         return None
     lengths = {name: len(column) for name, column in value.items()}
     if len(set(lengths.values())) > 1:
-        if not is_row:
+        if not _is_row(value):
             return None
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise UserError(f"{shown}: its columns have different lengths: {found}")
     return [dict(zip(value, cells, strict=True)) for cells in zip(*values, strict=True)]
 
 
+def _by_index(value: Mapping[str, dict[str, Any]], shown: str) -> list[dict[str, Any]] | None:
+    """The rows of an object of objects: columns of cells by row number, or rows by number or name; else None."""
+    columns = list(value.values())
+    if all(map(_are_indices, columns)):
+        if any(column.keys() != columns[0].keys() for column in columns):
+            raise UserError(f"{shown}: its columns {', '.join(value)} do not have the same rows")
+        return [{name: column[index] for name, column in value.items()} for index in columns[0]]
+    are_rows = all(map(_is_row, columns)) and not _is_row(value) and not any(name in SPLITS for name in value)
+    return columns if _are_indices(value) or are_rows else None
+
+
 def _are_indices(names: Mapping[str, Any]) -> bool:
     return all(name.isdecimal() for name in names)
+
+
+def _is_row(value: Mapping[str, Any]) -> bool:
+    return any(name in value for name in ROW_COLUMNS)
 
 
 def _is_part(name: str, value: Any) -> bool:

@@ -55,8 +55,8 @@ def read_values(path: Path, shown: str | None = None, split: str | None = None) 
     shown, kind = shown or str(path), kind_of(path)
     if kind not in READERS:
         raise UserError(
-            f"{shown}: cannot read files of this kind; known are {', '.join('.' + k for k in READERS)}, also with "
-            f"{', '.join('.' + s for s in SUFFIXES)}"
+            f"{shown}: cannot read files of this kind{_foreign_hint(path)}; known are "
+            f"{', '.join('.' + k for k in READERS)}, also with {', '.join('.' + s for s in SUFFIXES)}"
         )
     read = functools.partial(_read_json, split=split) if kind == "json" else READERS[kind]
     import pyarrow
@@ -85,6 +85,12 @@ def table_values(batches: Iterator[Any]) -> Rows:
             for value in batch.slice(start, BATCH).to_pylist():
                 number += 1
                 yield number, value
+
+
+def _foreign_hint(path: Path) -> str:
+    with open(path, "rb") as file:
+        found = foreign_content(file.read(HEAD), "")
+    return f" (it is {found})" if found else ""
 
 
 def _first_line(error: BaseException) -> str:

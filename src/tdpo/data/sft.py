@@ -24,7 +24,7 @@ MASKED = -100
 """Label of a token that is read but not learnt, as in transformers."""
 CHUNK = 512
 """Conversations that are tokenised together; each turn is encoded with all turns before it."""
-SEPARATE = "a sequence for each turn, because the chat template renders earlier turns differently once others follow"
+SEPARATE = "several sequences, because earlier turns have other tokens once others follow, as without their thoughts"
 PLAIN = "the prompt is a plain text and used as it stands, without the chat template"
 
 
@@ -64,16 +64,11 @@ class SFTReport(DataReport):
     def lines(self) -> list[str]:
         """As the report's of any data, with what is learnt of conversations."""
         lines = super().lines()
-        if self.conversations and self.train_on == "every_turn":
-            lines.append(
-                f"conversations: every assistant turn is learnt, {self.turns} in {self.conversations} conversations "
-                "with several (--train_on last_turn learns the last alone)"
-            )
-        elif self.conversations:
-            lines.append(
-                f"conversations: only the last assistant turn is learnt, of {self.turns} in {self.conversations} "
-                "conversations with several (--train_on every_turn learns all)"
-            )
+        if self.conversations:
+            several = f"conversations with several assistant turns: {self.conversations}"
+            every = f"all {self.turns} turns are learnt (--train_on last_turn learns the last alone)"
+            last = f"of {self.turns} turns only the last of each is learnt (--train_on every_turn learns all)"
+            lines.append(f"{several}; {every if self.train_on == 'every_turn' else last}")
         return lines
 
 
@@ -235,8 +230,8 @@ def _count(sequences: Iterable[Ids], turns: Sequence[Ids], report: SFTReport) ->
 def _sequences(turns: Sequence[Ids]) -> Iterator[Ids]:
     """Joins a conversation's turns into one sequence for as long as each prompt continues the turn before.
 
-    So every response is learnt behind exactly the ids it will be asked with. Where a template renders a turn otherwise
-    once others follow, or a tokenizer merges across its end, another sequence begins.
+    So every response is learnt behind exactly the ids it will be asked with. Another sequence begins where a template
+    renders a turn differently once others follow, or a tokenizer merges across its end.
 
     Yields:
         Prompt, and as two responses of one length what follows it and the labels of that.
