@@ -262,7 +262,8 @@ def test_a_conversation_that_begins_with_the_assistant_reads_that_turn() -> None
         ({"messages": [user("x"), assistant("y", weight=0.5)]}, "turn 2, 'weight' must be 0 or 1, found"),
         ({"messages": [SYSTEM, *TWO_TURNS[:2]], "system": "Be long."}, "another system turn than the row's own column"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 must be 'from' one of human, user, gpt"),
-        ({"question": "x", "answer": "y", "solution": "z"}, "'answer' and 'solution' may each be the response"),
+        ({"question": "x", "answer": "y", "solution": "z"}, "may each be the response; .* --columns response=solution"),
+        ({"question": "x", "query": "y", "answer": "z"}, "may each be the question; .* --columns question=query"),
         ({"instruction": "", "output": "y"}, "field 'instruction' is empty"),
         ({"instruction": "x", "output": ""}, "field 'output' is empty"),
         ({"prompt": "x", "completion": TWO_TURNS[1:2]}, "one of 'prompt' and 'completion' is a text"),
@@ -274,6 +275,8 @@ def test_what_cannot_be_learnt_is_named(row: dict[str, Any], message: str) -> No
 
 
 def test_a_named_column_decides_between_several_answers() -> None:
+    both = {"question": "42?", "query": "The river?", "answer": "The garden."}
+    assert show([both], reading=Reading(columns=parse_columns("question=query"))) == [ONE_TURN]
     row = {"question": "The river?", "answer": "42", "solution": "The garden."}
     assert show([row], reading=Reading(columns=parse_columns("solution=solution"))) == [ONE_TURN]
     assert show([row], reading=Reading(columns=parse_columns("response=solution"))) == [ONE_TURN]

@@ -69,7 +69,7 @@ def completion(row: SourceRow, reading: Reading) -> list[Exchange]:
 
 def answer(row: SourceRow, reading: Reading) -> list[Exchange]:
     """Reads a prompt or a question with its answer, under the names that are met."""
-    asked = "prompt" if "prompt" in row.fields else _only(row, reading, QUESTIONS, "prompt")
+    asked = "prompt" if "prompt" in row.fields else _only(row, reading, QUESTIONS, "question")
     return _answered(row, asked, _only(row, reading, RESPONSES, "response"))
 
 
@@ -278,14 +278,14 @@ def _system(row: SourceRow) -> list[Message]:
     return [] if name is None else [{"role": "system", "content": plain_text(row.fields[name], f"field {name!r}")}]
 
 
-def _only(row: SourceRow, reading: Reading, names: Sequence[str], meaning: str) -> str:
+def _only(row: SourceRow, reading: Reading, names: Sequence[str], field: str) -> str:
     """The one of some columns that the row has; ``--columns`` decides between several."""
     there = [name for name in names if row.fields.get(name) is not None]
     there = [name for name, _ in reading.columns if name in there] or there
     if len(there) > 1:
         raise RowError(
-            f"fields {' and '.join(map(repr, there))} may each be the {meaning}; name one with --columns "
-            f"{there[0]}={there[0]}"
+            f"fields {' and '.join(map(repr, there))} may each be the {field}; name one, as in --columns "
+            f"{field}={there[-1]}"
         )
     return there[0] if there else next((name for name in names if name in row.fields), names[0])
 
