@@ -74,7 +74,7 @@ def delimiter_of(line: str, usual: str) -> str:
 
 
 def rows_of_json(value: Any, split: str | None, shown: str) -> list[Any]:
-    """Returns the rows that a whole JSON file holds.
+    """Returns the rows of a JSON file.
 
     A list is of rows. An object is one row, unless it holds a list of rows for each split, a list of rows beside other
     things, or columns as pandas writes them.
@@ -106,7 +106,7 @@ def rows_of_json(value: Any, split: str | None, shown: str) -> list[Any]:
 
 
 def _columnar(value: Mapping[str, Any], shown: str) -> list[dict[str, Any]] | None:
-    """The rows of columns as pandas writes them (``orient`` columns, index, split, list), or None."""
+    """Reads columns as pandas writes them (``orient`` columns, index, split, list); None if the object is no table."""
     values = list(value.values())
     if values and all(isinstance(part, dict) and part for part in values):
         return _by_index(value, shown)
@@ -126,7 +126,7 @@ def _columnar(value: Mapping[str, Any], shown: str) -> list[dict[str, Any]] | No
 
 
 def _by_index(value: Mapping[str, dict[str, Any]], shown: str) -> list[dict[str, Any]] | None:
-    """The rows of an object of objects: columns of cells by row number, or rows by number or name; else None."""
+    """Reads an object of objects: columns of cells by row number, or rows by number or name; None for any other."""
     columns = list(value.values())
     if all(map(_are_indices, columns)):
         if any(column.keys() != columns[0].keys() for column in columns):
@@ -145,12 +145,12 @@ def _is_row(value: Mapping[str, Any]) -> bool:
 
 
 def _is_part(name: str, value: Any) -> bool:
-    """Whether a value is the rows of a split, or a list of rows under any other name."""
+    """Returns whether a value is the rows of a split, or a list of rows under any other name."""
     return _is_rows(value) or (name in SPLITS and isinstance(value, list | dict))
 
 
 def _is_rows(value: Any) -> bool:
-    """Whether a value is a list of objects other than the turns of a chat."""
+    """Returns whether a value is a list of objects other than the turns of a chat."""
     objects = isinstance(value, list) and bool(value) and all(isinstance(entry, dict) for entry in value)
     return objects and not _is_turns(value)
 

@@ -119,7 +119,7 @@ def _lines(file: IO[bytes], shown: str) -> Iterator[bytes]:
 
 
 def _read_jsonl(file: IO[bytes], shown: str) -> Rows:
-    """An object a line, or else a list of objects over one line or several."""
+    """Reads an object a line, or a list of objects over one line or several."""
     lines = ((number, line) for number, line in enumerate(_lines(file, shown), 1) if line.strip())
     number, first = next(lines, (0, b""))
     if first.lstrip()[:1] == b"[" or first.strip() == b"{":
@@ -154,7 +154,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _read_json(file: IO[bytes], shown: str, split: str | None = None) -> Rows:
-    """One value in any of the layouts of :func:`~tdpo.data.dialects.rows_of_json`, or an object a line."""
+    """Reads one value in any of the layouts of :func:`~tdpo.data.dialects.rows_of_json`, or an object a line."""
     lines = ((number, line) for number, line in enumerate(_lines(file, shown), 1) if line.strip())
     number, first = next(lines, (0, b""))
     if not first:

@@ -62,7 +62,7 @@ class SFTReport(DataReport):
     turns: int = 0
 
     def lines(self) -> list[str]:
-        """As the report's of any data, with what is learnt of conversations."""
+        """Describes the rows as any report does, and which turns of conversations are learnt."""
         lines = super().lines()
         if self.conversations:
             several = f"conversations with several assistant turns: {self.conversations}"
@@ -115,7 +115,7 @@ class SFTCollator:
 
 
 def _with_labels(batch: PackedBatch, labels: Sequence[list[int]]) -> PackedBatch:
-    """The same rows with other labels of each sequence; masked tokens are left to the body and out of the loss."""
+    """Replaces the labels of each sequence; masked tokens stay in the rows and leave the loss."""
     flat_N = torch.tensor([label for sequence in labels for label in sequence])
     kept_N = flat_N != MASKED
     counts = [sum(label != MASKED for label in sequence) for sequence in labels]
@@ -198,7 +198,7 @@ def _exchanges(
 def _encode(
     exchanges: Sequence[Exchange], tokeniser: Tokeniser, report: SFTReport, on_bad_row: OnBadRow
 ) -> Iterator[list[Ids]]:
-    """The turns to learn of each conversation, encoded as they are asked for one after the other."""
+    """Encodes the turns to learn of each conversation as they are asked for, one after the other."""
     turns = [turn for exchange in exchanges for turn in _turns(exchange, report.train_on)]
     for _, group in itertools.groupby(tokeniser.encode_turns(turns, report, on_bad_row), lambda ids: id(ids.place)):
         found = list(group)
@@ -216,7 +216,7 @@ def _turns(exchange: Exchange, train_on: TrainOn) -> list[Turns]:
 
 
 def _count(sequences: Iterable[Ids], turns: Sequence[Ids], report: SFTReport) -> list[Ids]:
-    """The sequences of a conversation, counted in the report."""
+    """Counts the sequences of a conversation in the report, and returns them."""
     found, exchange = list(sequences), turns[0].place
     assert isinstance(exchange, Exchange)
     for note in exchange.notes + ((SEPARATE,) if len(found) > 1 else ()):
@@ -258,7 +258,7 @@ def _sequences(turns: Sequence[Ids]) -> Iterator[Ids]:
 
 
 def _example(ids: Ids) -> SFTExample:
-    """The example of a sequence within the limits."""
+    """Makes the example of a sequence that is within the limits."""
     prompt, (response, labels) = ids.prompt, ids.responses
     while labels[-1] == MASKED:  # a turn of the user's that truncation left last
         labels = labels[:-1]

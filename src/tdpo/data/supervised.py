@@ -68,7 +68,7 @@ def completion(row: SourceRow, reading: Reading) -> list[Exchange]:
 
 
 def answer(row: SourceRow, reading: Reading) -> list[Exchange]:
-    """Reads a prompt or a question with its answer, under the names that are met."""
+    """Reads a prompt or a question with its answer, under any of their usual names."""
     asked = "prompt" if "prompt" in row.fields else _only(row, reading, QUESTIONS, "question")
     return _answered(row, asked, _only(row, reading, RESPONSES, "response"))
 
@@ -99,33 +99,33 @@ def sharegpt(row: SourceRow, reading: Reading) -> list[Exchange]:
 
 
 def has_completion(fields: Mapping[str, Any]) -> bool:
-    """Whether a row is one of :func:`completion`."""
+    """Returns whether a row is one of :func:`completion`."""
     return {"prompt", "completion"} <= fields.keys()
 
 
 def has_answer(fields: Mapping[str, Any]) -> bool:
-    """Whether a row is one of :func:`answer`, and is neither a pair nor scored."""
+    """Returns whether a row is one of :func:`answer`, and is neither a pair nor scored."""
     asked = _has({"prompt", *QUESTIONS}, fields)
     return asked and _has_response(fields) and not FORMATS["scored"].recognises(dict(fields))
 
 
 def has_instruction(fields: Mapping[str, Any]) -> bool:
-    """Whether a row is one of :func:`alpaca`."""
+    """Returns whether a row is one of :func:`alpaca`."""
     return "instruction" in fields and _has_response(fields)
 
 
 def has_messages(fields: Mapping[str, Any]) -> bool:
-    """Whether a row is one of :func:`messages`."""
+    """Returns whether a row is one of :func:`messages`."""
     return "messages" in fields and not _is_pair(fields)
 
 
 def has_conversation(fields: Mapping[str, Any]) -> bool:
-    """Whether a row is one of :func:`sharegpt`."""
+    """Returns whether a row is one of :func:`sharegpt`."""
     return _has(CONVERSATIONS, fields) and not _is_pair(fields)
 
 
 def chosen_of(known: Format) -> Format:
-    """A format of preferences as one of responses: the chosen ones, and of several answers the best."""
+    """Makes a format of responses from one of preferences: the chosen ones, and of several answers the best."""
 
     def best(reading: Reading) -> Reading:
         return reading if reading.pairs_from else replace(reading, pairs_from="best_worst")
@@ -147,7 +147,7 @@ def chosen_of(known: Format) -> Format:
 
 
 def or_chosen(plain: Format, pairs: Format) -> Format:
-    """A format that is one of responses and one of preferences: rows of pairs give their chosen."""
+    """Combines a format of responses with one of preferences, of which the chosen responses are learnt."""
     chosen = chosen_of(pairs)
 
     def convert(row: SourceRow, reading: Reading) -> Sequence[Any]:
@@ -191,7 +191,7 @@ SFT_FORMATS: dict[str, Format] = {
 
 
 def _answered(row: SourceRow, asked: str, answered: str) -> list[Exchange]:
-    """The exchange of two columns.
+    """Makes the exchange of two columns.
 
     Text in ``prompt`` is continued as it stands; a question, and what has a system column or a history, is a chat. An
     empty system column makes a chat too, so that all rows of a source are of one kind.
@@ -216,7 +216,7 @@ def _answered(row: SourceRow, asked: str, answered: str) -> list[Exchange]:
 
 
 def _conversation(row: SourceRow, turns: list[Message], name: str, flags: Sequence[bool]) -> list[Exchange]:
-    """The exchange that learns every assistant turn whose flag is set and that another turn precedes."""
+    """Makes the exchange that learns every assistant turn whose flag is set and that another turn precedes."""
     first = _system(row)
     if first and turns[0]["role"] == "system":
         if turns[0]["content"] != first[0]["content"]:
@@ -245,7 +245,7 @@ def _exchange(row: SourceRow, prompt: Text, response: Text, name: str) -> list[E
 
 
 def _flags(turns: Any, name: str) -> list[bool]:
-    """Whether each turn is learnt, as its own keys say; without any it is."""
+    """Reads from the keys of each turn whether it is learnt; it is where no key says otherwise."""
     flags = []
     for number, turn in enumerate(turns, 1):
         given = [(key, turn[key]) for key in LEARNT_FLAGS if turn.get(key) is not None]
@@ -257,13 +257,13 @@ def _flags(turns: Any, name: str) -> list[bool]:
 
 
 def _round(turn: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of one round with ``input`` and ``output``, perhaps ``system``."""
+    """Splits a round with ``input`` and ``output``, perhaps ``system``, into messages."""
     roles = (("system", "system"), ("input", "user"), ("output", "assistant"))
     return [{"role": role, "content": turn[name]} for name, role in roles if turn.get(name) not in (None, "")]
 
 
 def _parsed(row: SourceRow, name: str) -> SourceRow:
-    """The row with a list of turns that a table of texts holds as JSON."""
+    """Parses a list of turns that a table of texts holds as JSON."""
     value = row.fields.get(name)
     if not (isinstance(value, str) and value.lstrip().startswith("[")):
         return row
@@ -279,7 +279,7 @@ def _system(row: SourceRow) -> list[Message]:
 
 
 def _only(row: SourceRow, reading: Reading, names: Sequence[str], field: str) -> str:
-    """The one of some columns that the row has; ``--columns`` decides between several."""
+    """Finds the one of some columns that the row has; ``--columns`` decides between several."""
     there = [name for name in names if row.fields.get(name) is not None]
     there = [name for name, _ in reading.columns if name in there] or there
     if len(there) > 1:

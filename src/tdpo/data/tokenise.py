@@ -185,7 +185,7 @@ class Tokeniser:
         return self.within_limits(self.encode_turns(turns, report, on_bad_row), report)
 
     def encode_turns(self, turns: Sequence[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
-        """Encodes prompts and responses of any length, in order. Of a place that is refused, the turns behind too."""
+        """Encodes prompts and responses of any length, in order. Once a row is refused, its later turns are skipped."""
         rows, jobs, bad, refused = [], [], [], None
         for turn in turns:
             if turn.place is refused:

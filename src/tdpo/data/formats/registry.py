@@ -95,7 +95,7 @@ def recognise(fields: dict[str, Any], formats: Mapping[str, Format]) -> str | No
 
 
 def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
-    """The format a user's function defines, which returns rows of other formats."""
+    """Makes a format of a user's function, which returns rows of other formats."""
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
