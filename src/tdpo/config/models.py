@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tdpo.config.checks import check_at_least, check_choices
 from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError
+
+NOT_IN_INIT_KWARGS = {
+    "dtype": "use --dtype",
+    "torch_dtype": "use --dtype",
+    "attn_implementation": "use --attn_implementation",
+    "revision": "use --model_revision",
+    "trust_remote_code": "use --trust_remote_code",
+    "quantization_config": "use --load_in_4bit or --load_in_8bit",
+    "output_loading_info": "missing weights are always reported",
+    "device_map": "training places the model on its devices",
+}
 
 
 @dataclass
@@ -32,6 +44,10 @@ class ModelConfig:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow models and tokenizers that bring Python code of their own to run it."}
     )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping."},
+    )
     eos_token: str | None = field(
         default=None, metadata={"help": "End-of-sequence token to use instead of the tokenizer's own."}
     )
@@ -42,6 +58,23 @@ class ModelConfig:
             f"{', '.join(TEMPLATES)}."
         },
     )
+
+    def __post_init__(self) -> None:
+        """Reads ``model_init_kwargs`` and refuses in it what has an option or is decided elsewhere.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if isinstance(self.model_init_kwargs, str):
+            try:
+                self.model_init_kwargs = json.loads(self.model_init_kwargs)
+            except ValueError as error:
+                raise UserError(f"--model_init_kwargs is not valid JSON: {error}") from error
+        if not isinstance(self.model_init_kwargs, dict | None):
+            raise UserError("--model_init_kwargs must be a mapping of arguments to values")
+        for key in self.model_init_kwargs or {}:
+            if key in NOT_IN_INIT_KWARGS:
+                raise UserError(f"--model_init_kwargs: {key} cannot be in it; {NOT_IN_INIT_KWARGS[key]}")
 
 
 @dataclass

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
 
 from tdpo.config.checks import check_at_least, seconds
+from tdpo.counterparts import ARGUMENTS, hint
 from tdpo.errors import UserError
 from tdpo.models.sharding import load_whole
 
@@ -65,6 +68,19 @@ class RunOptions(TrainingArguments):
         default=None,
         metadata={"help": "Processes that --accelerate_config starts on this machine; default: one for each GPU."},
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses unknown arguments, all at once, with their counterparts: what ``DPOConfig`` took may be among them.
+
+        Raises:
+            UserError: naming them.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        unknown = [name for name in kwargs if name not in known]
+        if unknown and not takes_any:
+            raise UserError("\n".join(f"{cls.__name__} has no {n!r}.{hint(n, known, ARGUMENTS)}" for n in unknown))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.max_time is not None:
