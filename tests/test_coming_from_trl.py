@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import json
+import math
 import re
 from pathlib import Path
 from types import ModuleType
@@ -93,7 +95,6 @@ report_to:
 - none
 save_strategy: "no"
 seed: 42
-log_level: info
 use_cpu: yes
 """
 
@@ -153,11 +154,11 @@ def test_the_example_has_the_defaults_of_trl(generator: ModuleType) -> None:
 
 def test_arguments_of_dpo_config_are_refused_by_name_all_at_once() -> None:
     with pytest.raises(UserError) as raised:
-        TDPOConfig(output_dir="o", loss_type="sigmoid", model_init_kwargs={}, bta=1, padding_free=True)
+        TDPOConfig(output_dir="o", loss_type="sigmoid", ld_alpha=0.5, bta=1, padding_free=True)
     lines = str(raised.value).splitlines()
     starts = (
         "TDPOConfig has no 'loss_type'. Use 'objective': `sigmoid` is `dpo`",
-        "TDPOConfig has no 'model_init_kwargs'. It is an option of the command line; in Python load the model",
+        "TDPOConfig has no 'ld_alpha'. It is not available: the weighting of LD-DPO; leave it out.",
         "TDPOConfig has no 'bta'. Did you mean 'beta'?",
         "TDPOConfig has no 'padding_free'. Use 'layout'",
     )
@@ -196,9 +197,45 @@ def test_a_recipe_of_trl_trains_once_what_is_listed_is_changed(
         text = text.replace(old, new)
     recipe.write_text(text)
     told = mistake(capsys, "train", "--config", recipe)
-    assert "--eval_strategy steps needs held-out data" in told and "--eval_dataset_name" in told
+    assert "eval_dataset" in told
     recipe.write_text(text + f"eval_dataset_name: {pairs_file}\n")
     assert main(["train", "--config", str(recipe)]) == 0
     told = capsys.readouterr().out
     assert "objective dpo(beta=0.05)" in told and "24 kept" in told
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_script_of_trl_runs_with_two_names_changed(tmp_path: Path, pairs_file: Path, model_folder: Path) -> None:
+    made: list[TDPOTrainer] = []
+
+    class Trainer(TDPOTrainer):
+        def __init__(self, quantization_config: None, **arguments: object) -> None:  # the script passes None
+            super().__init__(**arguments)
+            made.append(self)
+
+    script = Path(trl.__file__).with_name("scripts").joinpath("dpo.py").read_text()
+    changed = script.replace("DPOConfig", "TDPOConfig").replace("DPOTrainer", "TDPOTrainer")
+    names = {"__name__": "script", "TDPOConfig": TDPOConfig, "TDPOTrainer": Trainer}
+    changed = re.sub(r"from trl import (.*)TDPO(?:Config|Trainer), ", r"from trl import \1", changed)
+    exec(compile(changed, "dpo.py", "exec"), names)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(pairs_file.read_text())
+    words = [
+        "--dataset_name", folder, "--model_name_or_path", model_folder, "--output_dir", tmp_path / "out",
+        "--learning_rate", "5.0e-3", "--max_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2",
+        "--remove_unused_columns", "false", "--use_peft", "--lora_r", "4", "--lora_alpha", "8", "--lora_dropout", "0",
+        "--model_init_kwargs", '{"rms_norm_eps": 0.25}', "--attn_implementation", "sdpa", "--objective", "dpo",
+        "--max_length", "96", "--max_prompt_length", "48", "--use_cpu", "--disable_tqdm", "true", "--save_strategy",
+        "no",
+    ]  # fmt: skip
+    parser = trl.TrlParser((trl.ScriptArguments, TDPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig))
+    parsed = parser.parse_args_and_config([str(word) for word in words])
+    names["main"](*parsed)
+    first, last = made[0].state.log_history[0], made[0].state.log_history[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6), "the adapter is new"
+    assert first["kl/chosen"] == 0 and "train_loss" in last
+    assert any("eval_rewards/accuracies" in log for log in made[0].state.log_history)
+    assert made[0].model.config.rms_norm_eps == 0.25 and made[0].model.config._attn_implementation == "sdpa"
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4

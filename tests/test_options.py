@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import make_model
 from test_cli import TRAIN_OPTIONS, mistake, train
 
-from tdpo.cli import main
 from tdpo.commands.options import parse
 from tdpo.errors import UserError
 
@@ -16,8 +17,9 @@ NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o
 
 
 def parsed(*words: str) -> dict[str, Any]:
-    """All options of ``tdpo train`` by name."""
-    return {k: v for options in parse("train", "", TRAIN_OPTIONS, [*NEEDED, *words]) for k, v in vars(options).items()}
+    """All options of ``tdpo train`` by name; what several dataclasses have is the first's."""
+    options = parse("train", "", TRAIN_OPTIONS, [*NEEDED, *words])
+    return {name: value for part in reversed(options) for name, value in vars(part).items()}
 
 
 def from_file(folder: Path, text: str) -> dict[str, Any]:
@@ -38,6 +40,7 @@ def from_file(folder: Path, text: str) -> dict[str, Any]:
         ("logging_first_step: off", "logging_first_step", False),
         ("gradient_checkpointing: on", "gradient_checkpointing", True),
         ("eval_strategy: no", "eval_strategy", "no"),
+        ("eval_strategy: False", "eval_strategy", "no"),
         ("save_strategy: off", "save_strategy", "no"),
         ("report_to: none", "report_to", []),
         ("report_to: []", "report_to", []),
@@ -80,6 +83,7 @@ def test_a_value_means_in_a_file_what_it_means_on_the_command_line(
         (["--learning-rate", "1e-7"], "learning_rate", 1e-7),
         (["--run_name", "-- two words"], "run_name", "-- two words"),
         (["--save_total_limit", "none"], "save_total_limit", None),
+        (["--seed", "-5"], "seed", -5),
         (["--save_total_limit", "3"], "save_total_limit", 3),
         (["--report_to", "none"], "report_to", []),
         (["--liger_kernel_config", '{"rope": false}'], "liger_kernel_config", {"rope": False}),
@@ -113,16 +117,17 @@ def test_what_a_file_has_wrong_is_listed_at_once(tmp_path: Path) -> None:
 def test_unknown_options_of_the_command_line_are_listed_with_those_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("bta: 1\n")
-    words = ["--config", str(file), "--lr", "1e-6", "--epochs=3", "--learning-rat", "1", "--learn", "1", "--seed", "-5"]
+    words = ["--config", str(file), "--lr", "1e-6", "--epochs=3", "--learning-rat", "1", "--learn", "1", "-lr", "2"]
     with pytest.raises(UserError) as raised:
         parsed(*words)
     assert str(raised.value).splitlines() == [
         f"--config {file}: unknown key 'bta'. Did you mean 'beta'?",
-        "command line: 4 mistakes",
+        "command line: 5 mistakes",
         "  unknown option --lr. Use 'learning_rate'.",
         "  unknown option --epochs. Use 'num_train_epochs'.",
         "  unknown option --learning-rat. Did you mean 'learning_rate'?",
         "  unknown option --learn.",
+        "  unknown option -lr. Use 'learning_rate'.",
     ]
 
 
@@ -143,6 +148,10 @@ def test_a_file_that_says_two_things_is_refused(tmp_path: Path, text: str, messa
         from_file(tmp_path, text)
 
 
+def test_the_command_of_trl_is_named(capsys: pytest.CaptureFixture) -> None:
+    assert "Use 'train --objective dpo'." in mistake(capsys, "dpo", "--beta", 1)
+
+
 def test_foreign_fields_of_a_mixture_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         from_file(tmp_path, "datasets:\n- {path: a.jsonl, fraction: 0.5}\n- {name: b.jsonl, wieght: 2}\n")
@@ -152,13 +161,23 @@ def test_foreign_fields_of_a_mixture_are_named(tmp_path: Path) -> None:
     assert "'datasets', entry 2: unknown field 'wieght'. Did you mean 'weight'?" in told
 
 
-def test_evaluation_without_data_names_the_option_that_gives_it(
-    capsys: pytest.CaptureFixture, tmp_path: Path, pairs_file: Path, model_folder: Path
-) -> None:
-    words = train(model_folder, pairs_file, tmp_path / "out", "--eval_strategy", "steps")
-    told = mistake(capsys, *words)
-    assert "--eval_strategy steps needs held-out data" in told and "--eval_dataset_name" in told
-    assert main([str(word) for word in [*words, "--eval_dataset_name", pairs_file, "--eval_steps", "1"]]) == 0
+@pytest.mark.parametrize(
+    ("line", "adapted"),
+    [
+        ("[q_proj, v_proj]", 4),
+        ("q_proj", 2),
+        ("q_proj,v_proj", 4),  # as LLaMA-Factory has it
+        ("all-linear", 14),
+        (r"'.*\.1\..*(q|k|v)_proj'", 3),  # one text is a regular expression to peft
+    ],
+)
+def test_target_modules_of_an_adapter(tmp_path: Path, line: str, adapted: int) -> None:
+    from peft import get_peft_model
+
+    (tmp_path / "run.yaml").write_text(f"use_peft: true\nlora_target_modules: {line}\n")
+    options = parse("train", "", TRAIN_OPTIONS, [*NEEDED, "--config", str(tmp_path / "run.yaml")])
+    model = get_peft_model(make_model(100), options[2].peft_config())
+    assert sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters()) == adapted
 
 
 def test_init_kwargs_reach_the_model_and_refuse_what_has_an_option(
@@ -169,8 +188,13 @@ def test_init_kwargs_reach_the_model_and_refuse_what_has_an_option(
 
     loaded = load_model(ModelConfig(str(model_folder), model_init_kwargs='{"rms_norm_eps": 0.25}'))
     assert loaded.config.rms_norm_eps == 0.25 and loaded.model.norm.variance_epsilon == 0.25
+    config = ModelConfig("m", model_init_kwargs={"torch_dtype": torch.bfloat16, "revision": "v2", "use_cache": False})
+    assert (config.dtype, config.model_revision, config.model_init_kwargs) == ("bfloat16", "v2", {"use_cache": False})
+    with pytest.raises(UserError, match="--dtype float16 and dtype bfloat16 in --model_init_kwargs contradict"):
+        ModelConfig("m", dtype="float16", model_init_kwargs={"dtype": "bfloat16"})
+    capsys.readouterr()
     for content, message in (
-        ('{"dtype": "float16"}', "dtype cannot be in it; use --dtype"),
+        ('{"dtype": "int8"}', "--dtype int8: there are float32, bfloat16"),
         ('{"device_map": "auto"}', "device_map cannot be in it"),
         ("{", "not valid JSON"),
         ("[1]", "must be a mapping"),

@@ -24,12 +24,12 @@ class Counterpart(NamedTuple):
 
 
 def _same(names: str) -> dict[str, Counterpart]:
-    """Options of the same name and meaning, separated by spaces."""
+    """Makes the entries of options with the same name and meaning, separated by spaces."""
     return {name: Counterpart(name) for name in names.split()}
 
 
 def _each(names: str, option: str = "", note: str = "") -> dict[str, Counterpart]:
-    """One counterpart of several names, separated by spaces."""
+    """Gives one counterpart to several names, separated by spaces."""
     return {name: Counterpart(option, note) for name in names.split()}
 
 
@@ -38,16 +38,17 @@ READ_ONCE = "not available: rows are read and tokenised once, into a cache that 
 ONLY_CAUSAL = "not available: every model is a causal language model; leave it out"
 BY_ITSELF = "done without an option; leave it out"
 FOUND = "read from the checkpoint; leave it out"
-LOADING = "an option of the command line; in Python load the model with `from_pretrained` and pass the model"
 NO_PADDING = "not available: padding never reaches the loss; leave it out"
 ONE_LIMIT = "prompt and response together; `max_prompt_length` is what stays of the prompt of a longer pair"
 
 DPO_CONFIG: Mapping[str, Counterpart] = {
     **_same("learning_rate logging_steps gradient_checkpointing bf16 lr_scheduler_kwargs"),
-    **_same("torch_empty_cache_steps use_liger_kernel disable_dropout beta"),
+    **_same("torch_empty_cache_steps use_liger_kernel trust_remote_code disable_dropout beta"),
     **_same("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"),
-    "trust_remote_code": Counterpart("trust_remote_code", LOADING),
-    "model_init_kwargs": Counterpart("model_init_kwargs", LOADING),
+    "model_init_kwargs": Counterpart(
+        "model_init_kwargs",
+        "an error beside a model that is loaded already; without `device_map`, `quantization_config`",
+    ),
     "dataset_num_proc": Counterpart("dataset_num_proc", "1 where TRL has None"),
     "max_length": Counterpart("max_length", "a longer pair loses prompt before response, see `max_prompt_length`"),
     "truncation_mode": Counterpart(
@@ -211,7 +212,7 @@ OTHER_SPELLINGS: Mapping[str, Counterpart] = {
     **_each("steps num_steps num_train_steps max_train_steps", "max_steps"),
     **_each("micro_batch_size per_gpu_train_batch_size train_batch_size", "per_device_train_batch_size"),
     **_each(
-        "batch_size",
+        "batch_size bs",
         "per_device_train_batch_size",
         "an optimizer step has it times `gradient_accumulation_steps` times the processes",
     ),
@@ -258,8 +259,6 @@ OTHER_SPELLINGS: Mapping[str, Counterpart] = {
 
 TRL: Mapping[str, Counterpart] = {**DPO_CONFIG, **MODEL_CONFIG, **SCRIPT_ARGUMENTS, **DATASET_MIXTURE_CONFIG}
 OPTIONS: Mapping[str, Counterpart] = {**OTHER_SPELLINGS, **TRL}
-ARGUMENTS: Mapping[str, Counterpart] = {**OPTIONS, **_each("trust_remote_code model_init_kwargs", note=LOADING)}
-"""The same for a config made in Python, which does not load the model."""
 
 
 def hint(name: str, known: Iterable[str], counterparts: Mapping[str, Counterpart] = OPTIONS) -> str:

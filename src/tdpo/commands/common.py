@@ -90,11 +90,6 @@ def run_options(command: str, classes: tuple[type, ...], argv: Sequence[str]) ->
     """
     options = parse(command, COMMANDS[command], classes, argv, OUTPUT)
     data, args = options[-2:]
-    if args.eval_strategy != "no" and not data.eval_dataset_name and data.test_fraction is None:
-        raise UserError(
-            f"--eval_strategy {args.eval_strategy.value} needs held-out data: name it with --eval_dataset_name (as "
-            "--dataset_name, where that has a split for it, see --dataset_test_split) or give --test_fraction"
-        )
     reading = args.reading()
     data.check_reading(reading)
     data.open_training(reading)

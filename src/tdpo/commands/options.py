@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -35,6 +35,12 @@ class Parser(HfArgumentParser):
             self._adapt(action)
             action.required = action.required or action.dest in required
 
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+        """Adds a field's option, once where several dataclasses have it."""
+        if f"--{field.name}" not in parser._option_string_actions:
+            HfArgumentParser._parse_dataclass_field(parser, field)
+
     def _adapt(self, action: argparse.Action) -> None:
         """Lets an option take what its field takes, where ``HfArgumentParser`` reads less."""
         kinds = self.kinds.get(action.dest, set())
@@ -60,7 +66,7 @@ class Parser(HfArgumentParser):
         return namespace, rest
 
     def knows(self, option: str) -> bool:
-        """Whether there is an option of this spelling."""
+        """Returns whether there is an option of this spelling."""
         return option in self._option_string_actions
 
     def error(self, message: str) -> NoReturn:
@@ -84,8 +90,8 @@ class Parser(HfArgumentParser):
 
     def _groups(self) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
         """Options by the class that defines them last; the user's own questions before transformers' many."""
+        known: set[str] = set()
         for dataclass_type in self.dataclass_types:
-            known: set[str] = set()
             fields = {field.name: field for field in dataclasses.fields(dataclass_type)}
             for owner in dataclass_type.__mro__:
                 own = [name for name in vars(owner).get("__annotations__", {}) if name in fields and name not in known]
@@ -102,7 +108,7 @@ def parse(
     Args:
         command: Its name.
         summary: One line for its help.
-        dataclass_types: The dataclasses that hold its options; no field name twice.
+        dataclass_types: The dataclasses that hold its options; what several of them have goes to the first.
         required: Options that must be given although their fields have defaults.
         argv: The command line after the command's name. ``--config file.yaml`` supplies defaults for the rest of it.
 
@@ -128,25 +134,30 @@ def parse(
     if mistakes:
         raise UserError("\n".join(mistakes))
     try:
-        *parsed, stray = parser.parse_args_into_dataclasses(
-            [*given, *rest], return_remaining_strings=True, look_for_args_file=False
-        )
+        parsed, stray = parser.parse_known_args([*given, *rest])
+        options = tuple(_instances(parser.dataclass_types, vars(parsed)))
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(str(error)) from error
     if stray:
         raise UserError(f"a value without an option: {stray[0]}")
-    return tuple(parsed)
+    return options
+
+
+def _instances(dataclass_types: Iterable[Any], values: dict[str, Any]) -> Iterator[Any]:
+    """Makes the dataclasses; a value that several of them have goes to the first."""
+    for kind in dataclass_types:
+        yield kind(**{f.name: values.pop(f.name) for f in dataclasses.fields(kind) if f.init and f.name in values})
 
 
 def _listed(where: str, mistakes: Sequence[str]) -> list[str]:
-    """The mistakes of one source: one in a line, several below their number."""
+    """Lists the mistakes of one source: one in a line, several below their number."""
     if len(mistakes) < 2:
         return [where + mistake for mistake in mistakes]
     return [f"{where or 'command line: '}{len(mistakes)} mistakes", *(f"  {mistake}" for mistake in mistakes)]
 
 
 def _split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files that ``--config`` names, and the words that remain."""
+    """Separates the files that ``--config`` names from the other words."""
     files: list[str] = []
     rest: list[str] = []
     words = iter(argv)
@@ -161,8 +172,8 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _unknown_options(words: Sequence[str], parser: Parser) -> list[str]:
-    """What to say of each word that argparse would take for an option and does not know."""
-    options = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
+    """Describes each word that argparse would take for an option and does not know."""
+    options = [word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)]
     return [
         f"unknown option {option}.{hint(option.lstrip('-').replace('-', '_'), parser.kinds)}"
         for option in options
@@ -171,7 +182,7 @@ def _unknown_options(words: Sequence[str], parser: Parser) -> list[str]:
 
 
 def _config_words(content: Mapping[str, Any], parser: Parser) -> tuple[list[str], list[str]]:
-    """The options of a file as words of a command line, and what is wrong with those that cannot be."""
+    """Turns the options of a file into words of a command line, and describes those that cannot be."""
     words: list[str] = []
     mistakes: list[str] = []
     for key, value in content.items():
@@ -186,7 +197,7 @@ def _config_words(content: Mapping[str, Any], parser: Parser) -> tuple[list[str]
 
 
 def _wrong_kind(value: Any, kinds: set[Any], default: Any) -> str | None:
-    """What to say of a value whose kind no text on the command line could have; None if it fits."""
+    """Describes a value whose kind no text on the command line could have; None if it fits."""
     if value is None and default is not None and NoneType not in kinds:
         return f"no value; give one, or leave the key out for the default, {_plain(default)}"
     if isinstance(value, list) and list not in kinds:
@@ -197,21 +208,21 @@ def _wrong_kind(value: Any, kinds: set[Any], default: Any) -> str | None:
 
 
 def _words(key: str, value: Any, parser: Parser) -> list[str]:
-    """One option of a file as words of a command line."""
+    """Turns one option of a file into words of a command line."""
     if isinstance(value, list):
         items = (json.dumps(item, default=str) if isinstance(item, dict) else str(item) for item in value)
         return [f"--{key}", *items] if value else []
     if value is None:
         return [] if parser.get_default(key) is None else [f"--{key}={NONE}"]
-    if value == "false" and key in ("eval_strategy", "save_strategy", "logging_strategy"):
+    if str(value).lower() == "false" and key in ("eval_strategy", "save_strategy", "logging_strategy"):
         value = "no"  # YAML's no and false are one value
-    if value in ("false", "no") and key == "report_to":
+    if key == "report_to" and str(value).lower() in ("false", "no"):
         value = NONE
     return [f"--{key}={json.dumps(value, default=str) if isinstance(value, dict) else value}"]
 
 
 def _foreign_fields(entries: Any) -> list[str]:
-    """What to say of unknown fields in the entries of ``datasets``; their values are checked where they are read."""
+    """Describes unknown fields in the entries of ``datasets``; their values are checked where they are read."""
     return [
         f"'datasets', entry {number}: unknown field {name!r}.{hint(name, ENTRY_FIELDS, ENTRY_SPELLINGS)}"
         for number, entry in enumerate(entries, 1)
@@ -222,10 +233,10 @@ def _foreign_fields(entries: Any) -> list[str]:
 
 
 def _kinds(dataclass_type: Any) -> dict[str, set[Any]]:
-    """The types each field takes: ``int | None`` are two, and of ``list[str]`` it is ``list``."""
+    """Maps fields to the types they take: ``int | None`` are two, and of ``list[str]`` it is ``list``."""
     hints = get_type_hints(dataclass_type)
     parts = {
-        field.name: get_args(hint) if get_origin(hint := hints[field.name]) in (Union, UnionType) else (hint,)
+        field.name: get_args(kind) if get_origin(kind := hints[field.name]) in (Union, UnionType) else (kind,)
         for field in dataclasses.fields(dataclass_type)
         if field.init
     }
