@@ -85,6 +85,9 @@ def test_a_value_means_in_a_file_what_it_means_on_the_command_line(
         (["--save_total_limit", "none"], "save_total_limit", None),
         (["--seed", "-5"], "seed", -5),
         (["--save_total_limit", "3"], "save_total_limit", 3),
+        (["--ref_model_name_or_path", "None"], "ref_model_name_or_path", None),  # no model of that name, no folder
+        (["--reference_cache=null"], "reference_cache", None),
+        (["--lr_scheduler_kwargs", "none"], "lr_scheduler_kwargs", None),
         (["--report_to", "none"], "report_to", []),
         (["--liger_kernel_config", '{"rope": false}'], "liger_kernel_config", {"rope": False}),
     ],
@@ -146,6 +149,20 @@ def test_unknown_options_of_the_command_line_are_listed_with_those_of_the_file(t
 def test_a_file_that_says_two_things_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_file(tmp_path, text)
+
+
+def test_foreign_fields_of_a_mixture_on_the_command_line_are_named() -> None:
+    from tdpo.data.sources import mixed_dataset
+
+    with pytest.raises(UserError, match=r"entry 1: unknown field 'path'\. Use 'name'"):
+        mixed_dataset('{"path": "a.jsonl"}', 1)
+
+
+def test_options_that_act_early_are_found_in_every_spelling() -> None:
+    from tdpo.commands.launch import OPTION, _value
+
+    for words in (["--accelerate-config", "ddp"], ["--accelerate_config=ddp"], ["--accelerate-config=ddp"]):
+        assert _value(["--beta", "1", *words], OPTION) == "ddp"
 
 
 def test_the_command_of_trl_is_named(capsys: pytest.CaptureFixture) -> None:

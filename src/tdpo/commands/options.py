@@ -49,12 +49,12 @@ class Parser(HfArgumentParser):
             if not self.knows(f"--no_{action.dest}"):  # transformers adds it only where the default is true
                 spellings = (f"--no_{action.dest}", f"--no-{action.dest.replace('_', '-')}")
                 self.add_argument(*spellings, action="store_false", dest=action.dest)
-        elif action.type in (int, float) and NoneType in kinds:
-            action.type = _or_none(action.type)
-        elif dict in kinds and str not in kinds:
-            action.type = json.loads
         elif {str, list} <= kinds:
             action.nargs = "+"
+        elif dict in kinds and str not in kinds:
+            action.type = json.loads
+        elif NoneType in kinds and (action.type in (int, float) or (action.type is str and action.default is None)):
+            action.type = _or_none(action.type)
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parses; what may be one text or a list of them is a text where it is one."""
@@ -243,13 +243,13 @@ def _kinds(dataclass_type: Any) -> dict[str, set[Any]]:
     return {name: {get_origin(part) or part for part in each} for name, each in parts.items()}
 
 
-def _or_none(number: Any) -> Callable[[str], Any]:
-    """Reads ``none`` and ``null`` as None, and anything else as a number."""
+def _or_none(kind: Any) -> Callable[[str], Any]:
+    """Reads ``none`` and ``null`` as None, as TRL does, and anything else as a number or text."""
 
     def read(text: str) -> Any:
-        return None if text.lower() in (NONE, "null") else number(text)
+        return None if text.lower() in (NONE, "null") else kind(text)
 
-    read.__name__ = number.__name__  # argparse names it in messages
+    read.__name__ = kind.__name__  # argparse names it in messages
     return read
 
 
