@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
 
 from tdpo.config.checks import check_at_least, seconds
+from tdpo.config.models import LoadingOptions, ModelConfig
+from tdpo.counterparts import hint
 from tdpo.errors import UserError
 from tdpo.models.sharding import load_whole
 
@@ -17,8 +21,10 @@ APPLIED = "TDPO_ACCELERATE_CONFIG"
 
 
 @dataclass
-class RunOptions(TrainingArguments):
+class RunOptions(LoadingOptions, TrainingArguments):
     """The run: where it goes, and what differs from transformers' own defaults."""
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     learning_rate: float = field(
         default=5e-6, metadata={"help": "The initial learning rate. The TDPO paper's is 5e-6."}
@@ -66,6 +72,19 @@ class RunOptions(TrainingArguments):
         metadata={"help": "Processes that --accelerate_config starts on this machine; default: one for each GPU."},
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses unknown arguments, all at once, with their counterparts: what ``DPOConfig`` took may be among them.
+
+        Raises:
+            UserError: naming them.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        unknown = [name for name in kwargs if name not in known]
+        if unknown and not takes_any:
+            raise UserError("\n".join(f"{cls.__name__} has no {n!r}.{hint(n, known)}" for n in unknown))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if self.max_time is not None:
             seconds(self.max_time)
@@ -98,3 +117,23 @@ class RunOptions(TrainingArguments):
                 "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
             )
         load_whole(self.deepspeed_plugin is not None)
+
+    def model_config(self, model: Any) -> ModelConfig:
+        """Describes how a trainer loads a model by its name.
+
+        Args:
+            model: The name, or a model that is loaded already.
+
+        Raises:
+            UserError: for ``model_init_kwargs`` beside a loaded model, which would ignore them.
+        """
+        if not isinstance(model, str) and self.model_init_kwargs:
+            raise UserError(
+                "model_init_kwargs has no effect on a model that is loaded already: pass the model's name, or load it "
+                "with them"
+            )
+        return ModelConfig(
+            model if isinstance(model, str) else "",
+            trust_remote_code=self.trust_remote_code,
+            model_init_kwargs=self.model_init_kwargs,
+        )

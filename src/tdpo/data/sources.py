@@ -16,10 +16,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tdpo.counterparts import ENTRY_SPELLINGS, hint
 from tdpo.data.dialects import SPLITS
 from tdpo.data.readers import READERS, Unreadable, kind_of, read_values, table_values
 from tdpo.data.reading import Reading, parse_columns
-from tdpo.errors import UserError, nearest
+from tdpo.errors import UserError
 
 STDIN = "-"
 
@@ -239,7 +240,7 @@ def mixed_dataset(entry: Any, place: int) -> MixedDataset:
     kinds = {field.name: field.type for field in fields(MixedDataset)}
     for key in content:
         if key not in kinds:
-            raise UserError(f"{where}: unknown field {key!r}.{nearest(str(key), kinds)}")
+            raise UserError(f"{where}: unknown field {key!r}.{hint(str(key), kinds, ENTRY_SPELLINGS)}")
     if not isinstance(content.get("name"), str) or not content["name"]:
         raise UserError(f"{where}: no name; expected a file, folder, glob or hub name in its field 'name'")
     for key, value in content.items():

@@ -101,6 +101,7 @@ def _load_whole(config: ModelConfig, name: str, revision: str, quantization: dic
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             **few_bits,
+            **(config.model_init_kwargs or {}),  # type: ignore[arg-type]
         )
     except Exception as error:  # whatever a broken folder or the network may raise, it is about the name
         raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from tdpo import ops
-from tdpo.config import ModelConfig, SFTConfig
+from tdpo.config import SFTConfig
 from tdpo.data.pack import pack_trees
 from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths, prepare_sft
 from tdpo.data.tokenise import Tokeniser
@@ -57,7 +57,8 @@ class SFTTrainer(BatchMeanTrainer):
     ) -> None:
         args = args or SFTConfig(output_dir="sft-output")
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
-        loaded = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
+        config = args.model_config(model)
+        loaded = load_model(config, trainable=True) if isinstance(model, str) else model
         if peft_config is not None:
             loaded = with_adapter(loaded, peft_config)
         if processing_class is None:

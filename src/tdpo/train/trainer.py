@@ -76,8 +76,9 @@ class TDPOTrainer(BatchMeanTrainer):
     ) -> None:
         args = args or TDPOConfig(output_dir="tdpo-output")
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
-        policy = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
-        held_against = load_model(ModelConfig(ref_model)) if isinstance(ref_model, str) else ref_model
+        config = args.model_config(model)
+        policy = load_model(config, trainable=True) if isinstance(model, str) else model
+        held_against = load_model(config, ref_model) if isinstance(ref_model, str) else ref_model
         if held_against is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
         self.objective = args.build_objective()
@@ -91,7 +92,7 @@ class TDPOTrainer(BatchMeanTrainer):
         self._sums = MetricSums(args.beta)
         self._budget = LogitsBudget(args.logits_budget)
         self._watch = DisplacementWatch(args.beta)
-        tokenizer = processing_class or _tokenizer_of(policy, train_dataset)
+        tokenizer = processing_class or _tokenizer_of(policy, config, train_dataset)
         limit = position_limit(policy, *self.reference.models())
         pack, self.layout = _layout(args.layout, [policy, *self.reference.models()])
         super().__init__(
@@ -239,13 +240,14 @@ def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
     return pack, line
 
 
-def _tokenizer_of(policy: Any, dataset: Any) -> Any:
+def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
     """The tokenizer saved beside the policy, as transformers would load it; None if the data needs none."""
-    if isinstance(dataset, PairDataset):
-        return None
     name = getattr(policy.config, "_name_or_path", "")
+    if isinstance(dataset, PairDataset) or not name:
+        return None
+    revision = config.model_revision if name == config.model_name_or_path else "main"
     try:
-        return AutoTokenizer.from_pretrained(name) if name else None
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError):
         return None
 
