@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from tdpo.errors import UserError
@@ -142,14 +143,44 @@ def merged(model: Any) -> Any:
     """
     if not has_adapter(model):
         raise UserError("the model has no adapter, so there is nothing to merge")
+    config = model.get_base_model().config
+    tied = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
+    untied = _untie(model.get_base_model())
     try:
         with ties_are_known():
             plain = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"the adapter cannot be merged: {error}") from error
     head, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
-    text = plain.config.get_text_config()
-    if getattr(text, "tie_word_embeddings", False) and head.weight is not embedding.weight:
+    if untied and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+    for part in tied:
         # Loading would tie them again, and so lose what was trained in one of them.
-        text.tie_word_embeddings = plain.config.tie_word_embeddings = False
+        part.tie_word_embeddings = head.weight is embedding.weight
     return plain
+
+
+def _untie(lm: Any) -> bool:
+    """Gives the head its own copy of a weight it shares with the embedding, if an adapter is on either of the two.
+
+    peft adds a layer's change to its weight in place, and so would change the other layer as well.
+
+    Returns:
+        Whether it did.
+    """
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    plain_head, plain_embedding = without_adapter(head), without_adapter(embedding)
+    if plain_head.weight is not plain_embedding.weight or (plain_head is head and plain_embedding is embedding):
+        return False
+    plain_head.weight = nn.Parameter(plain_head.weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def without_adapter(layer: Any) -> Any:
+    """Returns the plain layer inside whatever peft wrapped around it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    while isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
+    return layer
