@@ -17,16 +17,16 @@ from numeric_worlds import (
     plain_pair_stats,
     random_pairs,
 )
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from tdpo import TDPOConfig, TDPOTrainer, objectives, ops, score_pairs
+from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, ops, score_pairs
 from tdpo.cli import main
 from tdpo.models.adapters import merged
+from tdpo.models.reference import AdapterOff
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Model .* `tie_word_embeddings=True`", "ignore:Setting `save_embedding"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Model .* `tie_word_embeddings=True`", "ignore:Setting `save_embedding")
 
 TRAINED_TOKENS = {
     "tied": (True, [5, 6, 7, 30]),
@@ -177,3 +177,140 @@ def test_the_command_merges_an_adapter_on_a_tied_embedding(tmp_path: Path, model
     assert main(["merge", *arguments]) == 0
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(reloaded(input_ids=torch.arange(3, 40)[None]).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def noisy(policy: Any) -> Any:
+    """The policy after its active adapter has been trained, as it were: every trained weight has moved."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return policy
+
+
+def second_of_two(vocabulary: int) -> Any:
+    """A policy with two adapters, the second of which is active and trained; the first is another."""
+    policy = get_peft_model(make_model(vocabulary), lora(init_lora_weights=False))
+    policy.add_adapter("second", lora(r=2, target_modules=["v_proj"]))
+    policy.set_adapter("second")
+    return policy
+
+
+CONTINUED = {
+    "one adapter": lambda vocabulary: get_peft_model(make_model(vocabulary), lora()),
+    "head saved whole": lambda vocabulary: get_peft_model(make_model(vocabulary), lora(modules_to_save=["lm_head"])),
+    "trained tokens": lambda vocabulary: get_peft_model(make_model(vocabulary), lora(trainable_token_indices=[5, 300])),
+    "DoRA": lambda vocabulary: get_peft_model(make_model(vocabulary), lora(use_dora=True)),
+    "second of two": second_of_two,
+}
+
+
+def train_continued(policy: Any, reference: Any, folder: Path, tokenizer: Any, **options: Any) -> TDPOTrainer:
+    trainer = TDPOTrainer(policy, reference, config(folder, **options), None, preference_rows(8), None, tokenizer)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("kind", CONTINUED)
+def test_a_trained_adapter_is_copied_alone_and_is_the_reference_a_whole_copy_would_be(
+    tmp_path: Path, tokenizer: Any, kind: str
+) -> None:
+    policy = noisy(CONTINUED[kind](len(tokenizer)))
+    whole = copy.deepcopy(policy)
+    own = ("lora_", "modules_to_save", "trainable_tokens_delta")
+    adapters = sum(p.numel() for name, p in policy.named_parameters() if any(part in name for part in own))
+    trainer = train_continued(policy, None, tmp_path / "alone", tokenizer)
+    held = {id(p) for p in policy.parameters()}
+    (copied,) = trainer.reference.models()
+    extra = sum(p.numel() for p in copied.parameters() if id(p) not in held)
+    assert extra == adapters < sum(p.numel() for p in policy.parameters()) / 3
+    line = (
+        "reference: frozen (a copy of the policy with its adapter as loaded; --reference adapter_off takes its base); "
+    )
+    assert trainer.reference_line.startswith(line + f"{extra:,} weights are copied, ")
+    assert curve(trainer) == curve(train_continued(copy.deepcopy(whole), whole, tmp_path / "whole", tokenizer))
+    assert curve(trainer)[0][2] == 0 and curve(trainer)[-1][2] > 1e-4
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(copied(input_ids=ids).logits, whole.eval()(input_ids=ids).logits), "training did not move it"
+
+
+def test_an_adapter_that_changes_nothing_yet_needs_no_copy(tmp_path: Path, tokenizer: Any) -> None:
+    """Also where it is the second of two, is on the embedding, saves a module whole or trains tokens."""
+    vocabulary = len(tokenizer)
+    two = get_peft_model(make_model(vocabulary), lora(init_lora_weights=False))
+    two.add_adapter("second", lora(target_modules=["v_proj"]))
+    two.set_adapter("second")
+    wide = lora(target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"])
+    tokens = lora(trainable_token_indices=[5, 6])
+    curves = []
+    new = {name: get_peft_model(make_model(vocabulary), c) for name, c in {"wide": wide, "tokens": tokens}.items()}
+    for name, policy in {"two": two, **new}.items():
+        trainer = train_continued(policy, None, tmp_path / name, tokenizer)
+        assert trainer.reference_line == (
+            "reference: adapter_off (the adapter changes nothing yet, so the policy without it is the policy before "
+            "training)"
+        )
+        assert isinstance(trainer.reference, AdapterOff)
+        curves.append(curve(trainer))
+        assert curves[-1][0][0] == pytest.approx(0.693147, abs=1e-6) and curves[-1][-1][2] > 1e-5
+    model = make_model(vocabulary)
+    torch.manual_seed(42)  # the seed of the options, at which a new adapter of peft_config is drawn
+    trainer = train_continued(get_peft_model(model, lora()), None, tmp_path / "drawn", tokenizer)
+    given = TDPOTrainer(
+        make_model(vocabulary), None, config(tmp_path / "given"), None, preference_rows(8), None, tokenizer,
+        peft_config=lora(),
+    )  # fmt: skip
+    given.train()
+    for ours, theirs in zip(curve(trainer), curve(given), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3), "as with peft_config"
+
+
+def test_what_is_saved_is_the_trained_adapter_and_a_run_resumes_from_it(tmp_path: Path, tokenizer: Any) -> None:
+    """A run of four steps, and one that stops after two and is resumed from the same start, end alike."""
+
+    def policy() -> Any:
+        return noisy(get_peft_model(make_model(len(tokenizer)), lora(modules_to_save=["lm_head"])))
+
+    start = policy()
+    names = sorted(get_peft_model_state_dict(start))
+    options = {"save_strategy": "steps", "save_steps": 2}
+    through = train_continued(start, None, tmp_path / "through", tokenizer, **options)
+    through.save_model(str(tmp_path / "saved"))
+    assert list(start.peft_config) == ["default"]
+    for folder in (tmp_path / "saved", tmp_path / "through" / "checkpoint-2"):
+        assert sorted(load_file(folder / "adapter_model.safetensors")) == names
+        assert not [path for path in folder.rglob("*.safetensors") if path.parent != folder]
+    again = TDPOTrainer(
+        policy(), None, config(tmp_path / "through", **options), None, preference_rows(8), None, tokenizer
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "through" / "checkpoint-2"))
+    assert curve(again)[2:] == curve(through)[2:]
+
+
+def test_a_second_model_beside_an_adapter_is_warned_of(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warned(policy: Any, peft_config: Any = None) -> list[str]:
+        caplog.clear()
+        TDPOTrainer(policy, None, config(tmp_path), None, preference_rows(4), None, tokenizer, peft_config=peft_config)
+        return [record.message for record in caplog.records if "second model" in record.message]
+
+    vocabulary = len(tokenizer)
+    count = sum(parameter.numel() for parameter in make_model(vocabulary).parameters())
+    assert warned(make_model(vocabulary), lora(init_lora_weights="pissa")) == [
+        f"the reference is a second model of {count:,} weights beside the policy with its adapter"
+    ]
+    assert warned(noisy(get_peft_model(make_model(vocabulary), lora()))) == []
+    assert warned(make_model(vocabulary), lora()) == warned(make_model(vocabulary)) == []
+
+
+def test_an_adapter_of_the_prompt_made_by_the_user_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    policy = get_peft_model(make_model(len(tokenizer)), prompts)
+    for make in (
+        lambda: TDPOTrainer(policy, None, config(tmp_path), None, preference_rows(4), None, tokenizer),
+        lambda: SFTTrainer(policy, SFTConfig(str(tmp_path), use_cpu=True), preference_rows(4), None, tokenizer),
+    ):
+        with pytest.raises(UserError, match="PromptTuningConfig changes the prompt; use LoRA"):
+            make()

@@ -30,7 +30,6 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
         UserError: for a model that has one, and for adapters that change the prompt instead of weights.
     """
     from peft import PeftConfig, get_peft_model
-    from peft.tuners.tuners_utils import BaseTuner
 
     if not isinstance(peft_config, PeftConfig):
         raise UserError(f"peft_config must be a peft.PeftConfig such as LoraConfig, found {type(peft_config).__name__}")
@@ -38,11 +37,21 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
         raise UserError("model has an adapter already; leave peft_config (--use_peft) out to go on training it")
     with ties_are_known():
         adapted: Any = get_peft_model(model, peft_config)
-    if not isinstance(adapted.base_model, BaseTuner):
-        raise UserError(
-            f"peft_config: {type(peft_config).__name__} changes the prompt; use LoRA or another tuner of weights"
-        )
+    check_tunes_weights(adapted)
     return adapted
+
+
+def check_tunes_weights(model: Any) -> None:
+    """Refuses an adapter that adds to the prompt instead of changing weights: such a prompt would be left out.
+
+    Raises:
+        UserError: naming the adapter's kind.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if has_adapter(model) and not isinstance(model.base_model, BaseTuner):
+        kind = type(model.active_peft_config).__name__
+        raise UserError(f"peft_config: {kind} changes the prompt; use LoRA or another tuner of weights")
 
 
 def tell_of_dropout(peft_config: Any) -> None:
@@ -105,6 +114,42 @@ def moves_its_base(model: Any) -> str:
         if parameter.requires_grad and base_name(name, prefix) is not None:
             return f"{name} of the base is trained too"
     return ""
+
+
+def frozen_base(model: Any) -> list[nn.Parameter]:
+    """Returns the weights under an adapter that training leaves as they are; none for a model without an adapter."""
+    if not has_adapter(model):
+        return []
+    prefix = tuner_prefix(model)
+    named = model.get_base_model().named_parameters()
+    return [weight for name, weight in named if not weight.requires_grad and base_name(name, prefix) is not None]
+
+
+def changes_nothing(model: Any) -> bool:
+    """Whether the model still equals its base, as under a new LoRA, whose B is 0; False for tuners of other kinds."""
+    return not moves_its_base(model) and all(_changes_nothing(layer) for layer in adapter_layers(model))
+
+
+def _changes_nothing(layer: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    active = layer.active_adapters
+    if isinstance(layer, TrainableTokensWrapper):
+        return True  # the layer inside it is looked at on its own
+    if isinstance(layer, TrainableTokensLayer):
+        rows = [(layer.trainable_tokens_delta, layer.trainable_tokens_original, name) for name in active]
+        return all(torch.equal(now[name], original[name]) for now, original, name in rows if name in now)
+    if isinstance(layer, ModulesToSaveWrapper):
+        original = layer.original_module.state_dict()
+        saved = [layer.modules_to_save[name].state_dict() for name in active if name in layer.modules_to_save]
+        return all(torch.equal(weight, original[name]) for state in saved for name, weight in state.items())
+    if not isinstance(layer, LoraLayer) or layer.lora_variant:
+        return False
+    factors = [layer.lora_B[name].parameters() for name in active if name in layer.lora_B]
+    factors += [[layer.lora_embedding_A[name]] for name in active if name in layer.lora_embedding_A]
+    return not any(weight.any() for weights in factors for weight in weights)
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:

@@ -14,7 +14,7 @@ from tdpo.data.pack import pack_trees
 from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths, prepare_sft
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
-from tdpo.models.adapters import tell_of_dropout, with_adapter
+from tdpo.models.adapters import check_tunes_weights, tell_of_dropout, with_adapter
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import open_forward, run_in_head, run_inside
 from tdpo.models.load import load_model
@@ -60,6 +60,7 @@ class SFTTrainer(BatchMeanTrainer):
         loaded = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
         if peft_config is not None:
             loaded = with_adapter(loaded, peft_config)
+        check_tunes_weights(loaded)
         if processing_class is None:
             raise UserError("SFTTrainer needs the tokenizer: pass processing_class")
         if args.disable_dropout:

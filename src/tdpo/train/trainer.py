@@ -30,7 +30,16 @@ from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, logger
 from tdpo.train.metrics import DisplacementWatch, MetricSums
-from tdpo.train.references import FillOptions, Following, Models, cached, prepare_models, told
+from tdpo.train.references import (
+    FillOptions,
+    Following,
+    Models,
+    cached,
+    describe_copy,
+    prepare_models,
+    told,
+    warn_of_second_model,
+)
 from tdpo.types import PackedBatch
 
 
@@ -110,6 +119,9 @@ class TDPOTrainer(BatchMeanTrainer):
             if isinstance(self.reference, FrozenCopy):
                 self.compile_if_asked(self.reference.model)
             self.reference.place(self.accelerator)
+            self.reference_line += describe_copy(self.reference)
+            if held_against is None:
+                warn_of_second_model(self.reference, policy, args)
         else:
             self.reference.to(self.args.device)
             self._read_from(models.cache, models, pack)
