@@ -91,8 +91,13 @@ class FrozenCopy:
         return self
 
     def _unshare(self) -> None:
-        if self.shared:
-            self.model, self.shared = copy.deepcopy(self.model), ()
+        """Copies the shared weights too, in the same modules: what was proven of the model stays proven."""
+        own = {id(weight): copy.deepcopy(weight) for weight in self.shared}
+        for module in self.model.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if id(weight) in own:
+                    setattr(module, name, own[id(weight)])
+        self.shared = ()
 
     @property
     def sharded(self) -> bool:

@@ -28,6 +28,7 @@ from tdpo.models.adapters import KEEPING_INITS, changes_nothing, check_tunes_wei
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
 from tdpo.models.policy import causal_lm, prove_head
 from tdpo.models.reference import AdapterOff, AsItIs, CachedHidden, FrozenCopy, Reference, check_comparable
+from tdpo.models.sharding import held
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
 from tdpo.train.progress import bar
 from tdpo.types import PackedBatch, TokenisedPair
@@ -100,7 +101,7 @@ def describe_copy(reference: Reference) -> str:
 def warn_of_second_model(reference: Reference, policy: Any, args: TDPOConfig) -> None:
     """Warns where ``auto`` made a second model beside a policy with an adapter, whose memory an adapter is to save."""
     if args.reference == "auto" and isinstance(reference, FrozenCopy) and has_adapter(policy) and not reference.shared:
-        count = sum(weight.numel() for weight in reference.copied)
+        _, count = held(reference.model)
         logger.warning("the reference is a second model of %s weights beside the policy with its adapter", f"{count:,}")
 
 
