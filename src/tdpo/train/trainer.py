@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.models.sharding import narrow_dtype
 from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
-from tdpo.score import PairScores, batch_loss, packer, tree_refusal
-from tdpo.train.base import BatchMeanTrainer, logger
+from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
+from tdpo.train.base import BatchMeanTrainer, find_own_loss, logger
 from tdpo.train.metrics import DisplacementWatch, MetricSums
 from tdpo.train.references import (
     FillOptions,
@@ -95,6 +96,7 @@ class TDPOTrainer(BatchMeanTrainer):
         if args.disable_dropout:
             disable_dropout(policy)
             tell_of_dropout(peft_config)
+        self._router = find_own_loss(policy, args)
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
@@ -106,7 +108,7 @@ class TDPOTrainer(BatchMeanTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or Collator(pack),
+            data_collator=data_collator or Collator(_with_every_token(pack) if self._router else pack),
             train_dataset=None
             if train_dataset is None
             else _prepare(train_dataset, tokenizer, policy, limit, args, "train"),
@@ -138,7 +140,8 @@ class TDPOTrainer(BatchMeanTrainer):
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
         def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
-            return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self._budget)
+            options = self.objective, self.args.backend, self._budget
+            return batch_loss_with_router(self._router, policy, self.reference, batch, *options)
 
         return run_inside(model, step)
 
@@ -249,6 +252,11 @@ def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
     line = f"layout: {'trees' if pack is pack_trees else 'padded rows'}" + (f" ({reason})" if reason else "")
     logger.info(line)
     return pack, line
+
+
+def _with_every_token(pack: Any) -> Any:
+    """The same layout for a loss over all tokens, those that predict nothing among them."""
+    return partial(pack_trees, every_token=True) if pack is pack_trees else pack
 
 
 def _tokenizer_of(policy: Any, dataset: Any) -> Any:
