@@ -17,12 +17,22 @@ from numeric_worlds import (
     plain_pair_stats,
     random_pairs,
 )
-from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from runs import history
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, ops, score_pairs
 from tdpo.cli import main
+from tdpo.config import AdapterOptions
 from tdpo.models.adapters import merged
 from tdpo.models.reference import AdapterOff
 
@@ -314,3 +324,57 @@ def test_an_adapter_of_the_prompt_made_by_the_user_is_refused(tmp_path: Path, to
     ):
         with pytest.raises(UserError, match="PromptTuningConfig changes the prompt; use LoRA"):
             make()
+
+
+def test_the_flags_of_trls_model_config_are_the_lora_config_they_name() -> None:
+    options = AdapterOptions(
+        use_peft=True, lora_target_parameters=["mlp.experts.down_proj"], lora_task_type="CAUSAL_LM"
+    )
+    peft_config = options.peft_config()
+    assert peft_config.target_parameters == ["mlp.experts.down_proj"] and peft_config.target_modules is None
+    assert peft_config.task_type == "CAUSAL_LM" == AdapterOptions(use_peft=True).peft_config().task_type
+    few = AdapterOptions(use_peft=True, load_in_4bit=True, bnb_4bit_quant_storage="bfloat16").quantization()
+    assert few is not None and few["bnb_4bit_quant_storage"] == "bfloat16"
+    for wrong, message in (
+        ({"lora_target_parameters": ["x"]}, "--lora_target_parameters has no effect without --use_peft"),
+        ({"use_peft": True, "lora_task_type": "SEQ_CLS"}, "--lora_task_type SEQ_CLS: there are CAUSAL_LM"),
+        ({"bnb_4bit_quant_storage": "uint8"}, "--bnb_4bit_quant_storage has no effect without --load_in_4bit"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_storage": "int3"}, "there are uint8, float16, bfloat16, float32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            AdapterOptions(**wrong)
+
+
+def test_an_adapter_on_the_parameters_of_experts_trains_by_its_flag_and_merges(
+    tmp_path: Path, tokenizer: Any, pairs_file: Path
+) -> None:
+    """Weights of experts are parameters of no linear layer; every reference gives one curve, and a run continues it."""
+    torch.manual_seed(0)
+    experts = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, max_position_embeddings=128, initializer_range=0.3,
+    )  # fmt: skip
+    MixtralForCausalLM(experts).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    words = ["--dataset_name", pairs_file, "--use_cpu", "--disable_tqdm", "--max_steps=3", "--save_strategy=no"]
+    words += ["--max_length=96", "--max_prompt_length=48", "--learning_rate=1e-2", "--logging_steps=1"]
+    lora_words = ["--use_peft", "--lora_r=2", "--lora_target_parameters", "mlp.experts.gate_up_proj"]
+
+    def train(model: str, out: str, *more: object) -> list[dict[str, float]]:
+        given = ["--model_name_or_path", tmp_path / model, "--output_dir", tmp_path / out, *words, *more]
+        assert main(["train", *map(str, given)]) == 0
+        return [log for log in history(tmp_path / out) if "loss" in log]
+
+    off, frozen = (train("base", name, *lora_words, "--reference", name) for name in ("adapter_off", "frozen"))
+    for ours, theirs in zip(off, frozen, strict=True):
+        assert [ours[name] for name in ("loss", "grad_norm", "kl/chosen")] == pytest.approx(
+            [theirs[name] for name in ("loss", "grad_norm", "kl/chosen")], rel=1e-4, abs=1e-6
+        )
+    assert off[-1]["kl/chosen"] > 1e-2 and train("adapter_off", "on")[0]["kl/chosen"] == 0
+    tensors = load_file(tmp_path / "on" / "adapter_model.safetensors")
+    assert tensors and all("mlp.experts.lora_" in name for name in tensors)
+    assert main(["merge", "--model_name_or_path", f"{tmp_path}/on", "--output_dir", f"{tmp_path}/merged"]) == 0
+    ids = torch.arange(3, 40)[None]
+    merged_logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+    adapted_logits = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "on")(input_ids=ids).logits
+    torch.testing.assert_close(merged_logits, adapted_logits, rtol=1e-5, atol=1e-5)

@@ -147,9 +147,9 @@ def _changes_nothing(layer: Any) -> bool:
         return all(torch.equal(weight, original[name]) for state in saved for name, weight in state.items())
     if not isinstance(layer, LoraLayer) or layer.lora_variant:
         return False
-    factors = [layer.lora_B[name].parameters() for name in active if name in layer.lora_B]
-    factors += [[layer.lora_embedding_A[name]] for name in active if name in layer.lora_embedding_A]
-    return not any(weight.any() for weights in factors for weight in weights)
+    zeros = [weight for name in active if name in layer.lora_B for weight in layer.lora_B[name].parameters()]
+    zeros += [layer.lora_embedding_A[name] for name in active if name in layer.lora_embedding_A]
+    return not any(weight.any() for weight in zeros)
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:

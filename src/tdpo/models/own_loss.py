@@ -51,7 +51,8 @@ class RouterLoss:
 @contextmanager
 def collect_router_logits(model: nn.Module) -> Iterator[list[tuple[Tensor, ...]]]:
     """Collects the router logits of every pass through the model's body, the latest last."""
-    body, collected = causal_lm(model).base_model, []
+    body = causal_lm(model).base_model
+    collected: list[Any] = []
 
     def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "output_router_logits": True}

@@ -42,8 +42,8 @@ def find_own_loss(model: nn.Module, args: RunOptions) -> RouterLoss | None:
         UserError: as :func:`~tdpo.models.own_loss.find_router_loss`, and where its gradient would be lost.
     """
     router = find_router_loss(model, args.router_aux_loss_coef)
-    checkpointing = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
-    if router is not None and dict(checkpointing).get("use_reentrant"):
+    checkpointing: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    if router is not None and checkpointing.get("use_reentrant"):
         raise UserError(
             "--gradient_checkpointing_kwargs: with use_reentrant the router loss has no gradient; set it to false, or "
             "leave the router loss out with --router_aux_loss_coef 0"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -113,10 +112,10 @@ class SFTTrainer(BatchMeanTrainer):
                 logp = ops.response_logp(Hidden(states, head_of(lm)), batch.labels)
                 return -logp.sum(), logp.detach()
 
-            with collect_router_logits(lm) if self._router else nullcontext([]) as router_logits:
-                total, _ = run_in_head(lm, response_states(lm, batch), loss)
             if self._router is None:
-                return total, None
+                return run_in_head(lm, response_states(lm, batch), loss)[0], None
+            with collect_router_logits(lm) as router_logits:
+                total, _ = run_in_head(lm, response_states(lm, batch), loss)
             aux = self._router.of_batch(router_logits[-1], batch)
             return total + batch.labels.numel() * self._router.coefficient * aux, aux.detach()
 
@@ -124,7 +123,8 @@ class SFTTrainer(BatchMeanTrainer):
 
     def count(self, outputs: Tensor | None, weight: float) -> None:
         """Adds a batch's router loss to the mean since the last log."""
-        if outputs is not None and self.is_in_train and weight and self.model.training:
+        model: Any = self.model
+        if outputs is not None and weight and model.training:
             self._aux = self._aux.to(outputs.device) + torch.stack([outputs, torch.ones_like(outputs)])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
