@@ -22,6 +22,7 @@ from tdpo.errors import Stopped, UserError
 from tdpo.files import PARTIAL, write_whole
 from tdpo.models import sharding
 from tdpo.models.compiling import compile_layers
+from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpoints
 from tdpo.train.interrupts import StopRequest, reason
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
@@ -32,6 +33,23 @@ logger = logging.getLogger("tdpo")
 
 class NonFiniteLoss(UserError):
     """The loss of a batch is NaN or infinite. Nothing was updated with it."""
+
+
+def find_own_loss(model: nn.Module, args: RunOptions) -> RouterLoss | None:
+    """Finds the router loss that is added to the loss, and warns of other terms of the model's own loss.
+
+    Raises:
+        UserError: as :func:`~tdpo.models.own_loss.find_router_loss`, and where its gradient would be lost.
+    """
+    router = find_router_loss(model, args.router_aux_loss_coef)
+    checkpointing: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    if router is not None and checkpointing.get("use_reentrant"):
+        raise UserError(
+            "--gradient_checkpointing_kwargs: with use_reentrant the router loss has no gradient; set it to false, or "
+            "leave the router loss out with --router_aux_loss_coef 0"
+        )
+    warn_of_other_terms(model)
+    return router
 
 
 class BatchMeanTrainer(Trainer):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,19 @@ from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.models.sharding import narrow_dtype
 from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
-from tdpo.score import PairScores, batch_loss, packer, tree_refusal
-from tdpo.train.base import BatchMeanTrainer, logger
+from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
+from tdpo.train.base import BatchMeanTrainer, find_own_loss, logger
 from tdpo.train.metrics import DisplacementWatch, MetricSums
-from tdpo.train.references import FillOptions, Following, Models, cached, prepare_models, told
+from tdpo.train.references import (
+    FillOptions,
+    Following,
+    Models,
+    cached,
+    describe_copy,
+    prepare_models,
+    told,
+    warn_of_second_model,
+)
 from tdpo.types import PackedBatch
 
 
@@ -87,6 +97,7 @@ class TDPOTrainer(BatchMeanTrainer):
         if args.disable_dropout:
             disable_dropout(policy)
             tell_of_dropout(peft_config)
+        self._router = find_own_loss(policy, args)
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
@@ -98,7 +109,7 @@ class TDPOTrainer(BatchMeanTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or Collator(pack),
+            data_collator=data_collator or Collator(_with_every_token(pack) if self._router else pack),
             train_dataset=None
             if train_dataset is None
             else _prepare(train_dataset, tokenizer, policy, limit, args, "train"),
@@ -111,6 +122,9 @@ class TDPOTrainer(BatchMeanTrainer):
             if isinstance(self.reference, FrozenCopy):
                 self.compile_if_asked(self.reference.model)
             self.reference.place(self.accelerator)
+            self.reference_line += describe_copy(self.reference)
+            if held_against is None:
+                warn_of_second_model(self.reference, policy, args)
         else:
             self.reference.to(self.args.device)
             self._read_from(models.cache, models, pack)
@@ -127,7 +141,8 @@ class TDPOTrainer(BatchMeanTrainer):
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
         def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
-            return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self._budget)
+            options = self.objective, self.args.backend, self._budget
+            return batch_loss_with_router(self._router, policy, self.reference, batch, *options)
 
         return run_inside(model, step)
 
@@ -238,6 +253,11 @@ def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
     line = f"layout: {'trees' if pack is pack_trees else 'padded rows'}" + (f" ({reason})" if reason else "")
     logger.info(line)
     return pack, line
+
+
+def _with_every_token(pack: Any) -> Any:
+    """The same layout for a loss over all tokens, those that predict nothing among them."""
+    return partial(pack_trees, every_token=True) if pack is pack_trees else pack
 
 
 def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
