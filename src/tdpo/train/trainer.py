@@ -22,6 +22,7 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout
 from tdpo.models.inside import open_forward, run_inside
 from tdpo.models.load import load_model
+from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
 from tdpo.models.policy import disable_dropout, head_of, position_limit
 from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.models.sharding import narrow_dtype
@@ -45,7 +46,8 @@ class TDPOTrainer(BatchMeanTrainer):
         train_dataset: Rows in any known format, records or tokenised pairs; see
             :func:`tdpo.data.dataset.prepare_pairs`.
         eval_dataset: The same, held out, or several of them by name.
-        processing_class: The tokenizer; by default the one saved with the model. Not needed for tokenised pairs.
+        processing_class: The tokenizer, or a multimodal model's processor, whose tokenizer is used and which is saved
+            with the model; by default the tokenizer saved with the model. Not needed for tokenised pairs.
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
         peft_config: Wraps the model in an adapter; the reference is the model without it.
@@ -87,12 +89,14 @@ class TDPOTrainer(BatchMeanTrainer):
         if args.disable_dropout:
             disable_dropout(policy)
             tell_of_dropout(peft_config)
+        freeze_idle_parts(policy)
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
         self._budget = LogitsBudget(args.logits_budget)
         self._watch = DisplacementWatch(args.beta)
-        tokenizer = processing_class or _tokenizer_of(policy, config, train_dataset)
+        processing_class = processing_class or _tokenizer_of(policy, config, train_dataset)
+        tokenizer = tokenizer_of(processing_class)
         limit = position_limit(policy, *self.reference.models())
         pack, self.layout = _layout(args.layout, [policy, *self.reference.models()])
         super().__init__(
@@ -103,7 +107,7 @@ class TDPOTrainer(BatchMeanTrainer):
             if train_dataset is None
             else _prepare(train_dataset, tokenizer, policy, limit, args, "train"),
             eval_dataset=_prepare_each(eval_dataset, tokenizer, policy, limit, args),
-            processing_class=tokenizer,
+            processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -183,7 +187,9 @@ class TDPOTrainer(BatchMeanTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             policy: Any = self.model
             limit = position_limit(policy, *self.reference.models())
-            eval_dataset = _prepare_each(eval_dataset, self.processing_class, policy, limit, self.args)
+            eval_dataset = _prepare_each(
+                eval_dataset, tokenizer_of(self.processing_class), policy, limit, self.args
+            )
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def begin_evaluation(self) -> None:
