@@ -43,7 +43,9 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
             adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:
         kind = causal_lm(model).config.model_type
-        raise UserError(f"the adapter does not fit {type(model).__name__} ({kind}): {error}") from error
+        raise UserError(
+            f"peft_config: {error} (for a model of type {kind}; --lora_target_modules names layers, or all-linear)"
+        ) from error
     if not isinstance(adapted.base_model, BaseTuner):
         raise UserError(
             f"peft_config: {type(peft_config).__name__} changes the prompt; use LoRA or another tuner of weights"

@@ -25,6 +25,7 @@ from tdpo.config import ModelConfig
 from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError, nearest
 from tdpo.models.adapters import ties_are_known
+from tdpo.models.multimodal import processor_template
 from tdpo.models.policy import head_of
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -156,7 +157,7 @@ def _model_class(described: Any, remote_code: bool) -> Any:
     if named in known:
         return named
     # A base model may hold all there is of a tied language model; loading finds out what is missing.
-    base = MODEL_MAPPING[kind] if kind in MODEL_MAPPING else None
+    base = MODEL_MAPPING.get(kind, None)
     another_task = getattr(named, "config_class", None) is kind and named is not base
     return known[0] if known and not another_task else None
 
@@ -197,6 +198,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
         if config.eos_token not in tokenizer.get_vocab():
             raise UserError(f"--eos_token {config.eos_token!r} is no token of the tokenizer {name!r}")
         tokenizer.eos_token = config.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = processor_template(name, revision)
     if config.chat_template_path is not None:
         tokenizer.chat_template = _template(config.chat_template_path)
         _check_template(tokenizer, config.chat_template_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
 import shutil
@@ -20,13 +21,16 @@ from tdpo.models.policy import body_states, causal_lm, evaluating
 
 logger = logging.getLogger("tdpo")
 PROCESSOR_FILES = (
-    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json",
-)  # fmt: skip
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
 """What a processor's folder holds beside the tokenizer's files."""
 
 
 def tokenizer_of(processing_class: Any) -> Any:
-    """Returns the tokenizer of a processor; a tokenizer, or None, as it is.
+    """Returns the tokenizer of a processor, with the processor's chat template; a tokenizer, or None, as it is.
 
     Raises:
         UserError: for an object that is neither.
@@ -39,7 +43,22 @@ def tokenizer_of(processing_class: Any) -> Any:
             f"processing_class: {type(processing_class).__name__} has no tokenizer; pass a tokenizer, or a processor "
             "that has one (AutoProcessor)"
         )
+    template = getattr(processing_class, "chat_template", None)
+    if template and template != tokenizer.chat_template:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
     return tokenizer
+
+
+def processor_template(name: str, revision: str | None = None) -> str | None:
+    """Returns the chat template that only the processor of a checkpoint has: older ones keep it in its files."""
+    for file in ("chat_template.json", "processor_config.json"):
+        found = find_file(name, file, revision)
+        if found is not None:
+            content = json.loads(Path(found).read_text(encoding="utf-8"))
+            if isinstance(content, dict) and isinstance(content.get("chat_template"), str):
+                return content["chat_template"]
+    return None
 
 
 def copy_processor(model: Any, folder: Path) -> None:
@@ -52,12 +71,13 @@ def copy_processor(model: Any, folder: Path) -> None:
     if not (name and is_multimodal(model)):
         return
     for file in PROCESSOR_FILES:
-        found = _find_file(name, file, revision)
+        found = find_file(name, file, revision)
         if found is not None and not (folder / file).exists():
             shutil.copyfile(found, folder / file)
 
 
-def _find_file(name: str, file: str, revision: str | None) -> str | None:
+def find_file(name: str, file: str, revision: str | None = None) -> str | None:
+    """Returns where a file of a folder or hub name is, None if it has none."""
     try:
         return cached_file(
             name,

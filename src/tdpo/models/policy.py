@@ -102,8 +102,8 @@ def prove_head(model: nn.Module) -> None:
         handle = lm.get_output_embeddings().register_forward_hook(swap)
         try:
             logits = type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
-        except ValueError as error:  # an encoder's or an image's input is missing
-            raise UserError(f"{type(lm).__name__} does not run on text alone: {error}") from error
+        except ValueError as missing:  # an encoder's or an image's input
+            raise UserError(f"{type(lm).__name__} does not run on text alone: {missing}") from missing
         finally:
             handle.remove()
         states = body_states(lm, input_ids=ids)[0]

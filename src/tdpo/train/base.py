@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -22,7 +22,7 @@ from tdpo.errors import Stopped, UserError
 from tdpo.files import PARTIAL, write_whole
 from tdpo.models import sharding
 from tdpo.models.compiling import compile_layers
-from tdpo.models.multimodal import copy_processor, tokenizer_of
+from tdpo.models.multimodal import copy_processor
 from tdpo.train import checkpoints
 from tdpo.train.interrupts import StopRequest, reason
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
@@ -406,7 +406,7 @@ class BatchMeanTrainer(Trainer):
         if state_dict:
             state_dict = {name: weight for name, weight in state_dict.items() if tied.get(name) not in state_dict}
         super()._save(output_dir, state_dict)
-        if tokenizer_of(self.processing_class) is self.processing_class:
+        if not isinstance(self.processing_class, ProcessorMixin):
             copy_processor(self.model, Path(output_dir or str(self.args.output_dir)))
 
     def save_state(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
@@ -21,7 +21,7 @@ from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout
 from tdpo.models.inside import open_forward, run_inside
-from tdpo.models.load import load_model
+from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
 from tdpo.models.policy import disable_dropout, head_of, position_limit
 from tdpo.models.reference import FrozenCopy, Reference
@@ -187,9 +187,7 @@ class TDPOTrainer(BatchMeanTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             policy: Any = self.model
             limit = position_limit(policy, *self.reference.models())
-            eval_dataset = _prepare_each(
-                eval_dataset, tokenizer_of(self.processing_class), policy, limit, self.args
-            )
+            eval_dataset = _prepare_each(eval_dataset, tokenizer_of(self.processing_class), policy, limit, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def begin_evaluation(self) -> None:
@@ -253,8 +251,8 @@ def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
         return None
     revision = config.model_revision if name == config.model_name_or_path else "main"
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError):
+        return load_tokenizer(replace(config, model_name_or_path=name, model_revision=revision))
+    except UserError:
         return None
 
 
