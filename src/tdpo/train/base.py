@@ -406,7 +406,7 @@ class BatchMeanTrainer(Trainer):
         if state_dict:
             state_dict = {name: weight for name, weight in state_dict.items() if tied.get(name) not in state_dict}
         super()._save(output_dir, state_dict)
-        if not isinstance(self.processing_class, ProcessorMixin):
+        if self.args.should_save and not isinstance(self.processing_class, ProcessorMixin):
             copy_processor(self.model, Path(output_dir or str(self.args.output_dir)))
 
     def save_state(self) -> None:
