@@ -156,9 +156,11 @@ def _model_class(described: Any, remote_code: bool) -> Any:
     named = getattr(transformers, (described.architectures or [""])[0], None)
     if named in known:
         return named
-    # A base model may hold all there is of a tied language model; loading finds out what is missing.
+    # Loading finds out what is missing, but nothing is where the head is tied: all of a base model's weights are there,
+    # and those of a model for another task would pass for it.
     base = MODEL_MAPPING.get(kind, None)
     another_task = getattr(named, "config_class", None) is kind and named is not base
+    another_task = another_task and getattr(described.get_text_config(), "tie_word_embeddings", False)
     return known[0] if known and not another_task else None
 
 
