@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from tdpo.errors import UserError
+from tdpo.models.multimodal import exclude_idle_parts
+from tdpo.models.policy import causal_lm
 
 logger = logging.getLogger("tdpo")
 KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -35,8 +37,15 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
         raise UserError(f"peft_config must be a peft.PeftConfig such as LoraConfig, found {type(peft_config).__name__}")
     if has_adapter(model):
         raise UserError("model has an adapter already; leave peft_config (--use_peft) out to go on training it")
-    with ties_are_known():
-        adapted: Any = get_peft_model(model, peft_config)
+    peft_config = exclude_idle_parts(model, peft_config)
+    try:
+        with ties_are_known():
+            adapted: Any = get_peft_model(model, peft_config)
+    except ValueError as error:
+        kind = causal_lm(model).config.model_type
+        raise UserError(
+            f"peft_config: {error} (for a model of type {kind}; --lora_target_modules names layers, or all-linear)"
+        ) from error
     check_tunes_weights(adapted)
     return adapted
 

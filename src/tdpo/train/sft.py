@@ -19,6 +19,7 @@ from tdpo.models.adapters import check_tunes_weights, tell_of_dropout, with_adap
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import open_forward, run_in_head, run_inside
 from tdpo.models.load import load_model
+from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
 from tdpo.models.own_loss import collect_router_logits
 from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
 from tdpo.score import packer
@@ -35,7 +36,7 @@ class SFTTrainer(BatchMeanTrainer):
         train_dataset: Conversations in ``messages`` or ``conversations``, questions with answers (``instruction`` and
             ``output``, ``prompt`` and ``completion``), ``text``, or preference rows, whose chosen responses are learnt.
         eval_dataset: The same, held out.
-        processing_class: The tokenizer.
+        processing_class: The tokenizer, or a processor that has one.
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
         peft_config: Wraps the model in an adapter, which alone is trained.
@@ -70,6 +71,7 @@ class SFTTrainer(BatchMeanTrainer):
             disable_dropout(loaded)
             tell_of_dropout(peft_config)
         prove_head(loaded)
+        freeze_idle_parts(loaded)
         self._router = find_own_loss(loaded, args)
         self._aux = torch.zeros(2)
         open_forward(loaded)
@@ -79,7 +81,7 @@ class SFTTrainer(BatchMeanTrainer):
                 return None
             dataset = prepare_sft(
                 data,
-                Tokeniser(processing_class, args.lengths()),
+                Tokeniser(tokenizer_of(processing_class), args.lengths()),
                 args.reading(),
                 args.on_bad_row,  # type: ignore[arg-type]
                 name,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
@@ -22,7 +22,8 @@ from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout
 from tdpo.models.inside import open_forward, run_inside
-from tdpo.models.load import load_model
+from tdpo.models.load import load_model, load_tokenizer
+from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
 from tdpo.models.policy import disable_dropout, head_of, position_limit
 from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.models.sharding import narrow_dtype
@@ -55,7 +56,8 @@ class TDPOTrainer(BatchMeanTrainer):
         train_dataset: Rows in any known format, records or tokenised pairs; see
             :func:`tdpo.data.dataset.prepare_pairs`.
         eval_dataset: The same, held out, or several of them by name.
-        processing_class: The tokenizer; by default the one saved with the model. Not needed for tokenised pairs.
+        processing_class: The tokenizer, or a multimodal model's processor, whose tokenizer is used and which is saved
+            with the model; by default the tokenizer saved with the model. Not needed for tokenised pairs.
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
         peft_config: Wraps the model in an adapter; the reference is the model without it.
@@ -97,13 +99,15 @@ class TDPOTrainer(BatchMeanTrainer):
         if args.disable_dropout:
             disable_dropout(policy)
             tell_of_dropout(peft_config)
+        freeze_idle_parts(policy)
         self._router = find_own_loss(policy, args)
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
         self._budget = LogitsBudget(args.logits_budget)
         self._watch = DisplacementWatch(args.beta)
-        tokenizer = processing_class or _tokenizer_of(policy, config, train_dataset)
+        processing_class = processing_class or _tokenizer_of(policy, config, train_dataset)
+        tokenizer = tokenizer_of(processing_class)
         limit = position_limit(policy, *self.reference.models())
         pack, self.layout = _layout(args.layout, [policy, *self.reference.models()])
         super().__init__(
@@ -114,7 +118,7 @@ class TDPOTrainer(BatchMeanTrainer):
             if train_dataset is None
             else _prepare(train_dataset, tokenizer, policy, limit, args, "train"),
             eval_dataset=_prepare_each(eval_dataset, tokenizer, policy, limit, args),
-            processing_class=tokenizer,
+            processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -198,7 +202,7 @@ class TDPOTrainer(BatchMeanTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             policy: Any = self.model
             limit = position_limit(policy, *self.reference.models())
-            eval_dataset = _prepare_each(eval_dataset, self.processing_class, policy, limit, self.args)
+            eval_dataset = _prepare_each(eval_dataset, tokenizer_of(self.processing_class), policy, limit, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def begin_evaluation(self) -> None:
@@ -267,8 +271,8 @@ def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
         return None
     revision = config.model_revision if name == config.model_name_or_path else "main"
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError):
+        return load_tokenizer(replace(config, model_name_or_path=name, model_revision=revision))
+    except UserError:
         return None
 
 
