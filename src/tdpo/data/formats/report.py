@@ -47,6 +47,8 @@ class DataReport:
         dropped: Row numbers by reason; the reason names the file where the source has several.
         truncated: Row numbers by what was cut: ``"prompt"`` or ``"response"``.
         noticed: Row numbers by what the user should know of rows that are used.
+        left_out: Row numbers by what a row lost without being dropped, such as one of its answers.
+        unused: Columns that hold text and are not used, each with the first row where they do.
     """
 
     item = "pairs"
@@ -58,6 +60,8 @@ class DataReport:
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     truncated: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     noticed: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    left_out: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    unused: dict[str, int] = field(default_factory=dict)
 
     def notice(self, place: Placed, what: str) -> None:
         """Counts a row that is used under what the user should know of it."""
@@ -66,10 +70,17 @@ class DataReport:
 
     def drop(self, place: Placed, reason: str) -> None:
         """Counts a row as dropped."""
+        self._count(self.dropped, place, reason)
+
+    def leave_out(self, place: Placed, reason: str) -> None:
+        """Counts what a row lost while the rest of it is used."""
+        self._count(self.left_out, place, reason)
+
+    def _count(self, rows: dict[str, list[int]], place: Placed, reason: str) -> None:
         reason = reason if place.source == self.source else f"{reason} ({place.source})"
-        if reason not in self.dropped and len(self.dropped) >= REASONS_KEPT:
+        if reason not in rows and len(rows) >= REASONS_KEPT:
             reason = OTHER_REASONS
-        self.dropped[reason].append(place.row)
+        rows[reason].append(place.row)
 
     def add(self, part: DataReport) -> None:
         """Takes over what the report of a part of the source says of dropped and cut rows."""
@@ -100,9 +111,22 @@ class DataReport:
         if len(reasons) > ROWS_NAMED:
             rest = sum(len(rows) for _, rows in reasons[ROWS_NAMED:])
             lines.append(f"dropped {rest} more for {len(reasons) - ROWS_NAMED} other reasons")
+        left_out = sorted(self.left_out.items(), key=lambda item: -len(item[1]))[:ROWS_NAMED]
+        lines += [f"{why}: {row_list(rows)}" for why, rows in left_out]
+        if self.unused:
+            lines.append(self._unused_line())
         lines += [f"truncated {len(rows)} {part}s: {row_list(rows)}" for part, rows in self.truncated.items()]
         lines += [f"warning, {what}: {row_list(rows)}" for what, rows in list(self.noticed.items())[:ROWS_NAMED]]
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]  # file names may be any bytes
+
+    def _unused_line(self) -> str:
+        """The columns that are not used."""
+        shown = [f"{name!r} (row {row})" for name, row in list(self.unused.items())[: 2 * ROWS_NAMED]]
+        more = f" and {len(self.unused) - len(shown)} more" if len(self.unused) > len(shown) else ""
+        return (
+            f"columns that hold text and are not used: {', '.join(shown)}{more}; --columns takes one for a field, "
+            "--ignore_columns says that it is not needed"
+        )
 
 
 def row_list(rows: list[int]) -> str:
