@@ -94,7 +94,7 @@ def stackexchange(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
             raise RowError(f"{what} must be an object, found {describe(entry)}")
         text = html_to_text(plain_text(entry.get("text"), f"{what}, 'text'"))
         score = entry.get("pm_score")
-        if not _unusable(row, text, score):
+        if not _is_unusable(row, text, score):
             found.append(Answer(" " + text, number(score, f"{what}, 'pm_score'"), row.source, row.row))
     return pairs(dialogue(question), _any_left(found, row), reading)
 
@@ -237,9 +237,9 @@ def _ranked_records(row: SourceRow, prompt: Text, found: list[Answer], reading: 
     return pairs(prompt, made, reading, chat_options(row, prompt))
 
 
-def _unusable(row: SourceRow, text: Text | None, figure: Any, name: str = "score") -> bool:
+def _is_unusable(row: SourceRow, text: Text, figure: Any, name: str = "score") -> bool:
     """Whether an answer is left out, which the report counts: it is empty, or its score is null or a word."""
-    if text is None or is_empty(text):
+    if is_empty(text):
         row.notes.append("left out an empty answer")
     elif figure is None or (isinstance(figure, str) and not _is_number(figure)) or figure != figure:
         row.notes.append(f"left out an answer whose {name} is {'null' if figure is None else describe(figure)}")
@@ -311,10 +311,10 @@ def _listed(row: SourceRow, names: tuple[str, ...], figure: str, score_of: Calla
             value = entry.get(first_of(entry, TEXTS))
         key = first_of(entry, names) if beside is None else ""
         figures = entry.get(key) if beside is None else beside[place - 1]
-        text = None if value is None and missing_text else as_text(value, what)
+        text = "" if value is None and missing_text else as_text(value, what)
         if beside is None and key not in entry and not rated:
             raise RowError(f"{what}, its {figure} must be a finite number, found null")
-        if not _unusable(row, text, figures, figure):
+        if not _is_unusable(row, text, figures, figure):
             found.append(Answer(text, score_of(number(figures, f"{what}, its {figure}")), row.source, row.row))
     return found
 

@@ -74,13 +74,17 @@ class UnusedColumns:
         Raises:
             UserError: naming a column that may be the prompt.
         """
-        names = tuple(row.fields)
-        suspects = self._suspects.get(names)
-        if suspects is None:
-            suspects = self._suspects[names] = [name for name in names if not self._settled(name)]
+        fields = row.fields
+        names = tuple(fields)
+        if names not in self._suspects:
             if len(self._suspects) > 1000:  # rows that hardly share their columns
                 self._suspects.clear()
-        suspects = [name for name in suspects if not isinstance(row.fields[name], SCALARS)]
+            self._suspects[names] = [name for name in names if not self._settled(name)]
+        suspects = [name for name in self._suspects[names] if not isinstance(fields[name], SCALARS)]
+        if suspects:
+            used = [fields[name] for name in self._used(fields) & fields.keys()]
+            plain = str | list | dict  # equal columns cost no more than this comparison
+            suspects = [name for name in suspects if not (isinstance(fields[name], plain) and fields[name] in used)]
         if suspects:
             stopping = self._stopping(row, suspects)
             if stopping:
@@ -163,22 +167,23 @@ class LateSystem:
         Raises:
             UserError: if a row has one and the first rows, which had none, were read as texts.
         """
-        name = next((name for name in SYSTEMS if row.fields.get(name)), None)
         if self.chats:
-            return row if name else replace(row, fields={**row.fields, SYSTEMS[0]: ""})
-        prompt = row.fields.get(first_of(row.fields, ("prompt", "instruction", *PROMPTS)))
-        if (
-            name
-            and isinstance(prompt, str)
-            and prompt is not row.fields.get("instruction")
-            and not CHAT_AS_TEXT.match(prompt)
-        ):
+            filled = any(map(row.fields.get, SYSTEMS))
+            return row if filled else replace(row, fields={**row.fields, SYSTEMS[0]: ""})
+        if any(map(row.fields.get, SYSTEMS)) and self._is_text(row.fields):
+            name = next(name for name in SYSTEMS if row.fields.get(name))
             raise UserError(
                 f"{row.source}, row {row.row}: field {name!r} holds a system prompt, and none of the first "
                 f"{self._count} rows does, which were read as plain texts; give {name!r} there too (an empty text will "
                 f"do), or leave it out with --ignore_columns {name}"
             )
         return row
+
+    def _is_text(self, fields: dict[str, Any]) -> bool:
+        """Whether the prompt would be a plain text without the system prompt."""
+        name = first_of(fields, ("prompt", "instruction", *PROMPTS))
+        value = fields.get(name)
+        return name != "instruction" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
 
 
 class _Contents:

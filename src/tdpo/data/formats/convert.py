@@ -119,11 +119,9 @@ class _Account:
         """Raises what there is to raise."""
         if self.lost:
             more = f"\n... and {self._bad - len(self._named)} more" if self._bad > len(self._named) else ""
-            read = "; ".join(f"{name} ({columns})" for name, columns in self.recognised.items())
-            more += (
-                f"\n(recognised by its columns as the format {read}; --dataset_format names another)" if read else ""
-            )
-            raise UserError("\n".join(self._named) + more + "\n(--on_bad_row drop leaves such rows out)")
+            read = " and ".join(f"{name} ({columns})" for name, columns in self.recognised.items())
+            read = f"; by their columns they were read as {read}, --dataset_format names another format" if read else ""
+            raise UserError("\n".join(self._named) + more + f"\n(--on_bad_row drop leaves such rows out{read})")
 
 
 def _convert_source(
@@ -202,7 +200,7 @@ def _usable(rows: Iterable[SourceRow], reading: Reading, account: _Account) -> I
         except RowError as error:
             account.bad(row, error)
             continue
-        for name in columns & row.fields.keys():
+        for name in columns and columns & row.fields.keys():
             if found.fields.get(name) is not row.fields[name]:
                 account.report.unused.setdefault(name, row.row)
         yield found

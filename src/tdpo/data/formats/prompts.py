@@ -126,10 +126,10 @@ def with_system(row: SourceRow, prompt: Text, *responses: Text) -> tuple[Text, .
     Raises:
         RowError: if the prompt begins with another system turn.
     """
-    name = first_of(row.fields, SYSTEMS)
-    value = row.fields.get(name)
-    if value is None:
+    if all(row.fields.get(name) is None for name in SYSTEMS):
         return prompt, *responses
+    name = first_of(row.fields, SYSTEMS)
+    value = row.fields[name]
     system = plain_text(value, f"field {name!r}")
     if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
         prompt = [{"role": "user", "content": prompt}]
@@ -183,12 +183,12 @@ def check_placeholders(prompt: Text) -> None:
     Raises:
         RowError: naming the placeholder.
     """
-    for text in [prompt] if isinstance(prompt, str) else (message["content"] for message in prompt):
-        found = [mark for mark in PLACEHOLDERS if text.lstrip().startswith(mark) or text.rstrip().endswith(mark)]
-        if found:
+    for text in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+        if text.lstrip().startswith(PLACEHOLDERS) or text.rstrip().endswith(PLACEHOLDERS):
+            found = next(mark for mark in PLACEHOLDERS if mark in text)
             raise RowError(
-                f"the prompt has the placeholder {found[0]} of {found[0][1:-1]} data, and training is on text alone; "
-                "leave such rows out, or remove the placeholder with --dataset_format module:function"
+                f"the prompt has the placeholder {found} of {found[1:-1]} data, and training is on text alone; leave "
+                "such rows out, or remove the placeholder with --dataset_format module:function"
             )
 
 
@@ -220,10 +220,3 @@ def _without_prompt(
     elif shared and (shared[-count:] == prompt or prompt in (chosen, rejected)):
         return shared, chosen[len(shared) :], rejected[len(shared) :]
     return prompt, chosen, rejected
-
-
-def system_turns(row: SourceRow) -> list[Message]:
-    """Returns the row's system prompt as a turn, or nothing where it has none."""
-    name = first_of(row.fields, SYSTEMS)
-    value = row.fields.get(name)
-    return [] if value in (None, "") else [{"role": "system", "content": plain_text(value, f"field {name!r}")}]
