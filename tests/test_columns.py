@@ -311,7 +311,8 @@ turns = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": words}), max_size=3
 )
 contents = st.one_of(
-    words, turns, turns.map(json.dumps), st.none(), st.integers(), st.floats(allow_nan=False), st.booleans(),
+    words, turns, turns.filter(bool).map(json.dumps), st.none(), st.integers(), st.floats(allow_nan=False),
+    st.booleans(),
     st.lists(words, max_size=2), st.fixed_dictionaries({"inner": words}), st.just(""), st.just([TOOL]),
 )  # fmt: skip
 extras = st.dictionaries(st.sampled_from(NAMES), contents, max_size=4)

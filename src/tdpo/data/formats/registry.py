@@ -121,8 +121,9 @@ def find_format(name: str, formats: Mapping[str, Format]) -> Format:
 
 
 def recognise(fields: dict[str, Any], formats: Mapping[str, Format]) -> str | None:
-    """Names the format whose columns a row has, or None. A column that is null is none, as tables have it."""
-    fields = {name: value for name, value in fields.items() if value is not None or name in PAIR_FIELDS}
+    """Names the format whose columns a row has, or None. Null is as if missing, because tables have it for that."""
+    kept = (*PAIR_FIELDS, "instruction") if fields.get("input") is not None else PAIR_FIELDS
+    fields = {name: value for name, value in fields.items() if value is not None or name in kept}
     return next((name for name, known in formats.items() if known.recognises(fields)), None)
 
 
