@@ -37,6 +37,8 @@ MEDIA = ("image", "video", "audio")
 ANSWERS = re.compile(r"(chosen|rejected|response|completion|answer|generation|output|candidate|preferred)")
 UNSAID = ("role", "from", "type")
 """Keys of messages whose values are no text."""
+MODEL = "model"
+"""Key of an answer in a list, for the name of who wrote it."""
 
 
 class UnusedColumns:
@@ -283,7 +285,7 @@ def parts_in(value: Any) -> Iterator[Any]:
         yield part
         if isinstance(part, dict):
             said = holds_turns([part])
-            waiting += [inner for key, inner in part.items() if not (said and key in UNSAID)]
+            waiting += [inner for key, inner in part.items() if key != MODEL and not (said and key in UNSAID)]
         elif isinstance(part, list | tuple):
             waiting += part
 
