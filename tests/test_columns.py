@@ -333,7 +333,7 @@ def test_no_text_of_a_row_is_lost_in_silence(name: str, added: list[dict[str, An
         records, report = to_records(from_memory(rows, "pairs.jsonl"))
     except UserError:
         return
-    dropped = {number for numbers in [*report.dropped.values(), *report.left_out.values()] for number in numbers}
+    dropped = {number for numbers in [*report.dropped.values(), *report.noticed.values()] for number in numbers}
     for number, row in enumerate(rows, 1):
         if number in dropped:
             continue

@@ -225,7 +225,7 @@ def test_stackexchange_posts_become_dialogues_with_their_code() -> None:
     tie = {"question": question, "answers": answers[1:]}
     assert dropped(tie) == "no two scores differ"
     assert dropped({"question": question, "answers": [{"text": "<p></p>", "pm_score": 1}]}) == (
-        "fewer than two answers are left, left out an empty answer"
+        "fewer than two answers: an empty answer left out"
     )
     assert told({"question": "<p></p>", "answers": answers}) == "field 'question' is empty"
     assert told({"question": "x", "answers": [3]}, "stackexchange").endswith("must be an object, found the number 3")

@@ -210,11 +210,11 @@ def test_an_empty_instruction_leaves_no_line_break() -> None:
 @pytest.mark.parametrize(
     ("answers", "left", "note"),
     [
-        ([("Garda", 8), ("Fuji", None), ("Como", 5)], [("Garda", "Como")], "left out an answer whose score is null"),
+        ([("Garda", 8), ("Fuji", None), ("Como", 5)], [("Garda", "Como")], "an answer left out, whose score is null"),
         ([("Garda", 8), ("Fuji", "N/A"), ("Como", 5)], [("Garda", "Como")],
-         "left out an answer whose score is the text 'N/A'"),
-        ([("Garda", 8), ("", 9), ("Como", 5)], [("Garda", "Como")], "left out an empty answer"),
-        ([("Garda", 8), (None, 9), ("Como", 5)], [("Garda", "Como")], "left out an empty answer"),
+         "an answer left out, whose score is the text 'N/A'"),
+        ([("Garda", 8), ("", 9), ("Como", 5)], [("Garda", "Como")], "an empty answer left out"),
+        ([("Garda", 8), (None, 9), ("Como", 5)], [("Garda", "Como")], "an empty answer left out"),
     ],
 )  # fmt: skip
 def test_an_answer_without_a_rating_is_lost_alone(answers: list[Any], left: list[Any], note: str) -> None:
@@ -224,16 +224,14 @@ def test_an_answer_without_a_rating_is_lost_alone(answers: list[Any], left: list
         for reading in (Reading(), Reading(pairs_from="best_worst")):
             records, report = to_records(from_memory([{**row, "prompt": "P:"}, row], "pairs.jsonl"), reading)
             assert [(record.chosen, record.rejected) for record in records] == left * 2
-            assert dict(report.left_out) == {note: [1, 2]} and f"{note}: rows 1, 2" in report.lines()
+            assert report.noticed == {note: [1, 2]} and f"warning, {note}: rows 1, 2" in report.lines()
 
 
 def test_a_row_with_too_few_answers_is_dropped_with_the_reason() -> None:
     row = {"prompt": "Q:", "responses": ["a", "b"], "scores": [1, None]}
-    assert dropped(row) == "fewer than two answers are left, left out an answer whose score is null"
+    assert dropped(row) == "fewer than two answers: an answer left out, whose score is null"
     records, report = to_records(from_memory([row, row], "pairs.jsonl"))
-    assert not records and report.dropped == {
-        "fewer than two answers are left, left out an answer whose score is null": [1, 2]
-    }
+    assert not records and report.dropped == {"fewer than two answers: an answer left out, whose score is null": [1, 2]}
 
 
 def test_a_refused_row_says_which_format_was_assumed() -> None:
@@ -251,3 +249,12 @@ def test_chats_beside_an_instruction() -> None:
     row = {"instruction": ASKED["content"], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
     assert sides(row) == ([ASKED], [GOOD], [BAD])
     assert sides({**row, "chosen": [GOOD], "rejected": [BAD]}) == ([ASKED], [GOOD], [BAD])
+
+
+def test_what_answers_hold_beside_text_and_score_is_named_once() -> None:
+    listed = [{"response": text, "overall_score": n, "model": "m", "critique": "Fine."} for n, text in enumerate("ab")]
+    row = {"instruction": "Name a bird.", "completions": listed}
+    records, report = to_records(from_memory([row, row], "pairs.jsonl"))
+    assert len(records) == 2
+    warning = "warning, 'critique' of the answers in 'completions' is text that is not used, first: row 1"
+    assert report.lines()[1:] == [warning]

@@ -126,7 +126,7 @@ def test_every_format_names_an_empty_answer(name: str) -> None:
     elif name == "shp":
         assert told(row, name) == "field 'human_ref_B' is empty"
     elif name in ("answers", "ranked", "stackexchange"):
-        assert dropped(row, name) == "fewer than two answers are left, left out an empty answer"
+        assert dropped(row, name) == "fewer than two answers: an empty answer left out"
     else:
         assert "empty" in told(row, name)
 

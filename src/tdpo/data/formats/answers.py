@@ -38,6 +38,7 @@ LISTS = ("completions", "responses", "answers", "candidates", "generations")
 TEXTS = ("response", "text", "completion", "answer", "content", "output", "generation")
 SCORES = ("score", "reward", "rating", "overall_score", "pm_score")
 RANKS = ("rank", "ranking")
+ANSWER_KEYS = (*TEXTS, *SCORES, *RANKS)
 ANSWERS_USES = (*PROMPT_USES, LISTS, tuple(name + "s" for name in SCORES))
 RANKED_USES = (*PROMPT_USES, LISTS, tuple(name + "s" for name in RANKS))
 SHP_USES = ("history", "human_ref_A", "human_ref_B", "score_A", "score_B", "labels")
@@ -240,9 +241,9 @@ def _ranked_records(row: SourceRow, prompt: Text, found: list[Answer], reading: 
 def _is_unusable(row: SourceRow, text: Text, figure: Any, name: str = "score") -> bool:
     """Whether an answer is left out, which the report counts: it is empty, or its score is null or a word."""
     if is_empty(text):
-        row.notes.append("left out an empty answer")
+        row.notes.append("an empty answer left out")
     elif figure is None or (isinstance(figure, str) and not _is_number(figure)) or figure != figure:
-        row.notes.append(f"left out an answer whose {name} is {'null' if figure is None else describe(figure)}")
+        row.notes.append(f"an answer left out, whose {name} is {'null' if figure is None else describe(figure)}")
     else:
         return False
     return True
@@ -257,7 +258,7 @@ def _is_number(figure: str) -> bool:
 
 def _any_left(found: list[Answer], row: SourceRow) -> list[Answer]:
     if len(found) < 2 and row.notes:
-        raise RowDropped(f"fewer than two answers are left, {row.notes[0]}")
+        raise RowDropped(f"fewer than two answers: {row.notes[0]}")
     return found
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tdpo.data.formats.answers import ANSWER_KEYS, LISTS
 from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of
 from tdpo.data.formats.prompts import PROMPTS, SYSTEMS, holds_turns
 from tdpo.data.formats.report import DataReport
@@ -65,6 +67,7 @@ class UnusedColumns:
         """
         stopping: dict[str, SourceRow] = {}
         for row in head:
+            self._notice_keys(row)
             for column in self._stopping(row, row.fields):
                 stopping.setdefault(column, row)
         if stopping:
@@ -84,13 +87,25 @@ class UnusedColumns:
             self._suspects[names] = [name for name in names if not self._settled(name)]
         suspects = [name for name in self._suspects[names] if not isinstance(fields[name], SCALARS)]
         if suspects:
-            used = [fields[name] for name in self._used(fields) & fields.keys()]
-            plain = str | list | dict  # equal columns cost no more than this comparison
-            suspects = [name for name in suspects if not (isinstance(fields[name], plain) and fields[name] in used)]
+            used = {name: fields[name] for name in self._used(fields) & fields.keys()}
+            prompts = [value for name, value in used.items() if isinstance(value, str) and not _is_answer(name)]
+            suspects = [name for name in suspects if not _repeats(fields[name], used.values(), prompts)]
         if suspects:
             stopping = self._stopping(row, suspects)
             if stopping:
                 raise UserError(self._message(dict.fromkeys(stopping, row)))
+
+    def _notice_keys(self, row: SourceRow) -> None:
+        """Reports keys of listed answers that hold text and are not used, such as a critique, once for each."""
+        lists = [name for name in LISTS if name in self._used(row.fields) and isinstance(row.fields.get(name), list)]
+        for column in lists:
+            answers = [answer for answer in row.fields[column] if isinstance(answer, dict) and not _is_turns(answer)]
+            for key, value in (item for answer in answers for item in answer.items()):
+                place = f"{column}.{key}"
+                known = key in ANSWER_KEYS or place in self._named or is_metadata(key)
+                if not known and has_content(key, value):
+                    self._named.add(place)
+                    self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
 
     def _settled(self, name: str) -> bool:
         return name in self._always or name in self._named or is_metadata(name)
@@ -188,6 +203,13 @@ class LateSystem:
         return name != "instruction" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
 
 
+def _repeats(value: Any, used: Iterable[Any], prompts: Sequence[str]) -> bool:
+    """Whether a column is equal to a used one or a part of a prompt, the two cheap ways of repeating it."""
+    if isinstance(value, str):
+        return value in used or _within(value, prompts)
+    return isinstance(value, list | dict) and value in used
+
+
 class _Contents:
     """All texts of the columns of a row that are used.
 
@@ -197,10 +219,9 @@ class _Contents:
     """
 
     def __init__(self, fields: dict[str, Any], used: set[str]) -> None:
-        answers = [text for name in used if ANSWERS.search(name) for text in texts_in(fields.get(name))]
-        self._prompts = [text for name in used if not ANSWERS.search(name) for text in texts_in(fields.get(name))]
-        self._answers = answers
-        self._all = {text.strip() for text in (*answers, *self._prompts)}
+        self._answers = [text for name in used if _is_answer(name) for text in texts_in(fields.get(name))]
+        self._prompts = [text for name in used if not _is_answer(name) for text in texts_in(fields.get(name))]
+        self._all = {text.strip() for text in (*self._answers, *self._prompts)}
         pair = [fields.get(name) for name in ("chosen", "rejected")]
         if all(isinstance(text, str) and not CHAT_AS_TEXT.match(text) for text in pair):
             self._prompts.append(_common_prefix(*pair))  # type: ignore[arg-type]
@@ -225,8 +246,8 @@ def is_metadata(name: str) -> bool:
         >>> [is_metadata(name) for name in ("prompt", "source_text", "notes", "model_response")]
         [False, False, False, False]
     """
-    words = re.split(r"[^a-zA-Z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    words = [word for word in words if word] or [name]
+    words = re.split(r"[^a-zA-Z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower())
+    words = [word for word in words if word] or [""]
     if words[0] in ("num", "n", "is", "has") and len(words) > 1:
         return True
     while len(words) > 1 and SIDES.fullmatch(words[-1]):
@@ -299,8 +320,13 @@ def _is_binary(part: Any) -> bool:
     return bool(part) if isinstance(part, bytes) else hasattr(part, "mode") and hasattr(part, "size")
 
 
-def _plain_name(name: str) -> str:
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+@functools.cache
+def _is_answer(name: str) -> bool:
+    return ANSWERS.search(name) is not None
+
+
+def _plain_name(name: object) -> str:
+    plain = re.sub(r"[^a-z0-9]", "", str(name).lower())
     return plain.removesuffix("s") or plain
 
 

@@ -224,7 +224,7 @@ def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: Reading, ac
         else:
             yield from made
         for note in row.notes:
-            account.report.leave_out(row, note)
+            account.report.notice(row, note)
         row.notes.clear()
 
 

@@ -47,7 +47,6 @@ class DataReport:
         dropped: Row numbers by reason; the reason names the file where the source has several.
         truncated: Row numbers by what was cut: ``"prompt"`` or ``"response"``.
         noticed: Row numbers by what the user should know of rows that are used.
-        left_out: Row numbers by what a row lost without being dropped, such as one of its answers.
         unused: Columns that hold text and are not used, each with the first row where they do.
     """
 
@@ -60,7 +59,6 @@ class DataReport:
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     truncated: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     noticed: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    left_out: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     unused: dict[str, int] = field(default_factory=dict)
 
     def notice(self, place: Placed, what: str) -> None:
@@ -70,17 +68,10 @@ class DataReport:
 
     def drop(self, place: Placed, reason: str) -> None:
         """Counts a row as dropped."""
-        self._count(self.dropped, place, reason)
-
-    def leave_out(self, place: Placed, reason: str) -> None:
-        """Counts what a row lost while the rest of it is used."""
-        self._count(self.left_out, place, reason)
-
-    def _count(self, rows: dict[str, list[int]], place: Placed, reason: str) -> None:
         reason = reason if place.source == self.source else f"{reason} ({place.source})"
-        if reason not in rows and len(rows) >= REASONS_KEPT:
+        if reason not in self.dropped and len(self.dropped) >= REASONS_KEPT:
             reason = OTHER_REASONS
-        rows[reason].append(place.row)
+        self.dropped[reason].append(place.row)
 
     def add(self, part: DataReport) -> None:
         """Takes over what the report of a part of the source says of dropped and cut rows."""
@@ -111,8 +102,6 @@ class DataReport:
         if len(reasons) > ROWS_NAMED:
             rest = sum(len(rows) for _, rows in reasons[ROWS_NAMED:])
             lines.append(f"dropped {rest} more for {len(reasons) - ROWS_NAMED} other reasons")
-        left_out = sorted(self.left_out.items(), key=lambda item: -len(item[1]))[:ROWS_NAMED]
-        lines += [f"{why}: {row_list(rows)}" for why, rows in left_out]
         if self.unused:
             lines.append(self._unused_line())
         lines += [f"truncated {len(rows)} {part}s: {row_list(rows)}" for part, rows in self.truncated.items()]
