@@ -158,6 +158,9 @@ def test_what_makes_no_pairs_is_refused_by_its_name(row: dict[str, Any], message
 def test_the_ways_to_pairs_that_refusals_name_lead_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rated = [{"prompt": "Q:", "response": text, "helpfulness": n} for n, text in enumerate(("A", "B"))]
     assert texts(rated, Reading(columns=parse_columns("reward=helpfulness"))) == [("B", "A")]
+    unpaired = [{"prompt": "Q:", "answer": text, "label": n} for n, text in enumerate(("A", "B"))]
+    assert "; --columns reward=label,completion=answer pairs the good with the bad" in stops(unpaired[0])
+    assert texts(unpaired, Reading(columns=parse_columns("reward=label,completion=answer"))) == [("B", "A")]
     arena = {"prompt": '["Q"]', "response_a": '["A"]', "response_b": '["B"]', "winner_model_a": 0, "winner_model_b": 1,
              "winner_tie": 0}  # fmt: skip
     summaries = {"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}

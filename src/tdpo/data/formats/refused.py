@@ -7,6 +7,8 @@ from typing import Any
 
 from tdpo.data.formats.prompts import has_prompt
 
+ANSWERS = ("completion", "response", "output", "answer")
+
 
 def refusal(fields: dict[str, Any]) -> str | None:
     """Names the kind of a row that no format of pairs recognises and says how to convert it; None if it is unknown."""
@@ -14,8 +16,7 @@ def refusal(fields: dict[str, Any]) -> str | None:
 
 
 def _answered(fields: dict[str, Any]) -> bool:
-    answers = ("completion", "response", "output", "answer")
-    return has_prompt(fields) and any(isinstance(fields.get(name), str | list) for name in answers)
+    return has_prompt(fields) and any(isinstance(fields.get(name), str | list) for name in ANSWERS)
 
 
 def _is_unpaired(fields: dict[str, Any]) -> bool:
@@ -48,6 +49,8 @@ def _is_supervised(fields: dict[str, Any]) -> bool:
 
 
 def _pair_unpaired(fields: dict[str, Any]) -> str:
+    if isinstance(fields.get("label"), int) and not isinstance(fields["label"], bool):
+        return f"{_renamed(fields, 'label')} pairs the good with the bad responses of each prompt"
     return (
         "a pair needs a good and a bad response to one prompt: write the label as a number, 1 or 0, in a column "
         "'reward' beside 'prompt' and 'completion' (the format scored), which pairs the responses of each prompt"
@@ -71,11 +74,14 @@ def _pair_comparison(fields: dict[str, Any]) -> str:
 
 def _pair_rated(fields: dict[str, Any]) -> str:
     names = _numbers(fields)
-    answer = next(name for name in ("completion", "response", "output", "answer") if name in fields)
-    renamed = "" if answer in ("completion", "response") else f",completion={answer}"
-    return f"--columns reward={names[0]}{renamed} pairs the responses of each prompt by the rating {names[0]!r}" + (
-        f" (there are {', '.join(map(repr, names))})" if names[1:] else ""
-    )
+    others = f" (there are {', '.join(map(repr, names))})" if names[1:] else ""
+    return f"{_renamed(fields, names[0])} pairs the responses of each prompt by the rating {names[0]!r}{others}"
+
+
+def _renamed(fields: dict[str, Any], rating: str) -> str:
+    """The option that makes rows of the format scored of them."""
+    answer = next(name for name in ANSWERS if name in fields)
+    return f"--columns reward={rating}" + ("" if answer in ANSWERS[:2] else f",completion={answer}")
 
 
 def _function(code: str) -> str:
