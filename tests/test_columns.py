@@ -59,8 +59,8 @@ def test_messages_beside_a_pair_are_silent_only_if_the_pair_holds_them() -> None
     message = stopped([BINARIZED, {**BINARIZED, "messages": [preamble, ASKED, SAID]}])
     assert message == (
         "pairs.jsonl, row 2: the column 'messages' holds what the format preference does not use, and it may be the "
-        "prompt or a part of it; --columns prompt=messages takes 'messages' as the prompt instead, --ignore_columns messages "
-        "leaves it out, --dataset_format module:function converts rows in any other way"
+        "prompt or a part of it; --columns prompt=messages takes 'messages' as the prompt instead, --ignore_columns "
+        "messages leaves it out, --dataset_format module:function converts rows in any other way"
     )
     records, report = records_of([{**BINARIZED, "messages": [preamble]}], Reading(ignore_columns=("messages",)))
     assert records[0].prompt == [ASKED] and report.unused == {}

@@ -159,11 +159,11 @@ class UnusedColumns:
                 f"{where} images, video or audio, and training is on text alone; {ignored} trains on the texts without "
                 f"them, {function}"
             )
-        name, instead = names[0], " instead" if first.fields.get("prompt") else ""
+        name, them = names[0], "them" if names[1:] else "it"
+        taken = f"takes {name!r} as the prompt" + (" instead" if first.fields.get("prompt") else "")
         return (
             f"{where} what the format {self.name} does not use, and it may be the prompt or a part of it; "
-            f"--columns prompt={name} takes {name!r} as the prompt{instead}, {ignored} leaves {'them' if names[1:] else 'it'} "
-            f"out, {function}"
+            f"--columns prompt={name} {taken}, {ignored} leaves {them} out, {function}"
         )
 
 
