@@ -276,6 +276,12 @@ def test_tables_fill_what_is_missing_with_null(tmp_path: Path) -> None:
     assert [record.prompt for record in records] == ["Where is the moon?"] * 2 and report.format == "preference"
     question = {"prompt": None, "question": "Why?", "chosen": "A.", "rejected": "B."}
     assert one(question).prompt == "Why?"
+    assert one({"prompt": None, "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}).prompt == [ASKED]
+    assert one({"prompt": None, **ROWS["hh"]("Why?")}).prompt == "\n\nHuman: Why?\n\nAssistant:"
+    assert "found null" in told({"prompt": None, "chosen": "Yes, A.", "rejected": "Yes, B."}), "never guessed"
+    nothing = {"chosen": None, "rejected": None, "messages": None}
+    for name in ("alpaca", "answers", "ranked", "labelled", "openai"):
+        assert one({**nothing, **ROWS[name]("Why?")}) == one(ROWS[name]("Why?"))
 
 
 def test_the_report_reaches_the_cache_and_the_command_line(

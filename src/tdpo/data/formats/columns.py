@@ -12,7 +12,7 @@ from typing import Any
 from tdpo.data.formats.answers import ANSWER_KEYS, LISTS
 from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of
 from tdpo.data.formats.prompts import PROMPTS, SYSTEMS, holds_turns
-from tdpo.data.formats.report import DataReport
+from tdpo.data.formats.report import REASONS_KEPT, DataReport
 from tdpo.data.sources import SourceRow
 from tdpo.errors import UserError
 
@@ -22,7 +22,7 @@ METADATA = re.compile(
     "logps|models?|engine|generator|annotators?|worker|author|judge|date|time|tstamp|timestamp|created|updated|modified|"
     "languages?|lang|locale|country|license|ur[li]s?|link|version|split|subset|datasets?|sources?|origin|provenance|"
     "category|categories|domain|topics?|tags?|labels?|type|difficulty|level|status|name|seed|temperature|counts?|"
-    "lengths?|num|tokens|turns|metadata|meta|winner|preference|choice"
+    "lengths?|num|tokens|metadata|meta|winner|preference|choice"
 )
 """Last words of the names of columns that describe a row and are no part of its texts."""
 SIDES = re.compile("[ab01234]|chosen|rejected|better|worse|safer|preferred|utc")
@@ -113,11 +113,8 @@ class UnusedColumns:
     def _stopping(self, row: SourceRow, names: Iterable[str]) -> list[str]:
         """Names columns that must not be left out, and reports those that are."""
         used = self._used(row.fields)
-        left = [
-            name
-            for name in names
-            if name not in used and name not in self._named and has_content(name, row.fields[name])
-        ]
+        left = [name for name in names if not (name in used or name in self._named)]
+        left = [name for name in left if has_content(name, row.fields[name])]
         left = [name for name in left if not (is_metadata(name) and is_descriptive(row.fields[name]))]
         if not left:
             return []
@@ -129,7 +126,9 @@ class UnusedColumns:
                 if holds_media(name, value) or not contents.of_prompt(value):
                     stopping.append(name)
             elif not contents.anywhere(value):
-                self.report.unused[f"{name} ({row.source})" if row.source != self.report.source else name] = row.row
+                shown = f"{name} ({row.source})" if row.source != self.report.source else name
+                shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
+                self.report.unused.setdefault(shown, row.row)
                 self._named.add(name)
                 self._suspects.clear()
         return stopping
@@ -142,7 +141,7 @@ class UnusedColumns:
         return used
 
     def _guesses(self, fields: dict[str, Any]) -> bool:
-        """Whether the prompt is guessed from texts; any column beside them may be the real one."""
+        """Returns whether the prompt is guessed from texts; any column beside them may be the real one."""
         return self.name == "implicit" and isinstance(fields.get("chosen"), str)
 
     def _message(self, stopping: dict[str, SourceRow]) -> str:
@@ -167,8 +166,8 @@ class UnusedColumns:
         )
 
 
-class LateSystem:
-    """Sees to it that all rows of a source are chats or all are texts, whichever of them have a system prompt.
+class SystemColumn:
+    """Makes all rows of a source chats, or all texts, whichever of them have a system prompt.
 
     Args:
         head: The first rows.
@@ -197,21 +196,21 @@ class LateSystem:
         return row
 
     def _is_text(self, fields: dict[str, Any]) -> bool:
-        """Whether the prompt would be a plain text without the system prompt."""
+        """Returns whether the prompt would be a plain text without the system prompt."""
         name = first_of(fields, ("prompt", "instruction", *PROMPTS))
         value = fields.get(name)
         return name != "instruction" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
 
 
 def _repeats(value: Any, used: Iterable[Any], prompts: Sequence[str]) -> bool:
-    """Whether a column is equal to a used one or a part of a prompt, the two cheap ways of repeating it."""
+    """Returns whether a column is equal to a used one or a part of a prompt, the two cheap ways of repeating it."""
     if isinstance(value, str):
         return value in used or _within(value, prompts)
     return isinstance(value, list | dict) and value in used
 
 
 class _Contents:
-    """All texts of the columns of a row that are used.
+    """Holds all texts of the columns of a row that are used.
 
     Args:
         fields: The row.
@@ -227,11 +226,11 @@ class _Contents:
             self._prompts.append(_common_prefix(*pair))  # type: ignore[arg-type]
 
     def of_prompt(self, value: Any) -> bool:
-        """Whether each text of a value is a text of the row, or a part of its prompt."""
+        """Returns whether each text of a value is a text of the row, or a part of its prompt."""
         return all(text.strip() in self._all or _within(text, self._prompts) for text in texts_in(value))
 
     def anywhere(self, value: Any) -> bool:
-        """Whether each text of a value is a part of some text of the row."""
+        """Returns whether each text of a value is a part of some text of the row."""
         return self.of_prompt(value) or all(
             _within(text, self._prompts) or _within(text, self._answers) for text in texts_in(value)
         )
@@ -316,7 +315,7 @@ def _is_turns(part: Any) -> bool:
 
 
 def _is_binary(part: Any) -> bool:
-    """Whether this is what an image is decoded to, or its bytes."""
+    """Returns whether this is what an image is decoded to, or its bytes."""
     return bool(part) if isinstance(part, bytes) else hasattr(part, "mode") and hasattr(part, "size")
 
 

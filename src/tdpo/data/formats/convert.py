@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
-from tdpo.data.formats.columns import LateSystem, UnusedColumns
+from tdpo.data.formats.columns import SystemColumn, UnusedColumns
 from tdpo.data.formats.fields import renamed
 from tdpo.data.formats.prompts import SYSTEMS
 from tdpo.data.formats.refused import refusal
@@ -164,11 +164,11 @@ def _convert_source(
 def _checked_rows(
     name: str, found: Format, head: list[SourceRow], others: Iterable[SourceRow], report: DataReport
 ) -> Iterator[SourceRow]:
-    """Rows whose unused columns were looked at, with a system prompt in all of them where one of the first has one."""
+    """Looks at the unused columns of rows; gives all of them a system prompt where one of the first has one."""
     if not found.uses:
         yield from itertools.chain(head, others)
         return
-    systems = LateSystem(head) if SYSTEMS in found.uses else None
+    systems = SystemColumn(head) if SYSTEMS in found.uses else None
     unused = UnusedColumns(name, found.uses, report)
     unused.check_head(head)
     for row in head:

@@ -38,7 +38,7 @@ LABELLED_USES = (
 
 
 def labelled(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
-    """Two responses and what says which is better.
+    """Reads two responses and what says which is better.
 
     ``better_response_id``, ``preference``, ``winner`` and ``choice`` name the better one by the end of its column's
     name (``0``, ``1``, ``a``), by the whole name, or as ``model_a``; ``preference_strength`` and ``overall_preference``
@@ -52,7 +52,7 @@ def labelled(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
 
 
 def has_labelled_pair(fields: dict[str, Any]) -> bool:
-    """Whether a row is one of :func:`labelled`."""
+    """Returns whether a row is one of :func:`labelled`."""
     names = _pair_names(fields)
     if names is None or not (has_prompt(fields) or all(holds_turns(fields[name]) for name in names)):
         return False
@@ -100,7 +100,7 @@ def _first_is_better(row: SourceRow, names: tuple[str, str]) -> bool:
 
 
 def _named_side(value: Any, label: str, names: tuple[str, str]) -> int:
-    """Which of two columns a label names: 0 or 1."""
+    """Returns which of two columns a label names: 0 or 1."""
     ends = [end.strip("_").lower() for end in _ends(names)]
     if isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -195,7 +195,7 @@ def check_placeholders(prompt: Text) -> None:
 def _without_prompt(
     prompt: Text | None, chosen: list[Message], rejected: list[Message]
 ) -> tuple[Text | None, list[Message], list[Message]]:
-    """Two chats without the turns that are the prompt.
+    """Takes the turns that are the prompt from two chats.
 
     A prompt given as text may be one of the shared turns (``capybara``), and one given as messages the whole of them,
     their end, or all of the chosen chat (``messages`` in ``ultrafeedback_binarized``).

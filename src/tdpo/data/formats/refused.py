@@ -79,7 +79,7 @@ def _pair_rated(fields: dict[str, Any]) -> str:
 
 
 def _renamed(fields: dict[str, Any], rating: str) -> str:
-    """The option that makes rows of the format scored of them."""
+    """Returns the option that makes rows of the format scored of them."""
     answer = next(name for name in ANSWERS if name in fields)
     return f"--columns reward={rating}" + ("" if answer in ANSWERS[:2] else f",completion={answer}")
 

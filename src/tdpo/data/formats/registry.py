@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tdpo.data.formats import answers, labelled, preference, turns
-from tdpo.data.formats.fields import PAIR_FIELDS
 from tdpo.data.formats.report import DataReport, RowError
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, describe
@@ -122,9 +121,18 @@ def find_format(name: str, formats: Mapping[str, Format]) -> Format:
 
 def recognise(fields: dict[str, Any], formats: Mapping[str, Format]) -> str | None:
     """Names the format whose columns a row has, or None. Null is as if missing, because tables have it for that."""
-    kept = (*PAIR_FIELDS, "instruction") if fields.get("input") is not None else PAIR_FIELDS
-    fields = {name: value for name, value in fields.items() if value is not None or name in kept}
+    fields = _without_nulls(fields)
     return next((name for name, known in formats.items() if known.recognises(fields)), None)
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out columns that are null, except those of a pair where it lacks only one of them."""
+    kept = {"instruction"} if fields.get("input") is not None else set()
+    pair = {name: fields.get(name) for name in ("chosen", "rejected")}
+    if any(value is not None for value in pair.values()):
+        hold_prompt = all(isinstance(value, list) for value in pair.values()) or preference.has_dialogues(pair)
+        kept |= {*pair} if hold_prompt else {*pair, "prompt"}
+    return {name: value for name, value in fields.items() if value is not None or name in kept}
 
 
 def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:

@@ -68,7 +68,7 @@ def alpaca(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
 
 
 def swift(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
-    """ms-swift's rows: ``messages`` with ``rejected_response`` or ``rejected_messages``, or its older columns.
+    """Reads ms-swift's rows: ``messages`` with ``rejected_response`` or ``rejected_messages``, or its older columns.
 
     These are ``query``, ``response``, ``rejected_response``, ``history`` and ``system``. All of them are chats.
     """
@@ -89,7 +89,7 @@ def swift(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
 
 
 def openai(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
-    """OpenAI's preference rows: ``input`` with ``messages`` and ``tools``, two outputs as lists of messages."""
+    """Reads OpenAI's preference rows: ``input`` with ``messages`` and ``tools``, two outputs as lists of messages."""
     asked = field_of(row, "input")
     if not isinstance(asked, dict):
         raise RowError(f"field 'input' must be an object with messages, found {describe(asked)}")
@@ -135,7 +135,7 @@ def _whole_chats(fields: dict[str, Any]) -> bool:
 
 
 def _two_outputs(row: SourceRow) -> list[tuple[Any, str]]:
-    if "chosen" in row.fields or "rejected" in row.fields:
+    if row.fields.get("output") is None or any(row.fields.get(name) is not None for name in ("chosen", "rejected")):
         return [(field_of(row, name), f"field {name!r}") for name in ("chosen", "rejected")]
     outputs = field_of(row, "output")
     if not isinstance(outputs, list) or len(outputs) != 2:
