@@ -91,6 +91,14 @@ def test_all_columns_of_the_first_rows_that_stop_are_named_at_once() -> None:
     assert "--ignore_columns passage,question leaves them out" in message
 
 
+def test_a_context_may_be_the_input_of_an_instruction() -> None:
+    row = {"instruction": "Name the river.", "context": "The Tana flows.", "chosen": "Tana", "rejected": "Nile"}
+    assert "--columns input=context takes 'context' as the input, --ignore_columns context" in stopped([row])
+    assert one(row, Reading(columns=(("input", "context"),))).prompt == [
+        {"role": "user", "content": "Name the river.\nThe Tana flows."}
+    ]
+
+
 def test_what_holds_messages_stops_under_any_name() -> None:
     for value in ([ASKED], {"turns": [ASKED]}, [{"from": "human", "value": "Hi"}], str([ASKED])):
         assert "the column 'extra' holds" in stopped([{**PLAIN, "extra": value}])

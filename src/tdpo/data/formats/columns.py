@@ -159,10 +159,11 @@ class UnusedColumns:
                 f"them, {function}"
             )
         name, them = names[0], "them" if names[1:] else "it"
-        taken = f"takes {name!r} as the prompt" + (" instead" if first.fields.get("prompt") else "")
+        field = "input" if self.name == "alpaca" and not first.fields.get("input") else "prompt"
+        instead = " instead" if first.fields.get(field) else ""
         return (
-            f"{where} what the format {self.name} does not use, and it may be the prompt or a part of it; "
-            f"--columns prompt={name} {taken}, {ignored} leaves {them} out, {function}"
+            f"{where} what the format {self.name} does not use, and it may be the prompt or a part of it; --columns "
+            f"{field}={name} takes {name!r} as the {field}{instead}, {ignored} leaves {them} out, {function}"
         )
 
 
