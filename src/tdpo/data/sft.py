@@ -24,7 +24,7 @@ from tdpo.data.formats import (
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.reading import Reading
 from tdpo.data.sources import Source, SourceRow, from_memory
-from tdpo.data.tokenise import Tokeniser, Turns
+from tdpo.data.tokenise import Tokeniser, Turns, outside_vocabulary
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text
 
@@ -112,18 +112,21 @@ def prepare_sft(
         rows = given if given and isinstance(given[0], SourceRow) else from_memory(given, name)
     turns, report = _exchanges(rows, reading, on_bad_row)
     examples = []
-    for place, prompt_ids, (response_ids,) in tokeniser.turns(
-        [Turns.of(turn, turn.response) for turn in turns], report, on_bad_row
-    ):
+    watched = tokeniser.texts.refuse_unless_chosen(turns, lambda turn: (turn.prompt, turn.response))
+    asked = [Turns.of(turn, turn.response) for turn in (turns if tokeniser.rendering.special_tokens else watched)]
+    for ids in tokeniser.turns(asked, report, on_bad_row):
+        prompt_ids, (response_ids,) = ids.prompt, ids.responses
         if not prompt_ids:
             prompt_ids, response_ids = response_ids[:1], response_ids[1:]
-        examples.append(SFTExample(prompt_ids, response_ids, place.row))
+        examples.append(SFTExample(prompt_ids, response_ids, ids.place.row))
     report.kept = len(examples)
     return SFTDataset(examples, report)
 
 
-def check_lengths(dataset: SFTDataset, positions: int | None) -> None:
-    """Refuses examples longer than the model's positions.
+def check_lengths(
+    dataset: SFTDataset, positions: int | None, vocab_size: int | None = None, tokens: int | None = None
+) -> None:
+    """Refuses examples longer than the model's positions, and ids outside its vocabulary.
 
     Raises:
         UserError: naming the row.
@@ -133,6 +136,11 @@ def check_lengths(dataset: SFTDataset, positions: int | None) -> None:
             raise UserError(
                 f"{dataset.report.source}, row {example.row}: {length} tokens, but the model has {positions} "
                 f"positions; set --max_length to at most {positions}"
+            )
+        largest = max((*example.prompt_ids, *example.response_ids))
+        if vocab_size is not None and largest >= vocab_size:
+            raise UserError(
+                f"{dataset.report.source}, row {example.row}: {outside_vocabulary(largest, vocab_size, tokens)}"
             )
 
 

@@ -73,12 +73,12 @@ class SFTTrainer(BatchMeanTrainer):
                 return None
             dataset = prepare_sft(
                 data,
-                Tokeniser(processing_class, args.lengths()),
+                Tokeniser(processing_class, args.lengths(), rendering=args.rendering()),
                 args.reading(),
                 args.on_bad_row,  # type: ignore[arg-type]
                 name,
             )
-            check_lengths(dataset, position_limit(loaded))
+            check_lengths(dataset, position_limit(loaded), head_of(loaded).vocab_size, len(processing_class))
             return dataset
 
         super().__init__(

@@ -46,6 +46,7 @@ class DataReport:
         elsewhere: Pairs on the other side of a split.
         dropped: Row numbers by reason; the reason names the file where the source has several.
         truncated: Row numbers by what was cut: ``"prompt"`` or ``"response"``.
+        noticed: Row numbers by what the user should know of rows that are used.
     """
 
     source: str
@@ -55,6 +56,12 @@ class DataReport:
     elsewhere: int = 0
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     truncated: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    noticed: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def notice(self, place: Placed, what: str) -> None:
+        """Counts a row that is used under what the user should know of it."""
+        known = what in self.noticed or len(self.noticed) < REASONS_KEPT
+        self.noticed[what if known else OTHER_REASONS].append(place.row)
 
     def drop(self, place: Placed, reason: str) -> None:
         """Counts a row as dropped."""
@@ -70,6 +77,9 @@ class DataReport:
             self.dropped[reason if known else OTHER_REASONS] += rows
         for what, rows in part.truncated.items():
             self.truncated[what] += rows
+        for what, rows in part.noticed.items():
+            known = what in self.noticed or len(self.noticed) < REASONS_KEPT
+            self.noticed[what if known else OTHER_REASONS] += rows
 
     def lines(self) -> list[str]:
         """The report in words, one line each.
@@ -89,6 +99,7 @@ class DataReport:
             rest = sum(len(rows) for _, rows in reasons[ROWS_NAMED:])
             lines.append(f"dropped {rest} more for {len(reasons) - ROWS_NAMED} other reasons")
         lines += [f"truncated {len(rows)} {part}s: {row_list(rows)}" for part, rows in self.truncated.items()]
+        lines += [f"warning, {what}: {row_list(rows)}" for what, rows in list(self.noticed.items())[:ROWS_NAMED]]
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]  # file names may be any bytes
 
 
