@@ -39,13 +39,19 @@ class RenderedTexts:
         matches = (self._own.search(text) for text in texts) if self._own else ()
         return next((match[0] for match in matches if match), None)
 
-    def notices(self, prompt: str, responses: Sequence[str]) -> Iterator[str]:
-        """Names what in the texts is a control token in another place and is plain text here."""
+    def notices(self, prompt: str, responses: Sequence[str], chosen: bool) -> Iterator[str]:
+        """Names what in the texts would be a control token elsewhere and is plain text here.
+
+        Args:
+            prompt: The prompt.
+            responses: The responses.
+            chosen: Whether the user has said what the tokenizer's own special tokens are in texts.
+        """
         texts = (prompt, *responses)
-        own = self.control_token(texts)
+        own = None if chosen else self.control_token(texts)
         if own:
             yield f"special-token text such as {own!r} is encoded as plain text (--special_tokens tokens: as tokens)"
-        elif any(response.rstrip().endswith(self.end) for response in responses):
+        elif not chosen and any(response.rstrip().endswith(self.end) for response in responses):
             yield (
                 f"a response ends in the text {self.end!r}, which is encoded as plain text (--special_tokens tokens: "
                 "as the end token)"

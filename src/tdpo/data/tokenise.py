@@ -198,6 +198,12 @@ class Tokeniser:
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and whole[:1] == [bos] else []
 
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The token of text that the tokenizer does not know, where that is a token of its own."""
+        unknown, others = self.tokenizer.unk_token_id, (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+        return None if unknown in others else unknown
+
     def unlimited(self) -> Tokeniser:
         """Returns a tokeniser that cuts nothing and shares what this one has learnt."""
         limits = Lengths(max_length=2**31, max_prompt_length=2**30)
@@ -255,6 +261,8 @@ class Tokeniser:
                 bad.append(f"{turn.place.source}, row {turn.place.row}: {empty}")
                 report.drop(turn.place, f"bad row ({empty})")
                 continue
+            if self._unknown is not None and any(self._unknown in ids for ids in (prompt, *responses)):
+                report.notice(turn.place, f"text that the tokenizer does not know becomes {self.tokenizer.unk_token!r}")
             responses = [ids + end if part.add_end else ids for ids, part in zip(responses, parts[1:], strict=True)]
             if isinstance(turn.prompt, str):
                 prompt = self._begun(prompt, responses)
@@ -331,13 +339,12 @@ class Tokeniser:
         return [Part(self.chats.pieces(chat.prompt)), *responses], chat.left_out
 
     def _pieces_of_texts(self, prompt: str, responses: Sequence[str]) -> tuple[list[Part], Sequence[str]]:
+        noticed = tuple(self.texts.notices(prompt, responses, chosen=self.rendering.special_tokens is not None))
         if self.rendering.special_tokens != "tokens":
-            parts = [Part([Piece(prompt)]), *(Part([Piece(r, continues=True)], True) for r in responses)]
-            noticed = () if self.rendering.special_tokens else tuple(self.texts.notices(prompt, responses))
-            return parts, noticed
+            return [Part([Piece(prompt)]), *(Part([Piece(r, continues=True)], True) for r in responses)], noticed
         cut = [self.chats.through_end(response) for response in responses]
         ended = [Part([Piece(text, literal=False, continues=True)], not ended) for text, ended in cut]
-        return [Part([Piece(prompt, literal=False)]), *ended], ()
+        return [Part([Piece(prompt, literal=False)]), *ended], noticed
 
     def _encode_pieces(self, parts: Sequence[Part]) -> Iterator[list[int]]:
         """Ids of every part; all pieces of a kind are encoded together."""
