@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -60,6 +62,18 @@ class RenderedChat:
     responses: tuple[str, ...]
     ended: tuple[bool, ...]
     left_out: tuple[str, ...] = ()
+
+
+class FormOfCalls(NamedTuple):
+    """How a template expects tool calls.
+
+    Attributes:
+        null_content: Whether it shows them only of a message whose content is null.
+        as_text: Whether it expects their arguments as JSON text, not as an object.
+    """
+
+    null_content: bool
+    as_text: bool
 
 
 class ChatRenderer:
@@ -182,38 +196,45 @@ class ChatRenderer:
         return Chat([self._protect(self._in_form(m)) for m in messages], self._protect(without_nulls(tools)))
 
     def _in_form(self, message: Message) -> Message:
-        if not message.get("tool_calls"):
-            return message
-        decoded = map_arguments(message, as_object)
-        if self._takes_text:
-            decoded = map_arguments(message, as_json_text)
-        if self._calls_need_no_content and not message["content"].strip():
-            decoded = {**decoded, "content": None}
-        return decoded
+        """Returns a message with its tool calls and content in the form that the template shows."""
+        if message.get("tool_calls"):
+            form = self._form_of_calls
+            message = map_arguments(message, as_object)
+            if form.as_text:
+                message = map_arguments(message, as_json_text)
+            if form.null_content and not message["content"].strip():
+                return {**message, "content": None}
+        if self._content_in_parts and isinstance(message.get("content"), str):
+            return {**message, "content": [{"type": "text", "text": message["content"]}]}
+        return message
 
     @cached_property
-    def _takes_text(self) -> bool:
-        """Whether the template expects the arguments of tool calls as JSON text, not as an object."""
-        as_objects, as_text = self._probe_calls({"place": "qz1kv"}), self._probe_calls('{"place": "qz1kv"}')
-        if as_text is None or "qz1kv" not in as_text:
-            return False
-        return as_objects is None or str({"place": "qz1kv"}) in as_objects
+    def _form_of_calls(self) -> FormOfCalls:
+        """The first form in which the template shows a tool call, not as Python would print it."""
+        arguments = {"place": "qz1kv"}
+        for null_content, as_text in itertools.product((False, True), repeat=2):
+            function = {"name": "qz0kv", "arguments": json.dumps(arguments) if as_text else arguments}
+            call = {"id": "000000001", "type": "function", "function": function}
+            shown = self._probe({"content": None if null_content else "", "tool_calls": [call]})
+            if "qz1kv" in shown and str(arguments) not in shown:
+                return FormOfCalls(null_content, as_text)
+        return FormOfCalls(False, False)
 
     @cached_property
-    def _calls_need_no_content(self) -> bool:
-        """Whether the template shows tool calls only of a message whose content is null."""
-        arguments = '{"place": "qz1kv"}' if self._takes_text else {"place": "qz1kv"}
-        empty, null = (self._probe_calls(arguments, content) or "" for content in ("", None))
-        return "qz1kv" in null and "qz1kv" not in empty
+    def _content_in_parts(self) -> bool:
+        """Whether the template shows content only as a list of parts, as those of models that see images may."""
+        return "qz0kv" not in self._probe({"content": "qz0kv"}) and "qz0kv" in self._probe(
+            {"content": [{"type": "text", "text": "qz0kv"}]}
+        )
 
-    def _probe_calls(self, arguments: Any, content: str | None = "") -> str | None:
-        """Renders a tool call, or returns None if the template refuses it."""
-        call = {"id": "000000001", "type": "function", "function": {"name": "qz0kv", "arguments": arguments}}
-        answer = {"role": "assistant", "content": content, "tool_calls": [call]}
-        try:
-            return self._template([{"role": "user", "content": "a"}, answer], False, None, self.arguments)
-        except RowError:
-            return self._probe_calls(arguments, None) if content is not None else None
+    def _probe(self, answer: Message) -> str:
+        """Renders an assistant's message after a user's; empty if the template refuses it."""
+        shown = ""
+        for question in ("a", [{"type": "text", "text": "a"}]):
+            messages = [{"role": "user", "content": question}, {"role": "assistant", **answer}]
+            with contextlib.suppress(RowError):
+                shown = shown or self._template(messages, False, None, self.arguments)
+        return shown
 
     def _template(
         self, messages: list[Message], generation_prompt: bool, tools: Any, arguments: dict[str, Any] | None
@@ -238,7 +259,7 @@ class ChatRenderer:
 
     def _before_content(self, asking: Chat, role: str, arguments: dict[str, Any]) -> str:
         """Returns the rendering up to where a response's first words would stand."""
-        answer = {"role": role, "content": RESPONSE}
+        answer = self._in_form({"role": role, "content": RESPONSE})
         rendered = self._template([*asking.messages, answer], False, asking.tools, arguments)
         before, mark, _ = rendered.rpartition(RESPONSE)
         if not mark:

@@ -162,16 +162,18 @@ def leaves_of(messages: Sequence[Message], first: int = 0) -> list[Leaf]:
     """
     found: list[Leaf] = []
     for number, message in enumerate(messages, first):
-        content = message.get("content")
+        content, path = message.get("content"), ("content",)
+        if isinstance(content, list) and len(content) == 1:  # a text as the only part
+            content, path = content[0].get("text"), ("content", 0, "text")
         if isinstance(content, str):
             end = content.rfind(THOUGHT_END) if message["role"] == "assistant" else -1
             if end >= 0:
                 begin = content.find("<think>") + len("<think>") if content.find("<think>", 0, end) >= 0 else 0
-                _add(found, THOUGHTS, number, ("content",), content[begin:end], begin)
+                _add(found, THOUGHTS, number, path, content[begin:end], begin)
                 end += len(THOUGHT_END)
-                _add(found, CONTENT, number, ("content",), content[end:], end)
+                _add(found, CONTENT, number, path, content[end:], end)
             else:
-                _add(found, CONTENT, number, ("content",), content)
+                _add(found, CONTENT, number, path, content)
         if len(message) > 2:
             for name in THOUGHT_FIELDS:
                 if isinstance(message.get(name), str):
