@@ -51,7 +51,10 @@ class GenerateOptions(FormatOptions, RenderingOptions, SplitOptions):
     num_prompts: int = field(default=8, metadata={"help": "Prompts taken from the dataset, from its beginning."})
     num_samples: int = field(default=1, metadata={"help": "Responses per prompt and model."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest response in tokens."})
-    max_prompt_length: int = field(default=256, metadata={"help": "Longer prompts keep their last so many tokens."})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longer prompts keep their last N tokens. Default: all that the model's positions allow."},
+    )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits; 0 takes the likeliest token."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 is off."})
     top_k: int = field(default=0, metadata={"help": "Samples among the k likeliest tokens; 0 is off."})
@@ -163,13 +166,19 @@ def _format_of(row: SourceRow, reading: Reading) -> str | None:
 
 
 def _prompt_ids(tokeniser: Tokeniser, asked: list[Turns], options: GenerateOptions, model: Any) -> list[list[int]]:
-    room = min(options.max_prompt_length, (position_limit(model) or 2**31) - options.max_new_tokens)
+    positions = position_limit(model)
+    limit = 2**31 if options.max_prompt_length is None else options.max_prompt_length
+    room = min(limit, (positions or 2**32) - options.max_new_tokens)
     if room < 1:
         raise UserError(
             f"--max_new_tokens {options.max_new_tokens} and --max_prompt_length {options.max_prompt_length} leave no "
-            f"room for a prompt in the {position_limit(model)} positions of the model"
+            f"room for a prompt in the {positions} positions of the model"
         )
-    ids = [tokeniser.cut_prompt(ids, room) for ids in tokeniser.prompts(asked)]
+    whole = tokeniser.prompts(asked)
+    ids = [tokeniser.cut_prompt(ids, room) for ids in whole]
+    cut = sum(len(kept) < len(found) for kept, found in zip(ids, whole, strict=True))
+    if cut:
+        logger.warning("%d of %d prompts are cut to their last %d tokens", cut, len(ids), room)
     check_fits(
         [TokenisedPair(prompt, prompt[:1], prompt[:1], turns.place.row)
          for turns, prompt in zip(asked, ids, strict=True)],

@@ -28,6 +28,7 @@ OPEN, CLOSE = "\ue000", "\ue001"
 RESPONSE = "\ue002"
 """Stands for a response's content where only its place is wanted."""
 ADVICE = "give another template with --chat_template_path, or convert the row"
+OMITS_TOOLS = "the chat template leaves out the tools"
 ASKS_IF_DEFINED = re.compile(r"(?<![\w.])([A-Za-z_]\w*) is (?:not )?defined")
 """How templates look for arguments that need not be given."""
 
@@ -223,9 +224,11 @@ class ChatRenderer:
     @cached_property
     def _content_in_parts(self) -> bool:
         """Whether the template shows content only as a list of parts, as those of models that see images may."""
-        return "qz0kv" not in self._probe({"content": "qz0kv"}) and "qz0kv" in self._probe(
-            {"content": [{"type": "text", "text": "qz0kv"}]}
-        )
+        if "qz0kv" in self._probe({"content": "qz0kv"}):
+            return False
+        parts = [{"type": "text", "text": "qz0kv"}]
+        shown = self._probe({"content": parts})
+        return "qz0kv" in shown and str(parts) not in shown
 
     def _probe(self, answer: Message) -> str:
         """Renders an assistant's message after a user's; empty if the template refuses it."""
@@ -313,10 +316,13 @@ class ChatRenderer:
             for name in arguments
             if not re.search(rf"\b{re.escape(name)}\b", self._source)
         }
-        for chat, whole, name in zip(chats, wholes, names, strict=True):
-            leaves = [*asked, *leaves_of(chat.messages[first:], first)]
-            for leaf in self._omissions.find(chat, leaves, whole, arguments, len(prompt), first):
-                found[self._omission(leaf, chat, first, name)] = None
+        for number, (chat, whole, name) in enumerate(zip(chats, wholes, names, strict=True)):
+            answered = leaves_of(chat.messages[first:], first)
+            # The prompt is the same before every response.
+            lost = self._omissions.find(chat, asked, answered, whole, len(prompt), arguments, both=number == 0)
+            found |= {self._omission(leaf, chat, first, name): None for leaf in lost}
+        if OMITS_TOOLS in found:
+            found.pop(OMITS_TOOLS.replace("the tools", "'description' of the tools"), None)
         return tuple(found)
 
     def _omission(self, leaf: Leaf, chat: Chat, first: int, name: str) -> str:

@@ -18,6 +18,7 @@ THOUGHT_END = "</think>"
 WORD = re.compile(r"\S+")
 SENTINEL = "qz{}kv"
 """A word that no text holds; letters and digits alone, so that no template changes it."""
+Part = tuple[int, Kind, str]
 Render = Callable[[list[Message], Any], str]
 
 
@@ -25,22 +26,31 @@ class Leaf(NamedTuple):
     """A text or number of a chat that its rendering must show.
 
     Attributes:
-        kind: What part of a row it belongs to.
-        message: Index of its message; -1 for tools.
+        part: What is left out or shown as one: index of the message (-1 for tools), kind, and the field, of calls
+            and tools whether it is a name.
         path: Keys and indices that lead to it, from the tools or the message.
         text: The text, without white space around it, or the number.
         start: Where the text begins in the value the path leads to.
     """
 
-    kind: Kind
-    message: int
+    part: Part
     path: tuple[Any, ...]
     text: Any
     start: int = 0
 
+    @property
+    def message(self) -> int:
+        """Index of the message; -1 for tools."""
+        return self.part[0]
+
+    @property
+    def kind(self) -> Kind:
+        """Which kind of part it belongs to."""
+        return self.part[1]
+
     def shown_in(self, rendered: str, start: int = 0) -> bool:
         """Tells whether a rendering holds the text as it is, or as JSON has it."""
-        if isinstance(self.text, str):
+        if type(self.text) is str:
             if rendered.find(self.text, start) >= 0:
                 return True
             escaped = (json.dumps(self.text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
@@ -77,47 +87,48 @@ class OmissionFinder:
 
     def __init__(self, render: Callable[..., str]) -> None:
         self._render = render
-        self._known: dict[Hashable, frozenset[tuple[int, Kind]]] = {}
+        self._known: dict[Hashable, frozenset[Part]] = {}
 
     def find(
-        self, chat: Chat, leaves: Sequence[Leaf], rendered: str, arguments: Any, start: int = 0, first: int = 0
+        self,
+        chat: Chat,
+        asked: Sequence[Leaf],
+        answered: Sequence[Leaf],
+        rendered: str,
+        start: int,
+        arguments: Any,
+        both: bool,
     ) -> list[Leaf]:
         """Returns the leaves that a rendering does not show, one of each part.
 
         Args:
             chat: What was rendered.
-            leaves: All of its leaves.
+            asked: Leaves of the prompt.
+            answered: Leaves of the response.
             rendered: The rendering.
+            start: Where the response begins in it.
             arguments: Further arguments of the template.
-            start: Where leaves of the messages from ``first`` on are looked for in the rendering.
-            first: Index of the first message whose leaves are wanted from there on.
+            both: Whether to look for the prompt's leaves too.
         """
-        lost = self._left_out_of_all(chat, leaves, arguments)
-        found: dict[tuple[int, Kind], Leaf] = {}
-        for leaf in leaves:
-            part = (leaf.message, leaf.kind)
-            if part in found:
-                continue
-            if part in lost or not (
-                leaf.shown_in(rendered, start if leaf.message >= first else 0)
-                or self._matters(chat, leaf, rendered, arguments)
-            ):
-                found[part] = leaf
-        return list(found.values())
-
-    def _left_out_of_all(self, chat: Chat, leaves: Sequence[Leaf], arguments: Any) -> frozenset[tuple[int, Kind]]:
-        """Returns the parts that the template shows of no chat with these roles and kinds of parts."""
         key = (
-            tuple(message["role"] for message in chat.messages),
-            frozenset((leaf.message, leaf.kind) for leaf in leaves),
+            tuple([message["role"] for message in chat.messages]),
+            tuple([leaf.part for leaf in asked]),
+            tuple([leaf.part for leaf in answered]),
             repr(arguments) if arguments else "",
         )
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = frozenset(self._probe(chat, leaves, arguments))
-        return known
+        lost = self._known.get(key)
+        if lost is None:
+            lost = self._known[key] = frozenset(self._probe(chat, [*asked, *answered], arguments))
+        found: dict[Part, Leaf] = {}
+        for leaves, begin in ((asked if both else (), 0), (answered, start)):
+            for leaf in leaves:
+                if (leaf.part not in lost and leaf.shown_in(rendered, begin)) or leaf.part in found:
+                    continue
+                if leaf.part in lost or self._is_lost(chat, leaf, rendered, begin, arguments):
+                    found[leaf.part] = leaf
+        return list(found.values())
 
-    def _probe(self, chat: Chat, leaves: Sequence[Leaf], arguments: Any) -> Iterator[tuple[int, Kind]]:
+    def _probe(self, chat: Chat, leaves: Sequence[Leaf], arguments: Any) -> Iterator[Part]:
         """Renders the chat with a word of its own in every leaf, and looks for those words."""
         words = {}
         for number, leaf in reversed(list(enumerate(leaves))):  # from the end, so that positions before stay
@@ -132,25 +143,39 @@ class OmissionFinder:
             if word not in rendered:
                 where = leaf._replace(text=word, start=_start_in(chat, leaf, word))
                 if self._attempt(chat.replaced(where, SENTINEL.format("other")), arguments) == rendered:
-                    yield leaf.message, leaf.kind
+                    yield leaf.part
 
-    def _matters(self, chat: Chat, leaf: Leaf, rendered: str, arguments: Any) -> bool:
-        """Tells whether the rendering changes with the leaf and with words at its ends and of those it lacks."""
+    def _is_lost(self, chat: Chat, leaf: Leaf, rendered: str, start: int, arguments: Any) -> bool:
+        """Tells whether the rendering stays the same without a word of the leaf, or with another in its place.
+
+        The words are the first, the last, and the first that the rendering lacks.
+        """
         if not isinstance(leaf.text, str):
-            return self._attempt(chat.replaced(leaf, 918273), arguments) != rendered
+            return self._attempt(chat.replaced(leaf, 918273), arguments) == rendered
         words = list(WORD.finditer(leaf.text))
-        missing = next((word for word in words if word[0] not in rendered), None)
-        for word in dict.fromkeys(w for w in (missing, words[0], words[-1]) if w is not None):
-            other = chat.replaced(leaf, SENTINEL.format("other"), word.start(), len(word[0]))
-            if self._attempt(other, arguments) == rendered:
-                return False
-        return True
+        for word in dict.fromkeys((*_missing(words, rendered, start), words[0], words[-1])):
+            same_length = ("k" if "q" in word[0] else "q") * len(word[0])
+            for text in ("", same_length):
+                other = chat.replaced(leaf, text, word.start(), len(word[0]))
+                if self._attempt(other, arguments) == rendered:
+                    return True
+        return False
 
     def _attempt(self, chat: Chat, arguments: Any) -> str | None:
         try:
             return self._render(chat.messages, chat.tools, arguments)
         except RowError:  # a template may refuse the changed chat, which then says nothing
             return None
+
+
+def _missing(words: Sequence[re.Match[str]], rendered: str, start: int) -> Iterator[re.Match[str]]:
+    """Gives the first word that does not follow those before it in a rendering."""
+    for word in words:
+        found = rendered.find(word[0], start)
+        if found < 0:
+            yield word
+            return
+        start = found + len(word[0])
 
 
 def leaves_of(messages: Sequence[Message], first: int = 0) -> list[Leaf]:
@@ -163,8 +188,13 @@ def leaves_of(messages: Sequence[Message], first: int = 0) -> list[Leaf]:
     found: list[Leaf] = []
     for number, message in enumerate(messages, first):
         content, path = message.get("content"), ("content",)
+        if len(message) == 2 and isinstance(content, str) and THOUGHT_END not in content:  # most are plain
+            stripped = content.strip()
+            if stripped:
+                found.append(Leaf((number, CONTENT, "content"), path, stripped, content.index(stripped)))
+            continue
         if isinstance(content, list) and len(content) == 1:  # a text as the only part
-            content, path = content[0].get("text"), ("content", 0, "text")
+            content, path = content[0].get("text"), ("content", 0, "text")  # type: ignore[assignment]
         if isinstance(content, str):
             end = content.rfind(THOUGHT_END) if message["role"] == "assistant" else -1
             if end >= 0:
@@ -197,7 +227,8 @@ def leaves_of_tools(tools: Any) -> list[Leaf]:
 def _add(found: list[Leaf], kind: Kind, message: int, path: tuple[Any, ...], text: str, start: int = 0) -> None:
     stripped = text.strip()
     if stripped:
-        found.append(Leaf(kind, message, path, stripped, start + text.index(stripped)))
+        field = path[0] if message >= 0 and kind != CALLS else "arguments" if "arguments" in path else path[-1]
+        found.append(Leaf((message, kind, field), path, stripped, start + text.index(stripped)))
 
 
 def _leaves_of_calls(message: Message, number: int) -> Iterator[Leaf]:
@@ -216,7 +247,7 @@ def _leaves_of_calls(message: Message, number: int) -> Iterator[Leaf]:
                         _add(found, CALLS, number, inner, value)
                         yield from found
                     else:
-                        yield Leaf(CALLS, number, inner, value)
+                        yield Leaf((number, CALLS, "arguments"), inner, value)
 
 
 def _scalars(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -33,6 +33,7 @@ class RenderedTexts:
         control = [token for token in special if token not in ordinary]
         self._own = re.compile("|".join(map(re.escape, control))) if control else None
         self._special = set(special)
+        self._hints = tuple({*FOREIGN_HINTS, *(token[:2] for token in control)})
 
     def control_token(self, texts: Iterable[str]) -> str | None:
         """Returns the first control token of the tokenizer's own in some texts, other than an end token."""
@@ -47,21 +48,21 @@ class RenderedTexts:
             responses: The responses.
             chosen: Whether the user has said what the tokenizer's own special tokens are in texts.
         """
-        texts = (prompt, *responses)
-        own = None if chosen else self.control_token(texts)
+        joined = "\0".join((prompt, *responses))
+        ends = any(response.rstrip().endswith(self.end) for response in responses)
+        if not ends and not any(hint in joined for hint in self._hints):
+            return
+        own = None if chosen else self.control_token((joined,))
         if own:
             yield f"special-token text such as {own!r} is encoded as plain text (--special_tokens tokens: as tokens)"
-        elif not chosen and any(response.rstrip().endswith(self.end) for response in responses):
+        elif ends and not chosen:
             yield (
                 f"a response ends in the text {self.end!r}, which is encoded as plain text (--special_tokens tokens: "
                 "as the end token)"
             )
-        for text in texts:
-            if any(hint in text for hint in FOREIGN_HINTS):
-                foreign = next((token for token in FOREIGN.findall(text) if token not in self._special), None)
-                if foreign:
-                    yield f"looks like a chat rendered for another tokenizer: {foreign!r} is plain text in this one"
-                    return
+        foreign = next((token for token in FOREIGN.findall(joined) if token not in self._special), None)
+        if foreign:
+            yield f"looks like a chat rendered for another tokenizer: {foreign!r} is plain text in this one"
 
     def refuse_unless_chosen(self, items: Iterable[Item], texts_of: Callable[[Item], Sequence[Any]]) -> Iterator[Item]:
         """Passes items on, and stops where most of the first ones of a source are rendered chats.

@@ -200,9 +200,10 @@ class Tokeniser:
 
     @cached_property
     def _unknown(self) -> int | None:
-        """The token of text that the tokenizer does not know, where that is a token of its own."""
-        unknown, others = self.tokenizer.unk_token_id, (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
-        return None if unknown in others else unknown
+        """The token of text that the tokenizer does not know, where it has such text."""
+        unknown = self.tokenizer.unk_token_id
+        rare = self.encode(["\U00012031", "\uf8ff", "\u2fd5"])
+        return unknown if any(unknown in ids for ids in rare) else None
 
     def unlimited(self) -> Tokeniser:
         """Returns a tokeniser that cuts nothing and shares what this one has learnt."""
