@@ -135,7 +135,7 @@ def _records(options: GenerateOptions, report: DataReport) -> Iterator[Preferenc
     reading = replace(options.reading(), side=options.side(test=True))
     source = open_source(str(options.dataset_name), options.dataset_test_split, options.dataset_config)
     head = list(itertools.islice(source, LOOKED_AT))
-    if reading.format != AUTO or any(_format_of(row, reading) for row in head):
+    if reading.format != AUTO or any(_holds_a_pair(row, reading) for row in head):
         yield from iter_records(source, reading, "drop", report)
         return
     if not any("prompt" in _renamed(row, reading).fields for row in head):
@@ -161,8 +161,10 @@ def _renamed(row: SourceRow, reading: Reading) -> SourceRow:
         return row
 
 
-def _format_of(row: SourceRow, reading: Reading) -> str | None:
-    return recognise(_renamed(row, reading).fields, FORMATS)
+def _holds_a_pair(row: SourceRow, reading: Reading) -> bool:
+    """Whether the row alone makes records; scored completions, one a row, are asked row by row."""
+    name = recognise(_renamed(row, reading).fields, FORMATS)
+    return name is not None and FORMATS[name].join is None
 
 
 def _prompt_ids(tokeniser: Tokeniser, asked: list[Turns], options: GenerateOptions, model: Any) -> list[list[int]]:
