@@ -117,7 +117,8 @@ def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
     records = _records(options, report)
     if options.special_tokens is None:
         records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
-    groups = itertools.groupby(records, lambda r: (r.prompt, r.tools, r.chat_template_kwargs))
+    # Several pairs of one prompt ask it once; rows without responses are asked one by one.
+    groups = itertools.groupby(records, _question)
     first = (next(group) for _, group in groups)
     asked = [
         Turns.of(record, *(response for response in (record.chosen, record.rejected) if response))
@@ -128,6 +129,11 @@ def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
     if not asked:
         raise UserError(f"{options.dataset_name}: no prompt in it. " + "; ".join(report.lines()))
     return asked
+
+
+def _question(record: PreferenceRecord) -> tuple[Any, ...]:
+    """What is asked of a model; rows without responses each ask their own."""
+    return record.prompt, record.tools, record.chat_template_kwargs, None if record.chosen else record.row
 
 
 def _records(options: GenerateOptions, report: DataReport) -> Iterator[PreferenceRecord]:
