@@ -30,7 +30,7 @@ from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
 from tdpo.data.formats import FORMATS
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
-from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
+from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
 from tdpo.models.reference import FrozenCopy
 from tdpo.models.store import HiddenStore
@@ -78,9 +78,8 @@ def run(argv: Sequence[str]) -> None:
     datasets = [read_dataset(source, prepare) for source in sources if source is not None]
     device = PartialState(cpu=options.use_cpu or not torch.cuda.is_available()).device
     model = load_model(model_config)
-    check_vocabulary(model, tokenizer)
     for dataset in datasets:
-        check_fits(dataset, head_of(model).vocab_size, position_limit(model), dataset.report.source)
+        check_fits(dataset, head_of(model).vocab_size, position_limit(model), dataset.report.source, len(tokenizer))
     pack = packer(options.layout, [model])
     reference = FrozenCopy(model)
     reference.to(device)

@@ -13,12 +13,12 @@ from tdpo.cli import COMMANDS
 from tdpo.commands.common import check_writable, console, is_main_process, quieten, write_json, write_text
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, PairOptions, check_at_least, check_choices, check_format
-from tdpo.data.check import DataCheck, Prepared, check, clean_rows, prepare, whole
+from tdpo.data.check import DataCheck, Prepared, check, clean_rows, examples, prepare, whole
 from tdpo.data.formats import FORMATS
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
-from tdpo.models.load import load_tokenizer
+from tdpo.models.load import load_tokenizer, model_limits
 from tdpo.report.data import counts_table, example, histogram, legend, lengths_table
 
 
@@ -26,7 +26,9 @@ from tdpo.report.data import counts_table, example, histogram, legend, lengths_t
 class CheckOptions(PairOptions):
     """How rows are read and cut, as for training, and what is told of them."""
 
-    num_examples: int = field(default=2, metadata={"help": "Pairs to show with their parts marked."})
+    num_examples: int = field(
+        default=2, metadata={"help": "Pairs to show with their parts marked, and with their ids in --json."}
+    )
     json: str | None = field(default=None, metadata={"help": "File to write the findings to, as one object."})
     fix: str | None = field(
         default=None,
@@ -39,6 +41,7 @@ class CheckOptions(PairOptions):
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 0, "num_examples")
+        self.rendering()
         check_format(self, FORMATS)
         if self.fix and not self.fix.endswith(".jsonl"):
             raise UserError(f"--fix {self.fix}: JSONL is written, so its name has to end in .jsonl")
@@ -62,9 +65,10 @@ def run(argv: Sequence[str]) -> None:
     _check_outputs(options, source, *([aside] if aside else []))
     quieten()
     tokeniser = options.tokeniser(load_tokenizer(model_config))
+    limits = model_limits(model_config)
 
     def prepared(rows: Source) -> Prepared:
-        return prepare(rows, tokeniser, reading, options.on_bad_row, options.pair_cache())
+        return prepare(rows, tokeniser, reading, options.on_bad_row, options.pair_cache(), limits)
 
     train, held_out = prepared(source), prepared(aside) if aside else None
     found = {"train": check(train, tokeniser, held_out.records if held_out else ())}
@@ -75,7 +79,8 @@ def run(argv: Sequence[str]) -> None:
         _show(out, findings, name, options)
     _show_examples(out, train, tokeniser, options.num_examples)
     if options.json and is_main_process():
-        write_json(options.json, found["train"].as_json() | ({"eval": found["eval"].as_json()} if held_out else {}))
+        content = found["train"].as_json() | {"examples": examples(train, tokeniser, options.num_examples)}
+        write_json(options.json, content | ({"eval": found["eval"].as_json()} if held_out else {}))
         out.print(f"written to {options.json}", soft_wrap=True)
     if options.fix and is_main_process():
         _write_clean(out, train, found["train"], options.fix)
@@ -93,8 +98,9 @@ def _check_outputs(options: CheckOptions, *sources: Source) -> None:
 
 def _show(out: Console, found: DataCheck, name: str, options: CheckOptions) -> None:
     out.print(counts_table(found, f"{name}: {found.report.source}"), "")
-    out.print(lengths_table(found), "")
-    out.print(histogram(found.lengths[:, 3], options.max_length), "")
+    if len(found.lengths):
+        out.print(lengths_table(found), "")
+        out.print(histogram(found.lengths[:, 3], options.max_length), "")
     for hint in found.hints():
         out.print(f"label noise? {hint}", style="yellow", soft_wrap=True)
     if found.hints():

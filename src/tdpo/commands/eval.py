@@ -26,7 +26,7 @@ from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
 from tdpo.data.formats import FORMATS
 from tdpo.data.sources import Source, open_source
 from tdpo.evaluate.preference import evaluate_pairs
-from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
+from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
 
 
@@ -72,8 +72,8 @@ def run(argv: Sequence[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()
     reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
-    check_vocabulary(policy, tokenizer)
-    check_fits(dataset, head_of(policy).vocab_size, position_limit(policy, reference), dataset.report.source)
+    limit = position_limit(policy, reference)
+    check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source, len(tokenizer))
     metrics = evaluate_pairs(
         policy,
         reference,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,24 +17,31 @@ from rich.text import Text as Styled
 from tdpo.cli import COMMANDS
 from tdpo.commands.common import check_writable, console, quieten, write_text
 from tdpo.commands.options import parse
-from tdpo.config import DATASET_HELP, FormatOptions, ModelConfig, ReferenceConfig, SplitOptions
-from tdpo.data.formats import AUTO, DataReport, RowError, iter_records, renamed, text_of
-from tdpo.data.sources import open_source
-from tdpo.data.tokenise import Tokeniser
+from tdpo.config import DATASET_HELP, FormatOptions, ModelConfig, ReferenceConfig, RenderingOptions, SplitOptions
+from tdpo.data.dataset import check_fits
+from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed, text_of
+from tdpo.data.formats.convert import LOOKED_AT
+from tdpo.data.formats.registry import recognise
+from tdpo.data.reading import Reading
+from tdpo.data.sources import SourceRow, open_source
+from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
 from tdpo.evaluate.generate import Sampling, sample_ids
-from tdpo.models.load import check_vocabulary, load_model, load_tokenizer
-from tdpo.models.policy import position_limit
-from tdpo.types import Text
+from tdpo.models.load import load_model, load_tokenizer
+from tdpo.models.policy import head_of, position_limit
+from tdpo.types import PreferenceRecord, Text, TokenisedPair
+
+logger = logging.getLogger("tdpo")
 
 
 @dataclass
-class GenerateOptions(FormatOptions, SplitOptions):
+class GenerateOptions(FormatOptions, RenderingOptions, SplitOptions):
     """What is asked of the models, how they answer, and where it goes."""
 
     prompt: list[str] = field(default_factory=list, metadata={"help": "One or more prompts, as plain text."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": f"{DATASET_HELP} Its prompts are taken; other columns are not looked at."}
+        default=None,
+        metadata={"help": f"{DATASET_HELP} Its prompts are taken as training has them; rows may lack responses."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_test_split: str = field(
@@ -43,7 +51,10 @@ class GenerateOptions(FormatOptions, SplitOptions):
     num_prompts: int = field(default=8, metadata={"help": "Prompts taken from the dataset, from its beginning."})
     num_samples: int = field(default=1, metadata={"help": "Responses per prompt and model."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest response in tokens."})
-    max_prompt_length: int = field(default=256, metadata={"help": "Longer prompts keep their last so many tokens."})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longer prompts keep their last N tokens. Default: all that the model's positions allow."},
+    )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits; 0 takes the likeliest token."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 is off."})
     top_k: int = field(default=0, metadata={"help": "Samples among the k likeliest tokens; 0 is off."})
@@ -69,17 +80,18 @@ def run(argv: Sequence[str]) -> None:
     sampling = options.sampling()
     if options.json:
         check_writable(Path(options.json).absolute().parent)
-    prompts = _prompts(options)
     tokenizer = load_tokenizer(model_config)
+    tokeniser = Tokeniser(tokenizer, rendering=options.rendering())
+    asked = _asked(options, tokeniser)
+    prompts = [turns.prompt for turns in asked]
     names = {"policy": model_config.model_name_or_path}
     if ref.ref_model_name_or_path:
         names["reference"] = ref.ref_model_name_or_path
     answers = {}
     for side, name in names.items():
         model = load_model(model_config, name).to("cuda" if torch.cuda.is_available() else "cpu")
-        check_vocabulary(model, tokenizer)
-        ids = _prompt_ids(Tokeniser(tokenizer), prompts, options, model)
-        sampled = sample_ids(model, ids, sampling, _ends(model, tokenizer), tokenizer.pad_token_id)
+        ids = _prompt_ids(tokeniser, asked, options, model)
+        sampled = sample_ids(model, ids, sampling, _ends(model, tokenizer), _padding(model, tokenizer))
         answers[side] = [[tokenizer.decode(s, skip_special_tokens=True) for s in samples] for samples in sampled]
     _show(prompts, answers)
     if options.json:
@@ -89,8 +101,8 @@ def run(argv: Sequence[str]) -> None:
         console().print(f"written to {options.json}", soft_wrap=True)
 
 
-def _prompts(options: GenerateOptions) -> list[Text]:
-    """The prompts asked for.
+def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
+    """The prompts asked for, as training has them where they come from preference rows.
 
     Raises:
         UserError: if there are none, or both kinds are given.
@@ -98,47 +110,95 @@ def _prompts(options: GenerateOptions) -> list[Text]:
     if bool(options.prompt) == bool(options.dataset_name):
         raise UserError("give either --prompt or --dataset_name")
     if options.prompt:
-        return list(options.prompt)
+        return [Turns(prompt, (), SourceRow("--prompt", n, {})) for n, prompt in enumerate(options.prompt, 1)]
     if options.num_prompts < 1:
         raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
-    prompts = list(itertools.islice(_dataset_prompts(options), options.num_prompts))
-    if not prompts:
-        raise UserError(f"{options.dataset_name}: no prompt in it")
-    return prompts
+    report = DataReport(str(options.dataset_name))
+    records = _records(options, report)
+    if options.special_tokens is None:
+        records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
+    # Several pairs of one prompt ask it once; rows without responses are asked one by one.
+    groups = itertools.groupby(records, _question)
+    first = (next(group) for _, group in groups)
+    asked = [
+        Turns.of(record, *(response for response in (record.chosen, record.rejected) if response))
+        for record in itertools.islice(first, options.num_prompts)
+    ]
+    if report.dropped:
+        logger.warning("; ".join(report.lines()))
+    if not asked:
+        raise UserError(f"{options.dataset_name}: no prompt in it. " + "; ".join(report.lines()))
+    return asked
 
 
-def _dataset_prompts(options: GenerateOptions) -> Iterator[Text]:
-    """Prompts of the dataset: its column of that name, which needs no responses beside it, or those of its records."""
+def _question(record: PreferenceRecord) -> tuple[Any, ...]:
+    """What is asked of a model; rows without responses each ask their own."""
+    return record.prompt, record.tools, record.chat_template_kwargs, None if record.chosen else record.row
+
+
+def _records(options: GenerateOptions, report: DataReport) -> Iterator[PreferenceRecord]:
+    """Records of the dataset; rows without responses, with a column of prompts alone, give records without them."""
     reading = replace(options.reading(), side=options.side(test=True))
     source = open_source(str(options.dataset_name), options.dataset_test_split, options.dataset_config)
-    first = next(iter(source), None)
-    try:
-        by_column = first is not None and reading.format == AUTO and "prompt" in renamed(first, reading.columns).fields
-    except RowError:
-        by_column = False
-    if not by_column:
-        records = iter_records(source, reading, "drop", DataReport(source.name))
-        yield from (prompt for prompt, _ in itertools.groupby(record.prompt for record in records))
+    head = list(itertools.islice(source, LOOKED_AT))
+    if reading.format != AUTO or any(_holds_a_pair(row, reading) for row in head):
+        yield from iter_records(source, reading, "drop", report)
+        return
+    if not any("prompt" in _renamed(row, reading).fields for row in head):
+        yield from iter_records(source, reading, "error", report)  # which raises, naming the columns
         return
     for row in source:
         try:
             if row.error:
                 raise RowError(row.error)
-            prompt = text_of(renamed(row, reading.columns), "prompt")
+            row = renamed(row, reading.columns)
+            prompt = text_of(row, "prompt")
+            record = PreferenceRecord(prompt, "", "", row.source, row.row, **chat_options(row, prompt))
         except RowError as error:
             raise UserError(f"{row.place}: {error}") from error
         if reading.side is None or reading.side.holds(prompt):
-            yield prompt
+            yield record
 
 
-def _prompt_ids(tokeniser: Tokeniser, prompts: list[Text], options: GenerateOptions, model: Any) -> list[list[int]]:
-    room = min(options.max_prompt_length, (position_limit(model) or 2**31) - options.max_new_tokens)
+def _renamed(row: SourceRow, reading: Reading) -> SourceRow:
+    try:
+        return renamed(row, reading.columns)
+    except RowError:
+        return row
+
+
+def _holds_a_pair(row: SourceRow, reading: Reading) -> bool:
+    """Whether the row alone makes records; scored completions, one a row, are asked row by row."""
+    name = recognise(_renamed(row, reading).fields, FORMATS)
+    return name is not None and FORMATS[name].join is None
+
+
+def _prompt_ids(tokeniser: Tokeniser, asked: list[Turns], options: GenerateOptions, model: Any) -> list[list[int]]:
+    positions = position_limit(model)
+    limit = 2**31 if options.max_prompt_length is None else options.max_prompt_length
+    room = min(limit, (positions or 2**32) - options.max_new_tokens)
     if room < 1:
         raise UserError(
             f"--max_new_tokens {options.max_new_tokens} and --max_prompt_length {options.max_prompt_length} leave no "
-            f"room for a prompt in the {position_limit(model)} positions of the model"
+            f"room for a prompt in the {positions} positions of the model"
         )
-    return [tokeniser.cut_prompt(ids, room) for ids in tokeniser.prompts(prompts)]
+    whole = tokeniser.prompts(asked)
+    ids = [tokeniser.cut_prompt(ids, room) for ids in whole]
+    cut = sum(len(kept) < len(found) for kept, found in zip(ids, whole, strict=True))
+    if cut:
+        logger.warning("%d of %d prompts are cut to their last %d tokens", cut, len(ids), room)
+    check_fits(
+        [TokenisedPair(prompt, prompt[:1], prompt[:1], turns.place.row)
+         for turns, prompt in zip(asked, ids, strict=True)],
+        head_of(model).vocab_size, None, options.dataset_name or "--prompt", len(tokeniser.tokenizer),
+    )  # fmt: skip
+    return ids
+
+
+def _padding(model: Any, tokenizer: Any) -> int | None:
+    """The token that fills short prompts; attention never sees it, but the model must have a row for it."""
+    padding = tokenizer.pad_token_id
+    return padding if padding is not None and padding < head_of(model).vocab_size else None
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

@@ -20,7 +20,7 @@ from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.data.sft import SFTDataset, prepare_sft
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
-from tdpo.models.load import adapter_base, check_vocabulary, load_model, load_tokenizer
+from tdpo.models.load import adapter_base, load_model, load_tokenizer
 from tdpo.train.interrupts import listening
 from tdpo.train.sft import SFTTrainer
 
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
     checkpoint = prepare_output(args, model_config.model_name_or_path, model_config.tokenizer_name_or_path)
     out = console()
     tokenizer = load_tokenizer(model_config)
-    tokeniser = Tokeniser(tokenizer, args.lengths())
+    tokeniser = Tokeniser(tokenizer, args.lengths(), rendering=args.rendering())
 
     def prepare(rows: Source) -> SFTDataset:
         return prepare_sft(rows, tokeniser, reading, args.on_bad_row, train_on=args.train_on)
@@ -47,7 +47,6 @@ def run(argv: Sequence[str]) -> None:
     held_out = None if aside is None else read_dataset(aside, prepare)
     adapter.check_trains(adapter_base(model_config.model_name_or_path, model_config.model_revision) is not None)
     model = load_model(model_config, trainable=True, quantization=adapter.quantization())
-    check_vocabulary(model, tokenizer)
     with told_in_words():
         trainer = SFTTrainer(
             model, args, train, held_out, tokenizer, [TellSharding()], peft_config=adapter.peft_config()

@@ -21,7 +21,7 @@ from tdpo.commands.common import (
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.sources import Source
-from tdpo.models.load import adapter_base, check_vocabulary, load_model, load_tokenizer, same_model
+from tdpo.models.load import adapter_base, load_model, load_tokenizer, same_model
 from tdpo.train.interrupts import listening
 from tdpo.train.trainer import TDPOTrainer
 
@@ -79,7 +79,6 @@ def _trainer(
     """Loads the models and makes the trainer, which alone keeps them: a cached reference's body is let go."""
     quantization = adapter.quantization()
     model = load_model(model_config, trainable=True, quantization=quantization)
-    check_vocabulary(model, tokenizer)
     reference = load_model(model_config, ref_name, quantization=quantization) if ref_name else None
     with told_in_words():
         return TDPOTrainer(

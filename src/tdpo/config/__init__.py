@@ -11,6 +11,7 @@ from tdpo.config.data import (
     FormatOptions,
     LengthOptions,
     PairOptions,
+    RenderingOptions,
     SplitOptions,
     check_format,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "ObjectiveOptions",
     "PairOptions",
     "ReferenceConfig",
+    "RenderingOptions",
     "RunOptions",
     "SFTConfig",
     "ScoringOptions",

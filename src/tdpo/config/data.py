@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from tdpo.config.checks import check_at_least
 from tdpo.data.cache import PairCache
 from tdpo.data.formats import AUTO, FORMATS, Format, find_format
+from tdpo.data.formats.fields import NOT_OF_A_ROW
 from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns, parse_names
 from tdpo.data.sources import Source, open_mixture, open_source
-from tdpo.data.tokenise import Lengths, Tokeniser
+from tdpo.data.tokenise import Lengths, Rendering, Tokeniser
 from tdpo.errors import UserError
 
 DATASET_HELP = (
@@ -165,6 +167,73 @@ class FormatOptions:
 
 
 @dataclass
+class RenderingOptions:
+    """How chats are rendered, and what special-token text in plain texts is."""
+
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template for all rows, as JSON or enable_thinking=true,...; a row's own "
+            "chat_template_kwargs win."
+        },
+    )
+    special_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Special-token text in plain texts: tokens encodes it as those tokens and adds no second start or "
+            "end token, for texts that are rendered chats; text encodes it as plain text. Default: text, but stop "
+            "where most rows are rendered chats.",
+            "choices": ["text", "tokens"],
+        },
+    )
+
+    def rendering(self) -> Rendering:
+        """Rendering as these options describe it.
+
+        Raises:
+            UserError: for arguments that cannot be read, or are not for the template.
+        """
+        return Rendering(template_arguments(self.chat_template_kwargs), self.special_tokens)  # type: ignore[arg-type]
+
+
+def template_arguments(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Arguments of a chat template from JSON, a mapping, or ``name=value,name=value``.
+
+    Example:
+        >>> template_arguments("enable_thinking=true, style=short")
+        {'enable_thinking': True, 'style': 'short'}
+
+    Raises:
+        UserError: for anything else, and for arguments that are not for the template.
+    """
+    option = f"--chat_template_kwargs {given}"
+    content: Any = given or {}
+    if isinstance(content, str) and content.lstrip().startswith("{"):
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{option}: not valid JSON: {error}") from error
+    elif isinstance(content, str):
+        parts = [part.partition("=") for part in content.split(",") if part.strip()]
+        if not all(name.strip() and equals for name, equals, _ in parts):
+            raise UserError(f"{option}: expected JSON or name=value,name=value, e.g. enable_thinking=true")
+        content = {name.strip(): _json_or_text(value.strip()) for name, _, value in parts}
+    if not isinstance(content, Mapping):
+        raise UserError(f"{option}: expected an object of argument names with values")
+    refused = [name for name in content if not isinstance(name, str) or name in NOT_OF_A_ROW]
+    if refused:
+        raise UserError(f"{option}: {refused[0]!r} is not an argument for the template")
+    return dict(content)
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value[:1].lower() + value[1:] if value in ("True", "False") else value)
+    except ValueError:
+        return value
+
+
+@dataclass
 class LengthOptions:
     """How long sequences may be, and what happens to rows that do not fit.
 
@@ -190,7 +259,7 @@ class LengthOptions:
 
 
 @dataclass
-class PairOptions(FormatOptions, LengthOptions):
+class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
     """How preference rows are read and cut."""
 
     max_prompt_length: int = field(
@@ -221,7 +290,7 @@ class PairOptions(FormatOptions, LengthOptions):
             UserError: if it has no end-of-sequence token, or the options do not go together.
         """
         check_at_least(self, 1, "dataset_num_proc")
-        return Tokeniser(tokenizer, self.lengths(), processes=self.dataset_num_proc)
+        return Tokeniser(tokenizer, self.lengths(), processes=self.dataset_num_proc, rendering=self.rendering())
 
     def lengths(self) -> Lengths:
         """Truncation as these options describe it."""

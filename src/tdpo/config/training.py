@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tdpo import objectives
 from tdpo.config.checks import check_at_least, check_choices
-from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, check_format
+from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, RenderingOptions, check_format
 from tdpo.config.run import RunOptions
 from tdpo.data.formats import FORMATS
 from tdpo.data.sft import SFT_FORMATS
@@ -133,6 +133,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         super().__post_init__()
         check_choices(self)
         self._check_following()
+        self.rendering()
         if self.reference in ("frozen", "adapter_off") and self.reference_cache:
             raise UserError(f"--reference {self.reference} and --reference_cache contradict each other")
         if self.reference_cache and Path(self.reference_cache).resolve() == Path(str(self.output_dir)).resolve():
@@ -160,7 +161,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
 
 
 @dataclass
-class SFTConfig(FormatOptions, LengthOptions, LayoutOptions, RunOptions):
+class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, RunOptions):
     """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
@@ -176,6 +177,7 @@ class SFTConfig(FormatOptions, LengthOptions, LayoutOptions, RunOptions):
         super().__post_init__()
         check_choices(self)
         self.lengths()
+        self.rendering()
         check_format(self, SFT_FORMATS)
 
     def lengths(self) -> Lengths:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+import json
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from tdpo.data.cache import PairCache
-from tdpo.data.dataset import PairDataset, prepare_pairs
-from tdpo.data.formats import DataReport, OnBadRow, to_records
+from tdpo.data.calls import as_object, map_arguments, without_nulls
+from tdpo.data.dataset import NoPairLeft, check_fits, prepare_pairs
+from tdpo.data.formats import DataReport, OnBadRow, RowError, to_records
 from tdpo.data.reading import Reading
 from tdpo.data.sources import Source
 from tdpo.data.table import PairTable
-from tdpo.data.tokenise import Lengths, Tokeniser, Turns
+from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
-from tdpo.types import PreferenceRecord, Text, TokenisedPair
+from tdpo.types import Message, PreferenceRecord, Text, TokenisedPair
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
-UNLIMITED = Lengths(max_length=2**31, max_prompt_length=2**30)
 MEASURES = ("prompt", "chosen", "rejected", "sequence")
 """What lengths are told of; a sequence is the prompt with the longer of its responses."""
 BIASED = 0.6
@@ -59,7 +60,9 @@ class DataCheck:
     left_out: set[int] = field(default_factory=set)
 
     def percentiles(self) -> dict[str, dict[str, int]]:
-        """Lengths of each measure by percentile."""
+        """Lengths of each measure by percentile; empty without pairs."""
+        if not len(self.lengths):
+            return {}
         return {
             name: {
                 f"p{p}": int(value) for p, value in zip(PERCENTILES, np.percentile(column, PERCENTILES), strict=True)
@@ -69,6 +72,8 @@ class DataCheck:
 
     def length_bias(self) -> dict[str, float]:
         """How far length alone tells chosen from rejected: shares of pairs, and mean tokens of each side."""
+        if not len(self.lengths):
+            return {}
         chosen, rejected = self.lengths[:, 1], self.lengths[:, 2]
         return {
             "chosen_longer": float((chosen > rejected).mean()),
@@ -80,8 +85,9 @@ class DataCheck:
     def hints(self) -> list[str]:
         """What may be wrong with the labels, in words."""
         bias, told = self.length_bias(), []
-        for share, word in ((bias["chosen_longer"], "longer"), (bias["chosen_shorter"], "shorter")):
-            if share >= BIASED and len(self.lengths) >= 50:
+        for word in ("longer", "shorter") if len(self.lengths) >= 50 else ():
+            share = bias[f"chosen_{word}"]
+            if share >= BIASED:
                 told.append(
                     f"chosen is the {word} response in {share:.0%} of pairs ({bias['chosen_mean']:.0f} against "
                     f"{bias['rejected_mean']:.0f} tokens on average): length alone would predict the preference"
@@ -116,34 +122,56 @@ class Prepared:
     Attributes:
         records: The record of each pair.
         pairs: The pairs; the two have one order.
+        report: What became of the rows.
         errors: What training would stop with, empty if it would not.
     """
 
     records: list[PreferenceRecord]
-    pairs: PairDataset
+    pairs: PairTable
+    report: DataReport
     errors: str
 
 
 def prepare(
-    rows: Source, tokeniser: Tokeniser, reading: Reading, on_bad_row: OnBadRow, cache: PairCache | None
+    rows: Source,
+    tokeniser: Tokeniser,
+    reading: Reading,
+    on_bad_row: OnBadRow,
+    cache: PairCache | None,
+    limits: tuple[int | None, int | None] = (None, None),
 ) -> Prepared:
-    """Prepares rows as training does, and goes on without the bad ones where training would stop.
+    """Prepares rows as training does, and continues without the bad ones where training would stop.
+
+    Args:
+        rows: The rows.
+        tokeniser: Tokenizer and truncation.
+        reading: How rows are read.
+        on_bad_row: ``"error"`` or ``"drop"``.
+        cache: Where tokenised pairs are kept.
+        limits: Vocabulary size and positions of the model, None where they are not known.
 
     Raises:
-        UserError: where nothing is left to look at.
+        UserError: for rows that are token ids already.
     """
-    errors = ""
+    errors: list[str] = []
+    table, report = PairTable([]), DataReport(rows.name)
+    for how in dict.fromkeys((on_bad_row, "drop")):
+        try:
+            dataset = prepare_pairs(rows, tokeniser, reading, how, cache=cache)
+        except UserError as error:
+            errors.append(str(error))
+            report = error.report if isinstance(error, NoPairLeft) else report
+            continue
+        if not isinstance(dataset.pairs, PairTable) or dataset.report.format == "tokenised":
+            raise UserError(f"{dataset.report.source}: the rows are token ids already; there is no text to check")
+        table, report = dataset.pairs, dataset.report
+        break
     try:
-        pairs = prepare_pairs(rows, tokeniser, reading, on_bad_row, cache=cache)
+        check_fits(table, *limits, report.source, len(tokeniser.tokenizer))
     except UserError as error:
-        if on_bad_row == "drop":
-            raise
-        errors = str(error)
-        pairs = prepare_pairs(rows, tokeniser, reading, "drop", cache=cache)
-    if pairs.report.format == "tokenised":
-        raise UserError(f"{pairs.report.source}: the rows are token ids already; there is no text to check")
-    records, _ = to_records(rows, reading, "drop")
-    return Prepared(_of_pairs(records, pairs), pairs, errors)
+        errors.append(str(error))
+    records = to_records(rows, reading, "drop")[0] if len(table) else []
+    return Prepared(_of_pairs(records, table, tokeniser), table, report, "\n".join(dict.fromkeys(errors)))
 
 
 def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[PreferenceRecord] = ()) -> DataCheck:
@@ -154,18 +182,19 @@ def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[Preferenc
         tokeniser: What tokenised it.
         held_out: Records that must not share a prompt with it.
     """
-    records, report = prepared.records, prepared.pairs.report
-    found = DataCheck(report, prepared.errors, _whole_lengths(prepared, tokeniser))
-    eval_prompts = {_plain(record.prompt) for record in held_out}
+    records = prepared.records
+    found = DataCheck(prepared.report, prepared.errors, _whole_lengths(prepared, tokeniser))
+    eval_prompts = {_plain_prompt(record) for record in held_out}
     seen: set[tuple[str, str, str]] = set()
     prompts: set[str] = set()
     sides: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for place, record in enumerate(records):
+    plain = [(_plain_prompt(record), _plain(record.chosen), _plain(record.rejected)) for record in records]
+    for place, (record, whole_pair) in enumerate(zip(records, plain, strict=True)):
+        prompt, chosen, rejected = whole_pair
         if place and record is records[place - 1]:  # a weight makes it seen several times in an epoch
             found.left_out.add(place)
             continue
-        prompt, chosen, rejected = _plain(record.prompt), _plain(record.chosen), _plain(record.rejected)
-        if (prompt, chosen, rejected) in seen:
+        if whole_pair in seen:
             found.repeated.append(record.row)
             found.left_out.add(place)
         elif prompt in prompts:
@@ -175,13 +204,30 @@ def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[Preferenc
             found.left_out.add(place)
         if chosen == rejected:
             found.alike.append(record.row)
-        if any(token in text for text in _texts(record) for token in tokeniser.chats.special):
+        as_tokens = isinstance(record.prompt, str) and tokeniser.rendering.special_tokens == "tokens"
+        if not as_tokens and any(token in text for text in _texts(record) for token in tokeniser.chats.special):
             found.special.append(record.row)
-        seen.add((prompt, chosen, rejected))
+        seen.add(whole_pair)
         prompts.add(prompt)
         sides[prompt][chosen].add(rejected)
-    found.contradicted = [r.row for r in records if _contradicted(r, sides[_plain(r.prompt)])]
+    found.contradicted = [
+        record.row
+        for record, (prompt, chosen, rejected) in zip(records, plain, strict=True)
+        if chosen != rejected and chosen in sides[prompt].get(rejected, ())
+    ]
     found.without_end = _without_end(prepared.pairs, tokeniser)
+    return found
+
+
+def examples(prepared: Prepared, tokeniser: Tokeniser, count: int) -> list[dict[str, Any]]:
+    """The first pairs with ids as they are trained on, and their text with special tokens."""
+    found = []
+    for record, pair in zip(prepared.records[:count], prepared.pairs[:count], strict=True):
+        sides = {name: getattr(pair, f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
+        decode = tokeniser.tokenizer.decode
+        texts = {name: decode(ids, clean_up_tokenization_spaces=False) for name, ids in sides.items()}
+        ids = {f"{name}_ids": ids for name, ids in sides.items()}
+        found.append({"row": record.row, "source": record.source, **ids, **texts})
     return found
 
 
@@ -198,48 +244,64 @@ def clean_rows(prepared: Prepared, found: DataCheck) -> list[dict[str, Any]]:
 
 def whole(record: PreferenceRecord, tokeniser: Tokeniser) -> TokenisedPair:
     """A record tokenised without truncation."""
-    (pair,) = Tokeniser(tokeniser.tokenizer, UNLIMITED, tokeniser.encode).pairs([record], DataReport(record.source))
+    (pair,) = tokeniser.unlimited().pairs([record], DataReport(record.source))
     return pair
 
 
-def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairDataset) -> list[PreferenceRecord]:
+def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairTable, tokeniser: Tokeniser) -> list[PreferenceRecord]:
     """The records that became pairs: both are in the order of the source, and some records were dropped between."""
-    left = iter(records)
-    rows = pairs.pairs.rows().tolist() if isinstance(pairs.pairs, PairTable) else [pair.row for pair in pairs]
+    rows = pairs.rows().tolist()
+    made, became = Counter(record.row for record in records), Counter(rows)
+    # Of a row that made several records and fewer pairs, tokenising shows which of them.
+    left = (r for r in records if made[r.row] == became[r.row] or (r.row in became and _becomes_a_pair(r, tokeniser)))
     return [next(record for record in left if record.row == row) for row in rows]
+
+
+def _becomes_a_pair(record: PreferenceRecord, tokeniser: Tokeniser) -> bool:
+    return bool(tokeniser.pairs([record], DataReport(record.source), "drop"))
 
 
 def _whole_lengths(prepared: Prepared, tokeniser: Tokeniser) -> np.ndarray:
     """``[P, 4]``: lengths as they would be without truncation; only what was cut is tokenised again."""
-    pairs = prepared.pairs
-    assert isinstance(pairs.pairs, PairTable), "text is tokenised into a table"
-    lengths = pairs.pairs.lengths()
-    cut = {row for rows in pairs.report.truncated.values() for row in rows}
+    lengths = prepared.pairs.lengths()
+    cut = {row for rows in prepared.report.truncated.values() for row in rows}
     places = [place for place, record in enumerate(prepared.records) if record.row in cut]
-    unlimited = Tokeniser(tokeniser.tokenizer, UNLIMITED, tokeniser.encode)
     turns = [Turns.of(r, r.chosen, r.rejected) for r in (prepared.records[place] for place in places)]
-    for place, ids in zip(places, unlimited.turns(turns, DataReport("")), strict=True):
+    for place, ids in zip(places, tokeniser.unlimited().turns(turns, DataReport("")), strict=True):
         lengths[place] = [len(ids.prompt), *map(len, ids.responses)]
     return np.column_stack([lengths, lengths[:, 0] + lengths[:, 1:].max(1)])
 
 
-def _without_end(pairs: PairDataset, tokeniser: Tokeniser) -> list[int]:
+def _without_end(pairs: PairTable, tokeniser: Tokeniser) -> list[int]:
     """Rows of pairs with a response whose last token is no special one."""
     ends = set(tokeniser.tokenizer.all_special_ids)
     ends |= {number for number, token in tokeniser.tokenizer.added_tokens_decoder.items() if token.special}
     return [p.row for p in pairs if p.chosen_ids[-1] not in ends or p.rejected_ids[-1] not in ends]
 
 
-def _contradicted(record: PreferenceRecord, sides: dict[str, set[str]]) -> bool:
-    chosen, rejected = _plain(record.chosen), _plain(record.rejected)
-    return chosen != rejected and chosen in sides.get(rejected, ())
+def _plain_prompt(record: PreferenceRecord) -> str:
+    """A prompt with all that the template is asked with."""
+    more = [without_nulls(record.tools), record.chat_template_kwargs]
+    return _plain(record.prompt) + (json.dumps(more, sort_keys=True) if any(more) else "")
 
 
 def _plain(text: Text) -> str:
-    """A text, or a chat, without differences of white space and case."""
+    """A text, or whole messages, without differences of white space and case."""
     if not isinstance(text, str):
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in text)
+        text = "\n".join(f"{message['role']}: {message['content']}{_more_of(message)}" for message in text)
     return " ".join(text.split()).casefold()
+
+
+def _more_of(message: Message) -> str:
+    """What a message holds beside its content, tool calls in one form."""
+    if len(message) <= 2:
+        return ""
+    try:
+        message = map_arguments(message, as_object)
+    except RowError:  # arguments that are not JSON are compared as they are
+        message = map_arguments(message, lambda arguments: arguments)
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return " " + json.dumps(rest, sort_keys=True, ensure_ascii=False)
 
 
 def _texts(record: PreferenceRecord) -> Iterable[str]:

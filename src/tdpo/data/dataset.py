@@ -15,7 +15,7 @@ from tdpo.data.formats import DataReport, OnBadRow, iter_records, name_of
 from tdpo.data.reading import Reading
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.table import PairTable, record_batch
-from tdpo.data.tokenise import Tokeniser
+from tdpo.data.tokenise import Tokeniser, outside_vocabulary
 from tdpo.data.workers import batches_made_here, batches_of_workers
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
@@ -23,6 +23,18 @@ from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
 TOKENISED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CHUNK = 2048
 """Records tokenised at a time: what bounds the memory that text and lists of ids take on their way."""
+
+
+class NoPairLeft(UserError):
+    """A dataset of which nothing can be trained on.
+
+    Attributes:
+        report: What became of its rows.
+    """
+
+    def __init__(self, report: DataReport) -> None:
+        super().__init__(f"{report.source}: no pair is left. " + "; ".join(report.lines()))
+        self.report = report
 
 
 class PairDataset(Dataset[TokenisedPair]):
@@ -35,7 +47,7 @@ class PairDataset(Dataset[TokenisedPair]):
 
     def __init__(self, pairs: Sequence[TokenisedPair], report: DataReport) -> None:
         if not len(pairs):
-            raise UserError(f"{report.source}: no pair is left. " + "; ".join(report.lines()))
+            raise NoPairLeft(report)
         self.pairs, self.report = pairs, report
 
     def __len__(self) -> int:
@@ -137,6 +149,8 @@ def _fetched(
         reading=repr(reading),
         on_bad_row=on_bad_row,
         source=name_of(rows),
+        template_arguments=dict(tokeniser.rendering.template_arguments),
+        special_tokens=tokeniser.rendering.special_tokens,
         **limits,
     )
     return cache.fetch(key, build)
@@ -156,6 +170,8 @@ def _build(
     else:
         report = DataReport(name_of(rows))
         records = iter_records(rows, reading, on_bad_row, report)
+    if tokeniser.rendering.special_tokens is None:
+        records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
     return report, _batches(records, tokeniser, report, on_bad_row)
 
 
@@ -193,9 +209,22 @@ def _tokenised(row: SourceRow) -> TokenisedPair:
 
 
 def check_fits(
-    pairs: Iterable[TokenisedPair], vocab_size: int, positions: int | None = None, source: str = "pairs"
+    pairs: Iterable[TokenisedPair],
+    vocab_size: int | None,
+    positions: int | None = None,
+    source: str = "pairs",
+    tokens: int | None = None,
 ) -> None:
     """Refuses what would fail deep inside the model: ids outside its vocabulary, sequences beyond its positions.
+
+    The ids that occur decide: a tokenizer may have more tokens than the model, as long as no pair holds them.
+
+    Args:
+        pairs: The pairs.
+        vocab_size: Entries of the model's vocabulary; None is not checked.
+        positions: Positions of the model; None is not checked.
+        source: What messages call the data.
+        tokens: Tokens of the tokenizer, for the message.
 
     Raises:
         UserError: naming the source, the pair's row (its place where the row is unknown) and what is too large.
@@ -206,21 +235,19 @@ def check_fits(
     for number, pair in enumerate(pairs, 1):
         ids = (*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
         length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-        stray = max(ids) if max(ids) >= vocab_size else min(ids)
+        stray = max(ids) if vocab_size is not None and max(ids) >= vocab_size else min(ids)
         place = f"{source}, row {pair.row or number}"
         if positions is not None and length > positions:
             raise UserError(
                 f"{place}: {length} tokens, but the model has {positions} positions; set --max_length to at most "
                 f"{positions}"
             )
-        if not 0 <= stray < vocab_size:
-            raise UserError(
-                f"{place}: token id {stray} is outside the model's vocabulary of {vocab_size}; tokenizer and model do "
-                "not belong together"
-            )
+        if vocab_size is not None and not 0 <= stray < vocab_size:
+            raise UserError(f"{place}: {outside_vocabulary(stray, vocab_size, tokens)}")
 
 
-def _table_fits(table: PairTable, vocab_size: int, positions: int | None) -> bool:
+def _table_fits(table: PairTable, vocab_size: int | None, positions: int | None) -> bool:
     lengths = table.lengths()
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max(initial=0))
-    return (positions is None or longest <= positions) and 0 <= table.smallest_id() <= table.largest_id() < vocab_size
+    known = vocab_size is None or 0 <= table.smallest_id() <= table.largest_id() < vocab_size
+    return known and (positions is None or longest <= positions)

@@ -16,7 +16,7 @@ from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.reading import Reading
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.supervised import SFT_FORMATS, Exchange
-from tdpo.data.tokenise import Ids, Tokeniser, Turns
+from tdpo.data.tokenise import Ids, Tokeniser, Turns, outside_vocabulary
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, Text
 
@@ -162,6 +162,8 @@ def prepare_sft(
         rows = given if given and isinstance(given[0], SourceRow) else from_memory(given, name)
     report = SFTReport(name_of(rows), train_on=train_on)
     exchanges = _exchanges(rows, reading, on_bad_row, report)
+    if tokeniser.rendering.special_tokens is None:
+        exchanges = list(tokeniser.texts.refuse_unless_chosen(exchanges, lambda e: (e.prompt, e.response)))
     examples: list[SFTExample] = []
     for start in range(0, len(exchanges), CHUNK):
         turns = _encode(exchanges[start : start + CHUNK], tokeniser, report, on_bad_row)
@@ -175,8 +177,10 @@ def prepare_sft(
     return SFTDataset(examples, report)
 
 
-def check_lengths(dataset: SFTDataset, positions: int | None) -> None:
-    """Refuses examples longer than the model's positions.
+def check_lengths(
+    dataset: SFTDataset, positions: int | None, vocab_size: int | None = None, tokens: int | None = None
+) -> None:
+    """Refuses examples longer than the model's positions, and ids outside its vocabulary.
 
     Raises:
         UserError: naming the row.
@@ -186,6 +190,11 @@ def check_lengths(dataset: SFTDataset, positions: int | None) -> None:
             raise UserError(
                 f"{dataset.report.source}, row {example.row}: {length} tokens, but the model has {positions} "
                 f"positions; set --max_length to at most {positions}"
+            )
+        largest = max((*example.prompt_ids, *example.response_ids))
+        if vocab_size is not None and largest >= vocab_size:
+            raise UserError(
+                f"{dataset.report.source}, row {example.row}: {outside_vocabulary(largest, vocab_size, tokens)}"
             )
 
 

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 from tdpo.data.chat import ChatRenderer, Piece
+from tdpo.data.continuation import ContinuationEncoder
 from tdpo.data.encode import TextEncoder
 from tdpo.data.formats import ROWS_NAMED, DataReport, OnBadRow, Placed, RowError
+from tdpo.data.rendered import RenderedTexts
+from tdpo.data.sources import SourceRow
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
+BAD_ROW_ADVICE = "--on_bad_row drop leaves such rows out"
 TruncationMode = Literal["keep_end", "keep_start"]
 OnOverlong = Literal["truncate", "drop", "error"]
-ANCHOR = "\n"
-"""Text put before a response whose tokenizer would otherwise prefix it with a space of its own; its ids are cut off."""
+SpecialTokens = Literal["text", "tokens"]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How chats are rendered, and what special-token text in plain texts is.
+
+    Attributes:
+        template_arguments: Arguments of the chat template for all rows; a row's ``chat_template_kwargs`` win.
+        special_tokens: ``"tokens"`` encodes special-token text in plain texts as those tokens, for texts that are
+            rendered chats already, and adds no second start or end token. ``"text"`` encodes it as plain text, as None
+            does; with None, a dataset most of whose texts are rendered chats is refused.
+    """
+
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    special_tokens: SpecialTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,11 @@ class Turns(NamedTuple):
     arguments: dict[str, Any] | None = None
     truncation_mode: TruncationMode | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What messages call the responses."""
+        return ("chosen", "rejected") if len(self.responses) == 2 else ("the response",) * len(self.responses)
+
     @classmethod
     def of(cls, record: Asked, *responses: Text) -> Turns:
         """A record's prompt with some responses to it."""
@@ -112,12 +135,14 @@ class Ids(NamedTuple):
         prompt: Ids of the prompt; empty only for an empty text where the tokenizer starts a text with nothing.
         responses: Ids of each response.
         truncation_mode: As in :class:`Turns`.
+        reason_identical: What made the responses identical, if they are.
     """
 
     place: Placed
     prompt: list[int]
     responses: list[list[int]]
     truncation_mode: TruncationMode | None = None
+    reason_identical: str = "after truncation"
 
 
 class Tokeniser:
@@ -128,6 +153,7 @@ class Tokeniser:
         lengths: Truncation.
         encode: The encoder of another ``Tokeniser`` with the same tokenizer, to share what it has learnt.
         processes: Processes that a whole dataset is tokenised in; see :mod:`tdpo.data.workers`.
+        rendering: Arguments of the chat template, and what special-token text in plain texts is.
 
     Raises:
         UserError: if the tokenizer has no end-of-sequence token.
@@ -139,15 +165,18 @@ class Tokeniser:
         lengths: Lengths | None = None,
         encode: TextEncoder | None = None,
         processes: int = 1,
+        rendering: Rendering | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.processes = processes
+        self.rendering = rendering or Rendering()
         self.lengths = lengths or Lengths()
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no end-of-sequence token, so no response could ever end; name one with --eos_token"
             )
-        self.chats = ChatRenderer(tokenizer)
+        self.chats = ChatRenderer(tokenizer, self.rendering.template_arguments)
+        self.texts = RenderedTexts(tokenizer, self.chats.special)
         if encode is not None:
             self.encode = encode
 
@@ -158,10 +187,28 @@ class Tokeniser:
 
     @cached_property
     def bos(self) -> list[int]:
-        """What the tokenizer puts at the start of a text: its beginning-of-sequence token, or nothing."""
+        """What the tokenizer puts at the start of a text: nothing, a beginning-of-sequence token, or several tokens."""
+        for text in ("a", "1", "."):
+            plain = self.encode([text])[0]
+            whole = self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+            starts = range(len(whole) - len(plain) + 1) if plain else ()
+            start = next((start for start in starts if whole[start : start + len(plain)] == plain), None)
+            if start is not None:
+                return list(whole[:start])
         bos = self.tokenizer.bos_token_id
-        plain = self.tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
-        return [bos] if bos is not None and plain[:1] == [bos] else []
+        return [bos] if bos is not None and whole[:1] == [bos] else []
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The token of text that the tokenizer does not know, where it has such text."""
+        unknown = self.tokenizer.unk_token_id
+        rare = self.encode(["\U00012031", "\uf8ff", "\u2fd5"])
+        return unknown if any(unknown in ids for ids in rare) else None
+
+    def unlimited(self) -> Tokeniser:
+        """Returns a tokeniser that cuts nothing and shares what this one has learnt."""
+        limits = Lengths(max_length=2**31, max_prompt_length=2**30)
+        return Tokeniser(self.tokenizer, limits, self.encode, rendering=self.rendering)
 
     def pairs(
         self, records: Sequence[PreferenceRecord], report: DataReport, on_bad_row: OnBadRow = "error"
@@ -176,6 +223,9 @@ class Tokeniser:
         pairs = []
         for ids in self.turns(turns, report, on_bad_row):
             chosen, rejected = ids.responses
+            if chosen == rejected:
+                report.drop(ids.place, f"chosen and rejected are identical {ids.reason_identical}")
+                continue
             pairs.append(TokenisedPair(ids.prompt or self._beginning(ids.place), chosen, rejected, ids.place.row))
         report.kept = len(pairs)
         return pairs
@@ -185,27 +235,44 @@ class Tokeniser:
         return self.within_limits(self.encode_turns(turns, report, on_bad_row), report)
 
     def encode_turns(self, turns: Sequence[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
-        """Encodes prompts and responses of any length, in order. Once a row is refused, its later turns are skipped."""
-        rows, jobs, bad, refused = [], [], [], None
+        """Encodes prompts and responses of any length, in order. Of a place that is refused, the turns behind too."""
+        jobs: list[tuple[Turns, list[Part], Sequence[str]]] = []
+        bad, refused = [], None
         for turn in turns:
             if turn.place is refused:
                 continue
             try:
-                jobs.append(self._pieces(turn))
-                rows.append(turn)
+                parts, noticed = self._pieces(turn)
             except RowError as error:
                 refused = turn.place
                 bad.append(f"{turn.place.source}, row {turn.place.row}: {error}")
                 report.drop(turn.place, f"bad row ({error})")
+                continue
+            jobs.append((turn, parts, noticed))
+            for what in noticed:
+                report.notice(turn.place, what)
         if bad and on_bad_row == "error":
-            raise UserError(_named(bad, "--on_bad_row drop leaves such rows out"))
-        ids = self._encode_pieces([part for job in jobs for part in job])
+            raise UserError(_named(bad, BAD_ROW_ADVICE))
+        encoded = self._encode_pieces([part for _, parts, _ in jobs for part in parts])
         end = [self.tokenizer.eos_token_id]
-        for turn, job in zip(rows, jobs, strict=True):
-            prompt, *responses = (next(ids) + (end if part.add_end else []) for part in job)
+        for turn, parts, noticed in jobs:
+            prompt, *responses = (next(encoded) for _ in parts)
+            if not all(responses):
+                empty = f"the tokenizer leaves nothing of {turn.names[responses.index([])]}"
+                bad.append(f"{turn.place.source}, row {turn.place.row}: {empty}")
+                report.drop(turn.place, f"bad row ({empty})")
+                continue
+            if self._unknown is not None and any(self._unknown in ids for ids in (prompt, *responses)):
+                report.notice(turn.place, f"text that the tokenizer does not know becomes {self.tokenizer.unk_token!r}")
+            responses = [ids + end if part.add_end else ids for ids, part in zip(responses, parts[1:], strict=True)]
             if isinstance(turn.prompt, str):
-                prompt = self.bos + prompt
-            yield Ids(turn.place, prompt, responses, turn.truncation_mode)
+                prompt = self._begun(prompt, responses)
+            found = Ids(turn.place, prompt, responses, turn.truncation_mode)
+            if len(responses) > 1 and responses[0] == responses[1]:
+                found = found._replace(reason_identical=_reason_identical(turn, noticed))
+            yield found
+        if bad and on_bad_row == "error":
+            raise UserError(_named(bad, BAD_ROW_ADVICE))
 
     def within_limits(self, encoded: Iterable[Ids], report: DataReport) -> Iterator[Ids]:
         """Cuts, drops or refuses what is overlong, as :class:`Lengths` says; whatever is cut or dropped is counted."""
@@ -222,35 +289,63 @@ class Tokeniser:
         if overlong:
             raise UserError(_named(overlong, "--on_overlong truncate or drop would go on"))
 
-    def prompts(self, prompts: Sequence[Text]) -> list[list[int]]:
-        """Ids of prompts alone. An empty prompt becomes the beginning-of-sequence token.
+    def prompts(self, asked: Sequence[Text | Turns]) -> list[list[int]]:
+        """Ids of prompts, of any length: as training has them before responses, or as they are asked alone.
+
+        An empty prompt becomes what the tokenizer starts a text with.
+
+        Args:
+            asked: Prompts, or turns, whose responses may be none.
 
         Raises:
             UserError: for an empty prompt when the tokenizer has no token to begin with, or a chat that cannot be
                 rendered.
         """
-        try:
-            ids = self._encode_pieces([self._prompt_pieces(prompt) for prompt in prompts])
-        except RowError as error:
-            raise UserError(str(error)) from error
-        starts = [self.bos if isinstance(prompt, str) else [] for prompt in prompts]
-        return [start + found or self._beginning() for start, found in zip(starts, ids, strict=True)]
+        turns = [
+            one if isinstance(one, Turns) else Turns(one, (), SourceRow("prompts", number, {}))
+            for number, one in enumerate(asked, 1)
+        ]
+        parts = []
+        for turn in turns:
+            try:
+                parts.append(self._pieces(turn)[0][0])
+            except RowError as error:
+                raise UserError(f"{turn.place.source}, row {turn.place.row}: {error}") from error
+        ids = self._encode_pieces(parts)
+        begun = [
+            self._begun(found, ()) if isinstance(t.prompt, str) else found for t, found in zip(turns, ids, strict=True)
+        ]
+        return [found or self._beginning() for found in begun]
 
-    def _prompt_pieces(self, prompt: Text) -> Part:
-        if isinstance(prompt, str):
-            return Part([Piece(prompt)])
-        return Part(self.chats.pieces(self.chats.prompt(prompt)))
+    def _begun(self, prompt: list[int], responses: Sequence[list[int]]) -> list[int]:
+        """A prompt of plain text with what the tokenizer puts at the start of a text, unless the text has it."""
+        start = self.bos
+        written = self.rendering.special_tokens == "tokens" and start
+        if written and any(ids[: len(start)] == start for ids in ([prompt] if prompt else responses)):
+            return prompt
+        return start + prompt
 
-    def _pieces(self, turn: Turns) -> list[Part]:
-        """Prompt and responses as pieces of text."""
+    def _pieces(self, turn: Turns) -> tuple[list[Part], Sequence[str]]:
+        """Prompt and responses as pieces of text, and what there is to notice about them."""
         if isinstance(turn.prompt, str):
-            return [Part([Piece(turn.prompt)]), *(Part([Piece(str(r), continues=True)], True) for r in turn.responses)]
-        chat = self.chats.chat(turn.prompt, turn.responses, turn.tools, turn.arguments)  # type: ignore[arg-type]
+            return self._pieces_of_texts(turn.prompt, [str(response) for response in turn.responses])
+        if not turn.responses:
+            prompt = self.chats.prompt(turn.prompt, turn.tools, turn.arguments)
+            return [Part(self.chats.pieces(prompt))], ()
+        chat = self.chats.chat(turn.prompt, turn.responses, turn.tools, turn.arguments, turn.names)  # type: ignore[arg-type]
         responses = [
             Part(self.chats.pieces(response, continues=True), add_end=not ended)
             for response, ended in zip(chat.responses, chat.ended, strict=True)
         ]
-        return [Part(self.chats.pieces(chat.prompt)), *responses]
+        return [Part(self.chats.pieces(chat.prompt)), *responses], chat.left_out
+
+    def _pieces_of_texts(self, prompt: str, responses: Sequence[str]) -> tuple[list[Part], Sequence[str]]:
+        noticed = tuple(self.texts.notices(prompt, responses, chosen=self.rendering.special_tokens is not None))
+        if self.rendering.special_tokens != "tokens":
+            return [Part([Piece(prompt)]), *(Part([Piece(r, continues=True)], True) for r in responses)], noticed
+        cut = [self.chats.through_end(response) for response in responses]
+        ended = [Part([Piece(text, literal=False, continues=True)], not ended) for text, ended in cut]
+        return [Part([Piece(prompt, literal=False)]), *ended], noticed
 
     def _encode_pieces(self, parts: Sequence[Part]) -> Iterator[list[int]]:
         """Ids of every part; all pieces of a kind are encoded together."""
@@ -259,9 +354,7 @@ class Tokeniser:
             for piece in part.pieces:
                 kinds.setdefault((piece.literal, piece.continues), []).append(piece.text)
         encoded = {
-            (literal, continues): iter(
-                self._encode_continuations(texts, literal) if continues else self.encode(texts, literal)
-            )
+            (literal, continues): iter(self._continue(texts, literal) if continues else self.encode(texts, literal))
             for (literal, continues), texts in kinds.items()
         }
         for part in parts:
@@ -294,35 +387,47 @@ class Tokeniser:
         return prompt, [response[:room] for response in responses]
 
     def cut_prompt(self, prompt: list[int], limit: int, mode: TruncationMode | None = None) -> list[int]:
-        """The part of a prompt that stays within a limit; a beginning-of-sequence token stays at the beginning."""
+        """The part of a prompt that stays within a limit; what the tokenizer starts a text with stays at its start."""
         if len(prompt) <= limit:
             return prompt
         if (mode or self.lengths.truncation_mode) == "keep_start":
             return prompt[:limit]
-        bos = self.tokenizer.bos_token_id
-        head = prompt[:1] if prompt[0] == bos and limit > 1 else []
+        starts = [start for start in (self.bos, [self.tokenizer.bos_token_id]) if start]
+        head = next((start for start in starts if prompt[: len(start)] == start and limit > len(start)), [])
         return head + prompt[len(prompt) - limit + len(head) :]
 
     def _beginning(self, place: Placed | None = None) -> list[int]:
-        if self.tokenizer.bos_token_id is None:
-            where = f"{place.source}, row {place.row}: the" if place else "a"
-            raise UserError(
-                f"{where} prompt is empty and the tokenizer has no beginning-of-sequence token to start from"
-            )
-        return [self.tokenizer.bos_token_id]
+        if self.bos or self.tokenizer.bos_token_id is not None:
+            return self.bos or [self.tokenizer.bos_token_id]
+        where = f"{place.source}, row {place.row}: the" if place else "a"
+        raise UserError(f"{where} prompt is empty and the tokenizer has no beginning-of-sequence token to start from")
 
     @cached_property
-    def _anchor_ids(self) -> list[int]:
-        """Ids of the anchor if the tokenizer prefixes every text it encodes with a space, else nothing."""
-        bare, anchored, alone = self.encode([ANCHOR, ANCHOR + "a", "a"])
-        return [] if anchored == bare + alone or anchored[: len(bare)] != bare else bare
+    def _continue(self) -> ContinuationEncoder:
+        return ContinuationEncoder(self.tokenizer, self.encode)
 
-    def _encode_continuations(self, texts: Sequence[str], literal: bool = True) -> list[list[int]]:
-        """Ids of texts that go on where another ended: no prefix space of the tokenizer's own."""
-        anchor = self._anchor_ids
-        if not anchor:
-            return self.encode(texts, literal)
-        return [ids[len(anchor) :] for ids in self.encode([ANCHOR + text for text in texts], literal)]
+
+def _reason_identical(turn: Turns, left_out: Sequence[str]) -> str:
+    """Says what made different responses one."""
+    if isinstance(turn.prompt, str):
+        return "after tokenization"
+    what = ", ".join(text.removeprefix("the chat template leaves out ") for text in left_out)
+    return "after the chat template" + (f", which leaves out {what}" if what else "")
+
+
+def outside_vocabulary(token: int, vocab_size: int, tokens: int | None) -> str:
+    """Describes a token id that the model has no row for.
+
+    Args:
+        token: The id.
+        vocab_size: Entries of the model's vocabulary.
+        tokens: Tokens of the tokenizer, where there is one.
+    """
+    sizes = f"the tokenizer has {tokens} tokens, the model's vocabulary {vocab_size} entries" if tokens else ""
+    return (
+        f"token id {token} is outside the model's vocabulary of {vocab_size}; tokenizer and model do not belong "
+        "together" + (f" ({sizes}; --tokenizer_name_or_path names another tokenizer)" if sizes else "")
+    )
 
 
 def _named(messages: Sequence[str], advice: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tdpo.data.formats import DataReport, OnBadRow
 from tdpo.data.table import record_batch
-from tdpo.data.tokenise import Lengths, Tokeniser
+from tdpo.data.tokenise import Lengths, Rendering, Tokeniser
 from tdpo.errors import UserError
 from tdpo.files import check_shared_memory
 from tdpo.types import PreferenceRecord
@@ -53,7 +53,10 @@ def batches_of_workers(
     check_shared_memory("--dataset_num_proc", tokeniser.processes)
     context = multiprocessing.get_context("spawn")  # threads may have started here, which a fork would not survive
     pool = ProcessPoolExecutor(
-        tokeniser.processes, context, initializer=_begin, initargs=(tokeniser.tokenizer, tokeniser.lengths)
+        tokeniser.processes,
+        context,
+        initializer=_begin,
+        initargs=(tokeniser.tokenizer, tokeniser.lengths, tokeniser.rendering),
     )
     waiting: deque[Future[tuple[Any, DataReport]]] = deque()
     try:
@@ -79,10 +82,10 @@ def _collected(future: Future[tuple[Any, DataReport]], report: DataReport) -> An
     return batch
 
 
-def _begin(tokenizer: Any, lengths: Lengths) -> None:
+def _begin(tokenizer: Any, lengths: Lengths, rendering: Rendering) -> None:
     """Makes this process's tokeniser."""
     global _tokeniser
-    _tokeniser = Tokeniser(tokenizer, lengths)
+    _tokeniser = Tokeniser(tokenizer, lengths, rendering=rendering)
 
 
 def _tokenised(records: list[PreferenceRecord], source: str, on_bad_row: OnBadRow) -> tuple[Any, DataReport]:

@@ -26,7 +26,6 @@ from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError, nearest
 from tdpo.models.adapters import ties_are_known
 from tdpo.models.multimodal import processor_template
-from tdpo.models.policy import head_of
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 LANGUAGE_MODELS = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
@@ -208,18 +207,24 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Refuses a tokenizer with more tokens than the model has rows for.
+def model_limits(config: ModelConfig) -> tuple[int | None, int | None]:
+    """Reads vocabulary size and positions from the model's config alone; None where it does not say, or there is none.
+
+    An adapter has those of its base.
 
     Raises:
-        UserError: naming both sizes.
+        UserError: for an adapter that does not name its base.
     """
-    rows, tokens = head_of(model).vocab_size, len(tokenizer)
-    if tokens > rows:
-        raise UserError(
-            f"the tokenizer has {tokens} tokens, the model's vocabulary {rows} entries: they do not belong together "
-            "(--tokenizer_name_or_path names another tokenizer)"
-        )
+    name, revision = config.model_name_or_path, config.model_revision
+    base = adapter_base(name, revision)
+    name, revision = (name, revision) if base is None else (base, "main")
+    try:
+        found = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+    except Exception:  # a tokenizer without a model beside it is enough to look at data
+        return None, None
+    text = found.get_text_config()
+    vocab_size, positions = (getattr(text, key, None) for key in ("vocab_size", "max_position_embeddings"))
+    return vocab_size, positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _is_folder(name: str) -> bool:

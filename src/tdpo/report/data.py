@@ -47,6 +47,8 @@ def counts_table(found: DataCheck, title: str) -> Table:
         table.add_row("", Text(f"column {column!r} holds text and is not used", "yellow"), f"from row {row}")
     for part, rows in report.truncated.items():
         table.add_row(Text(f"{len(rows):,}", "yellow"), f"with a {part} that is cut to fit", _rows(rows))
+    for what, rows in report.noticed.items():
+        table.add_row(Text(f"{len(rows):,}", "yellow"), Text(what, "yellow"), _rows(rows))
     for rows, what in (
         (found.without_end, "with a response that has no end token, because it is cut"),
         (found.repeated, "that repeat an earlier pair"),
@@ -143,9 +145,11 @@ def _heading(name: str, kept: int, cut: int, part: str) -> Text:
 
 
 def _kept_start(kept: Sequence[int], uncut: Sequence[int]) -> int:
-    """Tokens at the beginning of a prompt cut at its beginning that stayed: a beginning-of-sequence token."""
+    """Tokens at the beginning of a prompt cut at its beginning that stayed: what the tokenizer starts a text with."""
     cut = len(uncut) - len(kept)
-    return 1 if cut and kept[0] == uncut[0] and list(kept[1:]) == list(uncut[cut + 1 :]) else 0
+    if not cut or list(kept) == list(uncut[cut:]):
+        return 0
+    return next((n for n in range(1, len(kept)) if list(kept) == [*uncut[:n], *uncut[cut + n :]]), 0)
 
 
 def _marked(ids: Sequence[int], tokenizer: Any, part: str) -> Text:

@@ -28,6 +28,7 @@ from tdpo.train import checkpoints
 from tdpo.train.interrupts import StopRequest, reason
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
 from tdpo.train.sampling import FILLER, StepBatches, loader
+from tdpo.train.vocabulary import VocabularyCallback
 
 logger = logging.getLogger("tdpo")
 
@@ -79,6 +80,7 @@ class BatchMeanTrainer(Trainer):
         self._rows_of_step: list[Tensor] = []
         self._loss_since_log, self._last_logged = torch.zeros(()), 0
         self.add_callback(_StopCallback(self))
+        self.add_callback(VocabularyCallback())
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
         if not args.disable_tqdm:

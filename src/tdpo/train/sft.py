@@ -67,6 +67,7 @@ class SFTTrainer(BatchMeanTrainer):
         check_tunes_weights(loaded)
         if processing_class is None:
             raise UserError("SFTTrainer needs the tokenizer: pass processing_class")
+        tokenizer = tokenizer_of(processing_class)
         if args.disable_dropout:
             disable_dropout(loaded)
             tell_of_dropout(peft_config)
@@ -81,13 +82,13 @@ class SFTTrainer(BatchMeanTrainer):
                 return None
             dataset = prepare_sft(
                 data,
-                Tokeniser(tokenizer_of(processing_class), args.lengths()),
+                Tokeniser(tokenizer, args.lengths(), rendering=args.rendering()),
                 args.reading(),
                 args.on_bad_row,  # type: ignore[arg-type]
                 name,
                 args.train_on,  # type: ignore[arg-type]
             )
-            check_lengths(dataset, position_limit(loaded))
+            check_lengths(dataset, position_limit(loaded), head_of(loaded).vocab_size, len(tokenizer))
             return dataset
 
         super().__init__(

@@ -288,7 +288,8 @@ def _prepare(
         name,
         args.pair_cache(),
     )
-    check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source)
+    tokens = len(tokenizer) if tokenizer is not None else None
+    check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source, tokens)
     if dataset is not data:  # whoever hands over a PairDataset has its report
         for line in dataset.report.lines()[1:]:
             logger.warning("%s: %s", dataset.report.source, line)

@@ -16,6 +16,11 @@ from tdpo.types import PreferenceRecord, Text
 PREFERENCE_USES = (*PROMPT_USES, "chosen", "rejected")
 IMPLICIT_USES = ("chosen", "rejected", SYSTEMS, *CHAT_OPTIONS)
 DIALOGUE_TURN = "\n\nAssistant:"
+CONTROL = r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>"
+ANSWER_HEADER = regex.compile(
+    rf"{CONTROL}assistant(?:{CONTROL})?\n*|<[|\uff5c][Aa]ssistant[|\uff5c]>\n*|<start_of_turn>model\n|\[/INST\]"
+)
+"""How an assistant's turn begins in chats that are rendered already, in the usual families of models."""
 BOUNDARY = regex.compile(r"(?w)\b")
 """A word boundary as Unicode defines it (UAX 29): none in a number, an emoji, a flag or before a combining mark."""
 
@@ -35,7 +40,8 @@ def preference(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
 def implicit(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     """TRL's implicit format: ``chosen`` and ``rejected`` begin with the prompt, as texts or as chat messages.
 
-    The prompt is the longest common prefix of whole turns, or of whole words.
+    The prompt is the longest common prefix of whole turns, or of whole words; of texts that are rendered chats, all
+    before the last assistant's answer.
     """
     chosen, rejected = (text_of(row, name) for name in ("chosen", "rejected"))
     check_kinds(chosen=chosen, rejected=rejected)
@@ -45,7 +51,7 @@ def implicit(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
         system = first_of(row.fields, SYSTEMS)
         if row.fields.get(system):
             raise RowError(f"field {system!r} is for a chat, and chosen and rejected are texts without a prompt beside")
-        end = common_words(chosen, rejected)
+        end = _rendered_prompt(chosen, rejected) or common_words(chosen, rejected)
         if not chosen[:end].strip():
             raise RowError("there is no field 'prompt', and chosen and rejected do not begin with the same words")
         return [_record(row, chosen[:end], chosen[end:], rejected[end:])]
@@ -108,6 +114,20 @@ def common_words(one: str, other: str) -> int:
     while end > 0 and one[end - 1] == " ":
         end -= 1
     return end
+
+
+def _rendered_prompt(one: str, other: str) -> int:
+    """Where the prompt of two rendered chats ends: after the header of the last assistant's turn; 0 for other texts.
+
+    Raises:
+        RowDropped: if the chats part before their last turn.
+    """
+    last, others = ([found.end() for found in ANSWER_HEADER.finditer(text)] for text in (one, other))
+    common = _common_prefix(one, other)
+    shared = max((end for end in last if end <= common), default=0)
+    if shared and not last[-1] == others[-1] == shared:
+        raise RowDropped("the two chats do not share their prompt")
+    return shared
 
 
 def _common_prefix(one: str, other: str) -> int:

@@ -64,7 +64,9 @@ class DataReport:
     def notice(self, place: Placed, what: str) -> None:
         """Counts a row that is used under what the user should know of it."""
         known = what in self.noticed or len(self.noticed) < REASONS_KEPT
-        self.noticed[what if known else OTHER_REASONS].append(place.row)
+        rows = self.noticed[what if known else OTHER_REASONS]
+        if rows[-1:] != [place.row]:
+            rows.append(place.row)
 
     def drop(self, place: Placed, reason: str) -> None:
         """Counts a row as dropped."""
