@@ -15,7 +15,7 @@ from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import run_in_head
-from tdpo.models.policy import head_of, position_limit, prove_head
+from tdpo.models.policy import head_of, position_limit, prove_head, unwrapped
 from tdpo.models.reference import Reference, as_reference, check_comparable
 from tdpo.models.tied import tied_gradient
 from tdpo.models.trees import tree_plan
@@ -94,8 +94,10 @@ def score_pairs(
     """
     if not pairs:
         raise UserError("score_pairs was given no pairs")
+    policy = unwrapped(policy)
     prove_head(policy)
     if isinstance(reference, nn.Module):
+        reference = unwrapped(reference)
         check_comparable(policy, reference)
     models = [policy, *as_reference(reference).models()]
     check_fits(pairs, head_of(policy).vocab_size, position_limit(*models))

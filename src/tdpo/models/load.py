@@ -104,6 +104,10 @@ def _load_whole(config: ModelConfig, name: str, revision: str, quantization: dic
             **(config.model_init_kwargs or {}),  # type: ignore[arg-type]
         )
     except Exception as error:  # whatever a broken folder or the network may raise, it is about the name
+        if "for this kind of AutoModel" in str(error):
+            raise UserError(
+                f"model {name!r} is not a causal language model: transformers has no AutoModelForCausalLM for it"
+            ) from error
         raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     model, told = loaded
     missing = sorted([*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])])
@@ -112,11 +116,6 @@ def _load_whole(config: ModelConfig, name: str, revision: str, quantization: dic
             f"model {name!r} lacks weights of {type(model).__name__}, which would be drawn at random: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. It is no whole causal language model"
         )
-    for module in model.modules():
-        # bitsandbytes repacks 4-bit weights on a CPU at their first pass in evaluation mode, for inference only, and
-        # every gradient through them is silently zero from then on.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -7,9 +7,11 @@ name: the conventions transformers models share are used, and :func:`prove_head`
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,16 +28,43 @@ PROBE_SIZES = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 # and multiplies in another, and logit_scale may be there unused. `prove_head` finds out which reading is the model's.
 DIVISORS = ("logits_scaling",)
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
+HALF = (torch.float16, torch.bfloat16)
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 ABSENT = torch.finfo(torch.float16).min
 """Logits down here are vocabulary entries the model leaves out."""
 
-_proven: weakref.WeakKeyDictionary[nn.Module, tuple[float, float | None]] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Proof:
+    """How a model's logits follow from its body's states, as :func:`prove_head` measured it.
+
+    Attributes:
+        state: What the measurement depends on; see :func:`_state_of`.
+        factor: Constant that the model multiplies its states by between body and head.
+        scale: Constant factor on the logits.
+        soft_cap: Bound of the logits, or None.
+    """
+
+    state: tuple[Any, ...]
+    factor: float
+    scale: float
+    soft_cap: float | None
+
+
+_proven: weakref.WeakKeyDictionary[nn.Module, _Proof] = weakref.WeakKeyDictionary()
+
+
+def unwrapped(model: Any) -> Any:
+    """Returns the model that ``torch.compile(model)`` wraps, or the model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def causal_lm(model: Any) -> Any:
-    """The causal language model inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    """Returns the causal language model inside the wrappers of peft and ``torch.compile``, or the model itself."""
+    model = unwrapped(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = unwrapped(model.get_base_model())
+    return model
 
 
 def head_of(model: nn.Module) -> Head:
@@ -45,14 +74,40 @@ def head_of(model: nn.Module) -> Head:
         UserError: as :func:`prove_head`, which it calls for a model that has not been through it.
     """
     lm = causal_lm(model)
-    prove_head(lm)
-    return _plain_head(lm, *_proven[lm])
+    # What was proven stays: within a forward, wrappers may have put weights of fewer bits in place.
+    if lm not in _proven:
+        prove_head(lm)
+    proof = _proven[lm]
+    return _scaled_states(_plain_head(lm, proof.scale, proof.soft_cap), proof.factor)
+
+
+def _scaled_states(head: Head, factor: float) -> Head:
+    """Returns the head that gives for ``states`` what ``head`` gives for ``factor * states``."""
+    if factor == 1.0:
+        return head
+    bias = None if head.bias is None else head.bias / factor
+    return replace(head, bias=bias, scale=head.scale * factor)
 
 
 def _plain_head(lm: Any, scale: float = 1.0, soft_cap: float | None = None) -> Head:
+    config = getattr(lm, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{type(lm).__name__} is not a causal language model: it has an encoder and a decoder. tdpo trains "
+            "decoders alone, models that transformers' AutoModelForCausalLM loads"
+        )
+    inner = getattr(lm, "module", None)
+    if config is None and isinstance(inner, nn.Module):
+        raise UserError(
+            f"the model is wrapped in {type(lm).__name__}; pass the {type(inner).__name__} inside it (model.module). "
+            "The trainer distributes it itself"
+        )
     output = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
     if output is None or getattr(output, "weight", None) is None:
-        raise UserError(f"{type(lm).__name__} has no language-model head; tdpo needs a causal language model")
+        raise UserError(
+            f"{type(lm).__name__} is not a causal language model: it has no language-model head. Load the checkpoint "
+            "with transformers' AutoModelForCausalLM"
+        )
     if getattr(output, "base_layer", None) is not None:
         raise UserError(
             f"{type(lm).__name__} has an adapter on its language-model head; tdpo reads the head's weight alone, so "
@@ -71,49 +126,49 @@ def body_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 
 def prove_head(model: nn.Module) -> None:
-    """Finds out, once per model, how its logits follow from its body and head, and that tdpo can do the same.
+    """Measures how the model's logits follow from its body and head, and proves that tdpo computes the same.
 
     One forward pass compares the head's output with hidden states times weight, then hands the rest of the model
     made-up outputs of many sizes and compares what becomes of them with every scale and soft-cap the config may mean.
+    A model is measured again when its dtype, its head or the numbers in its config changed.
 
     Raises:
-        UserError: if no reading fits, which would make every statistic wrong without a sign, or the model is no causal
-            language model.
+        UserError: if no reading fits, which would make every statistic wrong without a sign, or the model is not a
+            causal language model.
     """
     lm = causal_lm(model)
-    if lm in _proven:
-        return
     head = _plain_head(lm)
+    keep_gradients(lm)
+    state = _state_of(lm)
+    if lm in _proven and _proven[lm].state == state:
+        return
     ids = (torch.arange(len(PROBE_SIZES), device=head.weight.device) + 3)[None] % head.vocab_size
-    outputs: list[Tensor] = []
+    calls: list[tuple[Tensor, Tensor]] = []
     probe = torch.tensor(PROBE_SIZES)[:, None] * torch.cos(2.4 * torch.arange(head.vocab_size))
 
     def swap(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        outputs.append(output[0])
+        calls.append((inputs[0][0], output[0]))
         return probe.to(output)[None]
 
-    # Past whatever an earlier trainer wrapped around the forward (autocast, say), body and head are held together.
+    # Past whatever an earlier trainer wrapped around the forward (autocast, say), body and head are compared.
     with evaluating(lm), torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
+        tolerance, leak = (5e-2, 5e-2) if head.weight.dtype in HALF else (1e-3, 1e-4)
+        states = _causal_states(lm, ids, head.vocab_size, leak)
         handle = lm.get_output_embeddings().register_forward_hook(swap)
         try:
             logits = type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
         finally:
             handle.remove()
-        states = body_states(lm, input_ids=ids)[0]
-        ours = head_logits(states, head)
-        changed = ids.clone()
-        changed[0, -1] = (ids[0, -1] + 1) % head.vocab_size
-        future = _difference(body_states(lm, input_ids=changed)[0, :-1], states[:-1])
-    if not logits.isfinite().any() or not states.isfinite().all():
-        raise UserError(f"{type(lm).__name__}: its weights give hidden states or logits that are not finite")
+        factor = _factor(states, calls[0][0], lm.config) if calls else 1.0
+        ours = head_logits(states, _scaled_states(head, factor))
+    if not logits.isfinite().any():
+        raise UserError(f"{type(lm).__name__}: its weights give logits that are not finite")
     # A model that never calls its head's layer makes its logits some other way; then only those can be compared.
-    error = _difference(ours, outputs[0]) if outputs else 0.0
-    finish = probe.to(outputs[0]).to(ours.dtype) if outputs else ours
+    error = _difference(ours, calls[0][1]) if calls else 0.0
+    finish = probe.to(calls[0][1]).to(ours.dtype) if calls else ours
     readings = {reading: _difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)}
-    half = {head.weight.dtype, logits.dtype} & {torch.float16, torch.bfloat16}  # the logits' own under autocast
-    tolerance = 5e-2 if half else 1e-3
-    if future > tolerance:
-        raise UserError(f"{type(lm).__name__} lets a token see those after it; tdpo needs a causal language model")
+    if logits.dtype in HALF:  # the logits' own under autocast
+        tolerance = 5e-2
     fitting = [reading for reading, misfit in readings.items() if misfit < tolerance]
     if not (error < tolerance and fitting):
         raise UserError(
@@ -121,7 +176,67 @@ def prove_head(model: nn.Module) -> None:
             f"{max(error, min(readings.values())):.1e} (relative); it does something to its logits that tdpo does not "
             "know, so its statistics would be wrong"
         )
-    _proven[lm] = fitting[0]
+    _proven[lm] = _Proof(state, factor, *fitting[0])
+
+
+def keep_gradients(lm: nn.Module) -> None:
+    """Keeps 4-bit weights on a CPU in the form that gradients flow through.
+
+    bitsandbytes repacks them at their first pass in evaluation mode, for inference only, and every gradient through
+    them is silently zero from then on.
+    """
+    for module in lm.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _state_of(lm: Any) -> tuple[Any, ...]:
+    """What a proof depends on: dtype and identity of the head, and the numbers of the config."""
+    output, text = lm.get_output_embeddings(), lm.config.get_text_config()
+    numbers = tuple((name, value) for name, value in sorted(vars(text).items()) if isinstance(value, float))
+    return output.weight.dtype, id(output), tuple(_readings(lm.config)), numbers
+
+
+def _causal_states(lm: Any, ids: Tensor, vocab_size: int, tolerance: float) -> Tensor:
+    """Hidden states ``[T, D]`` of one sequence.
+
+    Raises:
+        UserError: if its last token changes the states before it, or the body does not run like that of a decoder.
+    """
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % vocab_size
+    try:
+        states, others = (body_states(lm, input_ids=sequence)[0] for sequence in (ids, changed))
+    except TypeError as error:
+        raise UserError(f"{type(lm).__name__} is not a causal language model: {str(error).splitlines()[0]}") from error
+    if not states.isfinite().all():
+        raise UserError(f"{type(lm).__name__}: its weights give hidden states that are not finite")
+    if _difference(others[:-1], states[:-1]) > tolerance:
+        raise UserError(f"{type(lm).__name__} is not a causal language model: it lets a token see those after it")
+    return states
+
+
+def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
+    """The constant that turns the body's states into what the head receives, 1 where there is none.
+
+    A number of the config that lies within rounding of the measured value is taken for it.
+    """
+    if states.shape != head_input.shape:
+        return 1.0
+    ours, theirs = states.double(), head_input.double()
+    measured = ((ours * theirs).sum() / (ours * ours).sum()).item()
+    text = config.get_text_config()
+    names = {*vars(text), *DIVISORS, *FACTORS}
+    numbers = [value for name in names if _is_positive(value := getattr(text, name, None))]
+    rounding = 1e-2 if head_input.dtype in HALF else 1e-4
+    known = [1.0, *numbers, *(1 / number for number in numbers)]
+    nearest = min(known, key=lambda number: abs(number - measured) if math.isfinite(measured) else abs(number - 1))
+    close = not measured > 0 or abs(nearest - measured) < rounding * abs(measured)
+    return float(nearest) if close else measured
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _readings(config: Any) -> list[tuple[float, float | None]]:
@@ -130,7 +245,7 @@ def _readings(config: Any) -> list[tuple[float, float | None]]:
 
     def numbers(names: tuple[str, ...]) -> list[float]:
         values = (getattr(text, name, None) for name in names)
-        return [float(value) for value in values if isinstance(value, (int, float)) and value > 0]
+        return [float(value) for value in values if _is_positive(value)]
 
     scales = [*(1 / value for value in numbers(DIVISORS)), *numbers(FACTORS), 1.0]
     return list(itertools.product(scales, [*numbers(CAPS), None]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_layers, moves_its_base, switched_off
 from tdpo.models.hidden import response_states
-from tdpo.models.policy import causal_lm, evaluating, head_of
+from tdpo.models.policy import causal_lm, evaluating, head_of, prove_head
 from tdpo.models.sharding import narrow, narrow_dtype, shard_frozen
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
@@ -244,13 +244,15 @@ def reference_hidden(reference: nn.Module | Reference, batch: PackedBatch) -> Hi
 
 
 def check_comparable(policy: nn.Module, reference: nn.Module) -> None:
-    """Refuses a reference that KL(reference || policy) would mean nothing against: other vocabulary, shared weights.
+    """Proves both heads, and refuses a reference with another vocabulary or with weights of the policy.
 
     Raises:
         UserError: naming both sizes, or saying what is shared.
     """
+    for model in (policy, reference):
+        prove_head(model)
     own, others = ({id(parameter) for parameter in model.parameters()} for model in (policy, reference))
-    if own & others and policy is not reference:
+    if own & others and causal_lm(policy) is not causal_lm(reference):
         raise UserError(
             "policy and reference share weights, so training one moves the other and the KL reads 0: give the "
             "reference weights of its own (copy.deepcopy), or leave ref_model out and a frozen copy is made"
