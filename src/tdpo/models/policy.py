@@ -212,6 +212,11 @@ def _causal_states(lm: Any, ids: Tensor, vocab_size: int, tolerance: float) -> T
     if not states.isfinite().all():
         raise UserError(f"{type(lm).__name__}: its weights give hidden states that are not finite")
     if _difference(others[:-1], states[:-1]) > tolerance:
+        if _difference(body_states(lm, input_ids=ids)[0], states) > tolerance:
+            raise UserError(
+                f"{type(lm).__name__}: two passes over the same tokens in evaluation mode give different states; "
+                "remove what adds noise in evaluation mode (a hook, a layer that ignores eval())"
+            )
         raise UserError(f"{type(lm).__name__} is not a causal language model: it lets a token see those after it")
     return states
 
