@@ -15,6 +15,7 @@ from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import run_in_head
+from tdpo.models.modes import known_gap, same_mode
 from tdpo.models.policy import head_of, position_limit, prove_head, unwrapped
 from tdpo.models.reference import Reference, as_reference, check_comparable
 from tdpo.models.tied import tied_gradient
@@ -100,6 +101,9 @@ def score_pairs(
         reference = unwrapped(reference)
         check_comparable(policy, reference)
     models = [policy, *as_reference(reference).models()]
+    if policy.training and known_gap(policy).arithmetic:
+        for model in models:
+            known_gap(model)
     check_fits(pairs, head_of(policy).vocab_size, position_limit(*models))
     batch = packer(layout, models)(pairs).to(next(policy.parameters()).device)
     return score_batch(policy, reference, batch, objective, backend)
@@ -144,7 +148,8 @@ def batch_loss(
         scores = score_batch(policy, reference, batch, objective, backend)
         return scores.loss.sum(), scores
     live = as_reference(reference)
-    ref_states = live.states(batch)
+    with same_mode(policy, live):
+        ref_states = live.states(batch)
     budget = logits_budget or LogitsBudget()
     with tied_gradient(policy, batch.input_ids.device) as tied:
 
@@ -174,7 +179,8 @@ def score_batch(
 ) -> PairScores:
     """:func:`score_pairs` for a batch that is already laid out, on the policy's device, without the checks."""
     live = as_reference(reference)
-    ref_states = live.states(batch)
+    with same_mode(policy, live):
+        ref_states = live.states(batch)
 
     def statistics(states: Tensor) -> tuple[Tensor, Tensor, TokenStats]:
         hidden, ref_hidden = Hidden(states, head_of(policy)), Hidden(ref_states, live.head())

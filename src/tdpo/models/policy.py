@@ -164,9 +164,11 @@ def prove_head(model: nn.Module) -> None:
     if not logits.isfinite().any():
         raise UserError(f"{type(lm).__name__}: its weights give logits that are not finite")
     # A model that never calls its head's layer makes its logits some other way; then only those can be compared.
-    error = _difference(ours, calls[0][1]) if calls else 0.0
+    error = relative_difference(ours, calls[0][1]) if calls else 0.0
     finish = probe.to(calls[0][1]).to(ours.dtype) if calls else ours
-    readings = {reading: _difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)}
+    readings = {
+        reading: relative_difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)
+    }
     if logits.dtype in HALF:  # the logits' own under autocast
         tolerance = 5e-2
     fitting = [reading for reading, misfit in readings.items() if misfit < tolerance]
@@ -211,8 +213,8 @@ def _causal_states(lm: Any, ids: Tensor, vocab_size: int, tolerance: float) -> T
         raise UserError(f"{type(lm).__name__} is not a causal language model: {str(error).splitlines()[0]}") from error
     if not states.isfinite().all():
         raise UserError(f"{type(lm).__name__}: its weights give hidden states that are not finite")
-    if _difference(others[:-1], states[:-1]) > tolerance:
-        if _difference(body_states(lm, input_ids=ids)[0], states) > tolerance:
+    if relative_difference(others[:-1], states[:-1]) > tolerance:
+        if relative_difference(body_states(lm, input_ids=ids)[0], states) > tolerance:
             raise UserError(
                 f"{type(lm).__name__}: two passes over the same tokens in evaluation mode give different states; "
                 "remove what adds noise in evaluation mode (a hook, a layer that ignores eval())"
@@ -256,7 +258,7 @@ def _readings(config: Any) -> list[tuple[float, float | None]]:
     return list(itertools.product(scales, [*numbers(CAPS), None]))
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference within a row over the row's largest entry; entries absent on both sides agree."""
     absent = (ours <= ABSENT) & (theirs <= ABSENT)
     ours, theirs = (logits.to(torch.float32).masked_fill(absent, 0.0) for logits in (ours, theirs))

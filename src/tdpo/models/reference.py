@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_layers, moves_its_base, switched_off
 from tdpo.models.hidden import response_states
-from tdpo.models.policy import causal_lm, evaluating, head_of, prove_head
+from tdpo.models.modes import reference_mode
+from tdpo.models.policy import causal_lm, head_of, prove_head
 from tdpo.models.sharding import narrow, narrow_dtype, shard_frozen
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
@@ -102,7 +103,7 @@ class FrozenCopy:
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
-        with torch.no_grad():
+        with reference_mode(self.model), torch.no_grad():
             return response_states(self.model, batch)
 
     def head(self) -> Head:
@@ -150,7 +151,7 @@ class AdapterOff:
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
-        with evaluating(self.policy), switched_off(self._layers), torch.no_grad():
+        with reference_mode(self.policy), switched_off(self._layers), torch.no_grad():
             return response_states(self.policy, batch)
 
     def head(self) -> Head:
@@ -181,7 +182,7 @@ class AsItIs:
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
-        with evaluating(self.model), torch.no_grad():
+        with reference_mode(self.model), torch.no_grad():
             return response_states(self.model, batch)
 
     def head(self) -> Head:

@@ -26,7 +26,7 @@ from tdpo.data.pack import pack_padded
 from tdpo.errors import UserError
 from tdpo.models.adapters import KEEPING_INITS, has_adapter, with_adapter
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
-from tdpo.models.policy import causal_lm, prove_head
+from tdpo.models.policy import causal_lm, evaluating, prove_head
 from tdpo.models.reference import AdapterOff, AsItIs, CachedHidden, FrozenCopy, Reference, check_comparable
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
 from tdpo.train.progress import bar
@@ -273,7 +273,7 @@ def _run(
             store.add([pair for batch, _ in pending for pair in batch], torch.cat([states for _, states in pending]))
             pending.clear()
 
-    with bar(console, transient=True) as shown, torch.no_grad():
+    with bar(console, transient=True) as shown, torch.no_grad(), evaluating(*reference.models()):
         task = shown.add_task("caching the reference", total=len(batches), figures="")
         for batch in batches:
             with run.autocast():

@@ -18,7 +18,8 @@ from tdpo.models.adapters import tell_of_dropout, with_adapter
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import open_forward, run_in_head, run_inside
 from tdpo.models.load import load_model
-from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
+from tdpo.models.modes import prepare_training_mode
+from tdpo.models.policy import head_of, position_limit, prove_head, unwrapped
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer
 from tdpo.types import Hidden, PackedBatch
@@ -58,15 +59,15 @@ class SFTTrainer(BatchMeanTrainer):
         args = args or SFTConfig(output_dir="sft-output")
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
-        loaded = load_model(config, trainable=True) if isinstance(model, str) else model
+        loaded = load_model(config, trainable=True) if isinstance(model, str) else unwrapped(model)
         if peft_config is not None:
             loaded = with_adapter(loaded, peft_config)
         if processing_class is None:
             raise UserError("SFTTrainer needs the tokenizer: pass processing_class")
-        if args.disable_dropout:
-            disable_dropout(loaded)
-            tell_of_dropout(peft_config)
         prove_head(loaded)
+        if args.disable_dropout:
+            tell_of_dropout(peft_config)
+        prepare_training_mode(loaded, args.disable_dropout)
         open_forward(loaded)
 
         def prepared(data: Iterable[Any] | None, name: str) -> SFTDataset | None:
