@@ -16,6 +16,7 @@ from tdpo.errors import UserError
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import run_in_head
 from tdpo.models.modes import known_gap, same_mode
+from tdpo.models.neighbours import neighbour_plan
 from tdpo.models.policy import head_of, position_limit, prove_head, unwrapped
 from tdpo.models.reference import Reference, as_reference, check_comparable
 from tdpo.models.tied import tied_gradient
@@ -117,6 +118,8 @@ def packer(layout: str, models: Sequence[nn.Module]) -> Callable[[Sequence[Token
     """
     if layout not in get_args(LayoutChoice):
         raise UserError(f"unknown layout {layout!r}; there are: {', '.join(get_args(LayoutChoice))}")
+    for model in models:
+        neighbour_plan(model)  # while its weights are whole
     if layout == "padded":
         return pack_padded
     refusal = tree_refusal(models)

@@ -31,7 +31,8 @@ from tdpo.models.policy import (
 
 logger = logging.getLogger("tdpo")
 PROBED_TOKENS = 64
-"""Enough for what happens to a few tokens in a hundred, an expert drawn at random where two are nearly equal say."""
+MANY_ROWS = 16
+"""Sequences run where random numbers are drawn without an effect on one, as for experts that are nearly equal."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,12 @@ def measure_modes(model: nn.Module) -> ModeGap:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(lm):
         quiet = [_states(lm), _states(lm)]
         lm.train()
-        loud = [_states(lm), _states(lm)]
+        loud, drawn = [_states(lm), _states(lm)], _random_state(device)
         recorded = _states(lm, gradients=True)
+        noise, arithmetic = relative_difference(*loud), relative_difference(loud[0], quiet[0])
+        if not noise and not torch.equal(drawn, _random_state(device)):  # it may matter to few tokens only
+            noise = relative_difference(_states(lm, MANY_ROWS), _states(lm, MANY_ROWS))
     unsteady = relative_difference(*quiet)  # of kernels that add up in any order
-    noise, arithmetic = relative_difference(*loud), relative_difference(loud[0], quiet[0])
     return ModeGap(
         noise if noise > 10 * unsteady else 0.0,
         arithmetic if arithmetic > 10 * unsteady else 0.0,
@@ -240,13 +243,17 @@ def _evaluation_uses(lm: Any, name: str, values: list[tuple[Any, float]]) -> boo
             _set(name, values)
 
 
-def _states(lm: Any, gradients: bool = False) -> Tensor:
-    """Hidden states ``[T, D]`` of a short sequence, in the mode the model is in."""
+def _states(lm: Any, rows: int = 1, gradients: bool = False) -> Tensor:
+    """Hidden states ``[R * T, D]`` of short sequences, in the mode the model is in."""
     embedding = lm.get_input_embeddings().weight
     count = min(PROBED_TOKENS, position_limit(lm) or PROBED_TOKENS)
-    ids = (torch.arange(count, device=embedding.device) * 7919 + 3)[None] % embedding.shape[0]
+    ids = (torch.arange(rows * count, device=embedding.device).view(rows, -1) * 7919 + 3) % embedding.shape[0]
     with torch.set_grad_enabled(gradients), torch.autocast(embedding.device.type, enabled=False):
-        return body_states(lm, input_ids=ids)[0].detach()
+        return body_states(lm, input_ids=ids).detach().flatten(0, 1)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _dtype(lm: Any) -> torch.dtype:

@@ -26,6 +26,7 @@ from tdpo.data.pack import pack_padded
 from tdpo.errors import UserError
 from tdpo.models.adapters import KEEPING_INITS, has_adapter, with_adapter
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
+from tdpo.models.neighbours import neighbour_plan
 from tdpo.models.policy import causal_lm, evaluating, prove_head
 from tdpo.models.reference import AdapterOff, AsItIs, CachedHidden, FrozenCopy, Reference, check_comparable
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
@@ -68,6 +69,9 @@ def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, a
         prove_head(ref_model)
         check_comparable(policy, ref_model)
     strategy, why = _choose(policy, ref_model, peft_config, args)
+    reason = neighbour_plan(policy).reason
+    if reason and strategy != "cached":  # which is refused
+        logger.warning("%s: %s; losses depend on how batches are made up", type(causal_lm(policy)).__name__, reason)
     cache = None
     if strategy == "cached":
         cache = Path(args.reference_cache or Path(str(args.output_dir)) / DEFAULT_CACHE).expanduser()
@@ -242,8 +246,17 @@ def fill(store: HiddenStore, reference: Reference, pairs: Sequence[TokenisedPair
 
     Returns:
         How many pairs were computed, by all processes together.
+
+    Raises:
+        UserError: for a reference whose states depend on the other sequences of their batch.
     """
     state = PartialState()
+    for model in reference.models():
+        if reason := neighbour_plan(model).reason:
+            raise UserError(
+                f"--reference cached: {type(causal_lm(model)).__name__} cannot be read from a cache: {reason}, and a "
+                "cache is filled in other batches than those of training. Use --reference frozen"
+            )
     missing = store.missing(pairs)
     state.wait_for_everyone()  # all have counted before anyone adds
     if missing:

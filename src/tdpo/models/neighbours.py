@@ -1,0 +1,207 @@
+"""Hidden states that depend on the other sequences of a batch, measured on the loaded model.
+
+Rotary embeddings with two sets of frequencies (LongRoPE) take the long set for a whole batch as soon as one sequence in
+it is long. The states of the short ones change then, so that a reference read from a cache, which ran in other batches,
+differs from an equal policy. Here each sequence gets the frequencies of its own length. What depends on neighbours in
+another way is reported.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdpo.data.pack import as_padded
+from tdpo.models.policy import HALF, body_states, causal_lm, evaluating, position_limit, relative_difference
+from tdpo.types import PackedBatch
+
+PROBED_TOKENS = 8
+PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+LONGEST = 1 << 20
+"""Positions looked at in a model whose config does not say how many there are."""
+
+
+@dataclass(frozen=True)
+class NeighbourPlan:
+    """What the states of a sequence depend on beside the sequence.
+
+    Attributes:
+        switch: Sequences longer than this have other rotary frequencies, None where all have the same.
+        rotaries: The modules that compute them.
+        reason: Why states depend on other sequences all the same, in words; empty if they do not.
+    """
+
+    switch: int | None = None
+    rotaries: tuple[nn.Module, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module that turns positions into frequencies, to be repeated with other positions."""
+
+    name: str
+    module: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def first_row(self, positions: Tensor) -> list[Tensor]:
+        """Returns what the module gives for the first row of other positions."""
+        return [output[0] for output in self.module(self.args[0], positions, *self.args[2:], **self.kwargs)]
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, NeighbourPlan]] = weakref.WeakKeyDictionary()
+
+
+def neighbour_plan(model: nn.Module) -> NeighbourPlan:
+    """Measures on what states depend beside their own sequence, once for each model and dtype.
+
+    To be called before a model is wrapped or sharded; within its forward, the measurement that is there is used.
+    """
+    lm = causal_lm(model)
+    dtype = next(lm.parameters()).dtype
+    if lm not in _plans or _plans[lm][0] != dtype:
+        with evaluating(lm), torch.no_grad(), torch.autocast(next(lm.parameters()).device.type, enabled=False):
+            _plans[lm] = dtype, _measure(lm)
+    return _plans[lm][1]
+
+
+def sequence_states(model: nn.Module, batch: PackedBatch, run: Callable[[PackedBatch], Tensor]) -> Tensor:
+    """Hidden states ``[N, D]`` that predict a batch's response tokens, each sequence as it would be alone.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        run: Gives the hidden states ``[R, T, D]`` of a batch.
+    """
+    _, plan = _plans.get(causal_lm(model)) or (None, neighbour_plan(model))
+    if plan.switch is not None and int(batch.position_ids.max()) + 2 > plan.switch:
+        rows = as_padded(batch)  # a tree's two branches may lie on both sides
+        lengths = (rows.tree_ids >= 0).sum(1)
+        if int(lengths.min()) <= plan.switch + 1:
+            with own_frequencies(plan, lengths):
+                return run(rows).flatten(0, 1)[rows.source_index]
+    return run(batch).flatten(0, 1)[batch.source_index]
+
+
+@contextmanager
+def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
+    """Inside, every row gets the rotary frequencies of its own length.
+
+    Args:
+        plan: The model's plan, with a switch.
+        lengths_R: Tokens of each row without padding.
+    """
+    switch = plan.switch or 0
+    is_long = (lengths_R > switch)[:, None, None]
+
+    def of_each_row(own: Any) -> Any:
+        def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            # The module looks at the largest position alone, wherever it is.
+            last = position_ids.new_full((*position_ids.shape[:-1], 1), switch)
+            long = own(x, torch.cat([position_ids, last], -1), *args, **kwargs)
+            short = own(x, position_ids.clamp(max=switch - 1), *args, **kwargs)
+            return tuple(torch.where(is_long, a[..., :-1, :], b) for a, b in zip(long, short, strict=True))
+
+        return forward
+
+    patched = [(module, vars(module).get("forward")) for module in plan.rotaries]
+    for module, _ in patched:
+        module.forward = of_each_row(module.forward)
+    try:
+        yield
+    finally:
+        for module, own in patched:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def _measure(lm: Any) -> NeighbourPlan:
+    embedding = lm.get_input_embeddings().weight
+    ids = (torch.arange(2 * PROBED_TOKENS, device=embedding.device).view(2, -1) * 7 + 3) % embedding.shape[0]
+    others = torch.stack([ids[0], ids[1, :1].expand_as(ids[1])])  # one token again and again fills an expert
+    with _recorded(lm) as calls:
+        states = body_states(lm, input_ids=ids)
+    tolerance = 5e-2 if states.dtype in HALF else 1e-3
+    misfit = relative_difference(body_states(lm, input_ids=others)[:1], states[:1])
+    if misfit > tolerance:
+        return NeighbourPlan(reason=f"its hidden states change by {misfit:.1e} with the other sequences of a batch")
+    near = torch.arange(PROBED_TOKENS, device=ids.device)[None]
+    switching = [(call, switch) for call in calls if (switch := _switch(call, near, position_limit(lm) or LONGEST))]
+    if not switching:
+        return NeighbourPlan()
+    switches = {switch for _, switch in switching}
+    modules = tuple({id(call.module): call.module for call, _ in switching}.values())
+    plan = NeighbourPlan(min(switches), modules)
+    in_layer = any(part.isdigit() for call, _ in switching for part in call.name.split("."))
+    # Within a layer, checkpointing runs it again after the forward, where rows are not told apart.
+    if in_layer or len(switches) > 1 or not _is_proven(lm, plan, ids, near, tolerance):
+        return NeighbourPlan(
+            reason=f"a sequence of more than {plan.switch} tokens changes the positions of the others in its batch"
+        )
+    return plan
+
+
+@contextmanager
+def _recorded(lm: Any) -> Iterator[list[_Call]]:
+    """Records the calls of modules without weights that are given positions."""
+    calls: list[_Call] = []
+
+    def record(name: str) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            others = dict(kwargs)
+            if len(args) == 1 and "position_ids" in others:
+                args = (*args, others.pop("position_ids"))
+            if len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point():
+                calls.append(_Call(name, module, args, others))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(record(name), with_kwargs=True)
+        for name, module in lm.named_modules()
+        if name and next(module.parameters(), None) is None
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _switch(call: _Call, near: Tensor, limit: int) -> int | None:
+    """The longest sequence that leaves the frequencies of a short one beside it as they are; None where all do."""
+
+    def changes(length: int) -> bool:
+        beside = torch.cat([near, near + length - near.shape[1]])
+        pairs = zip(call.first_row(beside), call.first_row(near), strict=True)
+        return any(not torch.equal(ours, alone) for ours, alone in pairs)
+
+    low, high = near.shape[1], limit
+    try:
+        if high <= low or not changes(high):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if changes(middle) else (middle, high)
+    except PROBE_ERRORS:  # it does something else with its second argument
+        return None
+    return low
+
+
+def _is_proven(lm: Any, plan: NeighbourPlan, ids: Tensor, near: Tensor, tolerance: float) -> bool:
+    """Whether a short and a long sequence give together what each of them gives alone."""
+    length = (plan.switch or 0) + 1
+    positions = torch.cat([near, near + length - near.shape[1]])
+    alone = [body_states(lm, input_ids=ids[i : i + 1], position_ids=positions[i : i + 1]) for i in range(2)]
+    with own_frequencies(plan, torch.tensor([near.shape[1], length], device=ids.device)):
+        together = body_states(lm, input_ids=ids, position_ids=positions)
+    return relative_difference(together, torch.cat(alone)) < tolerance
