@@ -45,6 +45,7 @@ def phimoe() -> Any:
 def straddling() -> list[TokenisedPair]:
     """Pairs around the switch: short, long, on both sides, and at the very lengths where it happens."""
     lengths = [(10, 5, 8), (70, 5, 9), (50, 6, 30), (30, 40, 3), (SWITCH - 4, 4, 5), (SWITCH - 3, 5, 3), (5, 70, 60)]
+    lengths += [(10 + i, 6, 4) for i in range(5)]
     generator = torch.Generator().manual_seed(0)
     return [
         TokenisedPair(*(torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in parts), row)
@@ -108,7 +109,7 @@ def assert_same_rows(ours: Any, theirs: Any) -> None:
 
 def first_log(model: Any, folder: Path, pairs: list[TokenisedPair], **options: Any) -> dict[str, float]:
     args = TDPOConfig(
-        output_dir=str(folder), max_steps=2, learning_rate=0.0, logging_steps=2, save_strategy="no", use_cpu=True,
+        output_dir=str(folder), max_steps=4, learning_rate=0.0, logging_steps=4, save_strategy="no", use_cpu=True,
         disable_tqdm=True, per_device_train_batch_size=3, per_device_eval_batch_size=2, **options,
     )  # fmt: skip
     trainer = TDPOTrainer(model, None, args, None, pairs)
