@@ -99,8 +99,7 @@ def score_pairs(
     policy = unwrapped(policy)
     prove_head(policy)
     if isinstance(reference, nn.Module):
-        reference = unwrapped(reference)
-        check_comparable(policy, reference)
+        check_comparable(policy, unwrapped(reference))
     models = [policy, *as_reference(reference).models()]
     if policy.training and known_gap(policy).arithmetic:
         for model in models:

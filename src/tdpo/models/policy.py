@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -234,7 +234,7 @@ def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
     measured = ((ours * theirs).sum() / (ours * ours).sum()).item()
     text = config.get_text_config()
     names = {*vars(text), *DIVISORS, *FACTORS}
-    numbers = [value for name in names if _is_positive(value := getattr(text, name, None))]
+    numbers = _positive(getattr(text, name, None) for name in names)
     rounding = 1e-2 if head_input.dtype in HALF else 1e-4
     known = [1.0, *numbers, *(1 / number for number in numbers)]
     nearest = min(known, key=lambda number: abs(number - measured) if math.isfinite(measured) else abs(number - 1))
@@ -242,8 +242,9 @@ def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
     return float(nearest) if close else measured
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+def _positive(values: Iterable[Any]) -> list[float]:
+    """Those of some entries of a config that are positive numbers."""
+    return [float(value) for value in values if type(value) in (int, float) and value > 0]
 
 
 def _readings(config: Any) -> list[tuple[float, float | None]]:
@@ -251,8 +252,7 @@ def _readings(config: Any) -> list[tuple[float, float | None]]:
     text = config.get_text_config()
 
     def numbers(names: tuple[str, ...]) -> list[float]:
-        values = (getattr(text, name, None) for name in names)
-        return [float(value) for value in values if _is_positive(value)]
+        return _positive(getattr(text, name, None) for name in names)
 
     scales = [*(1 / value for value in numbers(DIVISORS)), *numbers(FACTORS), 1.0]
     return list(itertools.product(scales, [*numbers(CAPS), None]))
