@@ -161,10 +161,11 @@ def prove_head(model: nn.Module) -> None:
             handle.remove()
         factor = _factor(states, calls[0][0], lm.config) if calls else 1.0
         ours = head_logits(states, _scaled_states(head, factor))
+        bent = _misfit_between(lm, ids, factor)
     if not logits.isfinite().any():
         raise UserError(f"{type(lm).__name__}: its weights give logits that are not finite")
     # A model that never calls its head's layer makes its logits some other way; then only those can be compared.
-    error = relative_difference(ours, calls[0][1]) if calls else 0.0
+    error = max(bent, relative_difference(ours, calls[0][1])) if calls else 0.0
     finish = probe.to(calls[0][1]).to(ours.dtype) if calls else ours
     readings = {
         reading: relative_difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)
@@ -240,6 +241,36 @@ def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
     nearest = min(known, key=lambda number: abs(number - measured) if math.isfinite(measured) else abs(number - 1))
     close = not measured > 0 or abs(nearest - measured) < rounding * abs(measured)
     return float(nearest) if close else measured
+
+
+def _misfit_between(lm: Any, ids: Tensor, factor: float) -> float:
+    """How far what the head receives is from ``factor`` times the body's states when those get other sizes.
+
+    A normalisation is a constant factor for states that were normalised before, and for these alone.
+    """
+    sizes = 2.0 ** torch.arange(-2, ids.shape[1] - 2, device=ids.device)[:, None]
+    resized: list[Tensor] = []
+    received: list[Tensor] = []
+
+    def resize(body: nn.Module, inputs: Any, output: Any) -> Any:
+        resized.append(output[0][0] * sizes.to(output[0].dtype))
+        if isinstance(output, tuple):
+            return resized[0][None], *output[1:]
+        output["last_hidden_state"] = resized[0][None]
+        return output
+
+    handles = [
+        lm.base_model.register_forward_hook(resize),
+        lm.get_output_embeddings().register_forward_pre_hook(lambda layer, inputs: received.append(inputs[0][0])),
+    ]
+    try:
+        type(lm).forward(lm, input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not (resized and received and resized[0].shape == received[0].shape):
+        return 0.0
+    return relative_difference(received[0].float(), factor * resized[0].float())
 
 
 def _positive(values: Iterable[Any]) -> list[float]:
