@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -177,15 +178,32 @@ def test_the_name_of_another_kind_of_model_is_refused_in_one_message(tmp_path: P
     assert "\n" not in str(error.value) and len(str(error.value)) < 250 + len(str(tmp_path))
 
 
+def in_place(model: Any) -> Any:
+    model.compile()
+    return model
+
+
+def test_a_compiled_model_under_an_adapter_is_saved_under_its_own_names(tmp_path: Path, tokenizer: Any) -> None:
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(torch.compile(make_model(len(tokenizer))), lora)
+    trainer = TDPOTrainer(model, None, config(tmp_path), None, preference_rows(8), None, tokenizer)
+    assert not any("_orig_mod" in name for name, _ in trainer.model.named_parameters())
+    assert trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).item() == pytest.approx(
+        math.log(2), abs=1e-6
+    )
+
+
 def test_a_compiled_model_is_trained_as_the_model_inside(tmp_path: Path, tokenizer: Any) -> None:
     trajectories = []
-    for wrap in (lambda model: model, torch.compile):
+    for wrap in (lambda model: model, torch.compile, in_place):
         args = config(tmp_path, learning_rate=1e-2)
         trainer = TDPOTrainer(wrap(make_model(len(tokenizer))), None, args, None, preference_rows(8), None, tokenizer)
         trainer.train()
         assert type(trainer.model).__name__ == "LlamaForCausalLM"
         trajectories.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
-    assert trajectories[0] == trajectories[1] and trajectories[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert trajectories[0] == trajectories[1] == trajectories[2] and trajectories[0][0] == pytest.approx(
+        math.log(2), abs=1e-6
+    )
     model = llama(dtype=torch.float32)
     ours, theirs = (
         score_pairs(policy, reference, random_pairs(), objectives.tdpo1(0.3))

@@ -234,8 +234,8 @@ def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
     ours, theirs = states.double(), head_input.double()
     measured = ((ours * theirs).sum() / (ours * ours).sum()).item()
     text = config.get_text_config()
-    names = {*vars(text), *DIVISORS, *FACTORS}
-    numbers = _positive(getattr(text, name, None) for name in names)
+    named = (getattr(text, name, None) for name in (*DIVISORS, *FACTORS))  # properties among them
+    numbers = _positive([*vars(text).values(), *named])
     rounding = 1e-2 if head_input.dtype in HALF else 1e-4
     known = [1.0, *numbers, *(1 / number for number in numbers)]
     nearest = min(known, key=lambda number: abs(number - measured) if math.isfinite(measured) else abs(number - 1))

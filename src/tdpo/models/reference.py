@@ -17,7 +17,7 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_layers, moves_its_base, switched_off
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import reference_mode
-from tdpo.models.policy import causal_lm, head_of, prove_head
+from tdpo.models.policy import causal_lm, head_of, prove_head, unwrapped
 from tdpo.models.sharding import narrow, narrow_dtype, shard_frozen
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
@@ -253,7 +253,7 @@ def check_comparable(policy: nn.Module, reference: nn.Module) -> None:
     for model in (policy, reference):
         prove_head(model)
     own, others = ({id(parameter) for parameter in model.parameters()} for model in (policy, reference))
-    if own & others and causal_lm(policy) is not causal_lm(reference):
+    if own & others and unwrapped(policy) is not unwrapped(reference):
         raise UserError(
             "policy and reference share weights, so training one moves the other and the KL reads 0: give the "
             "reference weights of its own (copy.deepcopy), or leave ref_model out and a frozen copy is made"

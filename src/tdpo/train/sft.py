@@ -15,11 +15,12 @@ from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths, prepare_sft
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout, with_adapter
+from tdpo.models.compiling import uncompiled
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import open_forward, run_in_head, run_inside
 from tdpo.models.load import load_model
 from tdpo.models.modes import prepare_training_mode
-from tdpo.models.policy import head_of, position_limit, prove_head, unwrapped
+from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer
 from tdpo.types import Hidden, PackedBatch
@@ -59,7 +60,7 @@ class SFTTrainer(BatchMeanTrainer):
         args = args or SFTConfig(output_dir="sft-output")
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
-        loaded = load_model(config, trainable=True) if isinstance(model, str) else unwrapped(model)
+        loaded = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
         if peft_config is not None:
             loaded = with_adapter(loaded, peft_config)
         if processing_class is None:

@@ -20,6 +20,7 @@ from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout
+from tdpo.models.compiling import uncompiled
 from tdpo.models.inside import open_forward, run_inside
 from tdpo.models.load import load_model
 from tdpo.models.modes import prepare_reference_mode
@@ -78,7 +79,7 @@ class TDPOTrainer(BatchMeanTrainer):
         args = args or TDPOConfig(output_dir="tdpo-output")
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
-        policy = load_model(config, trainable=True) if isinstance(model, str) else unwrapped(model)
+        policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
         held_against = load_model(config, ref_model) if isinstance(ref_model, str) else unwrapped(ref_model)
         if held_against is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
