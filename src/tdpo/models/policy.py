@@ -154,6 +154,11 @@ def prove_head(model: nn.Module) -> None:
     with evaluating(lm), torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
         tolerance, leak = (5e-2, 5e-2) if head.weight.dtype in HALF else (1e-3, 1e-4)
         states = _causal_states(lm, ids, head.vocab_size, leak)
+        if states.shape[-1] != head.weight.shape[-1]:
+            raise UserError(
+                f"{type(lm).__name__}: its hidden states have {states.shape[-1]} entries, its head takes "
+                f"{head.weight.shape[-1]}; it does something between body and head that tdpo does not know"
+            )
         handle = lm.get_output_embeddings().register_forward_hook(swap)
         try:
             logits = type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
