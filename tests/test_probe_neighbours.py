@@ -42,6 +42,27 @@ def phimoe() -> Any:
     return hf.PhimoeForCausalLM(hf.PhimoeConfig(**SIZES, num_local_experts=2, rope_parameters=rope)).eval()
 
 
+def dynamic(dtype: torch.dtype = torch.float32) -> Any:
+    """A Llama with dynamic NTK, every longer length of which has frequencies of its own."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    sizes = {**SIZES, "max_position_embeddings": SWITCH}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, rope_parameters=rope)).to(dtype).eval()
+
+
+def without_memory(model: Any) -> Any:
+    """Makes dynamic NTK forget the longest sequence it has seen, so that its own forward is that of each sequence."""
+    rotary = model.model.rotary_emb
+
+    def forget(module: Any, inputs: Any) -> None:
+        module.max_seq_len_cached = SWITCH
+        module.inv_freq = module.original_inv_freq
+
+    if rotary.rope_type == "dynamic":
+        rotary.register_forward_pre_hook(forget)
+    return model
+
+
 def straddling() -> list[TokenisedPair]:
     """Pairs around the switch: short, long, on both sides, and at the very lengths where it happens."""
     lengths = [(10, 5, 8), (70, 5, 9), (50, 6, 30), (30, 40, 3), (SWITCH - 4, 4, 5), (SWITCH - 3, 5, 3), (5, 70, 60)]
@@ -54,8 +75,9 @@ def straddling() -> list[TokenisedPair]:
 
 
 def test_the_switching_length_is_measured() -> None:
-    for model in (phi3(), phimoe()):
+    for model in (phi3(), phimoe(), dynamic()):
         plan = neighbour_plan(model)
+        assert plan.of_each_length == isinstance(model, hf.LlamaForCausalLM)
         assert (plan.switch, plan.reason) == (SWITCH, "") and plan.rotaries == (model.model.rotary_emb,)
         assert neighbour_plan(model) is plan and "forward" not in vars(model.model.rotary_emb)
         assert not model.model.rotary_emb._forward_pre_hooks
@@ -65,10 +87,12 @@ def test_the_switching_length_is_measured() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "naive"])
 @pytest.mark.parametrize("layout", ["padded", "tree"])
-def test_every_sequence_is_scored_as_alone(layout: Any, backend: Any) -> None:
+@pytest.mark.parametrize("build_model", [phi3, dynamic])
+def test_every_sequence_is_scored_as_alone(build_model: Any, layout: Any, backend: Any) -> None:
     """The second opinion runs each sequence through the model's own forward."""
-    reference, pairs = phi3(torch.float64), straddling()
-    policy = moved(reference)
+    reference, pairs = build_model(torch.float64), straddling()
+    policy = without_memory(moved(reference))
+    without_memory(reference)
     scores = score_pairs(policy, reference, pairs, objectives.tdpo1(0.1), layout=layout, backend=backend)
     assert scores.batch.layout == layout
     plain = plain_pair_stats(policy, reference, pairs)
@@ -119,7 +143,7 @@ def first_log(model: Any, folder: Path, pairs: list[TokenisedPair], **options: A
 
 @pytest.mark.parametrize("layout", ["padded", "auto"])
 @pytest.mark.parametrize("reference", ["cached", "frozen"])
-@pytest.mark.parametrize("build_model", [phi3, phimoe])
+@pytest.mark.parametrize("build_model", [phi3, phimoe, dynamic])
 def test_a_reference_costs_log_two_on_both_sides_of_the_switch(
     tmp_path: Path, build_model: Any, reference: str, layout: str
 ) -> None:

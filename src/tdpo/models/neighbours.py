@@ -33,11 +33,13 @@ class NeighbourPlan:
 
     Attributes:
         switch: Sequences longer than this have other rotary frequencies, None where all have the same.
+        of_each_length: Whether every longer length has its own (dynamic NTK), not all of them the same (LongRoPE).
         rotaries: The modules that compute them.
         reason: Why states depend on other sequences all the same, in words; empty if they do not.
     """
 
     switch: int | None = None
+    of_each_length: bool = False
     rotaries: tuple[nn.Module, ...] = ()
     reason: str = ""
 
@@ -84,7 +86,7 @@ def sequence_states(model: nn.Module, batch: PackedBatch, run: Callable[[PackedB
     if plan.switch is not None and int(batch.position_ids.max()) + 2 > plan.switch:
         rows = as_padded(batch)  # a tree's two branches may lie on both sides
         lengths = (rows.tree_ids >= 0).sum(1)
-        if int(lengths.min()) <= plan.switch + 1:
+        if plan.of_each_length or int(lengths.min()) <= plan.switch + 1:
             with own_frequencies(plan, lengths):
                 return run(rows).flatten(0, 1)[rows.source_index]
     return run(batch).flatten(0, 1)[batch.source_index]
@@ -99,15 +101,24 @@ def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
         lengths_R: Tokens of each row without padding.
     """
     switch = plan.switch or 0
-    is_long = (lengths_R > switch)[:, None, None]
+    longer = sorted({length for length in lengths_R.tolist() if length > switch})
+    if not plan.of_each_length:
+        longer = longer[-1:]
 
     def of_each_row(own: Any) -> Any:
         def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-            # The module looks at the largest position alone, wherever it is.
-            last = position_ids.new_full((*position_ids.shape[:-1], 1), switch)
-            long = own(x, torch.cat([position_ids, last], -1), *args, **kwargs)
-            short = own(x, position_ids.clamp(max=switch - 1), *args, **kwargs)
-            return tuple(torch.where(is_long, a[..., :-1, :], b) for a, b in zip(long, short, strict=True))
+            def of_length(length: int) -> tuple[Tensor, ...]:
+                last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)  # what the module goes by
+                positions = torch.cat([position_ids.clamp(max=length - 1), last], -1)
+                return tuple(output[..., :-1, :] for output in own(x, positions, *args, **kwargs))
+
+            of_length(1)  # dynamic NTK keeps the frequencies of the longest sequence so far until a short one comes
+            outputs, shorter = of_length(switch), switch
+            for length in longer:
+                is_longer = (lengths_R > shorter)[:, None, None]
+                outputs = tuple(torch.where(is_longer, a, b) for a, b in zip(of_length(length), outputs, strict=True))
+                shorter = length
+            return outputs
 
         return forward
 
@@ -140,7 +151,8 @@ def _measure(lm: Any) -> NeighbourPlan:
         return NeighbourPlan()
     switches = {switch for _, switch in switching}
     modules = tuple({id(call.module): call.module for call, _ in switching}.values())
-    plan = NeighbourPlan(min(switches), modules)
+    of_each_length = any(_differs(call, near, switch + 1, switch + PROBED_TOKENS) for call, switch in switching)
+    plan = NeighbourPlan(min(switches), of_each_length, modules)
     in_layer = any(part.isdigit() for call, _ in switching for part in call.name.split("."))
     # Within a layer, checkpointing runs it again after the forward, where rows are not told apart.
     if in_layer or len(switches) > 1 or not _is_proven(lm, plan, ids, near, tolerance):
@@ -177,21 +189,24 @@ def _recorded(lm: Any) -> Iterator[list[_Call]]:
             handle.remove()
 
 
+def _differs(call: _Call, near: Tensor, length: int, other: int) -> bool:
+    """Whether a short row has other frequencies beside a sequence of one length than beside one of another."""
+    rows = []
+    for longest in (length, other):
+        call.first_row(near)
+        rows.append(call.first_row(torch.cat([near, near + longest - near.shape[1]])))
+    return any(not torch.equal(one, two) for one, two in zip(*rows, strict=True))
+
+
 def _switch(call: _Call, near: Tensor, limit: int) -> int | None:
     """The longest sequence that leaves the frequencies of a short one beside it as they are; None where all do."""
-
-    def changes(length: int) -> bool:
-        beside = torch.cat([near, near + length - near.shape[1]])
-        pairs = zip(call.first_row(beside), call.first_row(near), strict=True)
-        return any(not torch.equal(ours, alone) for ours, alone in pairs)
-
     low, high = near.shape[1], limit
     try:
-        if high <= low or not changes(high):
+        if high <= low or not _differs(call, near, low, high):
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if changes(middle) else (middle, high)
+            low, high = (low, middle) if _differs(call, near, near.shape[1], middle) else (middle, high)
     except PROBE_ERRORS:  # it does something else with its second argument
         return None
     return low

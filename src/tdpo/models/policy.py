@@ -328,6 +328,14 @@ def disable_dropout(model: nn.Module) -> None:
 
 def position_limit(*models: nn.Module) -> int | None:
     """How many positions all of the models have, None where no config says."""
-    configs = [causal_lm(model).config.get_text_config() for model in models]
-    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    limits = [_positions(causal_lm(model).config.get_text_config()) for model in models]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _positions(config: Any) -> int | None:
+    limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":  # the length it was trained for, to be stretched
+        return int(limit * max(rope.get("factor") or 1.0, 1.0))
+    return limit
