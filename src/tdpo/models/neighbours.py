@@ -55,7 +55,12 @@ class _Call:
 
     def first_row(self, positions: Tensor) -> list[Tensor]:
         """Returns what the module gives for the first row of other positions."""
-        return [output[0] for output in self.module(self.args[0], positions, *self.args[2:], **self.kwargs)]
+        return [output[0] for output in _tensors(self.module(self.args[0], positions, *self.args[2:], **self.kwargs))]
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    """Cosines and sines, or the one complex tensor that some models make of them."""
+    return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, NeighbourPlan]] = weakref.WeakKeyDictionary()
@@ -106,11 +111,11 @@ def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
         longer = longer[-1:]
 
     def of_each_row(own: Any) -> Any:
-        def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             def of_length(length: int) -> tuple[Tensor, ...]:
                 last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)  # what the module goes by
                 positions = torch.cat([position_ids.clamp(max=length - 1), last], -1)
-                return tuple(output[..., :-1, :] for output in own(x, positions, *args, **kwargs))
+                return tuple(output[..., :-1, :] for output in _tensors(own(x, positions, *args, **kwargs)))
 
             of_length(1)  # dynamic NTK keeps the frequencies of the longest sequence so far until a short one comes
             outputs, shorter = of_length(switch), switch
@@ -118,7 +123,7 @@ def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
                 is_longer = (lengths_R > shorter)[:, None, None]
                 outputs = tuple(torch.where(is_longer, a, b) for a, b in zip(of_length(length), outputs, strict=True))
                 shorter = length
-            return outputs
+            return outputs if len(outputs) > 1 else outputs[0]
 
         return forward
 
