@@ -67,6 +67,12 @@ def dbrx() -> Any:
     )  # fmt: skip
 
 
+def with_dropout(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    return model
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "dropout read from the config": falcon,
     "jitter of a router": lambda: hf.MixtralForCausalLM(
@@ -78,6 +84,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "jitter and dropout in nested configs": dbrx,
     "noise without a setting": lambda: with_norm(NoisyNorm),
     "another arithmetic": lambda: with_norm(OtherInTraining),
+    "another arithmetic and dropout": lambda: with_dropout(with_norm(OtherInTraining)),
 }
 
 

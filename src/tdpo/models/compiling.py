@@ -49,7 +49,7 @@ def compile_layers(models: Iterable[nn.Module], backend: str | None = None, mode
 def uncompiled(model: Any) -> Any:
     """Returns a model without what ``torch.compile`` and ``Module.compile`` put around all of it.
 
-    Training runs body, head and loss inside the model's forward, which is another program for every batch.
+    Training runs body, head and loss inside the model's forward, which would be compiled again for every batch.
     """
     outer, lm = unwrapped(model), causal_lm(model)
     if outer is not lm:

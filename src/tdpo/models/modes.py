@@ -1,8 +1,8 @@
-"""Training mode compared with evaluation mode, measured on the loaded model.
+"""Compares training mode with evaluation mode on the loaded model.
 
 A policy trains in training mode and its reference runs in evaluation mode. Where a model computes something else in
 training (dropout, noise on a router's inputs, layers with another arithmetic), policy and reference differ before the
-first step. Names say little about it, so a few tiny passes in both modes find out.
+first step. Which models do is measured with a few small forward passes in both modes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
 
     Where training mode still differs from evaluation mode after :func:`prepare_training_mode`, the reference runs in
     training mode with the policy. If that mode is random, or the reference is read from a cache, the policy stays in
-    evaluation mode instead, which its gradients do not mind.
+    evaluation mode instead, where gradients are computed as well.
 
     Args:
         policy: The policy in its adapter, before any wrapper.
@@ -107,8 +107,8 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
         _kept_in_evaluation.add(lm)
         logger.warning(
             "%s computes something else in training mode (its hidden states differ by %.1e), and no setting switches "
-            "that off: the policy trains in evaluation mode, so that it begins equal to its reference. Gradient "
-            "checkpointing has no effect there",
+            "that off: the policy is trained in evaluation mode, so that it starts equal to its reference. Gradient "
+            "checkpointing has no effect in that mode",
             name,
             max(gap.noise, gap.arithmetic),
         )
@@ -121,7 +121,8 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
         )
     if differs_by_mode(policy):
         for model in reference:
-            known_gap(model)
+            disable_dropout(model)  # a copy from before the policy's was switched off may run in training mode now
+            known_gap(model, again=model is not policy)
 
 
 def known_gap(model: nn.Module, again: bool = False) -> ModeGap:
@@ -134,14 +135,14 @@ def known_gap(model: nn.Module, again: bool = False) -> ModeGap:
 
 
 def differs_by_mode(model: nn.Module) -> bool:
-    """Whether training mode is known to be another arithmetic than evaluation mode, without being random."""
+    """Returns whether training mode was measured to differ from evaluation mode without being random."""
     _, gap = _gaps.get(causal_lm(model)) or (None, None)
     return gap is not None and gap.arithmetic > 0 and not gap.noise
 
 
 @contextmanager
 def policy_mode(model: nn.Module) -> Iterator[None]:
-    """Leaves the policy in its mode, or in evaluation mode where :func:`prepare_training_mode` decided so."""
+    """Leaves the policy in its mode, or in evaluation mode where :func:`prepare_reference_mode` decided so."""
     if causal_lm(model) not in _kept_in_evaluation:
         yield
         return
@@ -161,7 +162,7 @@ def reference_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_mode(policy: nn.Module, reference: Any) -> Iterator[None]:
-    """Puts a reference's models in the policy's mode where training mode is another arithmetic without noise."""
+    """Puts a reference's models in the policy's mode where training mode differs without being random."""
     followers = [model for model in reference.models() if _follows_policy(model)] if _follows_policy(policy) else []
     with evaluating(*followers):
         for model in followers:
@@ -186,9 +187,9 @@ def measure_modes(model: nn.Module) -> ModeGap:
         loud, drawn = [_states(lm), _states(lm)], _random_state(device)
         recorded = _states(lm, gradients=True)
         noise, arithmetic = relative_difference(*loud), relative_difference(loud[0], quiet[0])
-        if not noise and not torch.equal(drawn, _random_state(device)):  # it may matter to few tokens only
+        if not noise and not torch.equal(drawn, _random_state(device)):  # they may matter to few tokens only
             noise = relative_difference(_states(lm, MANY_ROWS), _states(lm, MANY_ROWS))
-    unsteady = relative_difference(*quiet)  # of kernels that add up in any order
+    unsteady = relative_difference(*quiet)  # kernels may add up in any order
     return ModeGap(
         noise if noise > 10 * unsteady else 0.0,
         arithmetic if arithmetic > 10 * unsteady else 0.0,
@@ -217,7 +218,7 @@ def _switch_off(lm: Any) -> list[str]:
 
 
 def _configs(config: Any) -> list[Any]:
-    """A config and the configs within it."""
+    """Returns a config and the configs within it."""
     return [
         config,
         *(inner for value in vars(config).values() if hasattr(value, "to_dict") for inner in _configs(value)),
@@ -230,8 +231,8 @@ def _set(name: str, values: list[tuple[Any, Any]]) -> None:
 
 
 def _evaluation_uses(lm: Any, name: str, values: list[tuple[Any, float]]) -> bool:
-    """Whether evaluation mode reads a number: with another one, NaN where that may be, its states change."""
-    other = 0.9 if "drop" in name else math.nan  # of a probability, torch checks the range in any mode
+    """Returns whether the states of evaluation mode change when a number is replaced, by NaN where that is allowed."""
+    other = 0.9 if "drop" in name else math.nan  # torch checks the range of a probability in any mode
     with evaluating(lm):
         before = _states(lm)
         _set(name, [(owner, other) for owner, _ in values])
@@ -244,7 +245,7 @@ def _evaluation_uses(lm: Any, name: str, values: list[tuple[Any, float]]) -> boo
 
 
 def _states(lm: Any, rows: int = 1, gradients: bool = False) -> Tensor:
-    """Hidden states ``[R * T, D]`` of short sequences, in the mode the model is in."""
+    """Returns the hidden states ``[R * T, D]`` of short sequences, in the mode the model is in."""
     embedding = lm.get_input_embeddings().weight
     count = min(PROBED_TOKENS, position_limit(lm) or PROBED_TOKENS)
     ids = (torch.arange(rows * count, device=embedding.device).view(rows, -1) * 7919 + 3) % embedding.shape[0]

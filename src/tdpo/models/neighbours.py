@@ -1,4 +1,4 @@
-"""Hidden states that depend on the other sequences of a batch, measured on the loaded model.
+"""Measures on the loaded model whether hidden states depend on the other sequences of a batch.
 
 Rotary embeddings with two sets of frequencies (LongRoPE) take the long set for a whole batch as soon as one sequence in
 it is long. The states of the short ones change then, so that a reference read from a cache, which ran in other batches,
@@ -24,12 +24,12 @@ from tdpo.types import PackedBatch
 PROBED_TOKENS = 8
 PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 LONGEST = 1 << 20
-"""Positions looked at in a model whose config does not say how many there are."""
+"""The longest sequence tried where the config does not say how many positions there are."""
 
 
 @dataclass(frozen=True)
 class NeighbourPlan:
-    """What the states of a sequence depend on beside the sequence.
+    """How the states of a sequence depend on more than the sequence.
 
     Attributes:
         switch: Sequences longer than this have other rotary frequencies, None where all have the same.
@@ -54,12 +54,12 @@ class _Call:
     kwargs: dict[str, Any]
 
     def first_row(self, positions: Tensor) -> list[Tensor]:
-        """Returns what the module gives for the first row of other positions."""
+        """Repeats the call with other positions and returns the outputs of their first row."""
         return [output[0] for output in _tensors(self.module(self.args[0], positions, *self.args[2:], **self.kwargs))]
 
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:
-    """Cosines and sines, or the one complex tensor that some models make of them."""
+    """Returns the outputs as a tuple; some models return one complex tensor instead of cosines and sines."""
     return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
@@ -67,9 +67,9 @@ _plans: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, NeighbourPlan]] 
 
 
 def neighbour_plan(model: nn.Module) -> NeighbourPlan:
-    """Measures on what states depend beside their own sequence, once for each model and dtype.
+    """Measures how a model's states depend on more than their own sequence, once for each model and dtype.
 
-    To be called before a model is wrapped or sharded; within its forward, the measurement that is there is used.
+    Call it before a model is wrapped or sharded; :func:`sequence_states` uses that measurement.
     """
     lm = causal_lm(model)
     dtype = next(lm.parameters()).dtype
@@ -80,16 +80,16 @@ def neighbour_plan(model: nn.Module) -> NeighbourPlan:
 
 
 def sequence_states(model: nn.Module, batch: PackedBatch, run: Callable[[PackedBatch], Tensor]) -> Tensor:
-    """Hidden states ``[N, D]`` that predict a batch's response tokens, each sequence as it would be alone.
+    """Computes the hidden states ``[N, D]`` that predict a batch's response tokens, each sequence as if alone.
 
     Args:
         model: The model.
         batch: The batch.
-        run: Gives the hidden states ``[R, T, D]`` of a batch.
+        run: Computes the hidden states ``[R, T, D]`` of a batch.
     """
     _, plan = _plans.get(causal_lm(model)) or (None, neighbour_plan(model))
     if plan.switch is not None and int(batch.position_ids.max()) + 2 > plan.switch:
-        rows = as_padded(batch)  # a tree's two branches may lie on both sides
+        rows = as_padded(batch)  # one branch of a tree may be longer than the switch, the other one shorter
         lengths = (rows.tree_ids >= 0).sum(1)
         if plan.of_each_length or int(lengths.min()) <= plan.switch + 1:
             with own_frequencies(plan, lengths):
@@ -99,7 +99,7 @@ def sequence_states(model: nn.Module, batch: PackedBatch, run: Callable[[PackedB
 
 @contextmanager
 def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
-    """Inside, every row gets the rotary frequencies of its own length.
+    """Gives every row the rotary frequencies of its own length.
 
     Args:
         plan: The model's plan, with a switch.
@@ -113,7 +113,9 @@ def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
     def of_each_row(own: Any) -> Any:
         def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
             def of_length(length: int) -> tuple[Tensor, ...]:
-                last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)  # what the module goes by
+                last = position_ids.new_full(
+                    (*position_ids.shape[:-1], 1), length - 1
+                )  # it looks at the largest position
                 positions = torch.cat([position_ids.clamp(max=length - 1), last], -1)
                 return tuple(output[..., :-1, :] for output in _tensors(own(x, positions, *args, **kwargs)))
 
@@ -159,7 +161,7 @@ def _measure(lm: Any) -> NeighbourPlan:
     of_each_length = any(_differs(call, near, switch + 1, switch + PROBED_TOKENS) for call, switch in switching)
     plan = NeighbourPlan(min(switches), of_each_length, modules)
     in_layer = any(part.isdigit() for call, _ in switching for part in call.name.split("."))
-    # Within a layer, checkpointing runs it again after the forward, where rows are not told apart.
+    # Checkpointing runs a module within a layer again in the backward, where rows have no frequencies of their own.
     if in_layer or len(switches) > 1 or not _is_proven(lm, plan, ids, near, tolerance):
         return NeighbourPlan(
             reason=f"a sequence of more than {plan.switch} tokens changes the positions of the others in its batch"
@@ -195,7 +197,7 @@ def _recorded(lm: Any) -> Iterator[list[_Call]]:
 
 
 def _differs(call: _Call, near: Tensor, length: int, other: int) -> bool:
-    """Whether a short row has other frequencies beside a sequence of one length than beside one of another."""
+    """Compares the frequencies of a short row beside a sequence of one length and beside one of another length."""
     rows = []
     for longest in (length, other):
         call.first_row(near)
@@ -204,7 +206,7 @@ def _differs(call: _Call, near: Tensor, length: int, other: int) -> bool:
 
 
 def _switch(call: _Call, near: Tensor, limit: int) -> int | None:
-    """The longest sequence that leaves the frequencies of a short one beside it as they are; None where all do."""
+    """Finds the longest sequence that does not change the frequencies of a short one beside it; None if none does."""
     low, high = near.shape[1], limit
     try:
         if high <= low or not _differs(call, near, low, high):
@@ -218,7 +220,7 @@ def _switch(call: _Call, near: Tensor, limit: int) -> int | None:
 
 
 def _is_proven(lm: Any, plan: NeighbourPlan, ids: Tensor, near: Tensor, tolerance: float) -> bool:
-    """Whether a short and a long sequence give together what each of them gives alone."""
+    """Compares a short and a long sequence in one batch with each of them alone."""
     length = (plan.switch or 0) + 1
     positions = torch.cat([near, near + length - near.shape[1]])
     alone = [body_states(lm, input_ids=ids[i : i + 1], position_ids=positions[i : i + 1]) for i in range(2)]

@@ -166,11 +166,11 @@ def prove_head(model: nn.Module) -> None:
             handle.remove()
         factor = _factor(states, calls[0][0], lm.config) if calls else 1.0
         ours = head_logits(states, _scaled_states(head, factor))
-        bent = _misfit_between(lm, ids, factor)
+        between = _misfit_between(lm, ids, factor)
     if not logits.isfinite().any():
         raise UserError(f"{type(lm).__name__}: its weights give logits that are not finite")
     # A model that never calls its head's layer makes its logits some other way; then only those can be compared.
-    error = max(bent, relative_difference(ours, calls[0][1])) if calls else 0.0
+    error = max(between, relative_difference(ours, calls[0][1])) if calls else 0.0
     finish = probe.to(calls[0][1]).to(ours.dtype) if calls else ours
     readings = {
         reading: relative_difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)
@@ -199,14 +199,14 @@ def keep_gradients(lm: nn.Module) -> None:
 
 
 def _state_of(lm: Any) -> tuple[Any, ...]:
-    """What a proof depends on: dtype and identity of the head, and the numbers of the config."""
+    """Returns what a proof depends on: dtype and identity of the head, and the numbers of the config."""
     output, text = lm.get_output_embeddings(), lm.config.get_text_config()
     numbers = tuple((name, value) for name, value in sorted(vars(text).items()) if isinstance(value, float))
     return output.weight.dtype, id(output), tuple(_readings(lm.config)), numbers
 
 
 def _causal_states(lm: Any, ids: Tensor, vocab_size: int, tolerance: float) -> Tensor:
-    """Hidden states ``[T, D]`` of one sequence.
+    """Returns the hidden states ``[T, D]`` of one sequence.
 
     Raises:
         UserError: if its last token changes the states before it, or the body does not run like that of a decoder.
@@ -230,9 +230,9 @@ def _causal_states(lm: Any, ids: Tensor, vocab_size: int, tolerance: float) -> T
 
 
 def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
-    """The constant that turns the body's states into what the head receives, 1 where there is none.
+    """Returns the constant that turns the body's states into what the head receives, 1 where there is none.
 
-    A number of the config that lies within rounding of the measured value is taken for it.
+    Measured by least squares; a number of the config that is equal up to rounding is used instead.
     """
     if states.shape != head_input.shape:
         return 1.0
@@ -249,9 +249,9 @@ def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
 
 
 def _misfit_between(lm: Any, ids: Tensor, factor: float) -> float:
-    """How far what the head receives is from ``factor`` times the body's states when those get other sizes.
+    """Compares what the head receives with ``factor`` times the body's states, after giving those other sizes.
 
-    A normalisation is a constant factor for states that were normalised before, and for these alone.
+    A normalisation is a constant factor only for states that are normalised already.
     """
     sizes = 2.0 ** torch.arange(-2, ids.shape[1] - 2, device=ids.device)[:, None]
     resized: list[Tensor] = []
@@ -279,7 +279,7 @@ def _misfit_between(lm: Any, ids: Tensor, factor: float) -> float:
 
 
 def _positive(values: Iterable[Any]) -> list[float]:
-    """Those of some entries of a config that are positive numbers."""
+    """Returns those entries of a config that are positive numbers."""
     return [float(value) for value in values if type(value) in (int, float) and value > 0]
 
 
