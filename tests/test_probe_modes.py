@@ -19,6 +19,7 @@ from test_architectures import COMMON, LLAMA_LIKE
 from torch import Tensor, nn
 
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, score_pairs
+from tdpo.models.fingerprint import config_hash
 from tdpo.models.modes import measure_modes
 
 VOCAB = 400
@@ -154,6 +155,16 @@ def test_what_is_switched_off_and_what_is_not_is_reported(
         "PhimoeForCausalLM computes something else in training mode",
     ]
     assert lines["another arithmetic"] == []
+
+
+def test_a_reference_cache_does_not_depend_on_dropout(tmp_path: Path, tokenizer: Any) -> None:
+    """`tdpo cache-reference` reads the config as saved; a trainer that reads the cache has set its dropout to 0."""
+    model = build("dropout read from the config")
+    before = config_hash(model)
+    trainer(model, tmp_path, tokenizer)
+    assert model.config.hidden_dropout == 0.0 and config_hash(model) == before
+    model.config.layer_norm_epsilon = 0.1
+    assert config_hash(model) != before
 
 
 def test_a_plain_models_config_keeps_its_dropout(tmp_path: Path, tokenizer: Any) -> None:
