@@ -15,12 +15,17 @@ import torch
 import transformers as hf
 from conftest import make_model, preference_rows
 from numeric_worlds import random_pairs
+from peft import LoraConfig, get_peft_model
 from test_architectures import COMMON, LLAMA_LIKE
 from torch import Tensor, nn
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, score_pairs
+from tdpo.data.pack import pack_padded
 from tdpo.models.fingerprint import config_hash
-from tdpo.models.modes import measure_modes
+from tdpo.models.hidden import response_states
+from tdpo.models.modes import measure_modes, prepare_reference_mode, same_mode
+from tdpo.models.reference import AsItIs
 
 VOCAB = 400
 SIZES = {**LLAMA_LIKE, "vocab_size": VOCAB, "max_position_embeddings": 128}
@@ -224,12 +229,35 @@ def test_weights_that_are_repacked_already_are_refused(tmp_path: Path, tokenizer
         trainer(model, tmp_path, tokenizer)
 
 
+@pytest.mark.parametrize("what", ["noise without a setting", "another arithmetic", "jitter of a router"])
+def test_noise_on_the_embedding_stays_the_policys_alone(tmp_path: Path, tokenizer: Any, what: str) -> None:
+    """NEFTune in every mode a policy may be trained in, against a reference that shares the policy's modules."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    logs = []
+    for alpha in (None, 20.0):
+        args = {"reference": "adapter_off", "neftune_noise_alpha": alpha}
+        logs.append(first_log(get_peft_model(build(what), lora), tmp_path, tokenizer, **args))
+    assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and logs[0]["kl/chosen"] < 1e-6
+    assert abs(logs[1]["loss"] - math.log(2)) > 1e-4 and logs[1]["kl/chosen"] > 1e-3
+    model = build(what)
+    model.get_input_embeddings().neftune_noise_alpha = 20.0
+    model.get_input_embeddings().register_forward_hook(neftune_post_forward_hook)
+    prepare_reference_mode(model, [model], cached=False, disable=True)
+    model.train()
+    batch, reference = pack_padded(random_pairs(vocab=VOCAB)), AsItIs(model)
+    with same_mode(model, reference):
+        assert torch.equal(reference.states(batch), reference.states(batch))
+    assert not torch.equal(response_states(model, batch), response_states(model, batch))
+    assert model.get_input_embeddings().training
+
+
 def test_scoring_keeps_the_mode_and_runs_the_reference_in_it() -> None:
     pairs, objective = random_pairs(vocab=VOCAB), objectives.tdpo1(0.3)
     model = build("another arithmetic").train()
     copied = copy.deepcopy(model).eval()
     scores = score_pairs(model, copied, pairs, objective)
     assert (scores.tokens.kl == 0).all() and model.training and not copied.training
+    assert (score_pairs(model, model, pairs, objective).tokens.kl == 0).all()
     quiet = score_pairs(copied, copy.deepcopy(copied), pairs, objective)
     assert (quiet.tokens.kl == 0).all()
     assert (quiet.chosen_logp - scores.chosen_logp).abs().max() > 1e-3, "the modes differ"

@@ -143,10 +143,13 @@ def differs_by_mode(model: nn.Module) -> bool:
 @contextmanager
 def policy_mode(model: nn.Module) -> Iterator[None]:
     """Leaves the policy in its mode, or in evaluation mode where :func:`prepare_reference_mode` decided so."""
-    if causal_lm(model) not in _kept_in_evaluation:
+    lm = causal_lm(model)
+    if lm not in _kept_in_evaluation:
         yield
         return
+    embedding, training = lm.get_input_embeddings(), lm.training
     with evaluating(model):
+        embedding.train(training)
         yield
 
 
@@ -163,11 +166,18 @@ def reference_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def same_mode(policy: nn.Module, reference: Any) -> Iterator[None]:
     """Puts a reference's models in the policy's mode where training mode differs without being random."""
+    training = policy.training  # before it is switched off, since the policy may be its own reference
     followers = [model for model in reference.models() if _follows_policy(model)] if _follows_policy(policy) else []
     with evaluating(*followers):
         for model in followers:
-            model.train(policy.training)
+            _set_mode(model, training)
         yield
+
+
+def _set_mode(model: nn.Module, training: bool) -> None:
+    """Sets the mode of all modules but the embedding, whose noise in training is added on purpose (NEFTune)."""
+    model.train(training)
+    causal_lm(model).get_input_embeddings().eval()
 
 
 def _follows_policy(model: nn.Module) -> bool:
@@ -183,7 +193,7 @@ def measure_modes(model: nn.Module) -> ModeGap:
     device = lm.get_input_embeddings().weight.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(lm):
         quiet = [_states(lm), _states(lm)]
-        lm.train()
+        _set_mode(lm, True)
         loud, drawn = [_states(lm), _states(lm)], _random_state(device)
         recorded = _states(lm, gradients=True)
         noise, arithmetic = relative_difference(*loud), relative_difference(loud[0], quiet[0])
