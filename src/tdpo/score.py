@@ -77,7 +77,8 @@ def score_pairs(
 
     Args:
         policy: A transformers causal language model. Gradients flow into it when they are on; its training mode is
-            left as it is, so call ``policy.eval()`` first where dropout must be off.
+            left as it is, so call ``policy.eval()`` first where dropout must be off. A reference whose training mode
+            is another arithmetic without being random runs in the policy's mode, any other in evaluation mode.
         reference: A second causal language model with the same vocabulary, or a reference strategy. Never trained.
         pairs: P tokenised pairs; all of them run at once.
         objective: One of :mod:`tdpo.objectives`.
