@@ -143,13 +143,7 @@ def prove_head(model: nn.Module) -> None:
     if lm in _proven and _proven[lm].state == state:
         return
     ids = (torch.arange(len(PROBE_SIZES), device=head.weight.device) + 3)[None] % head.vocab_size
-    calls: list[tuple[Tensor, Tensor]] = []
     probe = torch.tensor(PROBE_SIZES)[:, None] * torch.cos(2.4 * torch.arange(head.vocab_size))
-
-    def swap(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        calls.append((inputs[0][0], output[0]))
-        return probe.to(output)[None]
-
     # Past whatever an earlier trainer wrapped around the forward (autocast, say), body and head are compared.
     with evaluating(lm), torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
         tolerance, leak = (5e-2, 5e-2) if head.weight.dtype in HALF else (1e-3, 1e-4)
@@ -159,19 +153,19 @@ def prove_head(model: nn.Module) -> None:
                 f"{type(lm).__name__}: its hidden states have {states.shape[-1]} entries, its head takes "
                 f"{head.weight.shape[-1]}; it does something between body and head that tdpo does not know"
             )
-        handle = lm.get_output_embeddings().register_forward_hook(swap)
-        try:
-            logits = type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
-        finally:
-            handle.remove()
-        factor = _factor(states, calls[0][0], lm.config) if calls else 1.0
-        ours = head_logits(states, _scaled_states(head, factor))
-        between = _misfit_between(lm, ids, factor)
+        seen, logits = _observed_forward(lm, ids, probe)
+        own, passed_on = seen.get("body", (states, states))
+        head_input, head_output = seen.get("head", (passed_on, None))
+        factor = _factor(passed_on, head_input, lm.config)
+        ours = head_logits(passed_on, _scaled_states(head, factor))
     if not logits.isfinite().any():
         raise UserError(f"{type(lm).__name__}: its weights give logits that are not finite")
+    error = max(relative_difference(states, own), relative_difference(factor * passed_on, head_input))
+    finish = ours
+    if head_output is not None:
+        error = max(error, relative_difference(ours, head_output))
+        finish = probe.to(head_output).to(ours.dtype)
     # A model that never calls its head's layer makes its logits some other way; then only those can be compared.
-    error = max(between, relative_difference(ours, calls[0][1])) if calls else 0.0
-    finish = probe.to(calls[0][1]).to(ours.dtype) if calls else ours
     readings = {
         reading: relative_difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)
     }
@@ -248,34 +242,40 @@ def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
     return float(nearest) if close else measured
 
 
-def _misfit_between(lm: Any, ids: Tensor, factor: float) -> float:
-    """Compares what the head receives with ``factor`` times the body's states, after giving those other sizes.
+def _observed_forward(lm: Any, ids: Tensor, probe: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """Runs the model's own forward with made-up values behind its body and behind its head.
 
-    A normalisation is a constant factor only for states that are normalised already.
+    The body's states get other sizes, because a normalisation is a constant factor for states that are normalised
+    already; the head's output becomes ``probe``.
+
+    Returns:
+        What the body gave and what was passed on, what the head received and gave, each where the forward called it;
+        and the logits.
     """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
     sizes = 2.0 ** torch.arange(-2, ids.shape[1] - 2, device=ids.device)[:, None]
-    resized: list[Tensor] = []
-    received: list[Tensor] = []
 
     def resize(body: nn.Module, inputs: Any, output: Any) -> Any:
-        resized.append(output[0][0] * sizes.to(output[0].dtype))
+        seen["body"] = output[0][0], output[0][0] * sizes.to(output[0].dtype)
+        resized = seen["body"][1][None]
         if isinstance(output, tuple):
-            return resized[0][None], *output[1:]
-        output["last_hidden_state"] = resized[0][None]
+            return resized, *output[1:]
+        output["last_hidden_state"] = resized
         return output
+
+    def swap(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        seen.setdefault("head", (inputs[0][0], output[0]))
+        return probe.to(output)[None]
 
     handles = [
         lm.base_model.register_forward_hook(resize),
-        lm.get_output_embeddings().register_forward_pre_hook(lambda layer, inputs: received.append(inputs[0][0])),
+        lm.get_output_embeddings().register_forward_hook(swap),
     ]
     try:
-        type(lm).forward(lm, input_ids=ids, use_cache=False)
+        return seen, type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
     finally:
         for handle in handles:
             handle.remove()
-    if not (resized and received and resized[0].shape == received[0].shape):
-        return 0.0
-    return relative_difference(received[0].float(), factor * resized[0].float())
 
 
 def _positive(values: Iterable[Any]) -> list[float]:
