@@ -35,7 +35,6 @@ def _each(names: str, option: str = "", note: str = "") -> dict[str, Counterpart
 
 OTHER_LOSS = "not available: it belongs to a loss that is not available either; leave it out"
 READ_ONCE = "not available: rows are read and tokenised once, into a cache that is read from disk; leave it out"
-ONLY_CAUSAL = "not available: every model is a causal language model; leave it out"
 BY_ITSELF = "done without an option; leave it out"
 FOUND = "read from the checkpoint; leave it out"
 NO_PADDING = "not available: padding never reaches the loss; leave it out"
@@ -70,7 +69,11 @@ DPO_CONFIG: Mapping[str, Counterpart] = {
     "padding_free": Counterpart("layout", "`tree` runs each prompt once and has no padding; `auto` takes it by itself"),
     "pad_to_multiple_of": Counterpart(note="not available: it changes no result; leave it out"),
     "pad_token": Counterpart(note=NO_PADDING),
-    "router_aux_loss_coef": Counterpart(note="not available: the loss is that of the preference pairs alone"),
+    "router_aux_loss_coef": Counterpart(
+        "router_aux_loss_coef",
+        "left out, the config decides: its coefficient where `output_router_logits` is true, where TRL looks at the "
+        "coefficient alone",
+    ),
     "ld_alpha": Counterpart(note="not available: the weighting of LD-DPO; leave it out"),
     "f_divergence_type": Counterpart(note="not available: `reverse_kl` is what `objective: dpo` has; leave it out"),
     "f_alpha_divergence_coef": Counterpart(note="not available: the alpha-divergence; leave it out"),
@@ -83,16 +86,10 @@ DPO_CONFIG: Mapping[str, Counterpart] = {
 
 MODEL_CONFIG: Mapping[str, Counterpart] = {
     **_same("model_name_or_path model_revision dtype attn_implementation use_peft"),
-    **_same("lora_r lora_alpha lora_target_modules lora_modules_to_save use_rslora use_dora"),
-    **_same("load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant"),
+    **_same("lora_r lora_alpha lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora"),
+    **_same("load_in_8bit load_in_4bit bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant"),
     "lora_dropout": Counterpart("lora_dropout", "more than 0 takes `disable_dropout: false`"),
-    "lora_target_parameters": Counterpart(
-        note="not available on the command line; in Python pass a `peft_config` that has `target_parameters`"
-    ),
-    "lora_task_type": Counterpart(note=ONLY_CAUSAL),
-    "bnb_4bit_quant_storage": Counterpart(
-        note="not available: 4-bit weights are stored as uint8; it matters under FSDP alone; leave it out"
-    ),
+    "lora_task_type": Counterpart("lora_task_type", "CAUSAL_LM alone"),
 }
 """``trl.ModelConfig``."""
 

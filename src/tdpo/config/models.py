@@ -131,8 +131,18 @@ class AdapterOptions:
             "for the model."
         },
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of parameters outside linear layers that get an adapter, such as mlp.experts.down_proj of a "
+            "mixture-of-experts model."
+        },
+    )
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained and saved whole, lm_head for a trained head."}
+    )
+    lora_task_type: str = field(
+        default="CAUSAL_LM", metadata={"help": "Task the adapter is saved for.", "choices": ["CAUSAL_LM"]}
     )
     use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised scale: alpha / sqrt(r)."})
     use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction of weights apart."})
@@ -144,6 +154,14 @@ class AdapterOptions:
     )
     bnb_4bit_quant_type: str = field(
         default="nf4", metadata={"help": "Kind of 4-bit numbers.", "choices": ["nf4", "fp4"]}
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype that holds the packed 4-bit weights; default: bitsandbytes' uint8. FSDP needs that of the "
+            "other weights.",
+            "choices": ["uint8", "float16", "bfloat16", "float32"],
+        },
     )
     use_bnb_nested_quant: bool = field(
         default=False, metadata={"help": "Quantise the constants of the 4-bit quantisation too."}
@@ -170,11 +188,12 @@ class AdapterOptions:
         from peft import LoraConfig
 
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=self.lora_task_type,
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=_target_modules(self.lora_target_modules),
+            target_parameters=self.lora_target_parameters,
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -200,10 +219,12 @@ class AdapterOptions:
             return {"load_in_8bit": True}
         if not self.load_in_4bit:
             return None
+        storage = {} if self.bnb_4bit_quant_storage is None else {"bnb_4bit_quant_storage": self.bnb_4bit_quant_storage}
         return {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
             "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
+            **storage,
         }
 
     def _given(self, beginnings: tuple[str, ...]) -> list[str]:

@@ -44,6 +44,14 @@ class RunOptions(LoadingOptions, TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Train without dropout, so that policy and reference are compared as they are."}
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture-of-experts model, which is added to the loss and "
+            "logged as aux_loss; default: the weight in the model's config where its output_router_logits is set. 0 "
+            "leaves it out."
+        },
+    )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the newest checkpoint in --output_dir, if there is one."}
     )
@@ -102,7 +110,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
         check_at_least(
             self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
         )
-        check_at_least(self, 0, "learning_rate", "num_train_epochs")
+        check_at_least(self, 0, "learning_rate", "num_train_epochs", "router_aux_loss_coef")
         if self.bf16_full_eval or self.fp16_full_eval:
             raise UserError("--bf16_full_eval and --fp16_full_eval cast the policy and not the reference; use --bf16")
         if self.label_smoothing_factor:

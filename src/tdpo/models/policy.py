@@ -93,7 +93,7 @@ def _plain_head(lm: Any, scale: float = 1.0, soft_cap: float | None = None) -> H
     config = getattr(lm, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"{type(lm).__name__} is not a causal language model: it has an encoder and a decoder. tdpo trains "
+            f"{type(lm).__name__} is not a causal language model: it is an encoder-decoder. tdpo trains "
             "decoders alone, models that transformers' AutoModelForCausalLM loads"
         )
     inner = getattr(lm, "module", None)
@@ -120,7 +120,10 @@ def body_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Hidden states after the final norm, ``[R, T, D]``: the model without its head."""
     lm = causal_lm(model)
     body: Any = lm.base_model
-    if body is lm:
+    if body is lm:  # some multimodal models hold a complete causal language model
+        inner = lm.get_decoder()
+        body = inner.base_model if inner.base_model is not inner else getattr(inner, "model", None)
+    if body is None or body is lm:
         raise UserError(f"{type(lm).__name__} does not keep its body apart from its head; tdpo cannot run it")
     return body(use_cache=False, **inputs).last_hidden_state
 
@@ -209,6 +212,8 @@ def _causal_states(lm: Any, ids: Tensor, vocab_size: int, tolerance: float) -> T
     changed[0, -1] = (ids[0, -1] + 1) % vocab_size
     try:
         states, others = (body_states(lm, input_ids=sequence)[0] for sequence in (ids, changed))
+    except ValueError as missing:  # an encoder's or an image's input
+        raise UserError(f"{type(lm).__name__} does not run on text alone: {missing}") from missing
     except TypeError as error:
         raise UserError(f"{type(lm).__name__} is not a causal language model: {str(error).splitlines()[0]}") from error
     if not states.isfinite().all():
@@ -265,7 +270,7 @@ def _observed_forward(lm: Any, ids: Tensor, probe: Tensor) -> tuple[dict[str, tu
 
     def swap(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         seen.setdefault("head", (inputs[0][0], output[0]))
-        return probe.to(output)[None]
+        return probe.to(output, copy=True)[None]  # some models write into their logits
 
     handles = [
         lm.base_model.register_forward_hook(resize),
@@ -273,6 +278,8 @@ def _observed_forward(lm: Any, ids: Tensor, probe: Tensor) -> tuple[dict[str, tu
     ]
     try:
         return seen, type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
+    except ValueError as missing:  # an encoder's or an image's input
+        raise UserError(f"{type(lm).__name__} does not run on text alone: {missing}") from missing
     finally:
         for handle in handles:
             handle.remove()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
@@ -22,17 +23,27 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout
 from tdpo.models.compiling import uncompiled
 from tdpo.models.inside import open_forward, run_inside
-from tdpo.models.load import load_model
+from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.modes import prepare_reference_mode
+from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
 from tdpo.models.policy import head_of, position_limit, unwrapped
 from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.models.sharding import narrow_dtype
 from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
-from tdpo.score import PairScores, batch_loss, packer, tree_refusal
-from tdpo.train.base import BatchMeanTrainer, logger
+from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
+from tdpo.train.base import BatchMeanTrainer, find_own_loss, logger
 from tdpo.train.metrics import DisplacementWatch, MetricSums
-from tdpo.train.references import FillOptions, Following, Models, cached, prepare_models, told
+from tdpo.train.references import (
+    FillOptions,
+    Following,
+    Models,
+    cached,
+    describe_copy,
+    prepare_models,
+    told,
+    warn_of_second_model,
+)
 from tdpo.types import PackedBatch
 
 
@@ -47,7 +58,8 @@ class TDPOTrainer(BatchMeanTrainer):
         train_dataset: Rows in any known format, records or tokenised pairs; see
             :func:`tdpo.data.dataset.prepare_pairs`.
         eval_dataset: The same, held out, or several of them by name.
-        processing_class: The tokenizer; by default the one saved with the model. Not needed for tokenised pairs.
+        processing_class: The tokenizer, or a multimodal model's processor, whose tokenizer is used and which is saved
+            with the model; by default the tokenizer saved with the model. Not needed for tokenised pairs.
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
         peft_config: Wraps the model in an adapter; the reference is the model without it.
@@ -89,23 +101,26 @@ class TDPOTrainer(BatchMeanTrainer):
         prepare_reference_mode(policy, self.reference.models(), models.cache is not None, args.disable_dropout)
         if args.disable_dropout:
             tell_of_dropout(peft_config)
+        freeze_idle_parts(policy)
+        self._router = find_own_loss(policy, args)
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
         self._budget = LogitsBudget(args.logits_budget)
         self._watch = DisplacementWatch(args.beta)
-        tokenizer = processing_class or _tokenizer_of(policy, config, train_dataset)
+        processing_class = processing_class or _tokenizer_of(policy, config, train_dataset)
+        tokenizer = tokenizer_of(processing_class)
         limit = position_limit(policy, *self.reference.models())
         pack, self.layout = _layout(args.layout, [policy, *self.reference.models()])
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or Collator(pack),
+            data_collator=data_collator or Collator(_with_every_token(pack) if self._router else pack),
             train_dataset=None
             if train_dataset is None
             else _prepare(train_dataset, tokenizer, policy, limit, args, "train"),
             eval_dataset=_prepare_each(eval_dataset, tokenizer, policy, limit, args),
-            processing_class=tokenizer,
+            processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -113,6 +128,9 @@ class TDPOTrainer(BatchMeanTrainer):
             if isinstance(self.reference, FrozenCopy):
                 self.compile_if_asked(self.reference.model)
             self.reference.place(self.accelerator)
+            self.reference_line += describe_copy(self.reference)
+            if held_against is None:
+                warn_of_second_model(self.reference, policy, args)
         else:
             self.reference.to(self.args.device)
             self._read_from(models.cache, models, pack)
@@ -129,7 +147,8 @@ class TDPOTrainer(BatchMeanTrainer):
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
         def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
-            return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self._budget)
+            options = self.objective, self.args.backend, self._budget
+            return batch_loss_with_router(self._router, policy, self.reference, batch, *options)
 
         return run_inside(model, step)
 
@@ -185,7 +204,7 @@ class TDPOTrainer(BatchMeanTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             policy: Any = self.model
             limit = position_limit(policy, *self.reference.models())
-            eval_dataset = _prepare_each(eval_dataset, self.processing_class, policy, limit, self.args)
+            eval_dataset = _prepare_each(eval_dataset, tokenizer_of(self.processing_class), policy, limit, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def begin_evaluation(self) -> None:
@@ -242,6 +261,11 @@ def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
     return pack, line
 
 
+def _with_every_token(pack: Any) -> Any:
+    """The same layout for a loss over all tokens, those that predict nothing among them."""
+    return partial(pack_trees, every_token=True) if pack is pack_trees else pack
+
+
 def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
     """The tokenizer saved beside the policy, as transformers would load it; None if the data needs none."""
     name = getattr(policy.config, "_name_or_path", "")
@@ -249,8 +273,8 @@ def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
         return None
     revision = config.model_revision if name == config.model_name_or_path else "main"
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError):
+        return load_tokenizer(replace(config, model_name_or_path=name, model_revision=revision))
+    except UserError:
         return None
 
 
