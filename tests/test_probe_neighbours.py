@@ -152,6 +152,14 @@ def test_a_reference_costs_log_two_on_both_sides_of_the_switch(
     assert log["kl/chosen"] == pytest.approx(0, abs=1e-6) and log["kl/rejected"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_router_loss_is_that_of_the_rows_that_ran(tmp_path: Path) -> None:
+    losses = [
+        first_log(phimoe(), tmp_path, straddling(), reference="frozen", layout=layout, router_aux_loss_coef=0.1)["loss"]
+        for layout in ("padded", "auto")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-2) and losses[0] > math.log(2) + 0.05
+
+
 def test_checkpointing_gives_the_gradients_of_each_sequence() -> None:
     reference, pairs = phi3(torch.float64), straddling()
     policy = moved(reference).train()

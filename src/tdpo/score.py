@@ -16,7 +16,7 @@ from tdpo.errors import UserError
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import run_in_head
 from tdpo.models.modes import known_gap, same_mode
-from tdpo.models.neighbours import neighbour_plan
+from tdpo.models.neighbours import laid_out, neighbour_plan
 from tdpo.models.own_loss import RouterLoss, collect_router_logits
 from tdpo.models.policy import head_of, position_limit, prove_head, unwrapped
 from tdpo.models.reference import Reference, as_reference, check_comparable
@@ -184,7 +184,8 @@ def batch_loss_with_router(
         return batch_loss(policy, reference, batch, *options)
     with collect_router_logits(policy) as router_logits:
         total, scores = batch_loss(policy, reference, batch, *options)
-    aux = router.of_batch(router_logits[-1], batch)  # a reference that runs in the policy's body runs before the policy
+    # A reference that runs in the policy's body runs before the policy.
+    aux = router.of_batch(router_logits[-1], laid_out(policy, batch))
     term = router.coefficient * aux
     outcome = replace(scores.outcome, loss=scores.loss + term.detach())
     return total + batch.num_pairs * term, replace(scores, outcome=outcome, aux_loss=aux.detach())

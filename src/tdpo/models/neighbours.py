@@ -87,14 +87,29 @@ def sequence_states(model: nn.Module, batch: PackedBatch, run: Callable[[PackedB
         batch: The batch.
         run: Computes the hidden states ``[R, T, D]`` of a batch.
     """
+    plan, rows = _plan(model), laid_out(model, batch)
+    if (rows is batch and batch.layout == "tree") or plan.switch is None:
+        return run(batch).flatten(0, 1)[batch.source_index]
+    with own_frequencies(plan, (rows.tree_ids >= 0).sum(1)):
+        return run(rows).flatten(0, 1)[rows.source_index]
+
+
+def laid_out(model: nn.Module, batch: PackedBatch) -> PackedBatch:
+    """Returns the batch in the layout in which :func:`sequence_states` runs it.
+
+    One branch of a tree may be longer than the switch, the other one shorter: such batches run in padded rows.
+    """
+    plan = _plan(model)
+    if batch.layout == "padded" or plan.switch is None or int(batch.position_ids.max()) + 2 <= plan.switch:
+        return batch
+    rows = as_padded(batch)
+    shortest = int((rows.tree_ids >= 0).sum(1).min())
+    return rows if plan.of_each_length or shortest <= plan.switch + 1 else batch
+
+
+def _plan(model: nn.Module) -> NeighbourPlan:
     _, plan = _plans.get(causal_lm(model)) or (None, neighbour_plan(model))
-    if plan.switch is not None and int(batch.position_ids.max()) + 2 > plan.switch:
-        rows = as_padded(batch)  # one branch of a tree may be longer than the switch, the other one shorter
-        lengths = (rows.tree_ids >= 0).sum(1)
-        if plan.of_each_length or int(lengths.min()) <= plan.switch + 1:
-            with own_frequencies(plan, lengths):
-                return run(rows).flatten(0, 1)[rows.source_index]
-    return run(batch).flatten(0, 1)[batch.source_index]
+    return plan
 
 
 @contextmanager

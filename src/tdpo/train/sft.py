@@ -22,6 +22,7 @@ from tdpo.models.inside import open_forward, run_in_head, run_inside
 from tdpo.models.load import load_model
 from tdpo.models.modes import prepare_training_mode
 from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
+from tdpo.models.neighbours import laid_out
 from tdpo.models.own_loss import collect_router_logits
 from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.score import packer
@@ -121,7 +122,7 @@ class SFTTrainer(BatchMeanTrainer):
                 return run_in_head(lm, response_states(lm, batch), loss)[0], None
             with collect_router_logits(lm) as router_logits:
                 total, _ = run_in_head(lm, response_states(lm, batch), loss)
-            aux = self._router.of_batch(router_logits[-1], batch)
+            aux = self._router.of_batch(router_logits[-1], laid_out(lm, batch))
             return total + batch.labels.numel() * self._router.coefficient * aux, aux.detach()
 
         return run_inside(model, step)
