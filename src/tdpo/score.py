@@ -15,8 +15,10 @@ from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import run_in_head
+from tdpo.models.modes import known_gap, same_mode
+from tdpo.models.neighbours import laid_out, neighbour_plan
 from tdpo.models.own_loss import RouterLoss, collect_router_logits
-from tdpo.models.policy import head_of, position_limit, prove_head
+from tdpo.models.policy import head_of, position_limit, prove_head, unwrapped
 from tdpo.models.reference import Reference, as_reference, check_comparable
 from tdpo.models.tied import tied_gradient
 from tdpo.models.trees import tree_plan
@@ -79,7 +81,8 @@ def score_pairs(
 
     Args:
         policy: A transformers causal language model. Gradients flow into it when they are on; its training mode is
-            left as it is, so call ``policy.eval()`` first where dropout must be off.
+            left as it is, so call ``policy.eval()`` first where dropout must be off. A reference whose training mode
+            is another arithmetic without being random runs in the policy's mode, any other in evaluation mode.
         reference: A second causal language model with the same vocabulary, or a reference strategy. Never trained.
         pairs: P tokenised pairs; all of them run at once.
         objective: One of :mod:`tdpo.objectives`.
@@ -98,10 +101,14 @@ def score_pairs(
     """
     if not pairs:
         raise UserError("score_pairs was given no pairs")
+    policy = unwrapped(policy)
     prove_head(policy)
     if isinstance(reference, nn.Module):
-        check_comparable(policy, reference)
+        check_comparable(policy, unwrapped(reference))
     models = [policy, *as_reference(reference).models()]
+    if policy.training and known_gap(policy).arithmetic:
+        for model in models:
+            known_gap(model)
     check_fits(pairs, head_of(policy).vocab_size, position_limit(*models))
     batch = packer(layout, models)(pairs).to(next(policy.parameters()).device)
     return score_batch(policy, reference, batch, objective, backend)
@@ -115,6 +122,8 @@ def packer(layout: str, models: Sequence[nn.Module]) -> Callable[[Sequence[Token
     """
     if layout not in get_args(LayoutChoice):
         raise UserError(f"unknown layout {layout!r}; there are: {', '.join(get_args(LayoutChoice))}")
+    for model in models:
+        neighbour_plan(model)  # while its weights are whole
     if layout == "padded":
         return pack_padded
     refusal = tree_refusal(models)
@@ -146,7 +155,8 @@ def batch_loss(
         scores = score_batch(policy, reference, batch, objective, backend)
         return scores.loss.sum(), scores
     live = as_reference(reference)
-    ref_states = live.states(batch)
+    with same_mode(policy, live):
+        ref_states = live.states(batch)
     budget = logits_budget or LogitsBudget()
     with tied_gradient(policy, batch.input_ids.device) as tied:
 
@@ -174,7 +184,8 @@ def batch_loss_with_router(
         return batch_loss(policy, reference, batch, *options)
     with collect_router_logits(policy) as router_logits:
         total, scores = batch_loss(policy, reference, batch, *options)
-    aux = router.of_batch(router_logits[-1], batch)  # a reference that runs in the policy's body runs before the policy
+    # A reference that runs in the policy's body runs before the policy.
+    aux = router.of_batch(router_logits[-1], laid_out(policy, batch))
     term = router.coefficient * aux
     outcome = replace(scores.outcome, loss=scores.loss + term.detach())
     return total + batch.num_pairs * term, replace(scores, outcome=outcome, aux_loss=aux.detach())
@@ -190,7 +201,8 @@ def score_batch(
 ) -> PairScores:
     """:func:`score_pairs` for a batch that is already laid out, on the policy's device, without the checks."""
     live = as_reference(reference)
-    ref_states = live.states(batch)
+    with same_mode(policy, live):
+        ref_states = live.states(batch)
 
     def statistics(states: Tensor) -> tuple[Tensor, Tensor, TokenStats]:
         hidden, ref_hidden = Hidden(states, head_of(policy)), Hidden(ref_states, live.head())

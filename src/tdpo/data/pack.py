@@ -177,6 +177,24 @@ def pack_sequences(
     return _padded_rows(prompts, responses, list(range(0, 2 * len(prompts), 2)), list(rows or [0] * len(prompts)))
 
 
+def as_padded(batch: PackedBatch) -> PackedBatch:
+    """Lays the sequences of a batch of trees out in padded rows; its response tokens keep their order.
+
+    Example:
+        >>> batch = as_padded(pack_trees([TokenisedPair([5, 6], [7], [8, 9])]))
+        >>> batch.input_ids.tolist(), batch.source_index.tolist()
+        ([[5, 6, 7, 0], [5, 6, 8, 9]], [1, 5, 6])
+    """
+    if batch.layout == "padded":
+        return batch
+    sequence_ids = [sequence for sequence, length in enumerate(batch.lengths) if length]
+    is_prompt = batch.branch_ids == 0
+    prompts = [batch.input_ids[is_prompt & (batch.tree_ids == sequence // 2)].tolist() for sequence in sequence_ids]
+    responses = [part.tolist() for part in batch.labels.split(list(batch.lengths)) if len(part)]
+    rows = _padded_rows(prompts, responses, sequence_ids, batch.pair_rows.tolist())
+    return replace(rows, pair_keys=batch.pair_keys).to(batch.input_ids.device)
+
+
 def _padded_rows(
     prompts: Sequence[list[int]], responses: Sequence[list[int]], sequence_ids: list[int], pair_rows: list[int]
 ) -> PackedBatch:

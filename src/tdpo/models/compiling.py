@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from tdpo.errors import UserError
-from tdpo.models.policy import causal_lm
+from tdpo.models.policy import causal_lm, unwrapped
+
+logger = logging.getLogger("tdpo")
 
 
 def compile_layers(models: Iterable[nn.Module], backend: str | None = None, mode: str | None = None) -> int:
@@ -40,3 +44,20 @@ def compile_layers(models: Iterable[nn.Module], backend: str | None = None, mode
             layer.compile(backend=backend or "inductor", mode=mode, dynamic=True)
         compiled += len(outer)
     return compiled
+
+
+def uncompiled(model: Any) -> Any:
+    """Returns a model without what ``torch.compile`` and ``Module.compile`` put around all of it.
+
+    Training runs body, head and loss inside the model's forward, which would be compiled again for every batch.
+    """
+    outer, lm = unwrapped(model), causal_lm(model)
+    if outer is not lm:
+        outer.base_model.model = lm  # a compiled model within an adapter, whose parameters' names would be saved
+    for module in (outer, lm):
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            module._compiled_call_impl = None
+            model = None
+    if model is not outer:
+        logger.info("the model is trained without the torch.compile around it; --torch_compile compiles its layers")
+    return outer

@@ -21,7 +21,8 @@ WITHOUT_EFFECT = {
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "pad_token_id",
     "problem_type", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-"""Config entries that no hidden state depends on, and that saving, loading or a trainer may rewrite."""
+"""Config entries that no hidden state depends on, and that saving, loading or a trainer may rewrite. So are those of
+dropout: a reference has none, and a policy that reads them at every call gets them set to 0."""
 ADAPTER_WITHOUT_EFFECT = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
 
 
@@ -79,7 +80,7 @@ def _without(entries: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {
         str(key): _without(value, names) if isinstance(value, dict) else value
         for key, value in entries.items()
-        if key not in names and not str(key).startswith("_attn")
+        if key not in names and not str(key).startswith("_attn") and "drop" not in str(key)
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tdpo.models.modes import policy_mode
+from tdpo.models.neighbours import sequence_states
 from tdpo.models.policy import body_states, head_of
 from tdpo.models.trees import tree_states
 from tdpo.types import Hidden, PackedBatch
@@ -14,9 +16,13 @@ def response_states(model: nn.Module, batch: PackedBatch) -> Tensor:
 
     Differentiable in the parameters of the model's body when gradients are on.
     """
-    # Padded rows are padded at the end and attention is causal: no mask is needed, and the fastest path stays.
-    states = tree_states(model, batch) if batch.layout == "tree" else body_states(model, input_ids=batch.input_ids)
-    return states.flatten(0, 1)[batch.source_index]
+
+    def run(rows: PackedBatch) -> Tensor:
+        # Padded rows are padded at the end and attention is causal: no mask is needed, and the fastest path stays.
+        return tree_states(model, rows) if rows.layout == "tree" else body_states(model, input_ids=rows.input_ids)
+
+    with policy_mode(model):
+        return sequence_states(model, batch, run)
 
 
 def response_hidden(model: nn.Module, batch: PackedBatch) -> Hidden:

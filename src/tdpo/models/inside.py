@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from tdpo.models.policy import causal_lm, prove_head
+from tdpo.models.policy import causal_lm, head_of
 
 Result = TypeVar("Result")
 
@@ -47,7 +47,7 @@ def run_in_head(model: nn.Module, states: Tensor, function: Callable[[Tensor], R
     What it returns has to name, as a tensor in a tuple, every tensor a backward may start from: wrappers gather the
     weights again when its gradient arrives.
     """
-    prove_head(model)  # once per model, by a forward that has to find its head as it is
+    head_of(model)  # proves the model, once, by a forward that has to find its head as it is
     head = causal_lm(model).get_output_embeddings()
     for module in reversed(list(head.modules())):  # a head that an adapter saves whole is a wrapper around two
         if type(module).forward is nn.Module.forward:  # a container of modules or of trained tokens

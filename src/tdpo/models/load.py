@@ -130,11 +130,6 @@ def _load_whole(config: ModelConfig, name: str, revision: str, quantization: dic
             f"model {name!r} lacks weights of {type(model).__name__}, which would be drawn at random: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. It is no whole causal language model"
         )
-    for module in model.modules():
-        # bitsandbytes repacks 4-bit weights on a CPU at their first pass in evaluation mode, for inference only, and
-        # every gradient through them is silently zero from then on.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -7,9 +7,11 @@ name: the conventions transformers models share are used, and :func:`prove_head`
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,16 +28,43 @@ PROBE_SIZES = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 # and multiplies in another, and logit_scale may be there unused. `prove_head` finds out which reading is the model's.
 DIVISORS = ("logits_scaling",)
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
+HALF = (torch.float16, torch.bfloat16)
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 ABSENT = torch.finfo(torch.float16).min
 """Logits down here are vocabulary entries the model leaves out."""
 
-_proven: weakref.WeakKeyDictionary[nn.Module, tuple[float, float | None]] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Proof:
+    """How a model's logits follow from its body's states, as :func:`prove_head` measured it.
+
+    Attributes:
+        state: What the measurement depends on; see :func:`_state_of`.
+        factor: Constant that the model multiplies its states by between body and head.
+        scale: Constant factor on the logits.
+        soft_cap: Bound of the logits, or None.
+    """
+
+    state: tuple[Any, ...]
+    factor: float
+    scale: float
+    soft_cap: float | None
+
+
+_proven: weakref.WeakKeyDictionary[nn.Module, _Proof] = weakref.WeakKeyDictionary()
+
+
+def unwrapped(model: Any) -> Any:
+    """Returns the model that ``torch.compile(model)`` wraps, or the model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def causal_lm(model: Any) -> Any:
-    """The causal language model inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    """Returns the causal language model inside the wrappers of peft and ``torch.compile``, or the model itself."""
+    model = unwrapped(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = unwrapped(model.get_base_model())
+    return model
 
 
 def head_of(model: nn.Module) -> Head:
@@ -45,14 +74,40 @@ def head_of(model: nn.Module) -> Head:
         UserError: as :func:`prove_head`, which it calls for a model that has not been through it.
     """
     lm = causal_lm(model)
-    prove_head(lm)
-    return _plain_head(lm, *_proven[lm])
+    # What was proven stays: within a forward, wrappers may have put weights of fewer bits in place.
+    if lm not in _proven:
+        prove_head(lm)
+    proof = _proven[lm]
+    return _scaled_states(_plain_head(lm, proof.scale, proof.soft_cap), proof.factor)
+
+
+def _scaled_states(head: Head, factor: float) -> Head:
+    """Returns the head that gives for ``states`` what ``head`` gives for ``factor * states``."""
+    if factor == 1.0:
+        return head
+    bias = None if head.bias is None else head.bias / factor
+    return replace(head, bias=bias, scale=head.scale * factor)
 
 
 def _plain_head(lm: Any, scale: float = 1.0, soft_cap: float | None = None) -> Head:
+    config = getattr(lm, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{type(lm).__name__} is not a causal language model: it is an encoder-decoder. tdpo trains "
+            "decoders alone, models that transformers' AutoModelForCausalLM loads"
+        )
+    inner = getattr(lm, "module", None)
+    if config is None and isinstance(inner, nn.Module):
+        raise UserError(
+            f"the model is wrapped in {type(lm).__name__}; pass the {type(inner).__name__} inside it (model.module). "
+            "The trainer distributes it itself"
+        )
     output = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
     if output is None or getattr(output, "weight", None) is None:
-        raise UserError(f"{type(lm).__name__} has no language-model head; tdpo needs a causal language model")
+        raise UserError(
+            f"{type(lm).__name__} is not a causal language model: it has no language-model head. Load the checkpoint "
+            "with transformers' AutoModelForCausalLM"
+        )
     if getattr(output, "base_layer", None) is not None:
         raise UserError(
             f"{type(lm).__name__} has an adapter on its language-model head; tdpo reads the head's weight alone, so "
@@ -74,53 +129,51 @@ def body_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 
 def prove_head(model: nn.Module) -> None:
-    """Finds out, once per model, how its logits follow from its body and head, and that tdpo can do the same.
+    """Measures how the model's logits follow from its body and head, and proves that tdpo computes the same.
 
     One forward pass compares the head's output with hidden states times weight, then hands the rest of the model
     made-up outputs of many sizes and compares what becomes of them with every scale and soft-cap the config may mean.
+    A model is measured again when its dtype, its head or the numbers in its config changed.
 
     Raises:
-        UserError: if no reading fits, which would make every statistic wrong without a sign, or the model is no causal
-            language model.
+        UserError: if no reading fits, which would make every statistic wrong without a sign, or the model is not a
+            causal language model.
     """
     lm = causal_lm(model)
-    if lm in _proven:
-        return
-    if getattr(lm.config, "is_encoder_decoder", False):
-        raise UserError(f"{type(lm).__name__} is an encoder-decoder; tdpo needs a causal language model")
     head = _plain_head(lm)
+    keep_gradients(lm)
+    state = _state_of(lm)
+    if lm in _proven and _proven[lm].state == state:
+        return
     ids = (torch.arange(len(PROBE_SIZES), device=head.weight.device) + 3)[None] % head.vocab_size
-    outputs: list[Tensor] = []
     probe = torch.tensor(PROBE_SIZES)[:, None] * torch.cos(2.4 * torch.arange(head.vocab_size))
-
-    def swap(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        outputs.append(output[0])
-        return probe.to(output, copy=True)[None]  # some models write into their logits
-
-    # Past whatever an earlier trainer wrapped around the forward (autocast, say), body and head are held together.
+    # Past whatever an earlier trainer wrapped around the forward (autocast, say), body and head are compared.
     with evaluating(lm), torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
-        handle = lm.get_output_embeddings().register_forward_hook(swap)
-        try:
-            logits = type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
-        except ValueError as missing:  # an encoder's or an image's input
-            raise UserError(f"{type(lm).__name__} does not run on text alone: {missing}") from missing
-        finally:
-            handle.remove()
-        states = body_states(lm, input_ids=ids)[0]
-        ours = head_logits(states, head)
-        changed = ids.clone()
-        changed[0, -1] = (ids[0, -1] + 1) % head.vocab_size
-        future = _difference(body_states(lm, input_ids=changed)[0, :-1], states[:-1])
-    if not logits.isfinite().any() or not states.isfinite().all():
-        raise UserError(f"{type(lm).__name__}: its weights give hidden states or logits that are not finite")
+        tolerance, leak = (5e-2, 5e-2) if head.weight.dtype in HALF else (1e-3, 1e-4)
+        states = _causal_states(lm, ids, head.vocab_size, leak)
+        if states.shape[-1] != head.weight.shape[-1]:
+            raise UserError(
+                f"{type(lm).__name__}: its hidden states have {states.shape[-1]} entries, its head takes "
+                f"{head.weight.shape[-1]}; it does something between body and head that tdpo does not know"
+            )
+        seen, logits = _observed_forward(lm, ids, probe)
+        own, passed_on = seen.get("body", (states, states))
+        head_input, head_output = seen.get("head", (passed_on, None))
+        factor = _factor(passed_on, head_input, lm.config)
+        ours = head_logits(passed_on, _scaled_states(head, factor))
+    if not logits.isfinite().any():
+        raise UserError(f"{type(lm).__name__}: its weights give logits that are not finite")
+    error = max(relative_difference(states, own), relative_difference(factor * passed_on, head_input))
+    finish = ours
+    if head_output is not None:
+        error = max(error, relative_difference(ours, head_output))
+        finish = probe.to(head_output).to(ours.dtype)
     # A model that never calls its head's layer makes its logits some other way; then only those can be compared.
-    error = _difference(ours, outputs[0]) if outputs else 0.0
-    finish = probe.to(outputs[0]).to(ours.dtype) if outputs else ours
-    readings = {reading: _difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)}
-    half = {head.weight.dtype, logits.dtype} & {torch.float16, torch.bfloat16}  # the logits' own under autocast
-    tolerance = 5e-2 if half else 1e-3
-    if future > tolerance:
-        raise UserError(f"{type(lm).__name__} lets a token see those after it; tdpo needs a causal language model")
+    readings = {
+        reading: relative_difference(finish_logits(finish, *reading), logits) for reading in _readings(lm.config)
+    }
+    if logits.dtype in HALF:  # the logits' own under autocast
+        tolerance = 5e-2
     fitting = [reading for reading, misfit in readings.items() if misfit < tolerance]
     if not (error < tolerance and fitting):
         raise UserError(
@@ -128,7 +181,113 @@ def prove_head(model: nn.Module) -> None:
             f"{max(error, min(readings.values())):.1e} (relative); it does something to its logits that tdpo does not "
             "know, so its statistics would be wrong"
         )
-    _proven[lm] = fitting[0]
+    _proven[lm] = _Proof(state, factor, *fitting[0])
+
+
+def keep_gradients(lm: nn.Module) -> None:
+    """Keeps 4-bit weights on a CPU in the form that gradients flow through.
+
+    bitsandbytes repacks them at their first pass in evaluation mode, for inference only, and every gradient through
+    them is silently zero from then on.
+    """
+    for module in lm.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _state_of(lm: Any) -> tuple[Any, ...]:
+    """Returns what a proof depends on: dtype and identity of the head, and the numbers of the config."""
+    output, text = lm.get_output_embeddings(), lm.config.get_text_config()
+    numbers = tuple((name, value) for name, value in sorted(vars(text).items()) if isinstance(value, float))
+    return output.weight.dtype, id(output), tuple(_readings(lm.config)), numbers
+
+
+def _causal_states(lm: Any, ids: Tensor, vocab_size: int, tolerance: float) -> Tensor:
+    """Returns the hidden states ``[T, D]`` of one sequence.
+
+    Raises:
+        UserError: if its last token changes the states before it, or the body does not run like that of a decoder.
+    """
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % vocab_size
+    try:
+        states, others = (body_states(lm, input_ids=sequence)[0] for sequence in (ids, changed))
+    except ValueError as missing:  # an encoder's or an image's input
+        raise UserError(f"{type(lm).__name__} does not run on text alone: {missing}") from missing
+    except TypeError as error:
+        raise UserError(f"{type(lm).__name__} is not a causal language model: {str(error).splitlines()[0]}") from error
+    if not states.isfinite().all():
+        raise UserError(f"{type(lm).__name__}: its weights give hidden states that are not finite")
+    if relative_difference(others[:-1], states[:-1]) > tolerance:
+        if relative_difference(body_states(lm, input_ids=ids)[0], states) > tolerance:
+            raise UserError(
+                f"{type(lm).__name__}: two passes over the same tokens in evaluation mode give different states; "
+                "remove what adds noise in evaluation mode (a hook, a layer that ignores eval())"
+            )
+        raise UserError(f"{type(lm).__name__} is not a causal language model: it lets a token see those after it")
+    return states
+
+
+def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
+    """Returns the constant that turns the body's states into what the head receives, 1 where there is none.
+
+    Measured by least squares; a number of the config that is equal up to rounding is used instead.
+    """
+    if states.shape != head_input.shape:
+        return 1.0
+    ours, theirs = states.double(), head_input.double()
+    measured = ((ours * theirs).sum() / (ours * ours).sum()).item()
+    text = config.get_text_config()
+    named = (getattr(text, name, None) for name in (*DIVISORS, *FACTORS))  # properties among them
+    numbers = _positive([*vars(text).values(), *named])
+    rounding = 1e-2 if head_input.dtype in HALF else 1e-4
+    known = [1.0, *numbers, *(1 / number for number in numbers)]
+    nearest = min(known, key=lambda number: abs(number - measured) if math.isfinite(measured) else abs(number - 1))
+    close = not measured > 0 or abs(nearest - measured) < rounding * abs(measured)
+    return float(nearest) if close else measured
+
+
+def _observed_forward(lm: Any, ids: Tensor, probe: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """Runs the model's own forward with made-up values behind its body and behind its head.
+
+    The body's states get other sizes, because a normalisation is a constant factor for states that are normalised
+    already; the head's output becomes ``probe``.
+
+    Returns:
+        What the body gave and what was passed on, what the head received and gave, each where the forward called it;
+        and the logits.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    sizes = 2.0 ** torch.arange(-2, ids.shape[1] - 2, device=ids.device)[:, None]
+
+    def resize(body: nn.Module, inputs: Any, output: Any) -> Any:
+        seen["body"] = output[0][0], output[0][0] * sizes.to(output[0].dtype)
+        resized = seen["body"][1][None]
+        if isinstance(output, tuple):
+            return resized, *output[1:]
+        output["last_hidden_state"] = resized
+        return output
+
+    def swap(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        seen.setdefault("head", (inputs[0][0], output[0]))
+        return probe.to(output, copy=True)[None]  # some models write into their logits
+
+    handles = [
+        lm.base_model.register_forward_hook(resize),
+        lm.get_output_embeddings().register_forward_hook(swap),
+    ]
+    try:
+        return seen, type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
+    except ValueError as missing:  # an encoder's or an image's input
+        raise UserError(f"{type(lm).__name__} does not run on text alone: {missing}") from missing
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _positive(values: Iterable[Any]) -> list[float]:
+    """Returns those entries of a config that are positive numbers."""
+    return [float(value) for value in values if type(value) in (int, float) and value > 0]
 
 
 def _readings(config: Any) -> list[tuple[float, float | None]]:
@@ -136,14 +295,13 @@ def _readings(config: Any) -> list[tuple[float, float | None]]:
     text = config.get_text_config()
 
     def numbers(names: tuple[str, ...]) -> list[float]:
-        values = (getattr(text, name, None) for name in names)
-        return [float(value) for value in values if isinstance(value, (int, float)) and value > 0]
+        return _positive(getattr(text, name, None) for name in names)
 
     scales = [*(1 / value for value in numbers(DIVISORS)), *numbers(FACTORS), 1.0]
     return list(itertools.product(scales, [*numbers(CAPS), None]))
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference within a row over the row's largest entry; entries absent on both sides agree."""
     absent = (ours <= ABSENT) & (theirs <= ABSENT)
     ours, theirs = (logits.to(torch.float32).masked_fill(absent, 0.0) for logits in (ours, theirs))
@@ -177,6 +335,14 @@ def disable_dropout(model: nn.Module) -> None:
 
 def position_limit(*models: nn.Module) -> int | None:
     """How many positions all of the models have, None where no config says."""
-    configs = [causal_lm(model).config.get_text_config() for model in models]
-    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    limits = [_positions(causal_lm(model).config.get_text_config()) for model in models]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _positions(config: Any) -> int | None:
+    limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":  # the length it was trained for, to be stretched
+        return int(limit * max(rope.get("factor") or 1.0, 1.0))
+    return limit

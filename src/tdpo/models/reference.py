@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_layers, frozen_base, moves_its_base, switched_off
 from tdpo.models.hidden import response_states
-from tdpo.models.policy import causal_lm, evaluating, head_of
+from tdpo.models.modes import reference_mode
+from tdpo.models.policy import causal_lm, head_of, prove_head, unwrapped
 from tdpo.models.sharding import narrow, narrow_dtype, shard_frozen
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
@@ -133,7 +134,7 @@ class FrozenCopy:
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
-        with torch.no_grad():
+        with reference_mode(self.model), torch.no_grad():
             return response_states(self.model, batch)
 
     def head(self) -> Head:
@@ -181,7 +182,7 @@ class AdapterOff:
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
-        with evaluating(self.policy), switched_off(self._layers), torch.no_grad():
+        with reference_mode(self.policy), switched_off(self._layers), torch.no_grad():
             return response_states(self.policy, batch)
 
     def head(self) -> Head:
@@ -212,7 +213,7 @@ class AsItIs:
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
-        with evaluating(self.model), torch.no_grad():
+        with reference_mode(self.model), torch.no_grad():
             return response_states(self.model, batch)
 
     def head(self) -> Head:
@@ -275,13 +276,15 @@ def reference_hidden(reference: nn.Module | Reference, batch: PackedBatch) -> Hi
 
 
 def check_comparable(policy: nn.Module, reference: nn.Module) -> None:
-    """Refuses a reference that KL(reference || policy) would mean nothing against: other vocabulary, shared weights.
+    """Proves both heads, and refuses a reference with another vocabulary or with weights of the policy.
 
     Raises:
         UserError: naming both sizes, or saying what is shared.
     """
+    for model in (policy, reference):
+        prove_head(model)
     own, others = ({id(parameter) for parameter in model.parameters()} for model in (policy, reference))
-    if own & others and policy is not reference:
+    if own & others and unwrapped(policy) is not unwrapped(reference):
         raise UserError(
             "policy and reference share weights, so training one moves the other and the KL reads 0: give the "
             "reference weights of its own (copy.deepcopy), or leave ref_model out and a frozen copy is made"

@@ -47,8 +47,8 @@ def tied_gradient(model: nn.Module, device: torch.device) -> Iterator[TiedGradie
     """Inside, the embedding of a model that ties it to its head keeps company with the gradient that is yielded.
 
     None, and nothing is changed, where there is nothing to gain or the embedding is more than a plain lookup: an untied
-    or frozen weight, one that DeepSpeed takes away after each module, autocast (the head is a cast copy then), no
-    gradients.
+    or frozen weight, one that DeepSpeed takes away after each module, a patched forward, autocast (the head is a cast
+    copy then), no gradients. Hooks on the embedding receive the rows as they would without.
 
     Args:
         model: The model.
@@ -61,11 +61,14 @@ def tied_gradient(model: nn.Module, device: torch.device) -> Iterator[TiedGradie
         return
     gradient = TiedGradient()
 
-    def look_up(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def look_up(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if type(output.grad_fn).__name__ != "EmbeddingBackward0":
+            return None  # something changed the rows already, hooks on all modules say; autograd adds up then
         gradient.lookups += 1
         return _Lookup.apply(layer.weight, inputs[0], layer.padding_idx, gradient)
 
-    handle = table.register_forward_hook(look_up)
+    # Other hooks run after it: they add noise to the rows (NEFTune) or change them in some other way.
+    handle = table.register_forward_hook(look_up, prepend=True)
     try:
         yield gradient
     finally:
@@ -75,6 +78,8 @@ def tied_gradient(model: nn.Module, device: torch.device) -> Iterator[TiedGradie
 def _plainly_tied(table: Any, head: Any) -> bool:
     """Whether an embedding does nothing but look up rows of a weight that is the head's too, and is trained."""
     if type(table) is not nn.Embedding or table.max_norm is not None or table.scale_grad_by_freq:
+        return False
+    if "forward" in vars(table):  # patched, as accelerate does to offload weights
         return False
     weight = table.weight
     return getattr(head, "weight", None) is weight and weight.requires_grad and not hasattr(weight, "ds_id")

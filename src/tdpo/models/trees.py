@@ -43,19 +43,21 @@ class TreePlan:
     masks: Callable[[PackedBatch], Masks] | None = None
 
 
-_plans: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[torch.dtype, TreePlan]]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, TreePlan]]] = weakref.WeakKeyDictionary()
 
 
 def tree_plan(model: nn.Module) -> TreePlan:
     """Probes the model and says how it takes trees or why it must not be given any.
 
-    Once per model, attention implementation and dtype: the mask depends on both.
+    Once per model, attention implementation, dtype and windows: the mask depends on all of them.
     """
     lm = causal_lm(model)
-    implementation, dtype = _implementation(lm), next(lm.parameters()).dtype
+    implementation, text = _implementation(lm), lm.config.get_text_config()
+    windows = [str(getattr(text, name, None)) for name in ("sliding_window", "layer_types")]
+    state = next(lm.parameters()).dtype, *windows
     plans = _plans.setdefault(lm, {})
-    if implementation not in plans or plans[implementation][0] != dtype:
-        plans[implementation] = dtype, _probe(lm, implementation)
+    if implementation not in plans or plans[implementation][0] != state:
+        plans[implementation] = state, _probe(lm, implementation)
     return plans[implementation][1]
 
 

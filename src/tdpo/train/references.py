@@ -26,7 +26,8 @@ from tdpo.data.pack import pack_padded
 from tdpo.errors import UserError
 from tdpo.models.adapters import KEEPING_INITS, changes_nothing, check_tunes_weights, has_adapter, with_adapter
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
-from tdpo.models.policy import causal_lm, prove_head
+from tdpo.models.neighbours import neighbour_plan
+from tdpo.models.policy import causal_lm, evaluating, prove_head
 from tdpo.models.reference import AdapterOff, AsItIs, CachedHidden, FrozenCopy, Reference, check_comparable
 from tdpo.models.sharding import held
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
@@ -70,6 +71,9 @@ def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, a
         prove_head(ref_model)
         check_comparable(policy, ref_model)
     strategy, why = _choose(policy, ref_model, peft_config, args)
+    reason = neighbour_plan(policy).reason
+    if reason and strategy != "cached":  # which is refused
+        logger.warning("%s: %s; losses depend on how batches are made up", type(causal_lm(policy)).__name__, reason)
     cache = None
     if strategy == "cached":
         cache = Path(args.reference_cache or Path(str(args.output_dir)) / DEFAULT_CACHE).expanduser()
@@ -261,8 +265,17 @@ def fill(store: HiddenStore, reference: Reference, pairs: Sequence[TokenisedPair
 
     Returns:
         How many pairs were computed, by all processes together.
+
+    Raises:
+        UserError: for a reference whose states depend on the other sequences of their batch.
     """
     state = PartialState()
+    for model in reference.models():
+        if reason := neighbour_plan(model).reason:
+            raise UserError(
+                f"--reference cached: {type(causal_lm(model)).__name__} cannot be read from a cache: {reason}, and a "
+                "cache is filled in other batches than those of training. Use --reference frozen"
+            )
     missing = store.missing(pairs)
     state.wait_for_everyone()  # all have counted before anyone adds
     if missing:
@@ -292,7 +305,7 @@ def _run(
             store.add([pair for batch, _ in pending for pair in batch], torch.cat([states for _, states in pending]))
             pending.clear()
 
-    with bar(console, transient=True) as shown, torch.no_grad():
+    with bar(console, transient=True) as shown, torch.no_grad(), evaluating(*reference.models()):
         task = shown.add_task("caching the reference", total=len(batches), figures="")
         for batch in batches:
             with run.autocast():

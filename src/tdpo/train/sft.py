@@ -16,12 +16,15 @@ from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths, prepare_sft
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.models.adapters import check_tunes_weights, tell_of_dropout, with_adapter
+from tdpo.models.compiling import uncompiled
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import open_forward, run_in_head, run_inside
 from tdpo.models.load import load_model
+from tdpo.models.modes import prepare_training_mode
 from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
+from tdpo.models.neighbours import laid_out
 from tdpo.models.own_loss import collect_router_logits
-from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
+from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer, find_own_loss
 from tdpo.types import Hidden, PackedBatch
@@ -61,17 +64,17 @@ class SFTTrainer(BatchMeanTrainer):
         args = args or SFTConfig(output_dir="sft-output")
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
-        loaded = load_model(config, trainable=True) if isinstance(model, str) else model
+        loaded = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
         if peft_config is not None:
             loaded = with_adapter(loaded, peft_config)
         check_tunes_weights(loaded)
         if processing_class is None:
             raise UserError("SFTTrainer needs the tokenizer: pass processing_class")
         tokenizer = tokenizer_of(processing_class)
-        if args.disable_dropout:
-            disable_dropout(loaded)
-            tell_of_dropout(peft_config)
         prove_head(loaded)
+        if args.disable_dropout:
+            tell_of_dropout(peft_config)
+        prepare_training_mode(loaded, args.disable_dropout)
         freeze_idle_parts(loaded)
         self._router = find_own_loss(loaded, args)
         self._aux = torch.zeros(2)
@@ -120,7 +123,7 @@ class SFTTrainer(BatchMeanTrainer):
                 return run_in_head(lm, response_states(lm, batch), loss)[0], None
             with collect_router_logits(lm) as router_logits:
                 total, _ = run_in_head(lm, response_states(lm, batch), loss)
-            aux = self._router.of_batch(router_logits[-1], batch)
+            aux = self._router.of_batch(router_logits[-1], laid_out(lm, batch))
             return total + batch.labels.numel() * self._router.coefficient * aux, aux.detach()
 
         return run_inside(model, step)

@@ -21,10 +21,12 @@ from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout
+from tdpo.models.compiling import uncompiled
 from tdpo.models.inside import open_forward, run_inside
 from tdpo.models.load import load_model, load_tokenizer
+from tdpo.models.modes import prepare_reference_mode
 from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
-from tdpo.models.policy import disable_dropout, head_of, position_limit
+from tdpo.models.policy import head_of, position_limit, unwrapped
 from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.models.sharding import narrow_dtype
 from tdpo.objectives import Objective
@@ -89,15 +91,15 @@ class TDPOTrainer(BatchMeanTrainer):
         args = args or TDPOConfig(output_dir="tdpo-output")
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
-        policy = load_model(config, trainable=True) if isinstance(model, str) else model
-        held_against = load_model(config, ref_model) if isinstance(ref_model, str) else ref_model
+        policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
+        held_against = load_model(config, ref_model) if isinstance(ref_model, str) else unwrapped(ref_model)
         if held_against is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
         self.objective = args.build_objective()
         models = prepare_models(policy, held_against, peft_config, args)
         policy, self.reference, self.reference_line = models.policy, models.reference, models.line
+        prepare_reference_mode(policy, self.reference.models(), models.cache is not None, args.disable_dropout)
         if args.disable_dropout:
-            disable_dropout(policy)
             tell_of_dropout(peft_config)
         freeze_idle_parts(policy)
         self._router = find_own_loss(policy, args)
