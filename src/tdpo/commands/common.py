@@ -32,6 +32,7 @@ from tdpo.errors import UserError
 from tdpo.files import write_whole
 from tdpo.models.sharding import held
 from tdpo.train.checkpoints import checkpoints, newest_whole
+from tdpo.train.preflight import check_held_out
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
 logger = logging.getLogger("tdpo")
@@ -93,7 +94,7 @@ def run_options(command: str, classes: tuple[type, ...], argv: Sequence[str]) ->
     reading = args.reading()
     data.check_reading(reading)
     data.open_training(reading)
-    data.open_held_out(reading)
+    check_held_out(args, data.open_held_out(reading) is not None)
     return options
 
 
@@ -188,7 +189,7 @@ def told_in_words(trainer: Any = None) -> Iterator[None]:
             raise UserError(
                 "a checkpoint could not be written whole, is the disk full? Checkpoints written before stay as they are"
             ) from error
-        if "to be installed" not in str(error):
+        if not any(words in str(error) for words in ("to be installed", "No executable batch size", "out-of-memory")):
             raise
         raise UserError(str(error)) from error
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from tdpo.config.arguments import check_fixed
 from tdpo.config.checks import check_at_least, seconds
 from tdpo.errors import UserError
 from tdpo.models.sharding import load_whole
@@ -78,16 +79,8 @@ class RunOptions(TrainingArguments):
             raise UserError(
                 "--num_processes says how many processes --accelerate_config starts; it has no effect alone"
             )
-        if self.remove_unused_columns:
-            raise UserError("--remove_unused_columns cannot be on: it would remove the pairs' own columns")
-        check_at_least(
-            self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
-        )
-        check_at_least(self, 0, "learning_rate", "num_train_epochs")
-        if self.bf16_full_eval or self.fp16_full_eval:
-            raise UserError("--bf16_full_eval and --fp16_full_eval cast the policy and not the reference; use --bf16")
-        if self.label_smoothing_factor:
-            raise UserError("--label_smoothing_factor has no effect on these losses; leave it at 0")
+        check_fixed(self)
+        self._check_amounts()
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
@@ -97,4 +90,28 @@ class RunOptions(TrainingArguments):
             raise UserError(
                 "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
             )
+        if self.use_liger_kernel:
+            self._check_liger()
         load_whole(self.deepspeed_plugin is not None)
+
+    def _check_amounts(self) -> None:
+        check_at_least(
+            self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        )
+        check_at_least(self, 0, "learning_rate")
+        if self.max_steps == 0:
+            raise UserError("--max_steps 0 trains nothing: give a number of steps, or -1 to train --num_train_epochs")
+        if self.max_steps < 0 and not self.num_train_epochs > 0:
+            raise UserError(
+                f"--num_train_epochs {self.num_train_epochs:g} trains nothing: give a positive number, or --max_steps"
+            )
+
+    def _check_liger(self) -> None:
+        """Leaves Liger's fused loss out, which would take the place of the model's forward, as TRL does."""
+        config = self.liger_kernel_config or {}
+        for name in ("fused_linear_cross_entropy", "cross_entropy"):
+            if config.get(name):
+                raise UserError(f"--liger_kernel_config: {name} is a loss, and the loss is tdpo's own; leave it out")
+        if self.device.type == "cpu":
+            raise UserError("--use_liger_kernel needs a GPU: Liger's layers are Triton kernels; leave it out on a CPU")
+        self.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdpo.data.pack import pack_padded
 from tdpo.score import PairScores, token_counts
+from tdpo.types import PairLoss, PairStats, TokenisedPair, TokenStats
 
 SIDES = ("chosen", "rejected")
 
@@ -71,6 +73,20 @@ class MetricSums:
             **per_token,
             "kl_per_token/margin": per_token["kl_per_token/chosen"] - per_token["kl_per_token/rejected"],
         }
+
+
+def metric_names() -> list[str]:
+    """The names of all metrics, without having seen a pair.
+
+    Example:
+        >>> metric_names()[:3]
+        ['loss', 'rewards/chosen', 'rewards/rejected']
+    """
+    zero, batch = torch.zeros(1), pack_padded([TokenisedPair([0], [0], [0])])
+    outcome, stats = PairLoss(zero, zero, zero), PairStats(zero, zero, zero, zero)
+    sums = MetricSums(beta=1.0)
+    sums.add(PairScores(outcome, stats, zero, zero, TokenStats(zero, zero, zero), batch))
+    return list(sums.means())
 
 
 def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
@@ -21,6 +23,7 @@ from tdpo.models.load import load_model
 from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer
+from tdpo.train.inputs import check_keywords, check_types, prepare_held_out, prepare_training
 from tdpo.types import Hidden, PackedBatch
 
 
@@ -32,11 +35,12 @@ class SFTTrainer(BatchMeanTrainer):
         args: Options; see :class:`tdpo.SFTConfig`.
         train_dataset: Conversations in ``messages`` or ``conversations``, questions with answers (``instruction`` and
             ``output``, ``prompt`` and ``completion``), ``text``, or preference rows, whose chosen responses are learnt.
-        eval_dataset: The same, held out.
+        eval_dataset: The same, held out, or several of them by name.
         processing_class: The tokenizer.
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
         peft_config: Wraps the model in an adapter, which alone is trained.
+        optimizer_cls_and_kwargs: Class and arguments of an optimizer to use instead of ``args.optim``.
 
     Raises:
         UserError: for data, tokenizer and options that do not fit together.
@@ -49,13 +53,17 @@ class SFTTrainer(BatchMeanTrainer):
         model: str | nn.Module,
         args: SFTConfig | None = None,
         train_dataset: Iterable[Any] | None = None,
-        eval_dataset: Iterable[Any] | None = None,
+        eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **unknown: Any,
     ) -> None:
-        args = args or SFTConfig(output_dir="sft-output")
+        check_keywords(unknown, SFTConfig, inspect.signature(SFTTrainer).parameters)
+        args = SFTConfig(output_dir="sft-output") if args is None else args
+        check_types(SFTConfig, args, processing_class, model=model)
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         loaded = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
         if peft_config is not None:
@@ -68,9 +76,7 @@ class SFTTrainer(BatchMeanTrainer):
         prove_head(loaded)
         open_forward(loaded)
 
-        def prepared(data: Iterable[Any] | None, name: str) -> SFTDataset | None:
-            if data is None:
-                return None
+        def prepared(data: Iterable[Any], name: str) -> SFTDataset:
             dataset = prepare_sft(
                 data,
                 Tokeniser(processing_class, args.lengths()),
@@ -82,15 +88,19 @@ class SFTTrainer(BatchMeanTrainer):
             check_lengths(dataset, position_limit(loaded))
             return dataset
 
+        self.prepare_rows = lambda data: prepare_held_out(data, prepared)  # type: ignore[method-assign]
         super().__init__(
             model=loaded,
             args=args,
             data_collator=SFTCollator(packed=packer(args.layout, [loaded]) is pack_trees),
-            train_dataset=prepared(train_dataset, "train"),
-            eval_dataset=prepared(eval_dataset, "eval"),
+            train_dataset=None
+            if train_dataset is None
+            else prepare_training(train_dataset, args, lambda rows: prepared(rows, "train")),
+            eval_dataset=prepare_held_out(eval_dataset, prepared),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.compile_if_asked(loaded)
 
