@@ -90,8 +90,6 @@ class RunOptions(TrainingArguments):
             raise UserError(
                 "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
             )
-        if self.use_liger_kernel:
-            self._check_liger()
         load_whole(self.deepspeed_plugin is not None)
 
     def _check_amounts(self) -> None:
@@ -105,13 +103,3 @@ class RunOptions(TrainingArguments):
             raise UserError(
                 f"--num_train_epochs {self.num_train_epochs:g} trains nothing: give a positive number, or --max_steps"
             )
-
-    def _check_liger(self) -> None:
-        """Leaves Liger's fused loss out, which would take the place of the model's forward, as TRL does."""
-        config = self.liger_kernel_config or {}
-        for name in ("fused_linear_cross_entropy", "cross_entropy"):
-            if config.get(name):
-                raise UserError(f"--liger_kernel_config: {name} is a loss, and the loss is tdpo's own; leave it out")
-        if self.device.type == "cpu":
-            raise UserError("--use_liger_kernel needs a GPU: Liger's layers are Triton kernels; leave it out on a CPU")
-        self.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
