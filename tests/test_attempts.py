@@ -17,7 +17,7 @@ from tdpo import TDPOTrainer, UserError
 from tdpo.train.trainer import TDPOTrainer as Trainer
 
 CLOCKS = ("runtime", "per_second", "flos")
-OPTIONS = {"max_steps": 4, "logging_steps": 3, "neftune_noise_alpha": 5.0, "gradient_accumulation_steps": 2}
+OPTIONS = {"max_steps": 4, "logging_steps": 3, "gradient_accumulation_steps": 2}
 
 
 def history(trainer: TDPOTrainer) -> list[dict[str, float]]:
@@ -25,8 +25,10 @@ def history(trainer: TDPOTrainer) -> list[dict[str, float]]:
 
 
 def made(folder: Path, tokenizer: Any, **options: Any) -> TDPOTrainer:
+    model = make_model(len(tokenizer))
+    model.model.layers[0].self_attn.attention_dropout = 0.0 if options.get("disable_dropout", True) else 0.5
     return TDPOTrainer(
-        make_model(len(tokenizer)),
+        model,
         make_model(len(tokenizer), seed=1),
         config(folder, **{**OPTIONS, **options}),
         train_dataset=preference_rows(),
@@ -62,7 +64,10 @@ def test_after_running_out_of_memory_a_run_equals_one_that_starts_with_the_small
             self.steps += 1
 
     def run(folder: Path, **options: Any) -> tuple[TDPOTrainer, Counts]:
-        trainer, counts = made(folder, tokenizer, save_strategy="steps", save_steps=2, **options), Counts()
+        trainer, counts = (
+            made(folder, tokenizer, save_strategy="steps", save_steps=2, disable_dropout=False, **options),
+            Counts(),
+        )
         trainer.add_callback(counts)
         if own_optimizer:
             trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-2)
@@ -139,7 +144,7 @@ def test_a_reference_that_moves_contradicts_it(tmp_path: Path) -> None:
 
 def test_training_a_second_time_logs_only_what_it_has_seen(tmp_path: Path, tokenizer: Any) -> None:
     """The first run ends between two logs; what it had counted belongs to it alone."""
-    trainer = made(tmp_path / "a", tokenizer, max_steps=4, learning_rate=0.0, neftune_noise_alpha=None)
+    trainer = made(tmp_path / "a", tokenizer, max_steps=4, learning_rate=0.0)
     trainer.train()
     first = [log for log in history(trainer) if "loss" in log]
     trainer.train()
@@ -147,7 +152,7 @@ def test_training_a_second_time_logs_only_what_it_has_seen(tmp_path: Path, token
 
 
 def test_what_the_options_say_of_resuming_holds_in_python_too(tmp_path: Path, tokenizer: Any) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2, "neftune_noise_alpha": None}
+    options = {"save_strategy": "steps", "save_steps": 2}
     whole = made(tmp_path, tokenizer, **options)
     whole.train()
     for more in ({"resume": True}, {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}):

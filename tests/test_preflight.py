@@ -1,4 +1,4 @@
-"""What can only fail at the end of a run is tried before its first step, and the saved model ends where responses do."""
+"""What can only fail at the end of a run is tried before its first step; the saved model ends where responses do."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_metric_that_no_evaluation_reports_is_named_before_training(tmp_path: 
 def test_an_evaluation_without_data_is_refused_before_anything_is_loaded(
     tmp_path: Path, tokenizer: Any, pairs_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match="--eval_strategy epoch needs held-out data.*--eval_dataset_name"):
+    with pytest.raises(UserError, match=r"--eval_strategy epoch needs held-out data.*--eval_dataset_name"):
         trainer(tmp_path, tokenizer, eval_strategy="epoch")
     with pytest.raises(UserError, match="--eval_on_start needs held-out data"):
         trainer(tmp_path, tokenizer, eval_on_start=True)
