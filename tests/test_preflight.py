@@ -162,7 +162,9 @@ def test_a_model_or_an_optimizer_that_trains_nothing_is_refused(tmp_path: Path, 
 
 def test_a_metric_that_no_evaluation_reports_is_named_before_training(tmp_path: Path, tokenizer: Any) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True}
-    with pytest.raises(UserError, match=r"rewards/accuracy: no evaluation.*'(eval_)?rewards/accuracies'.*eval_loss, "):
+    with pytest.raises(
+        UserError, match=r"rewards/accuracy: no such metric. Did you mean 'rewards/accuracies'.*eval_loss, "
+    ):
         trainer(tmp_path, tokenizer, None, preference_rows(4), metric_for_best_model="rewards/accuracy", **options)
     sets = {"near": preference_rows(4), "far": preference_rows(6)}
     with pytest.raises(UserError, match="There are eval_near_loss"):
@@ -283,3 +285,9 @@ def test_a_trained_adapter_loads_with_the_base_as_before(tmp_path: Path, tokeniz
     again = PeftModel.from_pretrained(make_model(len(tokenizer)), tmp_path)
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(again(input_ids=ids).logits, made.model.eval()(input_ids=ids).logits)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UserError, match=r"taken: cannot be written: File exists"):
+        trainer(tmp_path / "taken", tokenizer)

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
-from tdpo.files import write_whole
+from tdpo.files import check_writable, write_whole
 from tdpo.models.sharding import held
 from tdpo.train.checkpoints import checkpoints, newest_whole
 from tdpo.train.preflight import check_held_out
@@ -200,20 +199,6 @@ def read_dataset(source: Source, prepare: Callable[[Source], Prepared]) -> Prepa
     for line in prepared.report.lines():
         console().print(line, soft_wrap=True)
     return prepared
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder and tries to write in it.
-
-    Raises:
-        UserError: naming the folder and the reason.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from tdpo.config import RunOptions, seconds
 from tdpo.errors import Stopped, UserError
-from tdpo.files import PARTIAL, write_whole
+from tdpo.files import PARTIAL, check_writable, write_whole
 from tdpo.models import sharding
 from tdpo.models.adapters import has_adapter
 from tdpo.models.compiling import compile_layers
@@ -53,6 +53,8 @@ class BatchMeanTrainer(Trainer):
     _start: RunStart | None = None
 
     def __init__(self, *, args: RunOptions, callbacks: Iterable[TrainerCallback] | None = None, **kwargs: Any) -> None:
+        if args.should_save:
+            check_writable(Path(str(args.output_dir)))
         preflight.check_held_out(args, kwargs.get("eval_dataset") is not None)
         super().__init__(args=args, callbacks=list(callbacks or []), **kwargs)
         if args.n_gpu > 1:

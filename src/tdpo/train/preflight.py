@@ -75,10 +75,10 @@ def check_evaluation(args: RunOptions, eval_dataset: Any, names: Iterable[str]) 
     sets = [f"eval_{name}" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
     reported = [f"{prefix}_{name}" for prefix in sets for name in (*names, *TIMINGS)]
     if (wanted if wanted.startswith("eval_") else f"eval_{wanted}") not in reported:
-        shown = ", ".join(name for name in reported if not name.endswith(TIMINGS))
+        shown = [name for name in reported if not name.endswith(TIMINGS)]
+        known = shown if wanted.startswith("eval_") else [name.removeprefix("eval_") for name in shown]
         raise UserError(
-            f"--metric_for_best_model {wanted}: no evaluation reports it."
-            f"{nearest(wanted, reported) or nearest(f'eval_{wanted}', reported)} There are {shown}"
+            f"--metric_for_best_model {wanted}: no such metric.{nearest(wanted, known)} There are {', '.join(shown)}"
         )
 
 
