@@ -87,7 +87,7 @@ def test_after_running_out_of_memory_a_run_equals_one_that_starts_with_the_small
     assert counts.steps == 4
 
 
-def test_a_run_that_was_found_a_batch_size_resumes_with_it(
+def test_a_run_resumes_with_the_batch_size_that_was_found(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = made(tmp_path / "a", tokenizer, per_device_train_batch_size=3)
@@ -128,7 +128,9 @@ def test_checkpoints_of_an_abandoned_attempt_go(
     assert seen == [[], []]
 
 
-def test_memory_that_never_suffices_is_told(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_never_suffices_is_an_error(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def loss_sum(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -151,7 +153,7 @@ def test_training_a_second_time_logs_only_what_it_has_seen(tmp_path: Path, token
     assert [log for log in history(trainer) if "loss" in log] == first
 
 
-def test_what_the_options_say_of_resuming_holds_in_python_too(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_options_of_resuming_hold_in_python_too(tmp_path: Path, tokenizer: Any) -> None:
     options = {"save_strategy": "steps", "save_steps": 2}
     whole = made(tmp_path, tokenizer, **options)
     whole.train()

@@ -41,7 +41,7 @@ def contradicting(vocab_size: int) -> Any:
     return model
 
 
-def told(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+def warnings_with(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if words in record.getMessage()]
 
 
@@ -59,7 +59,7 @@ def test_a_generation_config_that_cannot_be_saved_is_repaired_before_training(
             made: Any = SFTTrainer(model, args, rows, processing_class=tokenizer)
         else:
             made = trainer(tmp_path, tokenizer, model, max_steps=1, save_strategy="steps" if kind != "train" else "no")
-    assert len(told(caplog, "temperature=0.9, top_p=0.6, length_penalty=2.0")) == 1
+    assert len(warnings_with(caplog, "temperature=0.9, top_p=0.6, length_penalty=2.0")) == 1
     made.train()
     made.save_model()
     folder = tmp_path / "checkpoint-1" if kind == "checkpoint" else tmp_path
@@ -240,7 +240,12 @@ def test_the_saved_model_ends_where_the_responses_do(
             data: Any = [ids] * 4 if kind == "tokenised" else rows
             made = TDPOTrainer(model, args=config(tmp_path, **options), train_dataset=data, processing_class=tokenizer)
     assert (
-        len(told(caplog, f"responses end with {TURN_END} ({end}), which is not among the model's end tokens [0]")) == 1
+        len(
+            warnings_with(
+                caplog, f"responses end with {TURN_END} ({end}), which is not among the model's end tokens [0]"
+            )
+        )
+        == 1
     )
     made.train()
     made.save_model()
@@ -274,7 +279,7 @@ def test_words_and_known_ends_add_no_end_token(
         model = make_model(len(tokenizer))
         TDPOTrainer(model, args=config(tmp_path), train_dataset=rows, processing_class=tokenizer)
         assert model.generation_config.eos_token_id == 0
-    assert not told(caplog, "responses end with")
+    assert not warnings_with(caplog, "responses end with")
 
 
 def test_a_trained_adapter_loads_with_the_base_as_before(tmp_path: Path, tokenizer: Any) -> None:

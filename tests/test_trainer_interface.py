@@ -299,3 +299,32 @@ def test_the_commands_take_a_short_length_alone(tmp_path: Path, model_folder: Pa
         words = [command, "--model_name_or_path", model_folder, "--dataset_name", data, "--max_length", 100]
         words += ["--output_dir", tmp_path / command, "--max_steps", 1, "--use_cpu", "--disable_tqdm"]
         assert main([str(word) for word in words]) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": True},
+        {"debug": "underflow_overflow"},
+        {"prediction_loss_only": True, "eval_accumulation_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
+        {"skip_memory_metrics": False},
+        {"torch_empty_cache_steps": 1},
+        {"enable_jit_checkpoint": True},
+        {"do_train": True, "do_eval": True},
+        {"include_num_input_tokens_seen": "all"},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 1, "eval_on_start": True},
+        {"save_strategy": "steps", "save_steps": 1, "save_only_model": True, "save_total_limit": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_change_no_result_change_none(tmp_path: Path, tokenizer: Any, options: dict[str, Any]) -> None:
+    ends = []
+    for name, more in (("plain", {}), ("more", options)):
+        model, rows = make_model(len(tokenizer)), preference_rows(8)
+        args = config(tmp_path / name, max_steps=2, **more)
+        TDPOTrainer(model, None, args, None, rows, rows[:3], tokenizer).train()
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)

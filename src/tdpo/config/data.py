@@ -24,7 +24,7 @@ UNLIMITED = 2**31 - 1
 
 
 class _Default(int):
-    """A default that can be told from the same number given by the user."""
+    """A default that can be distinguished from the same number given by the user."""
 
 
 HALF = _Default(256)

@@ -91,7 +91,7 @@ class BatchMeanTrainer(Trainer):
         preflight.check_saving(model, self.processing_class, self.args, whole=not sharded)
 
     def metric_names(self) -> list[str]:
-        """The metrics that an evaluation reports, without prefix; a subclass that reports others adds their names."""
+        """Lists the metrics that an evaluation reports, without prefix; a subclass that reports others adds them."""
         return ["loss"]
 
     def prepare_rows(self, data: Any) -> Any:
@@ -282,7 +282,7 @@ class BatchMeanTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As the Trainer's; a dataset given here may be in any form ``train_dataset`` may be in."""
+        """Evaluates; a dataset given here may be in any form ``train_dataset`` may be in."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self.prepare_rows(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -298,7 +298,7 @@ class BatchMeanTrainer(Trainer):
         return super().predict(self.prepare_rows(test_dataset), ignore_keys, metric_key_prefix)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As :meth:`get_eval_dataloader`."""
+        """Makes the loader of :meth:`get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -331,7 +331,7 @@ class BatchMeanTrainer(Trainer):
                 callback.close()
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; a further attempt under ``auto_find_batch_size`` starts from where the first did."""
+        """Runs the loop; a further attempt under ``auto_find_batch_size`` starts from where the first did."""
         if self.args.auto_find_batch_size and self._start is None:
             self._start = RunStart(self)
         elif self._start is not None:
@@ -363,7 +363,7 @@ class BatchMeanTrainer(Trainer):
             )
 
     def reset_run_state(self) -> None:
-        """Forgets what an earlier call of :meth:`train` has left since its last log."""
+        """Clears the sums that an earlier call of :meth:`train` has left since its last log."""
         self._loss_since_log, self._last_logged, self._agreed = torch.zeros((), device=self.args.device), 0, 0
 
     def run_state(self) -> dict[str, Any]:
@@ -506,13 +506,11 @@ class BatchMeanTrainer(Trainer):
             model.get_base_model().generation_config.save_pretrained(output_dir or str(self.args.output_dir))
 
     def _load_best_model(self) -> None:
-        """As the Trainer's, also of an adapter that has a name and so a folder of its own in the checkpoint."""
+        """Loads the best checkpoint, also of an adapter with a name, which has a folder of its own there."""
         best, model = self.state.best_model_checkpoint, self.model
-        own = (
-            Path(str(best)) / str(next(iter(getattr(model, "active_adapters", [])), "")) if has_adapter(model) else None
-        )
-        if own is not None and (own / ADAPTER_CONFIG_NAME).is_file():
-            self.state.best_model_checkpoint = str(own)
+        if has_adapter(model):
+            own = Path(str(best)) / str(model.active_adapters[0])  # type: ignore[union-attr,index]
+            self.state.best_model_checkpoint = str(own) if (own / ADAPTER_CONFIG_NAME).is_file() else best
         try:
             super()._load_best_model()
         finally:

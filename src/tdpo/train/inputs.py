@@ -1,4 +1,4 @@
-"""Checks what is handed to a trainer in Python, where no command line has looked at it, and reads streams."""
+"""Checks the arguments of a trainer in Python, where no command line has parsed them, and reads streams."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_keywords(unknown: Mapping[str, Any], options: type[RunOptions], known:
 
     Args:
         unknown: What was given.
-        options: The class of ``args``, whose fields are no arguments of the trainer.
+        options: The class of ``args``, whose fields are not arguments of the trainer.
         known: The trainer's arguments.
 
     Raises:
@@ -67,8 +67,8 @@ def check_types(options: type[RunOptions], args: Any, processing_class: Any, **m
 
     Args:
         options: The class that ``args`` has to be of.
-        args: As handed over.
-        processing_class: The same.
+        args: The options.
+        processing_class: The tokenizer or processor.
         models: The models by the names of their arguments.
 
     Raises:
@@ -90,10 +90,10 @@ def check_types(options: type[RunOptions], args: Any, processing_class: Any, **m
 
 
 def check_rows(data: Any, name: str) -> None:
-    """Refuses what is no dataset of rows.
+    """Refuses values that are not rows of a dataset.
 
     Args:
-        data: As handed over.
+        data: The rows, or what was passed in their place.
         name: Its argument, ``train_dataset`` or ``eval_dataset``.
 
     Raises:
@@ -130,7 +130,7 @@ def prepare_training(data: Any, args: RunOptions, prepare: Callable[[Any], Prepa
         prepare: Makes a dataset of rows.
 
     Raises:
-        UserError: for a stream without ``max_steps``, and for what is no dataset of rows.
+        UserError: for a stream without ``max_steps``, and for values that are not rows.
     """
     check_rows(data, "train_dataset")
     if isinstance(data, Source) or hasattr(data, "__len__"):
@@ -161,7 +161,7 @@ def prepare_held_out(data: Any, prepare: Callable[[Any, str], Prepared]) -> Prep
         prepare: Makes a dataset of rows and their name.
 
     Raises:
-        UserError: for what is no dataset of rows.
+        UserError: for values that are not rows.
     """
     if data is None:
         return None

@@ -76,7 +76,7 @@ class MetricSums:
 
 
 def metric_names() -> list[str]:
-    """The names of all metrics, without having seen a pair.
+    """Lists the names of all metrics; no pair is needed.
 
     Example:
         >>> metric_names()[:3]

@@ -197,11 +197,11 @@ class TDPOTrainer(BatchMeanTrainer):
         )
 
     def metric_names(self) -> list[str]:
-        """The metrics that an evaluation reports, without prefix."""
+        """Lists the metrics that an evaluation reports, without prefix."""
         return metric_names()
 
     def reset_run_state(self) -> None:
-        """As the base's, with the sums of the pairs and what displacement is watched by."""
+        """Clears the sums of the pairs too, and what displacement is recognised by."""
         super().reset_run_state()
         self._sums, self._watch = MetricSums(self.args.beta), DisplacementWatch(self.args.beta)
 
