@@ -129,7 +129,9 @@ def _parts(
         for name, config in model.peft_config.items():
             yield f"the config of the adapter {name!r}", config.save_pretrained
     elif whole and isinstance(base, PreTrainedModel):
-        yield "the model", lambda folder: remove_tied_weights_from_state_dict(base.state_dict(), base)
+        skipped = base._keys_to_ignore_on_save or ()
+        saved = {name: tensor for name, tensor in base.state_dict().items() if name not in skipped}
+        yield "the model", lambda folder: remove_tied_weights_from_state_dict(saved, base)
     if processing_class is not None:
         yield type(processing_class).__name__, processing_class.save_pretrained
     yield "the arguments of the run", lambda folder: torch.save(args, io.BytesIO())
