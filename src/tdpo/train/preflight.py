@@ -141,6 +141,7 @@ def add_end_of_responses(model: Any, processing_class: Any, dataset: Any) -> Non
     """Lets the saved model end where the responses it learns do; see :func:`~tdpo.models.generation.add_end_token`."""
     base = model.get_base_model() if has_adapter(model) else model
     items = (dataset[index] for index in range(min(len(dataset), SAMPLE)))
-    tokens = (getattr(item, "chosen_ids", None) or getattr(item, "response_ids", None) for item in items)
+    names = ("chosen_ids", "labels", "response_ids")
+    learnt = (next((ids for name in names if (ids := getattr(item, name, None))), None) for item in items)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    add_end_token(base, tokenizer, [ids[-1] for ids in tokens if ids])
+    add_end_token(base, tokenizer, [ids[-1] for ids in learnt if ids])
