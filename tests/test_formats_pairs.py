@@ -89,6 +89,16 @@ ROWS = {
         ],
     },
     "ranked": lambda t: {"prompt": t, "responses": [t + " no", t + " yes"], "ranks": [2, 1]},
+    "swift": lambda t: {
+        "messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t + " yes"}],
+        "rejected_response": t + " no",
+    },
+    "openai": lambda t: {
+        "input": {"messages": [{"role": "user", "content": t}], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [{"role": "assistant", "content": t + " yes"}],
+        "non_preferred_output": [{"role": "assistant", "content": t + " no"}],
+    },
+    "labelled": lambda t: {"prompt": t, "response_0": t + " no", "response_1": t + " yes", "better_response_id": 1},
 }  # fmt: skip
 
 
@@ -115,6 +125,8 @@ def test_every_format_names_an_empty_answer(name: str) -> None:
         assert dropped(row, name) == "a dialogue ends without a response"
     elif name == "shp":
         assert told(row, name) == "field 'human_ref_B' is empty"
+    elif name in ("answers", "ranked", "stackexchange"):
+        assert dropped(row, name) == "fewer than two answers: an empty answer left out"
     else:
         assert "empty" in told(row, name)
 

@@ -263,7 +263,7 @@ def test_a_conversation_that_begins_with_the_assistant_reads_that_turn() -> None
         ({"messages": [SYSTEM, *TWO_TURNS[:2]], "system": "Be long."}, "another system turn than the row's own column"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 must be 'from' one of human, user, gpt"),
         ({"question": "x", "answer": "y", "solution": "z"}, "may each be the response; .* --columns response=solution"),
-        ({"question": "x", "query": "y", "answer": "z"}, "may each be the question; .* --columns question=query"),
+        ({"question": "x", "query": "y", "answer": "z"}, "the column 'query' holds what .* --ignore_columns query "),
         ({"instruction": "", "output": "y"}, "field 'instruction' is empty"),
         ({"instruction": "x", "output": ""}, "field 'output' is empty"),
         ({"prompt": "x", "completion": TWO_TURNS[1:2]}, "one of 'prompt' and 'completion' is a text"),

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0]
     try:
         if name not in COMMANDS:
-            raise UserError(f"no command {name!r}; there are: {', '.join(COMMANDS)}.{nearest(name, COMMANDS)}")
+            advice = " Use 'train --objective dpo'." if name == "dpo" else nearest(name, COMMANDS)  # as in `trl dpo`
+            raise UserError(f"no command {name!r}; there are: {', '.join(COMMANDS)}.{advice}")
         command = importlib.import_module(f"tdpo.commands.{name.replace('-', '_')}")
         command.run(arguments[1:])
     except UserError as error:

@@ -15,6 +15,7 @@ from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import run_in_head
+from tdpo.models.own_loss import RouterLoss, collect_router_logits
 from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.models.reference import Reference, as_reference, check_comparable
 from tdpo.models.tied import tied_gradient
@@ -38,6 +39,8 @@ class PairScores:
         rejected_logp: ``[P]``, the same of the rejected response.
         tokens: The token statistics ``[N]`` the sums were made of.
         batch: The layout, which says the sequence (``sequence_ids``) and the token (``labels``) of each statistic.
+        aux_loss: Load-balancing loss of the policy's routers, a scalar without its coefficient, where it is part of the
+            loss.
     """
 
     outcome: PairLoss
@@ -46,6 +49,7 @@ class PairScores:
     rejected_logp: Tensor
     tokens: TokenStats
     batch: PackedBatch
+    aux_loss: Tensor | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -160,6 +164,20 @@ def batch_loss(
         total, fused = run_in_head(policy, response_states(policy, batch), loss)
     logp = _sums(fused.tokens.logp, batch)
     return total, PairScores(fused.outcome, fused.stats, logp[:, 0], logp[:, 1], fused.tokens, batch)
+
+
+def batch_loss_with_router(
+    router: RouterLoss | None, policy: nn.Module, reference: nn.Module | Reference, batch: PackedBatch, *options: Any
+) -> tuple[Tensor, PairScores]:
+    """Computes :func:`batch_loss` with the policy's router loss in the loss of every pair."""
+    if router is None:
+        return batch_loss(policy, reference, batch, *options)
+    with collect_router_logits(policy) as router_logits:
+        total, scores = batch_loss(policy, reference, batch, *options)
+    aux = router.of_batch(router_logits[-1], batch)  # a reference that runs in the policy's body runs before the policy
+    term = router.coefficient * aux
+    outcome = replace(scores.outcome, loss=scores.loss + term.detach())
+    return total + batch.num_pairs * term, replace(scores, outcome=outcome, aux_loss=aux.detach())
 
 
 def score_batch(

@@ -40,7 +40,7 @@ OUTPUT = ("output_dir",)
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*.bin")
 OTHER_FILES = (
     "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.*", "vocab.*", "merges.txt",
-    "*_results.json", "trainer_state.json",
+    "*processor_config.json", "audio_tokenizer_config.json", "*_results.json", "trainer_state.json",
 )  # fmt: skip
 """What a finished run leaves beside the model."""
 

@@ -102,7 +102,7 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
     if name is None:
         return
     config = read_config(name)
-    cpu = "--use_cpu" in argv or bool(config.get("use_cpu")) or not torch.cuda.is_available()
+    cpu = "--use_cpu" in argv or "--use-cpu" in argv or bool(config.get("use_cpu")) or not torch.cuda.is_available()
     if config["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{OPTION} {name} needs deepspeed: pip install 'tdpo[deepspeed]'")
     processes = _value(argv, PROCESSES) or config.get("num_processes") or (1 if cpu else torch.cuda.device_count())
@@ -131,11 +131,14 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
 def _value(argv: Sequence[str], option: str) -> str | None:
     """The value of an option among words, ``--option value`` or ``--option=value``; the last one counts."""
     found = None
-    for place, word in enumerate(argv):
-        if word == option and place + 1 < len(argv):
-            found = argv[place + 1]
-        elif word.startswith(option + "="):
-            found = word.partition("=")[2]
+    for index, word in enumerate(argv):
+        name, sign, value = word.partition("=")
+        if name.replace("-", "_") != option.replace("-", "_"):
+            continue
+        if sign:
+            found = value
+        elif index + 1 < len(argv):
+            found = argv[index + 1]
     return found
 
 

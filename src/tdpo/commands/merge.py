@@ -14,6 +14,7 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import merged
 from tdpo.models.generation import repair_generation_config
 from tdpo.models.load import adapter_base, load_model, load_tokenizer
+from tdpo.models.multimodal import copy_processor
 
 
 @dataclass
@@ -41,4 +42,5 @@ def run(argv: Sequence[str]) -> None:
     with told_in_words():
         merged(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        copy_processor(model, folder)
     console().print(f"adapter {name} merged into {base}, saved to {folder}", soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import Any
 from tdpo.config.checks import check_at_least
 from tdpo.data.cache import PairCache
 from tdpo.data.formats import AUTO, FORMATS, Format, find_format
-from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns
+from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns, parse_names
 from tdpo.data.sources import Source, open_mixture, open_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.errors import UserError
@@ -114,7 +114,9 @@ class EvalDataConfig(DataConfig):
         Raises:
             UserError: naming them.
         """
-        given = reading.given() + [name for name in ("format", "columns") if getattr(reading, name) not in (AUTO, ())]
+        given = reading.given() + [
+            name for name in ("format", "columns", "ignore_columns") if getattr(reading, name) not in (AUTO, ())
+        ]
         if self.datasets and not self.eval_dataset_name and given:
             names = ", ".join("--dataset_format" if name == "format" else f"--{name}" for name in given)
             raise UserError(f"{names} and --datasets contradict each other: each of --datasets has fields of its own")
@@ -133,6 +135,13 @@ class FormatOptions:
     )
     columns: dict[str, str] | str | None = field(
         default=None, metadata={"help": "Columns under other names: prompt=question,chosen=good,... or JSON."}
+    )
+    ignore_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Columns to leave out: name,name,... Other columns that are not used are reported, and the run "
+            "stops where they may be the prompt."
+        },
     )
     pairs_from: str | None = field(
         default=None,
@@ -161,6 +170,7 @@ class FormatOptions:
             self.pairs_from,  # type: ignore[arg-type]
             self.min_margin,
             self.min_score_ratio,
+            ignore_columns=parse_names(self.ignore_columns),
         )
 
 

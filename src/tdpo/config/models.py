@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tdpo.config.checks import check_at_least, check_choices
 from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError
 
+DTYPES = Literal["float32", "bfloat16", "float16", "float64", "auto"]
+INIT_KWARGS = {
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn_implementation",
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
+}
+"""Arguments of ``from_pretrained`` that are fields of :class:`ModelConfig`."""
+REFUSED_INIT_KWARGS = {
+    "quantization_config": "use --load_in_4bit or --load_in_8bit; in Python load the model with it and pass the model",
+    "output_loading_info": "missing weights are always reported",
+    "device_map": "leave it out: training places the model on its devices",
+}
+
+
+@dataclass(kw_only=True)
+class LoadingOptions:
+    """How models are loaded, also by a trainer that loads one by its name."""
+
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow models and tokenizers that bring Python code of their own to run it."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping."},
+    )
+
 
 @dataclass
-class ModelConfig:
+class ModelConfig(LoadingOptions):
     """Which model and tokenizer, and how they are loaded."""
 
     model_name_or_path: str = field(metadata={"help": "Model to train or evaluate: a hub name or a folder."})
@@ -19,7 +49,7 @@ class ModelConfig:
         default=None, metadata={"help": "Tokenizer, where it is not kept with the model: a hub name or a folder."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
-    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = field(
+    dtype: DTYPES = field(
         default="float32",
         metadata={"help": "Dtype of the weights; auto takes the checkpoint's. For mixed precision use --bf16 instead."},
     )
@@ -28,9 +58,6 @@ class ModelConfig:
         metadata={
             "help": "Attention implementation: eager, sdpa, flex_attention, flash_attention_2; default: the model's."
         },
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow models and tokenizers that bring Python code of their own to run it."}
     )
     eos_token: str | None = field(
         default=None, metadata={"help": "End-of-sequence token to use instead of the tokenizer's own."}
@@ -42,6 +69,40 @@ class ModelConfig:
             f"{', '.join(TEMPLATES)}."
         },
     )
+
+    def __post_init__(self) -> None:
+        """Moves what ``model_init_kwargs`` has for other fields into them.
+
+        Raises:
+            UserError: for an argument that contradicts such a field, or is decided elsewhere.
+        """
+        rest = _mapping(self.model_init_kwargs)
+        for key, name in INIT_KWARGS.items():
+            value = rest.pop(key, None)
+            if value is None:
+                continue
+            value = str(value).removeprefix("torch.") if name == "dtype" else value
+            own, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if own not in (default, value):
+                raise UserError(f"--{name} {own} and {key} {value} in --model_init_kwargs contradict each other")
+            setattr(self, name, value)
+        for key in rest:
+            if key in REFUSED_INIT_KWARGS:
+                raise UserError(f"--model_init_kwargs: {key} cannot be in it; {REFUSED_INIT_KWARGS[key]}")
+        if self.dtype not in get_args(DTYPES):
+            raise UserError(f"--dtype {self.dtype}: there are {', '.join(get_args(DTYPES))}")
+        self.model_init_kwargs = rest or None
+
+
+def _mapping(given: Any) -> dict[str, Any]:
+    """The ``model_init_kwargs`` of a command line, a YAML file or Python."""
+    try:
+        content = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise UserError(f"--model_init_kwargs is not valid JSON: {error}") from error
+    if not isinstance(content, dict | None):
+        raise UserError("--model_init_kwargs must be a mapping of arguments to values")
+    return dict(content or {})
 
 
 @dataclass
@@ -65,10 +126,23 @@ class AdapterOptions:
     )
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the layers that get an adapter, or all-linear; default: peft's for the model."},
+        metadata={
+            "help": "Names of the layers that get an adapter, one regular expression, or all-linear; default: peft's "
+            "for the model."
+        },
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of parameters outside linear layers that get an adapter, such as mlp.experts.down_proj of a "
+            "mixture-of-experts model."
+        },
     )
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained and saved whole, lm_head for a trained head."}
+    )
+    lora_task_type: str = field(
+        default="CAUSAL_LM", metadata={"help": "Task the adapter is saved for.", "choices": ["CAUSAL_LM"]}
     )
     use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised scale: alpha / sqrt(r)."})
     use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction of weights apart."})
@@ -80,6 +154,14 @@ class AdapterOptions:
     )
     bnb_4bit_quant_type: str = field(
         default="nf4", metadata={"help": "Kind of 4-bit numbers.", "choices": ["nf4", "fp4"]}
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype that holds the packed 4-bit weights; default: bitsandbytes' uint8. FSDP needs that of the "
+            "other weights.",
+            "choices": ["uint8", "float16", "bfloat16", "float32"],
+        },
     )
     use_bnb_nested_quant: bool = field(
         default=False, metadata={"help": "Quantise the constants of the 4-bit quantisation too."}
@@ -105,13 +187,13 @@ class AdapterOptions:
             return None
         from peft import LoraConfig
 
-        targets = self.lora_target_modules
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=self.lora_task_type,
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            target_modules=_target_modules(self.lora_target_modules),
+            target_parameters=self.lora_target_parameters,
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -137,13 +219,25 @@ class AdapterOptions:
             return {"load_in_8bit": True}
         if not self.load_in_4bit:
             return None
+        storage = {} if self.bnb_4bit_quant_storage is None else {"bnb_4bit_quant_storage": self.bnb_4bit_quant_storage}
         return {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
             "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
+            **storage,
         }
 
     def _given(self, beginnings: tuple[str, ...]) -> list[str]:
         """The options of such names that differ from their defaults."""
         fields = type(self).__dataclass_fields__
         return [n for n, f in fields.items() if n.startswith(beginnings) and getattr(self, n) != f.default]
+
+
+def _target_modules(names: list[str] | None) -> list[str] | str | None:
+    """Names of layers as peft takes them: a list, but ``all-linear`` and a regular expression as one text."""
+    if not names or len(names) > 1:
+        return names
+    (only,) = names
+    if only == "all-linear" or not re.fullmatch(r"[\w.,-]+", only):
+        return only
+    return only.split(",")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
 
 from tdpo.config.arguments import check_fixed
 from tdpo.config.checks import check_at_least, seconds
+from tdpo.config.models import LoadingOptions, ModelConfig
+from tdpo.counterparts import hint
 from tdpo.errors import UserError
 from tdpo.models.sharding import load_whole
 
@@ -18,8 +22,10 @@ APPLIED = "TDPO_ACCELERATE_CONFIG"
 
 
 @dataclass
-class RunOptions(TrainingArguments):
+class RunOptions(LoadingOptions, TrainingArguments):
     """The run: where it goes, and what differs from transformers' own defaults."""
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     learning_rate: float = field(
         default=5e-6, metadata={"help": "The initial learning rate. The TDPO paper's is 5e-6."}
@@ -38,6 +44,14 @@ class RunOptions(TrainingArguments):
     )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Train without dropout, so that policy and reference are compared as they are."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture-of-experts model, which is added to the loss and "
+            "logged as aux_loss; default: the weight in the model's config where its output_router_logits is set. 0 "
+            "leaves it out."
+        },
     )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the newest checkpoint in --output_dir, if there is one."}
@@ -66,6 +80,19 @@ class RunOptions(TrainingArguments):
         default=None,
         metadata={"help": "Processes that --accelerate_config starts on this machine; default: one for each GPU."},
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses unknown arguments, all at once, with their counterparts: what ``DPOConfig`` took may be among them.
+
+        Raises:
+            UserError: naming them.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        unknown = [name for name in kwargs if name not in known]
+        if unknown and not takes_any:
+            raise UserError("\n".join(f"{cls.__name__} has no {n!r}.{hint(n, known)}" for n in unknown))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.max_time is not None:
@@ -96,10 +123,30 @@ class RunOptions(TrainingArguments):
         check_at_least(
             self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
         )
-        check_at_least(self, 0, "learning_rate")
+        check_at_least(self, 0, "learning_rate", "router_aux_loss_coef")
         if self.max_steps == 0:
             raise UserError("--max_steps 0 trains nothing: give a number of steps, or -1 to train --num_train_epochs")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             raise UserError(
                 f"--num_train_epochs {self.num_train_epochs:g} trains nothing: give a positive number, or --max_steps"
             )
+
+    def model_config(self, model: Any) -> ModelConfig:
+        """Describes how a trainer loads a model by its name.
+
+        Args:
+            model: The name, or a model that is loaded already.
+
+        Raises:
+            UserError: for ``model_init_kwargs`` beside a loaded model, which would ignore them.
+        """
+        if not isinstance(model, str) and self.model_init_kwargs:
+            raise UserError(
+                "model_init_kwargs has no effect on a model that is loaded already: pass the model's name, or load it "
+                "with them"
+            )
+        return ModelConfig(
+            model if isinstance(model, str) else "",
+            trust_remote_code=self.trust_remote_code,
+            model_init_kwargs=self.model_init_kwargs,
+        )

@@ -92,6 +92,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         max_prompt_length: What is left of the prompt of a longer pair.
         dataset_format: Format of the rows, ``"auto"`` to tell it from the columns.
         columns: Columns under other names.
+        ignore_columns: Columns to leave out.
         reference: What gives the reference's hidden states: ``"frozen"``, ``"adapter_off"``, ``"cached"`` or
             ``"auto"``, which says its choice and the reason in a log line.
         reference_cache: Folder of the cache.

@@ -164,6 +164,8 @@ class ChatRenderer:
                 f"--chat_template_path (a Jinja file, or one of {', '.join(TEMPLATES)}), or text columns instead of "
                 "messages"
             )
+        if self._wants_parts:
+            messages = [_in_parts(message) for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -175,6 +177,19 @@ class ChatRenderer:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise RowError(f"the chat template refuses a chat with the roles {roles}: {error}") from error
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template renders contents as lists of parts alone, as those of some processors do.
+
+        Such a template renders nothing of a content that is a text, without an error.
+        """
+        chat = {"role": "user", "content": CONTENT}
+        try:
+            plain, parts = (self.tokenizer.apply_chat_template([c], tokenize=False) for c in (chat, _in_parts(chat)))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError):
+            return False
+        return CONTENT not in plain and CONTENT in parts
 
     def _before_content(
         self,
@@ -206,3 +221,9 @@ class ChatRenderer:
                 self.words(asked[-60:]),
                 self.words(prompt[-60:]),
             )
+
+
+def _in_parts(message: Message) -> Message:
+    """A message whose content is a list of one text part, where it is a text."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message

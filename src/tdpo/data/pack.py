@@ -2,7 +2,8 @@
 
 A pair is a tree, the prompt and two branches: ``[prompt | chosen | rejected]``. Positions of the rejected branch begin
 where the prompt ends, and the last prompt token predicts the first token of both branches. No hidden state is wanted
-at the last token of a branch, so it is not part of the row.
+at the last token of a branch, so it is not part of the row, unless every token is asked for: a loss of the model's own
+may be over all of them.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ def pack_padded(pairs: Sequence[TokenisedPair]) -> PackedBatch:
     return replace(batch, pair_keys=tuple(pair.key for pair in pairs))
 
 
-def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0) -> PackedBatch:
+def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0, every_token: bool = False) -> PackedBatch:
     """Every prompt once, several trees a row where they fit: first-fit-decreasing up to the row capacity.
 
     Args:
         pairs: At least one pair.
         capacity: Longest row in tokens; the longest tree of the batch where that is longer. Attention costs the square
             of a row's length, so the default, 0, makes rows as short as the longest tree allows.
+        every_token: Whether the last token of a branch, which predicts nothing, is in the row too.
 
     Returns:
         A batch on the CPU whose rows need the mask of :meth:`~tdpo.types.PackedBatch.attends`; tokens of
@@ -58,13 +60,17 @@ def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0) -> PackedBatch
         >>> batch.source_index.tolist(), batch.labels.tolist(), batch.sequence_ids.tolist()
         ([1, 1, 2, 3, 4, 3], [7, 8, 9, 2, 3, 4], [0, 1, 1, 2, 2, 3])
     """
-    trees = [Tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
+    trees = [Tree(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids), every_token) for pair in pairs]
     batch = _forest(trees, list(range(2 * len(pairs))), [pair.row for pair in pairs], capacity)
     return replace(batch, pair_keys=tuple(pair.key for pair in pairs))
 
 
 def pack_sequence_trees(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: Sequence[int] | None = None, capacity: int = 0
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    rows: Sequence[int] | None = None,
+    capacity: int = 0,
+    every_token: bool = False,
 ) -> PackedBatch:
     """Single sequences as trees of one branch, several a row; otherwise as :func:`pack_sequences`.
 
@@ -73,7 +79,7 @@ def pack_sequence_trees(
         >>> batch.input_ids.tolist(), batch.source_index.tolist()
         ([[5, 6, 7, 8], [5, 8, 3, 4]], [1, 2, 3, 4, 5, 6, 7])
     """
-    trees = [Tree(prompt, (response,)) for prompt, response in zip(prompts, responses, strict=True)]
+    trees = [Tree(prompt, (response,), every_token) for prompt, response in zip(prompts, responses, strict=True)]
     return _forest(trees, list(range(0, 2 * len(trees), 2)), list(rows or [0] * len(trees)), capacity)
 
 
@@ -83,10 +89,16 @@ class Tree:
 
     prompt: list[int]
     branches: tuple[list[int], ...]
+    every_token: bool = False
 
     def __len__(self) -> int:
-        """Tokens it takes in a row: the last one of a branch predicts nothing and stays out."""
-        return len(self.prompt) + sum(len(branch) - 1 for branch in self.branches)
+        """Tokens it takes in a row."""
+        return len(self.prompt) + sum(map(len, self.placed))
+
+    @property
+    def placed(self) -> list[list[int]]:
+        """The tokens of each branch that are in the row; the last one predicts nothing and stays out by default."""
+        return [branch if self.every_token else branch[:-1] for branch in self.branches]
 
 
 def _forest(trees: Sequence[Tree], sequence_ids: list[int], pair_rows: list[int], capacity: int) -> PackedBatch:
@@ -100,12 +112,12 @@ def _forest(trees: Sequence[Tree], sequence_ids: list[int], pair_rows: list[int]
     for number, (tree, (row, start)) in enumerate(zip(trees, places, strict=True)):
         fork, stop = start + len(tree.prompt) - 1, start + lengths[number]
         ids, positions, branches = list(tree.prompt), list(range(len(tree.prompt))), [0] * len(tree.prompt)
-        for branch, response in enumerate(tree.branches, 1):
+        for branch, (response, placed) in enumerate(zip(tree.branches, tree.placed, strict=True), 1):
             first = row * shape[1] + start + len(ids)
             source += [row * shape[1] + fork, *range(first, first + len(response) - 1)]
-            ids += response[:-1]
-            positions += range(len(tree.prompt), len(tree.prompt) + len(response) - 1)
-            branches += [branch] * (len(response) - 1)
+            ids += placed
+            positions += range(len(tree.prompt), len(tree.prompt) + len(placed))
+            branches += [branch] * len(placed)
         for field, values in ((input_ids, ids), (position_ids, positions), (branch_ids, branches)):
             field[row, start:stop] = torch.tensor(values)
         tree_ids[row, start:stop] = number

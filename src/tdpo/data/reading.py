@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ class Reading:
     Attributes:
         format: A name in :data:`tdpo.data.formats.FORMATS`, ``"module:function"``, or ``"auto"``.
         columns: Pairs of a field's name and the column it is found under.
+        ignore_columns: Columns that are left out on purpose.
         pairs_from: Which pairs are made of several answers; None is ``"all"``.
         min_margin: Least difference of scores under ``pairs_from: margin``.
         min_score_ratio: Least ratio of scores in SHP; None is 2.
@@ -66,6 +67,7 @@ class Reading:
     seed: int = 0
     side: Side | None = None
     truncation_mode: Literal["keep_end", "keep_start"] | None = None
+    ignore_columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.pairs_from not in (None, *PAIRS_FROM):
@@ -120,6 +122,30 @@ def parse_columns(columns: str | Mapping[str, str] | None) -> tuple[tuple[str, s
     if not isinstance(content, Mapping) or not all(isinstance(word, str) for pair in content.items() for word in pair):
         raise UserError(f"--columns {columns}: expected field names with column names")
     return tuple(content.items())
+
+
+def parse_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Column names from ``"a,b"``, a JSON list or a list.
+
+    Example:
+        >>> parse_names("system, notes"), parse_names(["system,notes"])
+        (('system', 'notes'), ('system', 'notes'))
+
+    Raises:
+        UserError: for anything else.
+    """
+    content: Any = names
+    if isinstance(names, str) and names.lstrip().startswith("["):
+        try:
+            content = json.loads(names)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--ignore_columns {names}: not valid JSON: {error}") from error
+        if isinstance(content, list) and all(isinstance(name, str) for name in content):
+            return tuple(content)
+    content = [content] if isinstance(content, str) else [] if content is None else content
+    if not isinstance(content, list | tuple) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"--ignore_columns {names}: expected column names, name,name,...")
+    return tuple(name.strip() for part in content for name in part.split(",") if name.strip())
 
 
 def _plain(text: Text) -> str:

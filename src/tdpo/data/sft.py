@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -100,14 +101,16 @@ class SFTCollator:
 
     Attributes:
         packed: Whether several examples share a row, each blind to the others.
+        every_token: Whether the last token of each, which predicts nothing, is in the row too.
     """
 
     packed: bool
+    every_token: bool = False
 
     def __call__(self, examples: Sequence[SFTExample]) -> dict[str, Any]:
         """The batch of some examples."""
-        pack = pack_sequence_trees if self.packed else pack_sequences
         prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
+        pack = partial(pack_sequence_trees, every_token=self.every_token) if self.packed else pack_sequences
         batch = pack(prompts, responses, [e.row for e in examples])
         if any(example.labels is not None for example in examples):
             batch = _with_labels(batch, [e.response_ids if e.labels is None else e.labels for e in examples])

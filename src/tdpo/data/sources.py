@@ -12,14 +12,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tdpo.counterparts import ENTRY_SPELLINGS, hint
 from tdpo.data.dialects import SPLITS
 from tdpo.data.readers import READERS, Unreadable, kind_of, read_values, table_values
-from tdpo.data.reading import Reading, parse_columns
-from tdpo.errors import UserError, nearest
+from tdpo.data.reading import Reading, parse_columns, parse_names
+from tdpo.errors import UserError
 
 STDIN = "-"
 
@@ -34,6 +35,7 @@ class SourceRow:
         fields: The row's columns by name.
         error: What made the row unreadable (then ``fields`` is empty), or an empty text.
         reading: How it becomes records, where its source says so; None leaves it to whoever converts it.
+        notes: What a format leaves out of the row while it uses the rest, for the report.
     """
 
     source: str
@@ -41,6 +43,7 @@ class SourceRow:
     fields: dict[str, Any]
     error: str = ""
     reading: Reading | None = None
+    notes: list[str] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def place(self) -> str:
@@ -117,6 +120,7 @@ class MixedDataset:
         config: As ``dataset_config``.
         format: As ``dataset_format``.
         columns: As the option of that name.
+        ignore_columns: As the option of that name.
         pairs_from: As the option of that name.
         min_margin: As the option of that name.
         min_score_ratio: As the option of that name.
@@ -129,6 +133,7 @@ class MixedDataset:
     config: str | None = None
     format: str = "auto"
     columns: str | Mapping[str, str] | None = None
+    ignore_columns: str | list[str] | None = None
     pairs_from: Any = None
     min_margin: float | None = None
     min_score_ratio: float | None = None
@@ -139,6 +144,7 @@ class MixedDataset:
         return Reading(
             format=self.format,
             columns=parse_columns(self.columns),
+            ignore_columns=parse_names(self.ignore_columns),
             pairs_from=self.pairs_from,
             min_margin=self.min_margin,
             min_score_ratio=self.min_score_ratio,
@@ -236,16 +242,16 @@ def mixed_dataset(entry: Any, place: int) -> MixedDataset:
     """
     where = f"--datasets, entry {place}"
     content = _entry_fields(entry, where)
-    kinds = {field.name: field.type for field in fields(MixedDataset)}
+    kinds = {item.name: item.type for item in fields(MixedDataset)}
     for key in content:
         if key not in kinds:
-            raise UserError(f"{where}: unknown field {key!r}.{nearest(str(key), kinds)}")
+            raise UserError(f"{where}: unknown field {key!r}.{hint(str(key), kinds, ENTRY_SPELLINGS)}")
     if not isinstance(content.get("name"), str) or not content["name"]:
         raise UserError(f"{where}: no name; expected a file, folder, glob or hub name in its field 'name'")
     for key, value in content.items():
         if "float" in str(kinds[key]) and value is not None:
             content[key] = _entry_number(value, f"{where}: {key}")
-        elif key != "columns" and value is not None and not isinstance(value, str):
+        elif key not in ("columns", "ignore_columns") and value is not None and not isinstance(value, str):
             raise UserError(f"{where}: {key} must be a text, found {describe(value)}")
     return MixedDataset(**content)
 
@@ -279,7 +285,7 @@ def describe(value: Any) -> str:
 
 def _entry_fields(entry: Any, where: str) -> dict[str, Any]:
     if isinstance(entry, MixedDataset):
-        return {field.name: getattr(entry, field.name) for field in fields(entry)}
+        return {item.name: getattr(entry, item.name) for item in fields(entry)}
     if isinstance(entry, Mapping):
         return dict(entry)
     if not isinstance(entry, str):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tdpo.data.formats import FORMATS, DataReport, Format, RowDropped, RowError, chat_options, is_empty, text_of
 from tdpo.data.formats.fields import is_chat, plain_text
-from tdpo.data.formats.turns import history_messages, read_turns
+from tdpo.data.formats.prompts import history_messages, read_turns
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from tdpo.errors import UserError
+from tdpo.models.multimodal import exclude_idle_parts
+from tdpo.models.policy import causal_lm
 
 logger = logging.getLogger("tdpo")
 KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -29,19 +32,35 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
         UserError: for a model that has one, and for adapters that change the prompt instead of weights.
     """
     from peft import PeftConfig, get_peft_model
-    from peft.tuners.tuners_utils import BaseTuner
 
     if not isinstance(peft_config, PeftConfig):
         raise UserError(f"peft_config must be a peft.PeftConfig such as LoraConfig, found {type(peft_config).__name__}")
     if has_adapter(model):
         raise UserError("model has an adapter already; leave peft_config (--use_peft) out to go on training it")
-    with ties_are_known():
-        adapted: Any = get_peft_model(model, peft_config)
-    if not isinstance(adapted.base_model, BaseTuner):
+    peft_config = exclude_idle_parts(model, peft_config)
+    try:
+        with ties_are_known():
+            adapted: Any = get_peft_model(model, peft_config)
+    except ValueError as error:
+        kind = causal_lm(model).config.model_type
         raise UserError(
-            f"peft_config: {type(peft_config).__name__} changes the prompt; use LoRA or another tuner of weights"
-        )
+            f"peft_config: {error} (for a model of type {kind}; --lora_target_modules names layers, or all-linear)"
+        ) from error
+    check_tunes_weights(adapted)
     return adapted
+
+
+def check_tunes_weights(model: Any) -> None:
+    """Refuses an adapter that adds to the prompt instead of changing weights: such a prompt would be left out.
+
+    Raises:
+        UserError: naming the adapter's kind.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if has_adapter(model) and not isinstance(model.base_model, BaseTuner):
+        kind = type(model.active_peft_config).__name__
+        raise UserError(f"peft_config: {kind} changes the prompt; use LoRA or another tuner of weights")
 
 
 def tell_of_dropout(peft_config: Any) -> None:
@@ -106,6 +125,42 @@ def moves_its_base(model: Any) -> str:
     return ""
 
 
+def frozen_base(model: Any) -> list[nn.Parameter]:
+    """Returns the weights under an adapter that training leaves as they are; none for a model without an adapter."""
+    if not has_adapter(model):
+        return []
+    prefix = tuner_prefix(model)
+    named = model.get_base_model().named_parameters()
+    return [weight for name, weight in named if not weight.requires_grad and base_name(name, prefix) is not None]
+
+
+def changes_nothing(model: Any) -> bool:
+    """Whether the model still equals its base, as under a new LoRA, whose B is 0; False for tuners of other kinds."""
+    return not moves_its_base(model) and all(_changes_nothing(layer) for layer in adapter_layers(model))
+
+
+def _changes_nothing(layer: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    active = layer.active_adapters
+    if isinstance(layer, TrainableTokensWrapper):
+        return True  # the layer inside it is looked at on its own
+    if isinstance(layer, TrainableTokensLayer):
+        rows = [(layer.trainable_tokens_delta, layer.trainable_tokens_original, name) for name in active]
+        return all(torch.equal(now[name], original[name]) for now, original, name in rows if name in now)
+    if isinstance(layer, ModulesToSaveWrapper):
+        original = layer.original_module.state_dict()
+        saved = [layer.modules_to_save[name].state_dict() for name in active if name in layer.modules_to_save]
+        return all(torch.equal(weight, original[name]) for state in saved for name, weight in state.items())
+    if not isinstance(layer, LoraLayer) or layer.lora_variant:
+        return False
+    zeros = [weight for name in active if name in layer.lora_B for weight in layer.lora_B[name].parameters()]
+    zeros += [layer.lora_embedding_A[name] for name in active if name in layer.lora_embedding_A]
+    return not any(weight.any() for weight in zeros)
+
+
 def adapter_layers(model: nn.Module) -> list[Any]:
     """Every layer an adapter can be switched off in, modules that are saved whole among them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -142,14 +197,44 @@ def merged(model: Any) -> Any:
     """
     if not has_adapter(model):
         raise UserError("the model has no adapter, so there is nothing to merge")
+    config = model.get_base_model().config
+    tied = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
+    untied = _untie(model.get_base_model())
     try:
         with ties_are_known():
             plain = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"the adapter cannot be merged: {error}") from error
     head, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
-    text = plain.config.get_text_config()
-    if getattr(text, "tie_word_embeddings", False) and head.weight is not embedding.weight:
+    if untied and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+    for part in tied:
         # Loading would tie them again, and so lose what was trained in one of them.
-        text.tie_word_embeddings = plain.config.tie_word_embeddings = False
+        part.tie_word_embeddings = head.weight is embedding.weight
     return plain
+
+
+def _untie(lm: Any) -> bool:
+    """Gives the head its own copy of a weight it shares with the embedding, if an adapter is on either of the two.
+
+    peft adds a layer's change to its weight in place, and so would change the other layer as well.
+
+    Returns:
+        Whether it did.
+    """
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    plain_head, plain_embedding = without_adapter(head), without_adapter(embedding)
+    if plain_head.weight is not plain_embedding.weight or (plain_head is head and plain_embedding is embedding):
+        return False
+    plain_head.weight = nn.Parameter(plain_head.weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def without_adapter(layer: Any) -> Any:
+    """Returns the plain layer inside whatever peft wrapped around it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    while isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
+    return layer

@@ -50,6 +50,8 @@ def run_in_head(model: nn.Module, states: Tensor, function: Callable[[Tensor], R
     prove_head(model)  # once per model, by a forward that has to find its head as it is
     head = causal_lm(model).get_output_embeddings()
     for module in reversed(list(head.modules())):  # a head that an adapter saves whole is a wrapper around two
+        if type(module).forward is nn.Module.forward:  # a container of modules or of trained tokens
+            continue
         function = partial(_as_forward, module, function)
     return function(states)
 

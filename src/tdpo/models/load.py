@@ -9,7 +9,16 @@ from typing import Any
 
 import jinja2
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+import transformers
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.utils import find_adapter_config_file
 
 from tdpo.config import ModelConfig
@@ -17,9 +26,12 @@ from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError, nearest
 from tdpo.models.adapters import ties_are_known
 from tdpo.models.generation import adopt_generation_config
+from tdpo.models.multimodal import processor_template
 from tdpo.models.policy import head_of
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+LANGUAGE_MODELS = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
+"""Auto classes of models that continue a text; the last has the text half alone of some multimodal checkpoints."""
 
 
 def load_model(
@@ -96,7 +108,12 @@ def same_model(name: str, other: str) -> bool:
 def _load_whole(config: ModelConfig, name: str, revision: str, quantization: dict[str, Any] | None) -> Any:
     few_bits = {} if quantization is None else {"quantization_config": _quantization_config(config, quantization)}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        described = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+        model_class = _model_class(described, config.trust_remote_code)
+        if model_class is None:
+            kind = (described.architectures or [f"{described.model_type} model"])[0]
+            raise UserError(f"model {name!r} is a {kind}, not a causal language model")
+        loaded: Any = model_class.from_pretrained(
             name,
             revision=revision,
             output_loading_info=True,
@@ -104,7 +121,10 @@ def _load_whole(config: ModelConfig, name: str, revision: str, quantization: dic
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             **few_bits,
+            **(config.model_init_kwargs or {}),  # type: ignore[arg-type]
         )
+    except UserError:
+        raise
     except Exception as error:  # whatever a broken folder or the network may raise, it is about the name
         raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     model, told = loaded
@@ -120,6 +140,31 @@ def _load_whole(config: ModelConfig, name: str, revision: str, quantization: dic
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _model_class(described: Any, remote_code: bool) -> Any:
+    """Returns the language model class that a config names, else that of its type; None if it has none.
+
+    An auto class alone would load the text half of a multimodal checkpoint, the decoder of an encoder-decoder, and a
+    reward model's body under a tied head.
+    """
+    remote = (getattr(described, "auto_map", None) or {}) if remote_code else {}
+    for auto in LANGUAGE_MODELS:
+        if auto.__name__ in remote:
+            return auto
+    if getattr(described, "is_encoder_decoder", False):
+        return None
+    kind = type(described)
+    known = [auto._model_mapping[kind] for auto in LANGUAGE_MODELS if kind in auto._model_mapping]
+    named = getattr(transformers, (described.architectures or [""])[0], None)
+    if named in known:
+        return named
+    # Loading finds out what is missing, but nothing is where the head is tied: all of a base model's weights are there,
+    # and those of a model for another task would pass for it.
+    base = MODEL_MAPPING.get(kind, None)
+    another_task = getattr(named, "config_class", None) is kind and named is not base
+    another_task = another_task and getattr(described.get_text_config(), "tie_word_embeddings", False)
+    return known[0] if known and not another_task else None
 
 
 def _quantization_config(config: ModelConfig, arguments: dict[str, Any]) -> Any:
@@ -158,6 +203,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
         if config.eos_token not in tokenizer.get_vocab():
             raise UserError(f"--eos_token {config.eos_token!r} is no token of the tokenizer {name!r}")
         tokenizer.eos_token = config.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = processor_template(name, revision)
     if config.chat_template_path is not None:
         tokenizer.chat_template = _template(config.chat_template_path)
         _check_template(tokenizer, config.chat_template_path)

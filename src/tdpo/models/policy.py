@@ -65,7 +65,10 @@ def body_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Hidden states after the final norm, ``[R, T, D]``: the model without its head."""
     lm = causal_lm(model)
     body: Any = lm.base_model
-    if body is lm:
+    if body is lm:  # some multimodal models hold a complete causal language model
+        inner = lm.get_decoder()
+        body = inner.base_model if inner.base_model is not inner else getattr(inner, "model", None)
+    if body is None or body is lm:
         raise UserError(f"{type(lm).__name__} does not keep its body apart from its head; tdpo cannot run it")
     return body(use_cache=False, **inputs).last_hidden_state
 
@@ -83,6 +86,8 @@ def prove_head(model: nn.Module) -> None:
     lm = causal_lm(model)
     if lm in _proven:
         return
+    if getattr(lm.config, "is_encoder_decoder", False):
+        raise UserError(f"{type(lm).__name__} is an encoder-decoder; tdpo needs a causal language model")
     head = _plain_head(lm)
     ids = (torch.arange(len(PROBE_SIZES), device=head.weight.device) + 3)[None] % head.vocab_size
     outputs: list[Tensor] = []
@@ -90,13 +95,15 @@ def prove_head(model: nn.Module) -> None:
 
     def swap(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         outputs.append(output[0])
-        return probe.to(output)[None]
+        return probe.to(output, copy=True)[None]  # some models write into their logits
 
     # Past whatever an earlier trainer wrapped around the forward (autocast, say), body and head are held together.
     with evaluating(lm), torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
         handle = lm.get_output_embeddings().register_forward_hook(swap)
         try:
             logits = type(lm).forward(lm, input_ids=ids, use_cache=False).logits[0]
+        except ValueError as missing:  # an encoder's or an image's input
+            raise UserError(f"{type(lm).__name__} does not run on text alone: {missing}") from missing
         finally:
             handle.remove()
         states = body_states(lm, input_ids=ids)[0]

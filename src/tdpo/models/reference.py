@@ -1,20 +1,23 @@
 """The reference: where its hidden states come from.
 
-:class:`FrozenCopy` is a second model; :class:`AdapterOff` the policy without its adapter; :class:`CachedHidden` reads
-what one of them gave once. :class:`AsItIs` is any model at this moment: one that is only scored, or the policy before
-its first step. Which one a run takes is decided in :mod:`tdpo.train.references`.
+:class:`FrozenCopy` is a second model, or a second adapter over the policy's base; :class:`AdapterOff` the policy
+without its adapter; :class:`CachedHidden` reads what one of them gave once. :class:`AsItIs` is any model at this
+moment: one that is only scored, or the policy before its first step. Which one a run takes is decided in
+:mod:`tdpo.train.references`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from tdpo.errors import UserError
-from tdpo.models.adapters import adapter_layers, moves_its_base, switched_off
+from tdpo.models.adapters import adapter_layers, frozen_base, moves_its_base, switched_off
 from tdpo.models.hidden import response_states
 from tdpo.models.policy import causal_lm, evaluating, head_of
 from tdpo.models.sharding import narrow, narrow_dtype, shard_frozen
@@ -45,16 +48,32 @@ class Reference(Protocol):
 
 
 class FrozenCopy:
-    """A second model in evaluation mode whose parameters take no gradient."""
+    """A second model in evaluation mode whose parameters take no gradient.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
+    Args:
+        model: The model.
+        shared: The weights in it that are the policy's own, which training leaves as they are.
+    """
+
+    def __init__(self, model: nn.Module, shared: Sequence[nn.Parameter] = ()) -> None:
+        self.model, self.shared = model.eval().requires_grad_(False), shared
         self._head: Head | None = None
 
     @classmethod
     def of(cls, policy: nn.Module) -> FrozenCopy:
-        """Copies the policy as it is in memory; nothing is reloaded by name."""
-        return cls(copy.deepcopy(policy))
+        """Copies the policy as it is in memory; nothing is reloaded by name.
+
+        Of a policy with an adapter only the adapter is copied, and what else is trained: the frozen weights of its base
+        are those of the policy.
+        """
+        base = frozen_base(policy)
+        return cls(copy.deepcopy(policy, {id(weight): weight for weight in base}), base)
+
+    @property
+    def copied(self) -> list[nn.Parameter]:
+        """The weights that are not the policy's own."""
+        shared = {id(weight) for weight in self.shared}
+        return [weight for weight in self.model.parameters() if id(weight) not in shared]
 
     def models(self) -> list[nn.Module]:
         """The frozen model."""
@@ -62,13 +81,23 @@ class FrozenCopy:
 
     def to(self, device: torch.device | str) -> None:
         """Moves the frozen model; one that is there already stays untouched, as models in few bits must."""
-        if next(self.model.parameters()).device != torch.device(device):
+        if self.copied[0].device != torch.device(device):
             self.model.to(device)
 
     def narrowed(self, dtype: torch.dtype) -> FrozenCopy:
         """This one, narrowed."""
+        self._unshare()
         narrow(self.model, dtype)
         return self
+
+    def _unshare(self) -> None:
+        """Copies the shared weights too, in the same modules: what was proven of the model stays proven."""
+        own = {id(weight): copy.deepcopy(weight) for weight in self.shared}
+        for module in self.model.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if id(weight) in own:
+                    setattr(module, name, own[id(weight)])
+        self.shared = ()
 
     @property
     def sharded(self) -> bool:
@@ -80,6 +109,8 @@ class FrozenCopy:
 
         Under mixed precision it gets the policy's, so that equal models give equal states.
         """
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            self._unshare()  # these engines replace or empty the policy's weights
         dtype = narrow_dtype(accelerator)
         if dtype is not None:
             self.narrowed(dtype)

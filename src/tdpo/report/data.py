@@ -41,6 +41,10 @@ def counts_table(found: DataCheck, title: str) -> Table:
         bad = reason.startswith("bad row")
         style = "bold red" if bad else "yellow"
         table.add_row(Text(f"{len(rows):,}", style), Text(reason if bad else f"dropped: {reason}", style), _rows(rows))
+    for what, rows in report.noticed.items():
+        table.add_row(Text(f"{len(rows):,}", "yellow"), what, _rows(rows))
+    for column, row in report.unused.items():
+        table.add_row("", Text(f"column {column!r} holds text and is not used", "yellow"), f"from row {row}")
     for part, rows in report.truncated.items():
         table.add_row(Text(f"{len(rows):,}", "yellow"), f"with a {part} that is cut to fit", _rows(rows))
     for rows, what in (

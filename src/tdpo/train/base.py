@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import ADAPTER_CONFIG_NAME
@@ -24,6 +24,8 @@ from tdpo.files import PARTIAL, check_writable, write_whole
 from tdpo.models import sharding
 from tdpo.models.adapters import has_adapter
 from tdpo.models.compiling import compile_layers
+from tdpo.models.multimodal import copy_processor
+from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpoints, preflight
 from tdpo.train.attempts import RunStart
 from tdpo.train.interrupts import StopRequest, reason
@@ -35,6 +37,23 @@ logger = logging.getLogger("tdpo")
 
 class NonFiniteLoss(UserError):
     """The loss of a batch is NaN or infinite. Nothing was updated with it."""
+
+
+def find_own_loss(model: nn.Module, args: RunOptions) -> RouterLoss | None:
+    """Finds the router loss that is added to the loss, and warns of other terms of the model's own loss.
+
+    Raises:
+        UserError: as :func:`~tdpo.models.own_loss.find_router_loss`, and where its gradient would be lost.
+    """
+    router = find_router_loss(model, args.router_aux_loss_coef)
+    checkpointing: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
+    if router is not None and checkpointing.get("use_reentrant"):
+        raise UserError(
+            "--gradient_checkpointing_kwargs: with use_reentrant the router loss has no gradient; set it to false, or "
+            "leave the router loss out with --router_aux_loss_coef 0"
+        )
+    warn_of_other_terms(model)
+    return router
 
 
 class BatchMeanTrainer(Trainer):
@@ -494,11 +513,16 @@ class BatchMeanTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """As the Trainer's; a tied weight, which a gathered state dict holds under two names, is written once."""
+        """As the Trainer's; a tied weight, which a gathered state dict holds under two names, is written once.
+
+        A multimodal model named without its processor keeps the processor's files.
+        """
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         if state_dict:
             state_dict = {name: weight for name, weight in state_dict.items() if tied.get(name) not in state_dict}
         super()._save(output_dir, state_dict)
+        if self.args.should_save and not isinstance(self.processing_class, ProcessorMixin):
+            copy_processor(self.model, Path(output_dir or str(self.args.output_dir)))
 
         model: Any = self.model
         if has_adapter(model) and self.args.should_save and model.get_base_model().can_generate():

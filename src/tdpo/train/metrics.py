@@ -2,7 +2,8 @@
 
 ``rewards/*`` is the objective's own implicit reward, ``implicit_rewards/*`` is ``beta * log-ratio`` and comparable
 across objectives. ``kl/*`` is the sequential KL(reference || policy) in nats, ``kl_per_token/*`` that divided by the
-number of response tokens. Every margin is chosen minus rejected.
+number of response tokens. Every margin is chosen minus rejected. ``aux_loss`` is the load-balancing loss of a
+mixture-of-experts model before its coefficient, where it is part of the loss.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:
         "kl/rejected": stats.rejected_kl,
         "kl/margin": stats.chosen_kl - stats.rejected_kl,
     }
+    if scores.aux_loss is not None:
+        columns["aux_loss"] = scores.aux_loss.expand_as(scores.loss)
     return {name: value.detach() for name, value in columns.items()}
 
 

@@ -24,10 +24,11 @@ from transformers import TrainerCallback
 from tdpo.config import TDPOConfig
 from tdpo.data.pack import pack_padded
 from tdpo.errors import UserError
-from tdpo.models.adapters import KEEPING_INITS, has_adapter, with_adapter
+from tdpo.models.adapters import KEEPING_INITS, changes_nothing, check_tunes_weights, has_adapter, with_adapter
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
 from tdpo.models.policy import causal_lm, prove_head
 from tdpo.models.reference import AdapterOff, AsItIs, CachedHidden, FrozenCopy, Reference, check_comparable
+from tdpo.models.sharding import held
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
 from tdpo.train.progress import bar
 from tdpo.types import PackedBatch, TokenisedPair
@@ -63,6 +64,7 @@ def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, a
     """
     if peft_config is not None and has_adapter(policy):  # told again when it is put on; here before a copy is made
         raise UserError("model has an adapter already; leave peft_config (--use_peft) out to go on training it")
+    check_tunes_weights(policy)
     prove_head(policy)
     if ref_model is not None:
         prove_head(ref_model)
@@ -86,6 +88,21 @@ def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, a
     else:
         reference = AsItIs(policy)
     return Models(policy, reference, f"reference: {strategy} ({why})", cache)
+
+
+def describe_copy(reference: Reference) -> str:
+    """Says how much of a copy is the policy's own, to be added to the reference's line; empty if nothing is."""
+    if not isinstance(reference, FrozenCopy) or not reference.shared:
+        return ""
+    copied, shared = (sum(weight.numel() for weight in part) for part in (reference.copied, reference.shared))
+    return f"; {copied:,} weights are copied, {shared:,} are shared with the policy"
+
+
+def warn_of_second_model(reference: Reference, policy: Any, args: TDPOConfig) -> None:
+    """Warns where ``auto`` made a second model beside a policy with an adapter, whose memory an adapter is to save."""
+    if args.reference == "auto" and isinstance(reference, FrozenCopy) and has_adapter(policy) and not reference.shared:
+        _, count = held(reference.model)
+        logger.warning("the reference is a second model of %s weights beside the policy with its adapter", f"{count:,}")
 
 
 class Following(TrainerCallback):
@@ -163,6 +180,8 @@ def _choose(policy: Any, ref_model: Any, peft_config: Any, args: TDPOConfig) -> 
         if _keeps_base(peft_config):
             return "adapter_off", "the adapter is new, so the policy without it is the policy as it is before training"
         return "frozen", "a copy from before the adapter, whose configuration changes or trains the base"
+    if ref_model is None and loaded and changes_nothing(policy):
+        return "adapter_off", "the adapter changes nothing yet, so the policy without it is the policy before training"
     if ref_model is None and loaded:
         return "frozen", "a copy of the policy with its adapter as loaded; --reference adapter_off takes its base"
     return "frozen", origin

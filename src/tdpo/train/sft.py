@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from tdpo import ops
-from tdpo.config import ModelConfig, SFTConfig
+from tdpo.config import SFTConfig
 from tdpo.data.pack import pack_trees
 from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths, prepare_sft
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
-from tdpo.models.adapters import tell_of_dropout, with_adapter
+from tdpo.models.adapters import check_tunes_weights, tell_of_dropout, with_adapter
 from tdpo.models.hidden import response_states
 from tdpo.models.inside import open_forward, run_in_head, run_inside
 from tdpo.models.load import load_model
+from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
+from tdpo.models.own_loss import collect_router_logits
 from tdpo.models.policy import disable_dropout, head_of, position_limit, prove_head
 from tdpo.score import packer
-from tdpo.train.base import BatchMeanTrainer
+from tdpo.train.base import BatchMeanTrainer, find_own_loss
 from tdpo.train.inputs import check_keywords, check_types, prepare_held_out, prepare_training
 from tdpo.types import Hidden, PackedBatch
 
@@ -36,7 +38,7 @@ class SFTTrainer(BatchMeanTrainer):
         train_dataset: Conversations in ``messages`` or ``conversations``, questions with answers (``instruction`` and
             ``output``, ``prompt`` and ``completion``), ``text``, or preference rows, whose chosen responses are learnt.
         eval_dataset: The same, held out, or several of them by name.
-        processing_class: The tokenizer.
+        processing_class: The tokenizer, or a processor that has one.
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
         peft_config: Wraps the model in an adapter, which alone is trained.
@@ -65,21 +67,26 @@ class SFTTrainer(BatchMeanTrainer):
         args = SFTConfig(output_dir="sft-output") if args is None else args
         check_types(SFTConfig, args, processing_class, model=model)
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
-        loaded = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
+        config = args.model_config(model)
+        loaded = load_model(config, trainable=True) if isinstance(model, str) else model
         if peft_config is not None:
             loaded = with_adapter(loaded, peft_config)
+        check_tunes_weights(loaded)
         if processing_class is None:
             raise UserError("SFTTrainer needs the tokenizer: pass processing_class")
         if args.disable_dropout:
             disable_dropout(loaded)
             tell_of_dropout(peft_config)
         prove_head(loaded)
+        freeze_idle_parts(loaded)
+        self._router = find_own_loss(loaded, args)
+        self._aux = torch.zeros(2)
         open_forward(loaded)
 
         def prepared(data: Iterable[Any], name: str) -> SFTDataset:
             dataset = prepare_sft(
                 data,
-                Tokeniser(processing_class, args.lengths()),
+                Tokeniser(tokenizer_of(processing_class), args.lengths()),
                 args.reading(),
                 args.on_bad_row,  # type: ignore[arg-type]
                 name,
@@ -92,7 +99,7 @@ class SFTTrainer(BatchMeanTrainer):
         super().__init__(
             model=loaded,
             args=args,
-            data_collator=SFTCollator(packed=packer(args.layout, [loaded]) is pack_trees),
+            data_collator=SFTCollator(packer(args.layout, [loaded]) is pack_trees, self._router is not None),
             train_dataset=None
             if train_dataset is None
             else prepare_training(train_dataset, args, lambda rows: prepared(rows, "train")),
@@ -105,17 +112,45 @@ class SFTTrainer(BatchMeanTrainer):
         self.compile_if_asked(loaded)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Summed negative log-likelihood of the batch's response tokens; only they meet the vocabulary."""
+        """Summed negative log-likelihood of the batch's response tokens; only they meet the vocabulary.
+
+        The router loss of a mixture-of-experts model is part of every token's loss; it is returned beside the sum, for
+        :meth:`count`.
+        """
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
-        def step(lm: nn.Module) -> tuple[Tensor, Tensor]:
+        def step(lm: nn.Module) -> tuple[Tensor, Tensor | None]:
             def loss(states: Tensor) -> tuple[Tensor, Tensor]:
                 logp = ops.response_logp(Hidden(states, head_of(lm)), batch.labels)
                 return -logp.sum(), logp.detach()
 
-            return run_in_head(lm, response_states(lm, batch), loss)
+            if self._router is None:
+                return run_in_head(lm, response_states(lm, batch), loss)[0], None
+            with collect_router_logits(lm) as router_logits:
+                total, _ = run_in_head(lm, response_states(lm, batch), loss)
+            aux = self._router.of_batch(router_logits[-1], batch)
+            return total + batch.labels.numel() * self._router.coefficient * aux, aux.detach()
 
         return run_inside(model, step)
+
+    def count(self, outputs: Tensor | None, weight: float) -> None:
+        """Adds a batch's router loss to the mean since the last log."""
+        model: Any = self.model
+        if outputs is not None and weight and model.training:
+            self._aux = self._aux.to(outputs.device) + torch.stack([outputs, torch.ones_like(outputs)])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the base's, with the mean router loss of the batches since the last log."""
+        if "loss" in logs and self._router is not None:
+            total, batches = self.accelerator.gather(self._aux.to(self.args.device)[None]).sum(0).tolist()
+            logs["aux_loss"] = total / max(batches, 1.0)
+            self._aux = torch.zeros_like(self._aux)
+        super().log(logs, start_time)
+
+    def reset_run_state(self) -> None:
+        """Clears the sum of the router losses too."""
+        super().reset_run_state()
+        self._aux = torch.zeros_like(self._aux)
 
     def item_count(self, inputs: dict[str, Any]) -> int:
         """Response tokens of a batch."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
@@ -23,17 +24,27 @@ from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.adapters import tell_of_dropout
 from tdpo.models.inside import open_forward, run_inside
-from tdpo.models.load import load_model
+from tdpo.models.load import load_model, load_tokenizer
+from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
 from tdpo.models.policy import disable_dropout, head_of, position_limit
 from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.models.sharding import narrow_dtype
 from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
-from tdpo.score import PairScores, batch_loss, packer, tree_refusal
-from tdpo.train.base import BatchMeanTrainer, logger
+from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
+from tdpo.train.base import BatchMeanTrainer, find_own_loss, logger
 from tdpo.train.inputs import check_keywords, check_types, prepare_held_out, prepare_training
 from tdpo.train.metrics import DisplacementWatch, MetricSums, metric_names
-from tdpo.train.references import FillOptions, Following, Models, cached, prepare_models, told
+from tdpo.train.references import (
+    FillOptions,
+    Following,
+    Models,
+    cached,
+    describe_copy,
+    prepare_models,
+    told,
+    warn_of_second_model,
+)
 from tdpo.types import PackedBatch
 
 
@@ -48,7 +59,8 @@ class TDPOTrainer(BatchMeanTrainer):
         train_dataset: Rows in any known format, records or tokenised pairs; see
             :func:`tdpo.data.dataset.prepare_pairs`.
         eval_dataset: The same, held out, or several of them by name.
-        processing_class: The tokenizer; by default the one saved with the model. Not needed for tokenised pairs.
+        processing_class: The tokenizer, or a multimodal model's processor, whose tokenizer is used and which is saved
+            with the model; by default the tokenizer saved with the model. Not needed for tokenised pairs.
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
         peft_config: Wraps the model in an adapter; the reference is the model without it.
@@ -84,8 +96,9 @@ class TDPOTrainer(BatchMeanTrainer):
         args = TDPOConfig(output_dir="tdpo-output") if args is None else args
         check_types(TDPOConfig, args, processing_class, model=model, ref_model=ref_model)
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
-        policy = load_model(ModelConfig(model), trainable=True) if isinstance(model, str) else model
-        held_against = load_model(ModelConfig(ref_model)) if isinstance(ref_model, str) else ref_model
+        config = args.model_config(model)
+        policy = load_model(config, trainable=True) if isinstance(model, str) else model
+        held_against = load_model(config, ref_model) if isinstance(ref_model, str) else ref_model
         if held_against is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
         self.objective = args.build_objective()
@@ -94,18 +107,21 @@ class TDPOTrainer(BatchMeanTrainer):
         if args.disable_dropout:
             disable_dropout(policy)
             tell_of_dropout(peft_config)
+        freeze_idle_parts(policy)
+        self._router = find_own_loss(policy, args)
         open_forward(policy)
 
         self._sums = MetricSums(args.beta)
         self._budget = LogitsBudget(args.logits_budget)
         self._watch = DisplacementWatch(args.beta)
-        tokenizer = processing_class or _tokenizer_of(policy, train_dataset)
+        processing_class = processing_class or _tokenizer_of(policy, config, train_dataset)
+        tokenizer = tokenizer_of(processing_class)
         limit = position_limit(policy, *self.reference.models())
         pack, self.layout = _layout(args.layout, [policy, *self.reference.models()])
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or Collator(pack),
+            data_collator=data_collator or Collator(_with_every_token(pack) if self._router else pack),
             train_dataset=None
             if train_dataset is None
             else prepare_training(
@@ -114,7 +130,7 @@ class TDPOTrainer(BatchMeanTrainer):
             eval_dataset=prepare_held_out(
                 eval_dataset, lambda rows, name: _prepare(rows, tokenizer, policy, limit, args, name)
             ),
-            processing_class=tokenizer,
+            processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
@@ -123,6 +139,9 @@ class TDPOTrainer(BatchMeanTrainer):
             if isinstance(self.reference, FrozenCopy):
                 self.compile_if_asked(self.reference.model)
             self.reference.place(self.accelerator)
+            self.reference_line += describe_copy(self.reference)
+            if held_against is None:
+                warn_of_second_model(self.reference, policy, args)
         else:
             self.reference.to(self.args.device)
             self._read_from(models.cache, models, pack)
@@ -139,7 +158,8 @@ class TDPOTrainer(BatchMeanTrainer):
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
         def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
-            return batch_loss(policy, self.reference, batch, self.objective, self.args.backend, self._budget)
+            options = self.objective, self.args.backend, self._budget
+            return batch_loss_with_router(self._router, policy, self.reference, batch, *options)
 
         return run_inside(model, step)
 
@@ -191,14 +211,12 @@ class TDPOTrainer(BatchMeanTrainer):
     def prepare_rows(self, data: Any) -> Any:
         """Tokenises rows in any form ``train_dataset`` may be in; several by name stay several."""
         policy: Any = self.model
-        limit = position_limit(policy, *self.reference.models())
-        return prepare_held_out(
-            data, lambda rows, name: _prepare(rows, self.processing_class, policy, limit, self.args, name)
-        )
+        limit, tokenizer = position_limit(policy, *self.reference.models()), tokenizer_of(self.processing_class)
+        return prepare_held_out(data, lambda rows, name: _prepare(rows, tokenizer, policy, limit, self.args, name))
 
     def metric_names(self) -> list[str]:
         """Lists the metrics that an evaluation reports, without prefix."""
-        return metric_names()
+        return metric_names() + (["aux_loss"] if self._router else [])
 
     def reset_run_state(self) -> None:
         """Clears the sums of the pairs too, and what displacement is recognised by."""
@@ -259,14 +277,20 @@ def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
     return pack, line
 
 
-def _tokenizer_of(policy: Any, dataset: Any) -> Any:
+def _with_every_token(pack: Any) -> Any:
+    """The same layout for a loss over all tokens, those that predict nothing among them."""
+    return partial(pack_trees, every_token=True) if pack is pack_trees else pack
+
+
+def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
     """The tokenizer saved beside the policy, as transformers would load it; None if the data needs none."""
-    if isinstance(dataset, PairDataset):
-        return None
     name = getattr(policy.config, "_name_or_path", "")
+    if isinstance(dataset, PairDataset) or not name:
+        return None
+    revision = config.model_revision if name == config.model_name_or_path else "main"
     try:
-        return AutoTokenizer.from_pretrained(name) if name else None
-    except (OSError, ValueError):
+        return load_tokenizer(replace(config, model_name_or_path=name, model_revision=revision))
+    except UserError:
         return None
 
 

@@ -14,12 +14,21 @@ from tdpo.data.formats.fields import (
     check_kinds,
     checked,
     field_of,
+    first_of,
     is_chat,
     is_empty,
     number,
     plain_text,
 )
 from tdpo.data.formats.markup import html_to_text
+from tdpo.data.formats.prompts import (
+    PROMPT_USES,
+    assistant_turn,
+    check_placeholders,
+    has_prompt,
+    prompt_of,
+    with_system,
+)
 from tdpo.data.formats.report import DataReport, RowDropped, RowError
 from tdpo.data.reading import SHP_SCORE_RATIO, Reading
 from tdpo.data.sources import SourceRow, describe
@@ -29,7 +38,11 @@ LISTS = ("completions", "responses", "answers", "candidates", "generations")
 TEXTS = ("response", "text", "completion", "answer", "content", "output", "generation")
 SCORES = ("score", "reward", "rating", "overall_score", "pm_score")
 RANKS = ("rank", "ranking")
-PROMPTS = ("prompt", "instruction", "question")
+ANSWER_KEYS = (*TEXTS, *SCORES, *RANKS)
+ANSWERS_USES = (*PROMPT_USES, LISTS, tuple(name + "s" for name in SCORES))
+RANKED_USES = (*PROMPT_USES, LISTS, tuple(name + "s" for name in RANKS))
+SHP_USES = ("history", "human_ref_A", "human_ref_B", "score_A", "score_B", "labels")
+COMPLETION_USES = (*PROMPT_USES, ("completion", "response"), ("reward", "score"))
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,7 @@ class Completion(Answer):
 
     prompt: Text
     group: str
+    options: dict[str, Any]
 
 
 def answers(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
@@ -55,12 +69,12 @@ def answers(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
 
     ``instruction`` is a user's turn, ``prompt`` and ``question`` are taken as they stand.
     """
-    return _ranked_records(row, _prompt(row), _listed(row, SCORES, "score", lambda score: score), reading)
+    return _ranked_records(row, prompt_of(row), _listed(row, SCORES, "score", lambda score: score), reading)
 
 
 def ranked(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     """A prompt and a list of answers with ranks from 1, the best, or without any, and then the best first."""
-    return _ranked_records(row, _prompt(row), _listed(row, RANKS, "rank", lambda rank: -rank), reading)
+    return _ranked_records(row, prompt_of(row), _listed(row, RANKS, "rank", lambda rank: -rank), reading)
 
 
 def stackexchange(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
@@ -80,10 +94,10 @@ def stackexchange(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
         if not isinstance(entry, dict):
             raise RowError(f"{what} must be an object, found {describe(entry)}")
         text = html_to_text(plain_text(entry.get("text"), f"{what}, 'text'"))
-        if not text:
-            raise RowError(f"{what} is empty")
-        found.append(Answer(" " + text, number(entry.get("pm_score"), f"{what}, 'pm_score'"), row.source, row.row))
-    return _ranked_records(row, dialogue(question), found, reading)
+        score = entry.get("pm_score")
+        if not _is_unusable(row, text, score):
+            found.append(Answer(" " + text, number(score, f"{what}, 'pm_score'"), row.source, row.row))
+    return pairs(dialogue(question), _any_left(found, row), reading)
 
 
 def shp(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
@@ -110,14 +124,19 @@ def shp(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
 
 def completion(row: SourceRow, reading: Reading) -> list[Completion]:
     """One row of scored completions: ``prompt``, ``completion`` (or ``response``) and ``reward`` (or ``score``)."""
-    prompt = as_text(field_of(row, "prompt"), "field 'prompt'")
-    text_name, score_name = (_one_of(row.fields, names) for names in (("completion", "response"), ("reward", "score")))
+    prompt = prompt_of(row)
+    text_name, score_name = (first_of(row.fields, names) for names in (("completion", "response"), ("reward", "score")))
     text = as_text(field_of(row, text_name), f"field {text_name!r}")
+    prompt, text = with_system(row, prompt, text)
+    text = assistant_turn(text) if is_chat(prompt) else text
     check_kinds(prompt=prompt, **{text_name: text})
     if is_empty(text):
         raise RowError(f"field {text_name!r} is an empty response")
     score = number(field_of(row, score_name), f"field {score_name!r}")
-    return [Completion(text, score, row.source, row.row, prompt, repr(prompt))]
+    options = chat_options(row, prompt)
+    return [
+        Completion(text, score, row.source, row.row, prompt, repr((prompt, options) if options else prompt), options)
+    ]
 
 
 def completion_pairs(
@@ -132,7 +151,7 @@ def completion_pairs(
         by_prompt.setdefault(found.group, []).append(found)
     for group in by_prompt.values():
         try:
-            yield from pairs(group[0].prompt, group, reading)
+            yield from pairs(group[0].prompt, group, reading, group[0].options)
         except RowDropped as reason:
             for found in group:
                 report.drop(found, "the only completion of its prompt" if len(group) == 1 else str(reason))
@@ -201,19 +220,46 @@ def has_comments(fields: dict[str, Any]) -> bool:
 def has_completion(fields: dict[str, Any]) -> bool:
     """Whether a row is one of :func:`completion`."""
     return (
-        "prompt" in fields
-        and isinstance(fields.get(_one_of(fields, ("completion", "response"))), str | list)
+        has_prompt(fields)
+        and isinstance(fields.get(first_of(fields, ("completion", "response"))), str | list)
         and bool({"reward", "score"} & fields.keys())
     )
 
 
-def _ranked_records(row: SourceRow, prompt: Text, found: Sequence[Answer], reading: Reading) -> list[PreferenceRecord]:
+def _ranked_records(row: SourceRow, prompt: Text, found: list[Answer], reading: Reading) -> list[PreferenceRecord]:
     """Pairs of a row's answers; to a chat, an answer given as text is the assistant's turn."""
+    prompt, *texts = with_system(row, prompt, *(answer.text for answer in _any_left(found, row)))
     if is_chat(prompt):
-        found = [_as_message(answer) for answer in found]
-    for answer in found:
-        check_kinds(prompt=prompt, answer=answer.text)
-    return pairs(prompt, found, reading, chat_options(row, prompt))
+        texts = [assistant_turn(text) for text in texts]
+    for text in texts:
+        check_kinds(prompt=prompt, answer=text)
+    check_placeholders(prompt)
+    made = [Answer(text, answer.score, answer.source, answer.row) for text, answer in zip(texts, found, strict=True)]
+    return pairs(prompt, made, reading, chat_options(row, prompt))
+
+
+def _is_unusable(row: SourceRow, text: Text, figure: Any, name: str = "score") -> bool:
+    """Whether an answer is left out, which the report counts: it is empty, or its score is null or a word."""
+    if is_empty(text):
+        row.notes.append("an empty answer left out")
+    elif figure is None or (isinstance(figure, str) and not _is_number(figure)) or figure != figure:
+        row.notes.append(f"an answer left out, whose {name} is {'null' if figure is None else describe(figure)}")
+    else:
+        return False
+    return True
+
+
+def _is_number(figure: str) -> bool:
+    try:
+        return math.isfinite(float(figure))
+    except ValueError:
+        return False
+
+
+def _any_left(found: list[Answer], row: SourceRow) -> list[Answer]:
+    if len(found) < 2 and row.notes:
+        raise RowDropped(f"fewer than two answers: {row.notes[0]}")
+    return found
 
 
 def _apart(difference: float, least: float) -> bool:
@@ -236,23 +282,26 @@ def _label_agrees(row: SourceRow, first_is_better: bool) -> bool:
 
 def _has_list(fields: dict[str, Any], names: tuple[str, ...]) -> bool:
     """Whether the row has a prompt, and answers with one of some figures, in objects or in a list beside them."""
-    if not any(name in fields for name in PROMPTS):
+    if not has_prompt(fields):
         return False
-    listed = fields.get(_one_of(fields, LISTS))
+    listed = fields.get(first_of(fields, LISTS))
     if not isinstance(listed, list) or not listed:
         return False
-    if isinstance(fields.get(_one_of(fields, _plurals(names))), list):
+    if isinstance(fields.get(first_of(fields, _plurals(names))), list):
         return True
     return isinstance(listed[0], dict) and any(name in listed[0] for name in names)
 
 
 def _listed(row: SourceRow, names: tuple[str, ...], figure: str, score_of: Callable[[float], float]) -> list[Answer]:
     """The answers of a row with their scores."""
-    name = _one_of(row.fields, LISTS)
+    name = first_of(row.fields, LISTS)
     listed = field_of(row, name)
     if not isinstance(listed, list) or not listed:
         raise RowError(f"field {name!r} must be a list of answers, found {describe(listed)}")
     beside = _figures_beside(row, name, len(listed), names, figure)
+    entries = [entry for entry in listed if isinstance(entry, dict)]
+    rated = any(key in entry for entry in entries for key in names)
+    missing_text = not entries or any(entry.get(first_of(entry, TEXTS)) is not None for entry in entries)
     found = []
     for place, entry in enumerate(listed, 1):
         what = f"field {name!r}, answer {place}"
@@ -260,18 +309,20 @@ def _listed(row: SourceRow, names: tuple[str, ...], figure: str, score_of: Calla
         if beside is None or (isinstance(entry, dict) and "role" not in entry):
             if not isinstance(entry, dict):
                 raise RowError(f"{what} must be an object with its text and {figure}, found {describe(entry)}")
-            value = entry.get(_one_of(entry, TEXTS))
-        figures = entry.get(_one_of(entry, names)) if beside is None else beside[place - 1]
-        text = as_text(value, what)
-        if is_empty(text):
-            raise RowError(f"{what} is an empty response")
-        found.append(Answer(text, score_of(number(figures, f"{what}, its {figure}")), row.source, row.row))
+            value = entry.get(first_of(entry, TEXTS))
+        key = first_of(entry, names) if beside is None else ""
+        figures = entry.get(key) if beside is None else beside[place - 1]
+        text = "" if value is None and missing_text else as_text(value, what)
+        if beside is None and key not in entry and not rated:
+            raise RowError(f"{what}, its {figure} must be a finite number, found null")
+        if not _is_unusable(row, text, figures, figure):
+            found.append(Answer(text, score_of(number(figures, f"{what}, its {figure}")), row.source, row.row))
     return found
 
 
 def _figures_beside(row: SourceRow, name: str, count: int, names: tuple[str, ...], figure: str) -> list[Any] | None:
     """The list of figures beside the answers, or None where the answers are objects that hold them."""
-    plural = _one_of(row.fields, _plurals(names))
+    plural = first_of(row.fields, _plurals(names))
     if plural not in row.fields:
         if figure == "rank" and not any(isinstance(entry, dict) for entry in row.fields[name]):
             return list(range(1, count + 1))
@@ -282,23 +333,5 @@ def _figures_beside(row: SourceRow, name: str, count: int, names: tuple[str, ...
     return figures
 
 
-def _as_message(answer: Answer) -> Answer:
-    text: Text = answer.text if not isinstance(answer.text, str) else [{"role": "assistant", "content": answer.text}]
-    return Answer(text, answer.score, answer.source, answer.row)
-
-
-def _prompt(row: SourceRow) -> Text:
-    name = _one_of(row.fields, PROMPTS)
-    prompt = as_text(field_of(row, name), f"field {name!r}")
-    if name == "instruction" and isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return prompt
-
-
 def _plurals(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name + "s" for name in names)
-
-
-def _one_of(fields: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The first of some names that a row has, or the first of all, to be named as missing."""
-    return next((name for name in names if name in fields), names[0])

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
+from tdpo.data.formats.columns import SystemColumn, UnusedColumns
 from tdpo.data.formats.fields import renamed
+from tdpo.data.formats.prompts import SYSTEMS
+from tdpo.data.formats.refused import refusal
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recognise
 from tdpo.data.formats.report import ROWS_NAMED, DataReport, Placed, RowDropped, RowError
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow
-from tdpo.errors import UserError
+from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord, Text
 
 OnBadRow = Literal["error", "drop"]
@@ -97,6 +100,7 @@ class _Account:
         self.report, self.on_bad_row = report, on_bad_row
         self._named: list[str] = []
         self._bad = 0
+        self.recognised: dict[str, str] = {}
 
     @property
     def lost(self) -> bool:
@@ -115,7 +119,9 @@ class _Account:
         """Raises what there is to raise."""
         if self.lost:
             more = f"\n... and {self._bad - len(self._named)} more" if self._bad > len(self._named) else ""
-            raise UserError("\n".join(self._named) + more + "\n(--on_bad_row drop leaves such rows out)")
+            read = " and ".join(f"{name} ({columns})" for name, columns in self.recognised.items())
+            read = f"; by their columns they were read as {read}, --dataset_format names another format" if read else ""
+            raise UserError("\n".join(self._named) + more + f"\n(--on_bad_row drop leaves such rows out{read})")
 
 
 def _convert_source(
@@ -137,9 +143,11 @@ def _convert_source(
     found = find_format(name, formats)
     _check_options(name, found, reading, formats)
     report = account.report
+    if reading.format == AUTO:
+        account.recognised[name] = found.columns
     if name not in report.format.split(", "):
         report.format = f"{report.format}, {name}" if report.format else name
-    made = _convert_rows(itertools.chain(head, usable), found, reading, account)
+    made = _convert_rows(_checked_rows(name, found, head, usable, report), found, reading, account)
     records = made if found.join is None else found.join(list(made), reading, report)
     for number, record in enumerate(records):
         if reading.side is not None and not reading.side.holds(key(record)):
@@ -153,16 +161,54 @@ def _convert_source(
             yield from itertools.repeat(record, copies)
 
 
+def _checked_rows(
+    name: str, found: Format, head: list[SourceRow], others: Iterable[SourceRow], report: DataReport
+) -> Iterator[SourceRow]:
+    """Looks at the unused columns of rows; gives all of them a system prompt where one of the first has one."""
+    if not found.uses:
+        yield from itertools.chain(head, others)
+        return
+    systems = SystemColumn(head) if SYSTEMS in found.uses else None
+    unused = UnusedColumns(name, found.uses, report)
+    unused.check_head(head)
+    for row in head:
+        yield systems.fill(row) if systems else row
+    for row in others:
+        unused.check(row)
+        yield systems.fill(row) if systems else row
+
+
 def _usable(rows: Iterable[SourceRow], reading: Reading, account: _Account) -> Iterator[SourceRow]:
-    """Rows that could be read, with their columns renamed."""
+    """Rows that could be read, without the columns to ignore and with the others renamed.
+
+    Raises:
+        UserError: if a column to ignore is in none of them.
+    """
+    ignored, columns = set(reading.ignore_columns), {name for name, _ in reading.columns}
+    pending, names = set(ignored), dict[str, None]()
     for row in rows:
         account.report.read += 1
+        if pending:
+            pending -= row.fields.keys()
+            names.update(dict.fromkeys(row.fields))
+        if ignored:
+            row = replace(row, fields={name: value for name, value in row.fields.items() if name not in ignored})
         try:
             if row.error:
                 raise RowError(row.error)
-            yield renamed(row, reading.columns)
+            found = renamed(row, reading.columns)
         except RowError as error:
             account.bad(row, error)
+            continue
+        for name in columns and columns & row.fields.keys():
+            if found.fields.get(name) is not row.fields[name]:
+                account.report.unused.setdefault(name, row.row)
+        yield found
+    if pending:
+        missing = sorted(pending)[0]
+        listed = ", ".join(map(repr, names)) or "none"
+        hint = nearest(missing, names)
+        raise UserError(f"--ignore_columns: there is no column {missing!r}; found the columns {listed}.{hint}")
 
 
 def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: Reading, account: _Account) -> Iterator[Any]:
@@ -177,6 +223,9 @@ def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: Reading, ac
             account.bad(row, "it is nested too deeply")
         else:
             yield from made
+        for note in row.notes:
+            account.report.notice(row, note)
+        row.notes.clear()
 
 
 def _format_name(head: list[SourceRow], formats: Mapping[str, Format]) -> str:
@@ -189,6 +238,9 @@ def _format_name(head: list[SourceRow], formats: Mapping[str, Format]) -> str:
     if name is not None:
         return name
     row = head[0]
+    kind = refusal({name: value for name, value in row.fields.items() if value is not None})
+    if kind is not None and formats is FORMATS:
+        raise UserError(f"{row.source}: the rows are {kind}. Found the columns {', '.join(map(repr, row.fields))}")
     missing = [c for c in ("prompt", "chosen", "rejected") if c not in row.fields]
     raise UserError(
         f"{row.source}: no column {', '.join(repr(c) for c in missing) or 'of the known kinds'}; found the columns "

@@ -13,15 +13,29 @@ from typing import Any, TypeGuard
 
 from tdpo.data.formats.report import RowDropped, RowError
 from tdpo.data.sources import SourceRow, describe
+from tdpo.errors import UserError
 from tdpo.types import Message, PreferenceRecord, Text
 
-CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content)\1\s*:""")
+CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
 """How a chat begins that a table of texts holds."""
 NOT_OF_A_ROW = (
     "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "padding",
     "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
 """Arguments of ``apply_chat_template`` that are not for the template."""
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+    "function_call": "assistant",
+}
+"""Names of speakers in ShareGPT's turns, and the roles they are."""
+PAIR_FIELDS = ("prompt", "chosen", "rejected")
+ANSWER_FIELDS = ("completion", "completions", "reward", "score", "scores", "rank", "ranks", "instruction", "response")
 ASKING_ROLES = ("user", "system", "developer", "tool")
 """Roles whose turn no response can begin with."""
 
@@ -61,11 +75,38 @@ def as_text(value: Any, what: str) -> Text:
         value = _chat_in_text(value, what)
     if isinstance(value, str):
         return encodable(value, what)
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        return [read_turn(value, what)]
     if not isinstance(value, list):
         raise RowError(f"{what} must be a text or a list of chat messages, found {describe(value)}")
     if not value:
         raise RowError(f"{what} is an empty list of messages")
-    return [_message(message, f"{what}, message {place}") for place, message in enumerate(value, 1)]
+    read = read_turn if isinstance(value[0], dict) and value[0].get("from") is not None else _message
+    return [read(message, f"{what}, message {place}") for place, message in enumerate(value, 1)]
+
+
+def first_of(fields: dict[str, Any], names: Sequence[str]) -> str:
+    """Returns the first of some names whose value is not null, or that a row has, or the first of all."""
+    there = next((name for name in names if fields.get(name) is not None), None)
+    return there or next((name for name in names if name in fields), names[0])
+
+
+def read_turn(turn: Any, what: str) -> Message:
+    """Reads a turn with ``from`` and ``value``, or a message with ``role`` and ``content``, as a message.
+
+    Raises:
+        RowError: if it is neither.
+    """
+    if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+        return _message(turn, what)
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        found = describe(speaker if isinstance(turn, dict) else turn)
+        raise RowError(f"{what} must be 'from' one of {', '.join(ROLES)}, found {found}")
+    value = plain_text(turn.get("value"), f"{what}, 'value'")
+    if speaker == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": _calls(value, what)}
+    return {"role": ROLES[speaker], "content": value}
 
 
 def plain_text(value: Any, what: str) -> str:
@@ -188,12 +229,18 @@ def renamed(row: SourceRow, columns: Sequence[tuple[str, str]]) -> SourceRow:
 
     Raises:
         RowError: for a column that is nowhere.
+        UserError: if field and column are the wrong way round.
     """
     if not columns:
         return row
     moved = {column for _, column in columns}
     fields = {key: value for key, value in row.fields.items() if key not in moved}
     for name, column in columns:
+        if name in row.fields and name not in moved and _turned_around(name, column, row.fields):
+            raise UserError(
+                f"--columns {name}={column} is the wrong way round: the row has a column {name!r}, and {column!r} is "
+                f"what formats call a field; --columns {column}={name} takes the column {name!r} for it ({row.source})"
+            )
         if column in row.fields:
             fields[name] = row.fields[column]
             continue
@@ -203,6 +250,11 @@ def renamed(row: SourceRow, columns: Sequence[tuple[str, str]]) -> SourceRow:
         for key, objects in inside.items():
             fields[key] = [_moved(entry, column, name) if isinstance(entry, dict) else entry for entry in objects]
     return replace(row, fields=fields)
+
+
+def _turned_around(name: str, column: str, fields: dict[str, Any]) -> bool:
+    """Whether a column of the row is named where a field should be, and the other way round."""
+    return name not in PAIR_FIELDS and (column in PAIR_FIELDS or (column in ANSWER_FIELDS and column not in fields))
 
 
 def _objects_have(value: Any, column: str) -> bool:
@@ -263,3 +315,17 @@ def _parsed(text: str, name: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RowError(f"field {name!r} is not valid JSON: {error}") from error
+
+
+def _calls(text: str, what: str) -> list[dict[str, Any]]:
+    """The calls of a ``function_call`` turn: JSON of one object with name and arguments, or of a list of them."""
+    try:
+        calls = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{what} is from function_call and not valid JSON: {error}") from error
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise RowError(f"{what} is from function_call and names no function: {describe(text)}")
+    for call in calls:
+        encodable(json.dumps(call, ensure_ascii=False), what)
+    return [{"type": "function", "function": call} for call in calls]

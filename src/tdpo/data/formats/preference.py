@@ -6,33 +6,30 @@ from typing import Any
 
 import regex
 
-from tdpo.data.formats.fields import ASKING_ROLES, chat_options, check_kinds, checked, is_chat, text_of
+from tdpo.data.formats.fields import ASKING_ROLES, chat_options, check_kinds, checked, first_of, text_of
+from tdpo.data.formats.prompts import CHAT_OPTIONS, PROMPT_USES, PROMPTS, SYSTEMS, pair_record, prompt_of, shared_turns
 from tdpo.data.formats.report import RowDropped, RowError
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, describe
-from tdpo.types import Message, PreferenceRecord, Text
+from tdpo.types import PreferenceRecord, Text
 
+PREFERENCE_USES = (*PROMPT_USES, "chosen", "rejected")
+IMPLICIT_USES = ("chosen", "rejected", SYSTEMS, *CHAT_OPTIONS)
 DIALOGUE_TURN = "\n\nAssistant:"
 BOUNDARY = regex.compile(r"(?w)\b")
 """A word boundary as Unicode defines it (UAX 29): none in a number, an emoji, a flag or before a combining mark."""
 
 
 def preference(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
-    """TRL's explicit format: ``prompt``, ``chosen``, ``rejected``, all texts or all lists of chat messages.
+    """TRL's explicit format: ``prompt``, ``chosen``, ``rejected``, texts or lists of chat messages.
 
+    The prompt may have another name (see :func:`~tdpo.data.formats.prompts.prompt_of`), and ``system`` belongs to it.
     Where both responses repeat the whole prompt as their first messages, it is taken once; so is a prompt given as text
-    beside chats that hold it as their last common turn (``ultrafeedback_binarized``).
+    beside chats that hold it among the turns they share (``ultrafeedback_binarized``).
     """
-    prompt, chosen, rejected = (text_of(row, name) for name in ("prompt", "chosen", "rejected"))
-    if is_chat(chosen) and is_chat(rejected):
-        shared = _shared_turns(chosen, rejected)
-        if isinstance(prompt, str) and shared and shared[-1]["content"].strip() == prompt.strip():
-            prompt = shared
-        if is_chat(prompt) and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-            if not chosen or not rejected:
-                raise RowError("a response is missing: chosen or rejected holds the prompt alone")
-    return [_record(row, prompt, chosen, rejected)]
+    prompt = prompt_of(row)
+    chosen, rejected = (text_of(row, name) for name in ("chosen", "rejected"))
+    return [pair_record(row, prompt, chosen, rejected)]
 
 
 def implicit(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
@@ -45,18 +42,21 @@ def implicit(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     if chosen == rejected:
         raise RowDropped("chosen and rejected are identical")
     if isinstance(chosen, str) and isinstance(rejected, str):
+        system = first_of(row.fields, SYSTEMS)
+        if row.fields.get(system):
+            raise RowError(f"field {system!r} is for a chat, and chosen and rejected are texts without a prompt beside")
         end = common_words(chosen, rejected)
         if not chosen[:end].strip():
             raise RowError("there is no field 'prompt', and chosen and rejected do not begin with the same words")
         return [_record(row, chosen[:end], chosen[end:], rejected[end:])]
     turns: Any = (chosen, rejected)
-    prompt = _shared_turns(*turns)
+    prompt = shared_turns(*turns)
     if not prompt:
         raise RowError("there is no field 'prompt', and chosen and rejected do not begin with the same messages")
     first = [messages[len(prompt)]["role"] for messages in turns]
     if any(role in ASKING_ROLES for role in first):
         raise RowDropped("the two chats do not share their prompt")
-    return [_record(row, prompt, *(messages[len(prompt) :] for messages in turns))]
+    return [pair_record(row, None, *turns)]
 
 
 def hh(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
@@ -70,8 +70,14 @@ def hh(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
 
 
 def has_explicit_prompt(fields: dict[str, Any]) -> bool:
-    """Whether a row has the columns of :func:`preference`."""
-    return {"prompt", "chosen", "rejected"} <= fields.keys()
+    """Whether a row is one of :func:`preference`: by its own columns, or with a prompt under another name.
+
+    Dialogues and ``instruction`` beside such a prompt are of other formats.
+    """
+    if not {"chosen", "rejected"} <= fields.keys():
+        return False
+    asked = any(fields.get(name) is not None for name in PROMPTS)
+    return "prompt" in fields or (asked and "instruction" not in fields and not has_dialogues(fields))
 
 
 def has_implicit_prompt(fields: dict[str, Any]) -> bool:
@@ -114,13 +120,6 @@ def _common_prefix(one: str, other: str) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """The longest common prefix of whole turns that leaves both a response."""
-    most = min(len(chosen), len(rejected)) - 1
-    differing = (i for i in range(most) if chosen[i] != rejected[i])
-    return chosen[: next(differing, most)]
 
 
 def _split_dialogue(text: Any, name: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tdpo.data.formats import answers, preference, turns
+from tdpo.data.formats import answers, labelled, preference, turns
 from tdpo.data.formats.report import DataReport, RowError
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, describe
@@ -30,7 +30,8 @@ class Format:
         options: Names of the fields of :class:`~tdpo.data.reading.Reading` that it looks at, of those that belong to
             single formats.
         join: Makes records of what all rows gave, where rows belong together.
-        uses: Columns that it reads; of a tuple the first that is there.
+        uses: Columns that it reads: of a tuple the first that is there, and ``a+b`` are read together. All others are
+            compared with them (see :mod:`tdpo.data.formats.columns`); nothing is where this is empty.
     """
 
     columns: str
@@ -43,32 +44,61 @@ class Format:
 
 PAIRING = ("pairs_from", "min_margin")
 FORMATS: dict[str, Format] = {
-    "sharegpt": Format("conversations, chosen, rejected: ShareGPT turns", turns.has_turns, turns.sharegpt),
-    "alpaca": Format("instruction with chosen, rejected or output", turns.has_instruction, turns.alpaca),
     "preference": Format(
         "prompt, chosen, rejected: texts or lists of chat messages",
         preference.has_explicit_prompt,
         preference.preference,
+        uses=preference.PREFERENCE_USES,
+    ),
+    "swift": Format(
+        "messages with rejected_response or rejected_messages; query, response, rejected_response",
+        turns.has_rejected,
+        turns.swift,
+        uses=turns.SWIFT_USES,
+    ),
+    "openai": Format(
+        "input with messages, preferred_output, non_preferred_output", turns.has_outputs, turns.openai,
+        uses=turns.OPENAI_USES,
+    ),
+    "sharegpt": Format(
+        "conversations, chosen, rejected: ShareGPT turns", turns.has_turns, turns.sharegpt, uses=turns.SHAREGPT_USES
+    ),
+    "alpaca": Format(
+        "instruction with chosen, rejected or output", turns.has_instruction, turns.alpaca, uses=turns.ALPACA_USES
     ),
     "hh": Format(
-        "chosen, rejected: whole dialogues with Human: and Assistant: turns", preference.has_dialogues, preference.hh
+        "chosen, rejected: whole dialogues with Human: and Assistant: turns", preference.has_dialogues, preference.hh,
+        uses=("chosen", "rejected"),
     ),
     "implicit": Format(
         "chosen, rejected: texts or lists of chat messages that begin with the prompt",
         preference.has_implicit_prompt,
         preference.implicit,
+        uses=preference.IMPLICIT_USES,
     ),
     "shp": Format(
-        "history, human_ref_A, human_ref_B, score_A, score_B", answers.has_comments, answers.shp, ("min_score_ratio",)
+        "history, human_ref_A, human_ref_B, score_A, score_B", answers.has_comments, answers.shp, ("min_score_ratio",),
+        uses=answers.SHP_USES,
     ),
     "stackexchange": Format(
-        "question, answers: posts in HTML with pm_score", answers.has_posts, answers.stackexchange, PAIRING
+        "question, answers: posts in HTML with pm_score", answers.has_posts, answers.stackexchange, PAIRING,
+        uses=("question", "answers"),
     ),
-    "answers": Format("prompt, completions: answers with scores", answers.has_scored_list, answers.answers, PAIRING),
-    "ranked": Format("prompt, responses: answers with ranks", answers.has_ranked_list, answers.ranked, PAIRING),
+    "answers": Format(
+        "prompt, completions: answers with scores", answers.has_scored_list, answers.answers, PAIRING,
+        uses=answers.ANSWERS_USES,
+    ),
+    "ranked": Format(
+        "prompt, responses: answers with ranks", answers.has_ranked_list, answers.ranked, PAIRING,
+        uses=answers.RANKED_USES,
+    ),
+    "labelled": Format(
+        "prompt, response_0, response_1 and which is better: better_response_id, preference, winner, two ratings",
+        labelled.has_labelled_pair, labelled.labelled, uses=labelled.LABELLED_USES,
+    ),
     "scored": Format(
         "prompt, completion, reward: one a row", answers.has_completion, answers.completion, PAIRING,
-        answers.completion_pairs,
+        answers.completion_pairs, answers.COMPLETION_USES,
     ),
 }  # fmt: skip
 
@@ -90,8 +120,19 @@ def find_format(name: str, formats: Mapping[str, Format]) -> Format:
 
 
 def recognise(fields: dict[str, Any], formats: Mapping[str, Format]) -> str | None:
-    """Names the format whose columns a row has, or None."""
+    """Names the format whose columns a row has, or None. Null is as if missing, because tables have it for that."""
+    fields = _without_nulls(fields)
     return next((name for name, known in formats.items() if known.recognises(fields)), None)
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out columns that are null, except those of a pair where it lacks only one of them."""
+    kept = {"instruction"} if fields.get("input") is not None else set()
+    pair = {name: fields.get(name) for name in ("chosen", "rejected")}
+    if any(value is not None for value in pair.values()):
+        hold_prompt = all(isinstance(value, list) for value in pair.values()) or preference.has_dialogues(pair)
+        kept |= {*pair} if hold_prompt else {*pair, "prompt"}
+    return {name: value for name, value in fields.items() if value is not None or name in kept}
 
 
 def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:

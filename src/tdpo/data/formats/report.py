@@ -47,6 +47,7 @@ class DataReport:
         dropped: Row numbers by reason; the reason names the file where the source has several.
         truncated: Row numbers by what was cut: ``"prompt"`` or ``"response"``.
         noticed: Row numbers by what the user should know of rows that are used.
+        unused: Columns that hold text and are not used, each with the first row where they do.
     """
 
     item = "pairs"
@@ -58,6 +59,7 @@ class DataReport:
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     truncated: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     noticed: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    unused: dict[str, int] = field(default_factory=dict)
 
     def notice(self, place: Placed, what: str) -> None:
         """Counts a row that is used under what the user should know of it."""
@@ -100,9 +102,20 @@ class DataReport:
         if len(reasons) > ROWS_NAMED:
             rest = sum(len(rows) for _, rows in reasons[ROWS_NAMED:])
             lines.append(f"dropped {rest} more for {len(reasons) - ROWS_NAMED} other reasons")
+        if self.unused:
+            lines.append(self._unused_line())
         lines += [f"truncated {len(rows)} {part}s: {row_list(rows)}" for part, rows in self.truncated.items()]
         lines += [f"warning, {what}: {row_list(rows)}" for what, rows in list(self.noticed.items())[:ROWS_NAMED]]
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]  # file names may be any bytes
+
+    def _unused_line(self) -> str:
+        """The columns that are not used."""
+        shown = [f"{name!r} (row {row})" for name, row in list(self.unused.items())[: 2 * ROWS_NAMED]]
+        more = f" and {len(self.unused) - len(shown)} more" if len(self.unused) > len(shown) else ""
+        return (
+            f"columns that hold text and are not used: {', '.join(shown)}{more}; --columns takes one for a field, "
+            "--ignore_columns says that it is not needed"
+        )
 
 
 def row_list(rows: list[int]) -> str:

@@ -1,27 +1,45 @@
-"""Chats in other words: ShareGPT's turns and Alpaca's instructions, as LLaMA-Factory's preference data has them."""
+"""Chats in other words: the preference data of LLaMA-Factory, ms-swift and OpenAI."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from tdpo.data.formats.fields import as_text, chat_options, checked, encodable, field_of, plain_text
+from tdpo.data.formats.fields import ASKING_ROLES, as_text, field_of, first_of, is_chat, plain_text
+from tdpo.data.formats.prompts import (
+    CHAT_OPTIONS,
+    SYSTEMS,
+    TURNS,
+    assistant_turn,
+    has_prompt,
+    holds_turns,
+    instruction_messages,
+    pair_record,
+    prompt_of,
+    read_answer,
+    read_turns,
+)
+from tdpo.data.formats.prompts import has_turns as has_prompt_turns
 from tdpo.data.formats.report import RowError
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, describe
-from tdpo.types import Message, PreferenceRecord
+from tdpo.types import PreferenceRecord, Text
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-    "function_call": "assistant",
-}
-"""Names of speakers in ShareGPT's turns, and the roles they are."""
+SHAREGPT_USES = (TURNS, "chosen", "rejected", SYSTEMS, *CHAT_OPTIONS)
+ALPACA_USES = ("instruction", "input", "history", ("chosen+rejected", "output"), SYSTEMS, *CHAT_OPTIONS)
+SWIFT_USES = (
+    (
+        "messages",
+        "query+history+response",
+        "instruction+input+history+response",
+        "prompt+response",
+        "question+response",
+    ),
+    ("rejected_response", "rejected_messages"),
+    SYSTEMS,
+    *CHAT_OPTIONS,
+)
+OPENAI_USES = ("input", "preferred_output", "non_preferred_output")
+OPENAI_OPTIONS = ("messages", "tools", "parallel_tool_calls")
 
 
 def sharegpt(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
@@ -29,121 +47,100 @@ def sharegpt(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
 
     ``system`` and ``tools`` beside them are taken as LLaMA-Factory takes them.
     """
-    name = "conversations" if "conversations" in row.fields else "messages"
-    turns = field_of(row, name)
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"field {name!r} must be a list of turns, found {describe(turns)}")
-    prompt = [*_system(row), *(_turn(turn, f"field {name!r}, turn {place}") for place, turn in enumerate(turns, 1))]
-    if prompt[-1]["role"] == "assistant":
+    name = first_of(row.fields, TURNS)
+    prompt = read_turns(row, name)
+    chosen, rejected = (read_answer(field_of(row, side), f"field {side!r}") for side in ("chosen", "rejected"))
+    if prompt[-1]["role"] == "assistant" and prompt not in (chosen, rejected):
         raise RowError(f"field {name!r} ends with the assistant's turn, and chosen and rejected are to be that")
-    chosen, rejected = (_answer(field_of(row, side), f"field {side!r}") for side in ("chosen", "rejected"))
-    record = PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt))
-    return [checked(record)]
+    return [pair_record(row, prompt, chosen, rejected)]
 
 
 def alpaca(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
-    """``instruction``, perhaps ``input``, ``history`` and ``system``, with ``chosen`` and ``rejected`` texts.
+    """``instruction``, perhaps ``input``, ``history`` and ``system``, with ``chosen`` and ``rejected``.
 
     Instead of the two, ``output`` may list them, the better one first.
     """
-    question = plain_text(field_of(row, "instruction"), "field 'instruction'")
-    more = row.fields.get("input")
-    if more is not None and more != "":
-        question += "\n" + plain_text(more, "field 'input'")
-    if not question.strip():
-        raise RowError("field 'instruction' is empty")
-    prompt = [*_system(row), *history_messages(row), {"role": "user", "content": question}]
-    chosen, rejected = (_assistant(plain_text(value, what)) for value, what in _two_outputs(row))
-    record = PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt))
-    return [checked(record)]
+    prompt = instruction_messages(row, "instruction")
+    chosen, rejected = (as_text(value, what) for value, what in _two_outputs(row))
+    if len(prompt) == 1 and all(is_chat(side) and side[0]["role"] in ASKING_ROLES for side in (chosen, rejected)):
+        return [pair_record(row, prompt[0]["content"], chosen, rejected)]  # it is one of the turns they share
+    return [pair_record(row, prompt, chosen, rejected)]
+
+
+def swift(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+    """Reads ms-swift's rows: ``messages`` with ``rejected_response`` or ``rejected_messages``, or its older columns.
+
+    These are ``query``, ``response``, ``rejected_response``, ``history`` and ``system``. All of them are chats.
+    """
+    name = first_of(row.fields, ("rejected_response", "rejected_messages"))
+    rejected = read_answer(field_of(row, name), f"field {name!r}")
+    if row.fields.get("messages") is None:
+        chosen = assistant_turn(as_text(field_of(row, "response"), "field 'response'"))
+        asked = first_of(row.fields, ("query", "instruction"))
+        prompt: Text = instruction_messages(row, asked) if row.fields.get(asked) is not None else prompt_of(row)
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [pair_record(row, prompt, chosen, rejected)]
+    messages = read_turns(row, "messages")
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise RowError(f"field 'messages' must end with the assistant's turn, to which {name!r} is the worse one")
+    if name == "rejected_messages" and rejected[0] == messages[0]:
+        return [pair_record(row, None, messages, rejected)]
+    return [pair_record(row, messages[:-1], messages[-1:], rejected)]
+
+
+def openai(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+    """Reads OpenAI's preference rows: ``input`` with ``messages`` and ``tools``, two outputs as lists of messages."""
+    asked = field_of(row, "input")
+    if not isinstance(asked, dict):
+        raise RowError(f"field 'input' must be an object with messages, found {describe(asked)}")
+    for key, value in asked.items():
+        if key not in OPENAI_OPTIONS and value:
+            raise RowError(f"field 'input' holds {key!r}, which is not used; there are {', '.join(OPENAI_OPTIONS)}")
+    whole = SourceRow(row.source, row.row, {name: asked.get(name) for name in ("messages", "tools")})
+    prompt = read_turns(whole, "messages")
+    outputs = ("preferred_output", "non_preferred_output")
+    chosen, rejected = (read_answer(field_of(row, name), f"field {name!r}") for name in outputs)
+    return [pair_record(whole, prompt, chosen, rejected)]
 
 
 def has_turns(fields: dict[str, Any]) -> bool:
     """Whether a row is one of :func:`sharegpt`."""
-    return {"chosen", "rejected"} <= fields.keys() and bool({"conversations", "messages"} & fields.keys())
+    pair = {"chosen", "rejected"} <= fields.keys()
+    named = any(fields.get(name) is not None for name in ("conversations", "messages"))
+    return pair and (named or has_prompt_turns(fields)) and "prompt" not in fields and not _whole_chats(fields)
 
 
 def has_instruction(fields: dict[str, Any]) -> bool:
     """Whether a row is one of :func:`alpaca`."""
     pair = {"chosen", "rejected"} <= fields.keys() or isinstance(fields.get("output"), list)
-    return "instruction" in fields and pair
+    return "instruction" in fields and pair and fields.get("prompt") is None
 
 
-def read_turns(row: SourceRow, name: str) -> list[Message]:
-    """Reads a column of turns, each with ``from`` and ``value`` or with ``role`` and ``content``.
+def has_rejected(fields: dict[str, Any]) -> bool:
+    """Whether a row is one of :func:`swift`."""
+    worse = fields.get("rejected_response") is not None or fields.get("rejected_messages") is not None
+    better = fields.get("messages") is not None or ("response" in fields and has_prompt(fields))
+    return worse and better and "chosen" not in fields
 
-    Raises:
-        RowError: naming the turn that is neither.
-    """
-    turns = field_of(row, name)
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"field {name!r} must be a list of turns, found {describe(turns)}")
-    return [_turn(turn, f"field {name!r}, turn {number}") for number, turn in enumerate(turns, 1)]
+
+def has_outputs(fields: dict[str, Any]) -> bool:
+    """Whether a row is one of :func:`openai`."""
+    return {"input", "preferred_output", "non_preferred_output"} <= fields.keys()
+
+
+def _whole_chats(fields: dict[str, Any]) -> bool:
+    """Whether chosen and rejected are chats that begin with the prompt, and turns beside them are all of one chat."""
+    turns = next((fields[name] for name in TURNS if holds_turns(fields.get(name))), None)
+    return turns is not None and turns in (fields["chosen"], fields["rejected"])
 
 
 def _two_outputs(row: SourceRow) -> list[tuple[Any, str]]:
-    if "chosen" in row.fields or "rejected" in row.fields:
+    if row.fields.get("output") is None or any(row.fields.get(name) is not None for name in ("chosen", "rejected")):
         return [(field_of(row, name), f"field {name!r}") for name in ("chosen", "rejected")]
     outputs = field_of(row, "output")
     if not isinstance(outputs, list) or len(outputs) != 2:
         raise RowError(f"field 'output' must list two texts, the better one first, found {describe(outputs)}")
-    return [(text, f"field 'output', text {place}") for place, text in enumerate(outputs, 1)]
-
-
-def _system(row: SourceRow) -> list[Message]:
-    value = row.fields.get("system")
-    return [] if value in (None, "") else [{"role": "system", "content": plain_text(value, "field 'system'")}]
-
-
-def history_messages(row: SourceRow) -> list[Message]:
-    """Reads the column ``history``: pairs of question and answer."""
-    rounds = row.fields.get("history") or []
-    if not isinstance(rounds, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in rounds):
-        raise RowError(f"field 'history' must list pairs of question and answer, found {describe(rounds)}")
-    messages = []
-    for place, (question, answer) in enumerate(rounds, 1):
-        messages.append({"role": "user", "content": plain_text(question, f"field 'history', question {place}")})
-        messages.append({"role": "assistant", "content": plain_text(answer, f"field 'history', answer {place}")})
-    return messages
-
-
-def _answer(value: Any, what: str) -> list[Message]:
-    """One turn, a list of turns or a text, as messages."""
-    if isinstance(value, str):
-        return _assistant(encodable(value, what))
-    turns = value if isinstance(value, list) else [value]
-    if not turns:
-        raise RowError(f"{what} is an empty list of turns")
-    return [_turn(turn, what) for turn in turns]
-
-
-def _assistant(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
-
-
-def _turn(turn: Any, what: str) -> Message:
-    """A turn with ``from`` and ``value``, or a message with ``role`` and ``content``, as a message."""
-    if isinstance(turn, dict) and "role" in turn and "from" not in turn:
-        return as_text([turn], what)[0]  # type: ignore[return-value]
-    speaker = turn.get("from") if isinstance(turn, dict) else None
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        found = describe(speaker if isinstance(turn, dict) else turn)
-        raise RowError(f"{what} must be 'from' one of {', '.join(ROLES)}, found {found}")
-    value = plain_text(turn.get("value"), f"{what}, 'value'")
-    if speaker == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls(value, what)}
-    return {"role": ROLES[speaker], "content": value}
-
-
-def _calls(text: str, what: str) -> list[dict[str, Any]]:
-    """The calls of a ``function_call`` turn: JSON of one object with name and arguments, or of a list of them."""
-    try:
-        calls = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} is from function_call and not valid JSON: {error}") from error
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise RowError(f"{what} is from function_call and names no function: {describe(text)}")
-    for call in calls:
-        encodable(json.dumps(call, ensure_ascii=False), what)
-    return [{"type": "function", "function": call} for call in calls]
+    return [
+        (plain_text(text, f"field 'output', text {place}"), f"field 'output', text {place}")
+        for place, text in enumerate(outputs, 1)
+    ]

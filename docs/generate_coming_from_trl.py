@@ -1,0 +1,108 @@
+"""Writes the tables of docs/coming-from-trl.md from ``tdpo.counterparts`` and the dataclasses of both packages.
+
+Run ``python docs/generate_coming_from_trl.py`` with TRL installed after a change of either; a test compares the page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
+
+from tdpo import counterparts
+from tdpo.commands.train import OPTIONS
+from tdpo.counterparts import Counterpart
+
+PAGE = Path(__file__).with_name("coming-from-trl.md")
+TRL_CLASSES = (DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
+ON_UNLESS_FP16 = "TRL's `None` is true unless `fp16` is on"
+REASONS = {
+    "learning_rate": "the paper's",
+    "max_length": "the paper's",
+    "truncation_mode": "the end of a prompt is what the responses answer",
+    "bf16": ON_UNLESS_FP16,
+    "gradient_checkpointing": "saves memory, costs time",
+    "lora_dropout": "policy and reference are compared as they are",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run and names the rows",
+    "remove_unused_columns": "batches have more than the model's inputs; true is an error",
+    "restore_callback_states_from_checkpoint": "a resumed run ends as an uninterrupted one",
+    "dataset_num_proc": "both are one process",
+    "model_name_or_path": "required",
+    "output_dir": "required on the command line",
+}
+"""Why a default differs, where it is not plain."""
+
+
+def defaults(dataclass_types: Iterable[Any]) -> dict[str, Any]:
+    """The default of every field by its name; of a required one the text ``required``."""
+    found: dict[str, Any] = {}
+    for kind in dataclass_types:
+        for field in dataclasses.fields(kind):
+            if not field.init:
+                continue
+            value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            found[field.name] = "required" if value is dataclasses.MISSING else getattr(value, "value", value)
+    return found
+
+
+def verdicts(entries: Mapping[str, Counterpart]) -> str:
+    """A table of counterparts, a line each."""
+    lines = ["| TRL | here | |", "|---|---|---|"]
+    for name, entry in entries.items():
+        here = "the same" if entry.option == name else f"`{entry.option}`" if entry.option else "-"
+        lines.append(f"| `{name}` | {here} | {_cell(entry.note)} |")
+    return "\n".join(lines)
+
+
+def different_defaults() -> str:
+    """A table of the options of both packages whose defaults differ."""
+    theirs, ours = defaults(TRL_CLASSES), defaults(OPTIONS)
+    lines = ["| option | TRL | here | |", "|---|---|---|---|"]
+    for name, value in theirs.items():
+        if name in ours and ours[name] != value:
+            lines.append(f"| `{name}` | `{value}` | `{ours[name]}` | {_cell(REASONS.get(name, ''))} |")
+    return "\n".join(lines)
+
+
+def spellings() -> str:
+    """A table of the options here with the names other libraries have for them."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, entry in counterparts.OTHER_SPELLINGS.items():
+        names.setdefault(entry, []).append(f"`{name}`")
+    lines = ["| elsewhere | here | |", "|---|---|---|"]
+    for (option, note), found in names.items():
+        lines.append(f"| {', '.join(found)} | {f'`{option}`' if option else '-'} | {_cell(note)} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def render(page: str) -> str:
+    """The page with its tables as they should be, between the comments that name them."""
+    tables = {
+        "defaults": different_defaults(),
+        "DPOConfig": verdicts(counterparts.DPO_CONFIG),
+        "ModelConfig": verdicts(counterparts.MODEL_CONFIG),
+        "ScriptArguments": verdicts(counterparts.SCRIPT_ARGUMENTS),
+        "DatasetMixtureConfig": verdicts(counterparts.DATASET_MIXTURE_CONFIG),
+        "DatasetConfig": verdicts(counterparts.DATASET_CONFIG),
+        "DPOTrainer": verdicts(counterparts.TRAINER),
+        "spellings": spellings(),
+    }
+    for name, table in tables.items():
+        page, found = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S
+        )
+        if found != 1:
+            raise ValueError(f"the page has {found} places for the table {name}")
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
