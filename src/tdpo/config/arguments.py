@@ -41,7 +41,6 @@ FIXED: dict[str, Fixed] = {
     "label_names": Fixed(None, "has no effect: the labels are the response tokens"),
     "label_smoothing_factor": Fixed(0.0, "has no effect on these losses"),
     "length_column_name": Fixed("length", "has no effect: lengths are those of the tokenised rows"),
-    "liger_kernel_config": Fixed(None, "has no effect without --use_liger_kernel, which is not available"),
     "parallelism_config": Fixed(
         None, "is not available: neither sequences nor tensors are split; --accelerate_config fsdp2 shards weights"
     ),
@@ -59,7 +58,7 @@ output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate 
 lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
 optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
 activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
-torch_compile_backend torch_compile_mode use_cache neftune_noise_alpha
+torch_compile_backend torch_compile_mode liger_kernel_config use_cache neftune_noise_alpha
 torch_empty_cache_steps auto_find_batch_size logging_strategy logging_steps logging_first_step log_on_each_node
 logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name
 project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay
@@ -76,6 +75,7 @@ HONOURED = frozenset(_HONOURED.split())
 """Fields that do what transformers says they do.
 
 ``prediction_loss_only`` and ``eval_accumulation_steps`` ask for what always holds: nothing but the metrics is kept.
+``liger_kernel_config`` belongs to ``use_liger_kernel``, which is refused, and has no effect without it.
 ``do_train`` and ``do_eval`` are what the commands do anyway, the second wherever there is held-out data.
 """
 
