@@ -37,12 +37,13 @@ OTHER_LOSS = "not available: it belongs to a loss that is not available either; 
 READ_ONCE = "not available: rows are read and tokenised once, into a cache that is read from disk; leave it out"
 BY_ITSELF = "done without an option; leave it out"
 FOUND = "read from the checkpoint; leave it out"
+NO_LIGER = "only false: the loss runs inside the model's forward, which Liger replaces"
 NO_PADDING = "not available: padding never reaches the loss; leave it out"
 ONE_LIMIT = "prompt and response together; `max_prompt_length` is what stays of the prompt of a longer pair"
 
 DPO_CONFIG: Mapping[str, Counterpart] = {
     **_same("learning_rate logging_steps gradient_checkpointing bf16 lr_scheduler_kwargs"),
-    **_same("torch_empty_cache_steps use_liger_kernel trust_remote_code disable_dropout beta"),
+    **_same("torch_empty_cache_steps trust_remote_code disable_dropout beta"),
     **_same("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"),
     "model_init_kwargs": Counterpart(
         "model_init_kwargs",
@@ -67,6 +68,7 @@ DPO_CONFIG: Mapping[str, Counterpart] = {
     ),
     "precompute_ref_batch_size": Counterpart("per_device_eval_batch_size", "with which a reference cache is filled"),
     "padding_free": Counterpart("layout", "`tree` runs each prompt once and has no padding; `auto` takes it by itself"),
+    "use_liger_kernel": Counterpart("use_liger_kernel", NO_LIGER),
     "pad_to_multiple_of": Counterpart(note="not available: it changes no result; leave it out"),
     "pad_token": Counterpart(note=NO_PADDING),
     "router_aux_loss_coef": Counterpart(
@@ -230,7 +232,7 @@ OTHER_SPELLINGS: Mapping[str, Counterpart] = {
     **_each("wandb_name wandb_run_name", "run_name"),
     **_each("wandb_project", "project"),
     **_each("push_to_hub_model_id repo_id", "hub_model_id"),
-    **_each("enable_liger_kernel", "use_liger_kernel"),
+    **_each("enable_liger_kernel", "use_liger_kernel", NO_LIGER),
     **_each("no_cuda", "use_cpu"),
     **_each("logging_dir", note="not available: transformers 5 reads TENSORBOARD_LOGGING_DIR; leave it out"),
     **_each("save_safetensors use_mps_device half_precision_backend fp16_backend group_by_length", note=BY_ITSELF),

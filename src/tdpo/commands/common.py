@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,9 +28,10 @@ from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
-from tdpo.files import write_whole
+from tdpo.files import check_writable, write_whole
 from tdpo.models.sharding import held
 from tdpo.train.checkpoints import checkpoints, newest_whole
+from tdpo.train.preflight import check_held_out
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
 logger = logging.getLogger("tdpo")
@@ -93,7 +93,7 @@ def run_options(command: str, classes: tuple[type, ...], argv: Sequence[str]) ->
     reading = args.reading()
     data.check_reading(reading)
     data.open_training(reading)
-    data.open_held_out(reading)
+    check_held_out(args, data.open_held_out(reading) is not None)
     return options
 
 
@@ -188,7 +188,7 @@ def told_in_words(trainer: Any = None) -> Iterator[None]:
             raise UserError(
                 "a checkpoint could not be written whole, is the disk full? Checkpoints written before stay as they are"
             ) from error
-        if "to be installed" not in str(error):
+        if not any(words in str(error) for words in ("to be installed", "No executable batch size", "out-of-memory")):
             raise
         raise UserError(str(error)) from error
 
@@ -199,20 +199,6 @@ def read_dataset(source: Source, prepare: Callable[[Source], Prepared]) -> Prepa
     for line in prepared.report.lines():
         console().print(line, soft_wrap=True)
     return prepared
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder and tries to write in it.
-
-    Raises:
-        UserError: naming the folder and the reason.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

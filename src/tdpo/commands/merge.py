@@ -12,6 +12,7 @@ from tdpo.commands.options import parse
 from tdpo.config import ModelConfig
 from tdpo.errors import UserError
 from tdpo.models.adapters import merged
+from tdpo.models.generation import repair_generation_config
 from tdpo.models.load import adapter_base, load_model, load_tokenizer
 from tdpo.models.multimodal import copy_processor
 
@@ -37,6 +38,7 @@ def run(argv: Sequence[str]) -> None:
     model = load_model(model_config)
     if base is None:
         raise UserError(f"{name}: is a model without an adapter, so there is nothing to merge")
+    repair_generation_config(model.get_base_model())
     with told_in_words():
         merged(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

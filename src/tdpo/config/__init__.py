@@ -3,6 +3,7 @@
 Defaults live here and nowhere else; help texts are what ``tdpo <command> --help`` prints.
 """
 
+from tdpo.config.arguments import FIXED, HONOURED, Fixed
 from tdpo.config.checks import check_at_least, check_choices, seconds
 from tdpo.config.data import (
     DATASET_HELP,
@@ -32,9 +33,12 @@ __all__ = [
     "CACHE_DTYPE",
     "CACHE_HELP",
     "DATASET_HELP",
+    "FIXED",
+    "HONOURED",
     "AdapterOptions",
     "DataConfig",
     "EvalDataConfig",
+    "Fixed",
     "FormatOptions",
     "LayoutOptions",
     "LengthOptions",

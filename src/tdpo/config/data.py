@@ -21,6 +21,16 @@ DATASET_HELP = (
     "for standard input, or a hub name."
 )
 
+UNLIMITED = 2**31 - 1
+"""More tokens than any sequence has."""
+
+
+class _Default(int):
+    """A default that can be distinguished from the same number given by the user."""
+
+
+HALF = _Default(256)
+
 
 @dataclass
 class SplitOptions:
@@ -240,7 +250,10 @@ class LengthOptions:
     See :class:`tdpo.data.tokenise.Lengths`.
     """
 
-    max_length: int = field(default=512, metadata={"help": "Longest sequence in tokens, prompt and response together."})
+    max_length: int | None = field(
+        default=512,
+        metadata={"help": "Longest sequence in tokens, prompt and response together; None for no limit."},
+    )
     truncation_mode: str = field(
         default="keep_end",
         metadata={"help": "Which part of a prompt stays when it is cut.", "choices": ["keep_end", "keep_start"]},
@@ -257,13 +270,21 @@ class LengthOptions:
         },
     )
 
+    def longest(self) -> int:
+        """``max_length`` as a number, also where it is None."""
+        return UNLIMITED if self.max_length is None else self.max_length
+
 
 @dataclass
 class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
     """How preference rows are read and cut."""
 
-    max_prompt_length: int = field(
-        default=256, metadata={"help": "Longest prompt in tokens once a pair has to be cut to --max_length."}
+    max_prompt_length: int | None = field(
+        default=HALF,
+        metadata={
+            "help": "Longest prompt in tokens once a pair has to be cut to --max_length, half of a shorter one unless "
+            "given; None cuts a prompt only where it leaves no room for a response."
+        },
     )
     cache_dataset: bool = field(
         default=True, metadata={"help": "Keep tokenised pairs on disk, so that the next run need not tokenise them."}
@@ -293,8 +314,13 @@ class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
         return Tokeniser(tokenizer, self.lengths(), processes=self.dataset_num_proc, rendering=self.rendering())
 
     def lengths(self) -> Lengths:
-        """Truncation as these options describe it."""
-        return Lengths(self.max_length, self.max_prompt_length, self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
+        """Truncation as these options describe it; a default prompt length gives way to a short ``max_length``."""
+        longest, prompt = self.longest(), self.max_prompt_length
+        if isinstance(prompt, _Default):
+            prompt = int(prompt) if longest > prompt else max(longest // 2, 1)
+        elif prompt is None:
+            prompt = longest - 1
+        return Lengths(longest, prompt, self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
 
 
 def check_format(options: FormatOptions, formats: Mapping[str, Format]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import TrainingArguments
 
+from tdpo.config.arguments import check_fixed
 from tdpo.config.checks import check_at_least, seconds
 from tdpo.config.models import LoadingOptions, ModelConfig
 from tdpo.counterparts import hint
@@ -105,16 +106,8 @@ class RunOptions(LoadingOptions, TrainingArguments):
             raise UserError(
                 "--num_processes says how many processes --accelerate_config starts; it has no effect alone"
             )
-        if self.remove_unused_columns:
-            raise UserError("--remove_unused_columns cannot be on: it would remove the pairs' own columns")
-        check_at_least(
-            self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
-        )
-        check_at_least(self, 0, "learning_rate", "num_train_epochs", "router_aux_loss_coef")
-        if self.bf16_full_eval or self.fp16_full_eval:
-            raise UserError("--bf16_full_eval and --fp16_full_eval cast the policy and not the reference; use --bf16")
-        if self.label_smoothing_factor:
-            raise UserError("--label_smoothing_factor has no effect on these losses; leave it at 0")
+        check_fixed(self)
+        self._check_amounts()
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
@@ -125,6 +118,18 @@ class RunOptions(LoadingOptions, TrainingArguments):
                 "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
             )
         load_whole(self.deepspeed_plugin is not None)
+
+    def _check_amounts(self) -> None:
+        check_at_least(
+            self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        )
+        check_at_least(self, 0, "learning_rate", "router_aux_loss_coef")
+        if self.max_steps == 0:
+            raise UserError("--max_steps 0 trains nothing: give a number of steps, or -1 to train --num_train_epochs")
+        if self.max_steps < 0 and not self.num_train_epochs > 0:
+            raise UserError(
+                f"--num_train_epochs {self.num_train_epochs:g} trains nothing: give a positive number, or --max_steps"
+            )
 
     def model_config(self, model: Any) -> ModelConfig:
         """Describes how a trainer loads a model by its name.

@@ -155,6 +155,11 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         fixed = "--reference_cache" if self.reference_cache else f"--reference {self.reference}"
         if self.sync_ref_model and (self.reference_cache or self.reference in ("cached", "adapter_off")):
             raise UserError(f"--sync_ref_model moves the reference, and {fixed} is one that cannot move")
+        if self.sync_ref_model and self.auto_find_batch_size:
+            raise UserError(
+                "--sync_ref_model and --auto_find_batch_size contradict each other: the reference moves before memory "
+                "runs out. Set --per_device_train_batch_size and --gradient_accumulation_steps"
+            )
 
     def _differs(self, name: str) -> bool:
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
@@ -182,4 +187,5 @@ class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, R
 
     def lengths(self) -> Lengths:
         """Truncation as these options describe it: half of an overlong example may be its prompt."""
-        return Lengths(self.max_length, self.max_length // 2, self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
+        longest = self.longest()
+        return Lengths(longest, max(longest // 2, 1), self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from tdpo.config import ModelConfig
 from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError, nearest
 from tdpo.models.adapters import ties_are_known
+from tdpo.models.generation import adopt_generation_config
 from tdpo.models.multimodal import processor_template
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -62,9 +63,11 @@ def load_model(
         from peft import PeftModel
 
         with ties_are_known():
-            return PeftModel.from_pretrained(model, name, revision=revision, is_trainable=trainable)
+            adapted = PeftModel.from_pretrained(model, name, revision=revision, is_trainable=trainable)
     except Exception as error:  # as in _load_whole
         raise UserError(f"adapter {name!r} cannot be put on {base!r}: {_first_line(error)}") from error
+    adopt_generation_config(adapted, name)
+    return adapted
 
 
 def adapter_base(name: str, revision: str = "main") -> str | None:

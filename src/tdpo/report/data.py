@@ -78,7 +78,7 @@ def lengths_table(found: DataCheck) -> Table:
     return table
 
 
-def histogram(lengths: np.ndarray, limit: int, bars: int = 14, width: int = 40) -> Text:
+def histogram(lengths: np.ndarray, limit: int | None, bars: int = 14, width: int = 40) -> Text:
     """Sequences by length, and what of them is over the limit.
 
     Example:
@@ -88,9 +88,11 @@ def histogram(lengths: np.ndarray, limit: int, bars: int = 14, width: int = 40) 
              6 -    10  █   1
             11 -    15  █   1
     """
+    shown = "no --max_length" if limit is None else f"--max_length {limit:,}"
+    limit = int(lengths.max()) if limit is None else limit
     edges = _edges(int(lengths.min()), int(np.percentile(lengths, 99)), limit, bars)
     counts = np.histogram(lengths, [*(edge + 0.5 for edge in edges), np.inf])[0]
-    text = Text(f"tokens of a sequence (prompt and longer response); --max_length {limit:,}")
+    text = Text(f"tokens of a sequence (prompt and longer response); {shown}")
     for place, count in enumerate(counts):
         last = place == len(edges) - 1
         if last and not count:

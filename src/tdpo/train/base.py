@@ -14,17 +14,20 @@ import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProcessorMixin, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from tdpo.config import RunOptions, seconds
 from tdpo.errors import Stopped, UserError
-from tdpo.files import PARTIAL, write_whole
+from tdpo.files import PARTIAL, check_writable, write_whole
 from tdpo.models import sharding
+from tdpo.models.adapters import has_adapter
 from tdpo.models.compiling import compile_layers
 from tdpo.models.multimodal import copy_processor
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
-from tdpo.train import checkpoints
+from tdpo.train import checkpoints, preflight
+from tdpo.train.attempts import RunStart
 from tdpo.train.interrupts import StopRequest, reason
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
 from tdpo.train.sampling import FILLER, StepBatches, loader
@@ -67,15 +70,25 @@ class BatchMeanTrainer(Trainer):
     _aside: Path | None = None
     _agreed: Tensor | int = 0
     _begun = False
+    _start: RunStart | None = None
 
     def __init__(self, *, args: RunOptions, callbacks: Iterable[TrainerCallback] | None = None, **kwargs: Any) -> None:
+        if args.should_save:
+            check_writable(Path(str(args.output_dir)))
+        preflight.check_held_out(args, kwargs.get("eval_dataset") is not None)
         super().__init__(args=args, callbacks=list(callbacks or []), **kwargs)
         if args.n_gpu > 1:
             raise UserError(
                 f"{args.n_gpu} GPUs are visible to one process: launch with torchrun or accelerate, one process a GPU, "
                 "or set CUDA_VISIBLE_DEVICES to one"
             )
-        self.loss_is_scaled_for_ga = True
+        if args.auto_find_batch_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled or args.world_size > 1):
+            raise UserError(
+                "--auto_find_batch_size works in one process with whole weights: of several, one may run out of memory "
+                "alone. Set a lower --per_device_train_batch_size and a higher --gradient_accumulation_steps, which "
+                "give the same result"
+            )
+        self.loss_is_scaled_for_ga = False
         self.stop_request = StopRequest(None if args.max_time is None else seconds(args.max_time))
         self._rows_of_step: list[Tensor] = []
         self._loss_since_log, self._last_logged = torch.zeros(()), 0
@@ -85,6 +98,26 @@ class BatchMeanTrainer(Trainer):
             self.remove_callback(standard)
         if not args.disable_tqdm:
             self.add_callback(OurProgressCallback(self.label))
+        if self.train_dataset is not None:
+            self._check_before_training()
+
+    def _check_before_training(self) -> None:
+        """Tries, before anything is trained, what would fail or prove to be without effect at the end."""
+        model: Any = self.model
+        dataset: Any = self.train_dataset
+        preflight.check_trains(model, self.optimizer, self.args, len(dataset), self.accelerator.num_processes)
+        preflight.check_evaluation(self.args, self.eval_dataset, self.metric_names())
+        preflight.add_end_of_responses(model, self.processing_class, dataset)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        preflight.check_saving(model, self.processing_class, self.args, whole=not sharded)
+
+    def metric_names(self) -> list[str]:
+        """Lists the metrics that an evaluation reports, without prefix; a subclass that reports others adds them."""
+        return ["loss"]
+
+    def prepare_rows(self, data: Any) -> Any:
+        """Makes a dataset of the rows handed to :meth:`evaluate` or :meth:`predict`, or several by name."""
+        return data
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """As the Trainer's; what is compiled, if anything, are the layers, and they are by then."""
@@ -165,7 +198,18 @@ class BatchMeanTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The batch's share of the mean over ``num_items_in_batch`` items, or over its own where that is None."""
+        """Computes the loss of a micro-batch, such that the mean over those of an optimizer step is the step's.
+
+        With ``num_items_in_batch``, the items of the whole step over all processes, that mean is exact also where
+        micro-batches hold different numbers of items. A subclass may add a term to the returned loss: like the loss, it
+        is averaged over the micro-batches and processes of a step, so it counts once a step, however the step is split.
+
+        Args:
+            model: The model as the accelerator has wrapped it.
+            inputs: A batch as the collator makes it.
+            return_outputs: Return ``(loss, outputs)``.
+            num_items_in_batch: Items of the step; None for the mean over the batch's own.
+        """
         weight = 0.0 if inputs.pop(FILLER, False) else 1.0
         total, outputs = self.loss_sum(model, inputs)
         self.count(outputs, weight)
@@ -173,8 +217,9 @@ class BatchMeanTrainer(Trainer):
         if num_items_in_batch is None:
             loss = total / self.item_count(inputs)
         else:
-            # Data parallelism averages gradients over processes; the sum over all items is what is wanted.
-            loss = total * self.accelerator.num_processes / num_items_in_batch
+            # transformers averages over micro-batches and data parallelism over processes; the sum is what is wanted.
+            parts = getattr(self, "current_gradient_accumulation_steps", 1) * self.accelerator.num_processes
+            loss = total * parts / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -255,10 +300,33 @@ class BatchMeanTrainer(Trainer):
         total, count = self.accelerator.gather(self._evaluated.float().to(self.args.device)[None]).sum(0).tolist()
         return {"loss": total / max(count, 1.0)}
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluates; a dataset given here may be in any form ``train_dataset`` may be in."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self.prepare_rows(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Computes the metrics of :meth:`evaluate` for some rows, under another prefix and without logging them.
+
+        Returns:
+            Its ``metrics`` are filled; ``predictions`` and ``label_ids`` are None, because no logits are kept.
+        """
+        return super().predict(self.prepare_rows(test_dataset), ignore_keys, metric_key_prefix)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Makes the loader of :meth:`get_eval_dataloader`."""
+        return self.get_eval_dataloader(test_dataset)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``transformers.Trainer.train``: True resumes from the newest whole checkpoint, with everything in it.
 
-        The progress bar is closed whatever happens.
+        Without an argument, ``args.resume_from_checkpoint`` and ``args.resume`` decide. The progress bar is closed
+        whatever happens.
 
         Raises:
             UserError: if there is nothing to resume from, or data or batch size are not those of the checkpoint.
@@ -266,7 +334,7 @@ class BatchMeanTrainer(Trainer):
         folder = self._checkpoint_of(resume_from_checkpoint)
         if self.is_world_process_zero():
             checkpoints.clear_partial(str(self.args.output_dir))
-        self._loss_since_log, self._last_logged = torch.zeros((), device=self.args.device), 0
+        self.reset_run_state()
         if folder is not None:
             self._restore(folder)
         self.stop_request.start()
@@ -274,9 +342,27 @@ class BatchMeanTrainer(Trainer):
         try:
             return super().train(None if folder is None else str(folder), *args, **kwargs)
         finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, OurProgressCallback):
-                    callback.close()
+            self._start = None
+            self.close_progress()
+
+    def close_progress(self) -> None:
+        """Closes the progress bar, if there is one."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, OurProgressCallback):
+                callback.close()
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Runs the loop; a further attempt under ``auto_find_batch_size`` starts from where the first did."""
+        if self.args.auto_find_batch_size and self._start is None:
+            self._start = RunStart(self)
+        elif self._start is not None:
+            logger.warning(
+                "out of memory with %d rows a batch: training starts again from its beginning with %d, and an "
+                "optimizer step takes fewer too; --gradient_accumulation_steps makes up for it",
+                self._train_batch_size, batch_size,
+            )  # fmt: skip
+            self._start.restore(self)
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def stop_code(self) -> int:
         """The exit code of the reason to stop that all processes agreed on, 0 if there is none."""
@@ -296,6 +382,10 @@ class BatchMeanTrainer(Trainer):
                 "with --resume goes on from it",
                 code,
             )
+
+    def reset_run_state(self) -> None:
+        """Clears the sums that an earlier call of :meth:`train` has left since its last log."""
+        self._loss_since_log, self._last_logged, self._agreed = torch.zeros((), device=self.args.device), 0, 0
 
     def run_state(self) -> dict[str, Any]:
         """What this process remembers beside the Trainer's own state, as JSON: it makes resumed logs exact."""
@@ -317,6 +407,10 @@ class BatchMeanTrainer(Trainer):
         return self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
 
     def _checkpoint_of(self, resume: str | bool | None) -> Path | None:
+        if resume is None:
+            resume = self.args.resume_from_checkpoint
+        if resume is None and self.args.resume:
+            return checkpoints.newest_whole(str(self.args.output_dir))[0]
         if resume is not True:
             return Path(resume) if resume else None
         newest, passed = checkpoints.newest_whole(str(self.args.output_dir))
@@ -332,6 +426,9 @@ class BatchMeanTrainer(Trainer):
             logger.warning("%s was not written by tdpo: the log after resuming begins anew", folder)
             return
         state = json.loads((file if file.is_file() else first).read_text(encoding="utf-8"))
+        if self.args.auto_find_batch_size:  # transformers takes the batch size that was found from there, but later
+            found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
+            self._train_batch_size = found or self._train_batch_size
         now = {"pairs": len(self.train_dataset), "pairs_per_step": self._pairs_per_step()}  # type: ignore[arg-type]
         for name, what in (("pairs", "pairs of training data"), ("pairs_per_step", "pairs per optimizer step")):
             if state[name] != now[name] and not self.args.ignore_data_skip:
@@ -428,6 +525,33 @@ class BatchMeanTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save and not isinstance(self.processing_class, ProcessorMixin):
             copy_processor(self.model, Path(output_dir or str(self.args.output_dir)))
+
+        model: Any = self.model
+        if has_adapter(model) and self.args.should_save and model.get_base_model().can_generate():
+            # The end tokens of the trained model; `tdpo merge` and every command that loads the adapter read them.
+            model.get_base_model().generation_config.save_pretrained(output_dir or str(self.args.output_dir))
+
+    def _load_best_model(self) -> None:
+        """Loads the best checkpoint, also of an adapter with a name, which has a folder of its own there."""
+        best, model = self.state.best_model_checkpoint, self.model
+        if has_adapter(model):
+            own = Path(str(best)) / str(model.active_adapters[0])  # type: ignore[union-attr,index]
+            self.state.best_model_checkpoint = str(own) if (own / ADAPTER_CONFIG_NAME).is_file() else best
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = best
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Counts the positions of all processes, or those that are not padding, for ``include_num_input_tokens_seen``.
+
+        A prompt that two responses share counts once where they share it.
+        """
+        counted = self.args.include_num_input_tokens_seen
+        if counted != "no":
+            positions = inputs["tree_ids"] >= (-1 if counted == "all" else 0)
+            own = positions.sum() * (FILLER not in inputs)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(own.to(self.args.device)).sum())
 
     def save_state(self) -> None:
         """As the Trainer's; the file appears whole or not at all."""

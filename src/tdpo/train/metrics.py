@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdpo.data.pack import pack_padded
 from tdpo.score import PairScores, token_counts
+from tdpo.types import PairLoss, PairStats, TokenisedPair, TokenStats
 
 SIDES = ("chosen", "rejected")
 
@@ -72,6 +74,20 @@ class MetricSums:
             **per_token,
             "kl_per_token/margin": per_token["kl_per_token/chosen"] - per_token["kl_per_token/rejected"],
         }
+
+
+def metric_names() -> list[str]:
+    """Lists the names of all metrics; no pair is needed.
+
+    Example:
+        >>> metric_names()[:3]
+        ['loss', 'rewards/chosen', 'rewards/rejected']
+    """
+    zero, batch = torch.zeros(1), pack_padded([TokenisedPair([0], [0], [0])])
+    outcome, stats = PairLoss(zero, zero, zero), PairStats(zero, zero, zero, zero)
+    sums = MetricSums(beta=1.0)
+    sums.add(PairScores(outcome, stats, zero, zero, TokenStats(zero, zero, zero), batch))
+    return list(sums.means())
 
 
 def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:

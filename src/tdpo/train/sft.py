@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from tdpo.models.own_loss import collect_router_logits
 from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer, find_own_loss
+from tdpo.train.inputs import check_keywords, check_types, prepare_held_out, prepare_training
 from tdpo.types import Hidden, PackedBatch
 
 
@@ -38,11 +40,12 @@ class SFTTrainer(BatchMeanTrainer):
         args: Options; see :class:`tdpo.SFTConfig`.
         train_dataset: Conversations in ``messages`` or ``conversations``, questions with answers (``instruction`` and
             ``output``, ``prompt`` and ``completion``), ``text``, or preference rows, whose chosen responses are learnt.
-        eval_dataset: The same, held out.
+        eval_dataset: The same, held out, or several of them by name.
         processing_class: The tokenizer, or a processor that has one.
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
         peft_config: Wraps the model in an adapter, which alone is trained.
+        optimizer_cls_and_kwargs: Class and arguments of an optimizer to use instead of ``args.optim``.
 
     Raises:
         UserError: for data, tokenizer and options that do not fit together.
@@ -55,13 +58,17 @@ class SFTTrainer(BatchMeanTrainer):
         model: str | nn.Module,
         args: SFTConfig | None = None,
         train_dataset: Iterable[Any] | None = None,
-        eval_dataset: Iterable[Any] | None = None,
+        eval_dataset: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **unknown: Any,
     ) -> None:
-        args = args or SFTConfig(output_dir="sft-output")
+        check_keywords(unknown, SFTConfig, inspect.signature(SFTTrainer).parameters)
+        args = SFTConfig(output_dir="sft-output") if args is None else args
+        check_types(SFTConfig, args, processing_class, model=model)
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
         loaded = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
@@ -80,9 +87,7 @@ class SFTTrainer(BatchMeanTrainer):
         self._aux = torch.zeros(2)
         open_forward(loaded)
 
-        def prepared(data: Iterable[Any] | None, name: str) -> SFTDataset | None:
-            if data is None:
-                return None
+        def prepared(data: Iterable[Any], name: str) -> SFTDataset:
             dataset = prepare_sft(
                 data,
                 Tokeniser(tokenizer, args.lengths(), rendering=args.rendering()),
@@ -94,15 +99,19 @@ class SFTTrainer(BatchMeanTrainer):
             check_lengths(dataset, position_limit(loaded), head_of(loaded).vocab_size, len(tokenizer))
             return dataset
 
+        self.prepare_rows = lambda data: prepare_held_out(data, prepared)  # type: ignore[method-assign]
         super().__init__(
             model=loaded,
             args=args,
             data_collator=SFTCollator(packer(args.layout, [loaded]) is pack_trees, self._router is not None),
-            train_dataset=prepared(train_dataset, "train"),
-            eval_dataset=prepared(eval_dataset, "eval"),
+            train_dataset=None
+            if train_dataset is None
+            else prepare_training(train_dataset, args, lambda rows: prepared(rows, "train")),
+            eval_dataset=prepare_held_out(eval_dataset, prepared),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.compile_if_asked(loaded)
 
@@ -141,6 +150,11 @@ class SFTTrainer(BatchMeanTrainer):
             logs["aux_loss"] = total / max(batches, 1.0)
             self._aux = torch.zeros_like(self._aux)
         super().log(logs, start_time)
+
+    def reset_run_state(self) -> None:
+        """Clears the sum of the router losses too."""
+        super().reset_run_state()
+        self._aux = torch.zeros_like(self._aux)
 
     def item_count(self, inputs: dict[str, Any]) -> int:
         """Response tokens of a batch."""

@@ -7,12 +7,14 @@ in the whole optimizer step. Left out on purpose: everything ``Trainer`` already
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
@@ -33,7 +35,8 @@ from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, find_own_loss, logger
-from tdpo.train.metrics import DisplacementWatch, MetricSums
+from tdpo.train.inputs import check_keywords, check_types, prepare_held_out, prepare_training
+from tdpo.train.metrics import DisplacementWatch, MetricSums, metric_names
 from tdpo.train.references import (
     FillOptions,
     Following,
@@ -63,6 +66,7 @@ class TDPOTrainer(BatchMeanTrainer):
         callbacks: Further transformers callbacks.
         optimizers: Optimizer and scheduler to use instead of those of ``args``.
         peft_config: Wraps the model in an adapter; the reference is the model without it.
+        optimizer_cls_and_kwargs: Class and arguments of an optimizer to use instead of ``args.optim``.
 
     Raises:
         UserError: for anything in models, tokenizer, data and options that does not fit together.
@@ -87,8 +91,12 @@ class TDPOTrainer(BatchMeanTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **unknown: Any,
     ) -> None:
-        args = args or TDPOConfig(output_dir="tdpo-output")
+        check_keywords(unknown, TDPOConfig, inspect.signature(TDPOTrainer).parameters)
+        args = TDPOConfig(output_dir="tdpo-output") if args is None else args
+        check_types(TDPOConfig, args, processing_class, model=model, ref_model=ref_model)
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
         policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
@@ -118,11 +126,16 @@ class TDPOTrainer(BatchMeanTrainer):
             data_collator=data_collator or Collator(_with_every_token(pack) if self._router else pack),
             train_dataset=None
             if train_dataset is None
-            else _prepare(train_dataset, tokenizer, policy, limit, args, "train"),
-            eval_dataset=_prepare_each(eval_dataset, tokenizer, policy, limit, args),
+            else prepare_training(
+                train_dataset, args, lambda rows: _prepare(rows, tokenizer, policy, limit, args, "train")
+            ),
+            eval_dataset=prepare_held_out(
+                eval_dataset, lambda rows, name: _prepare(rows, tokenizer, policy, limit, args, name)
+            ),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if models.cache is None:
             if isinstance(self.reference, FrozenCopy):
@@ -197,15 +210,20 @@ class TDPOTrainer(BatchMeanTrainer):
                 logger.warning(warning)
         super().log(logs, start_time)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As the Trainer's; a dataset given here may be in any form ``train_dataset`` may be in."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            policy: Any = self.model
-            limit = position_limit(policy, *self.reference.models())
-            eval_dataset = _prepare_each(eval_dataset, tokenizer_of(self.processing_class), policy, limit, self.args)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    def prepare_rows(self, data: Any) -> Any:
+        """Tokenises rows in any form ``train_dataset`` may be in; several by name stay several."""
+        policy: Any = self.model
+        limit, tokenizer = position_limit(policy, *self.reference.models()), tokenizer_of(self.processing_class)
+        return prepare_held_out(data, lambda rows, name: _prepare(rows, tokenizer, policy, limit, self.args, name))
+
+    def metric_names(self) -> list[str]:
+        """Lists the metrics that an evaluation reports, without prefix."""
+        return metric_names() + (["aux_loss"] if self._router else [])
+
+    def reset_run_state(self) -> None:
+        """Clears the sums of the pairs too, and what displacement is recognised by."""
+        super().reset_run_state()
+        self._sums, self._watch = MetricSums(self.args.beta), DisplacementWatch(self.args.beta)
 
     def begin_evaluation(self) -> None:
         """Sets the sums of training aside."""
@@ -296,11 +314,3 @@ def _prepare(
         for line in dataset.report.lines()[1:]:
             logger.warning("%s: %s", dataset.report.source, line)
     return dataset
-
-
-def _prepare_each(data: Any, tokenizer: Any, policy: nn.Module, limit: int | None, args: TDPOConfig) -> Any:
-    if data is None:
-        return None
-    if isinstance(data, Mapping):
-        return {name: _prepare(part, tokenizer, policy, limit, args, name) for name, part in data.items()}
-    return _prepare(data, tokenizer, policy, limit, args, "eval")

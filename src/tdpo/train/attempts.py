@@ -1,0 +1,62 @@
+"""Starts a run again from where it began, as ``auto_find_batch_size`` does when memory runs out."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerControl
+
+from tdpo.train import checkpoints
+
+
+class RunStart:
+    """Everything that an attempt to train changes, as it was before; transformers begins again with what is there.
+
+    Args:
+        trainer: A :class:`~tdpo.train.base.BatchMeanTrainer` about to train. What it trains is copied to the CPU.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _changing(trainer.model)}
+        self._optimizers = trainer.optimizer, trainer.lr_scheduler
+        given = [optimizer for optimizer in self._optimizers if optimizer is not None]
+        self._optimizer_states = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in given]
+        self._run_state = trainer.run_state()
+        self._callbacks = [(callback, dict(vars(callback))) for callback in trainer.callback_handler.callbacks]
+        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._checkpoints = checkpoints.checkpoints(str(trainer.args.output_dir))
+
+    def restore(self, trainer: Any) -> None:
+        """Puts everything back, and removes the checkpoints written since."""
+        with torch.no_grad():
+            for name, tensor in _changing(trainer.model):
+                tensor.copy_(self._weights[name])
+        trainer.optimizer, trainer.lr_scheduler = self._optimizers
+        for optimizer, state in self._optimizer_states:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        trainer.load_run_state(self._run_state)
+        trainer.close_progress()
+        trainer.control = TrainerControl()
+        for callback, attributes in self._callbacks:
+            vars(callback).clear()
+            vars(callback).update(attributes)
+        random.setstate(self._random[0])
+        np.random.set_state(self._random[1])
+        torch.set_rng_state(self._random[2])
+        if self._cuda_random:
+            torch.cuda.set_rng_state_all(self._cuda_random)
+        for path in checkpoints.checkpoints(str(trainer.args.output_dir)):
+            if path not in self._checkpoints:
+                checkpoints.remove(path)
+
+
+def _changing(model: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a model that training changes."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [*trained, *model.named_buffers()]

@@ -1,0 +1,147 @@
+"""Tries before the first step what would otherwise fail, or prove to be without effect, at the end of a run."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.trainer_utils import IntervalStrategy
+
+from tdpo.config import RunOptions
+from tdpo.errors import UserError, nearest
+from tdpo.models.adapters import has_adapter
+from tdpo.models.generation import add_end_token, repair_generation_config
+
+SAMPLE = 1000
+"""Responses that are enough to see the token they end with."""
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What transformers adds to the metrics of an evaluation."""
+
+
+def check_trains(model: Any, optimizer: Any, args: RunOptions, items: int, processes: int) -> None:
+    """Refuses a run that would end without having trained anything.
+
+    Args:
+        model: The model, in its adapter.
+        optimizer: The user's own, or None.
+        args: The run.
+        items: Rows to train on.
+        processes: How many processes share them.
+
+    Raises:
+        UserError: naming what is too large or missing.
+    """
+    per_round = args.per_device_train_batch_size * processes
+    if args.dataloader_drop_last and items < per_round:
+        over = f" in each of {processes} processes" if processes > 1 else ""
+        raise UserError(
+            f"--dataloader_drop_last would leave out all data: a batch of {args.per_device_train_batch_size}{over} "
+            f"takes {per_round} rows, and there are {items}. Leave the option out, or lower "
+            "--per_device_train_batch_size"
+        )
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
+        raise UserError(
+            "no parameter of the model takes a gradient (requires_grad is False everywhere), so nothing would be "
+            "trained; an adapter is loaded for training with PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    if optimizer is not None and trained.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+        raise UserError(
+            "optimizers: the optimizer has no parameter of the model that is trained; make it from the parameters of "
+            "the model you pass, after its adapter is put on"
+        )
+
+
+def check_evaluation(args: RunOptions, eval_dataset: Any, names: Iterable[str]) -> None:
+    """Refuses an evaluation without data, and a metric for the best model that no evaluation reports.
+
+    Args:
+        args: The run.
+        eval_dataset: Held-out data, several by name, or None.
+        names: Metrics an evaluation reports, without prefix.
+
+    Raises:
+        UserError: naming the option.
+    """
+    check_held_out(args, eval_dataset is not None)
+    wanted = args.metric_for_best_model
+    if wanted is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    sets = [f"eval_{name}" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["eval"]
+    reported = [f"{prefix}_{name}" for prefix in sets for name in (*names, *TIMINGS)]
+    if (wanted if wanted.startswith("eval_") else f"eval_{wanted}") not in reported:
+        shown = [name for name in reported if not name.endswith(TIMINGS)]
+        known = shown if wanted.startswith("eval_") else [name.removeprefix("eval_") for name in shown]
+        raise UserError(
+            f"--metric_for_best_model {wanted}: no such metric.{nearest(wanted, known)} There are {', '.join(shown)}"
+        )
+
+
+def check_held_out(args: RunOptions, given: bool) -> None:
+    """Refuses an evaluation during training that has no data.
+
+    Raises:
+        UserError: naming what asks for it, and where the data would be named.
+    """
+    asks = "--eval_on_start" if args.eval_on_start else f"--eval_strategy {IntervalStrategy(args.eval_strategy).value}"
+    if not given and (args.eval_on_start or args.eval_strategy != IntervalStrategy.NO):
+        raise UserError(
+            f"{asks} needs held-out data: name it with --eval_dataset_name, take a share of the training data with "
+            "--test_fraction, or pass eval_dataset in Python"
+        )
+
+
+def check_saving(model: Any, processing_class: Any, args: RunOptions, whole: bool) -> None:
+    """Saves everything but weights to a temporary folder; a generation config that contradicts itself is repaired.
+
+    Args:
+        model: The model, in its adapter.
+        processing_class: The tokenizer, a processor, or None.
+        args: The run, which is saved too.
+        whole: Whether this process holds all weights, so that their names can be looked at.
+
+    Raises:
+        UserError: naming what cannot be saved, and why.
+    """
+    base = model.get_base_model() if has_adapter(model) else model
+    repair_generation_config(base)
+    with tempfile.TemporaryDirectory() as folder:
+        for what, save in _parts(model, base, processing_class, args, whole):
+            try:
+                save(folder)
+            except Exception as error:  # whatever a class of the user's may raise, it would be raised at the end
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(f"{what} cannot be saved, so the trained model could not be: {reason}") from error
+
+
+def _parts(
+    model: Any, base: Any, processing_class: Any, args: RunOptions, whole: bool
+) -> Iterator[tuple[str, Callable[[str], Any]]]:
+    """What a checkpoint is made of beside its weights, and the function that saves each to a folder."""
+    if hasattr(base, "config"):
+        yield "the model's config", base.config.save_pretrained
+    if has_adapter(model):
+        for name, config in model.peft_config.items():
+            yield f"the config of the adapter {name!r}", config.save_pretrained
+    elif whole and isinstance(base, PreTrainedModel):
+        skipped = base._keys_to_ignore_on_save or ()
+        saved = {name: tensor for name, tensor in base.state_dict().items() if name not in skipped}
+        yield "the model", lambda folder: remove_tied_weights_from_state_dict(saved, base)
+    if processing_class is not None:
+        yield type(processing_class).__name__, processing_class.save_pretrained
+    yield "the arguments of the run", lambda folder: torch.save(args, io.BytesIO())
+
+
+def add_end_of_responses(model: Any, processing_class: Any, dataset: Any) -> None:
+    """Lets the saved model end where the responses it learns do; see :func:`~tdpo.models.generation.add_end_token`."""
+    base = model.get_base_model() if has_adapter(model) else model
+    items = (dataset[index] for index in range(min(len(dataset), SAMPLE)))
+    names = ("chosen_ids", "labels", "response_ids")
+    learnt = (next((ids for name in names if (ids := getattr(item, name, None))), None) for item in items)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    add_end_token(base, tokenizer, [ids[-1] for ids in learnt if ids])

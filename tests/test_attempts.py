@@ -1,0 +1,166 @@
+"""A run that starts again, or a second time, starts from nothing that the first left behind."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, preference_rows
+from test_trainer import config, weights
+from transformers import TrainerCallback
+
+from tdpo import TDPOTrainer, UserError
+from tdpo.train.trainer import TDPOTrainer as Trainer
+
+CLOCKS = ("runtime", "per_second", "flos")
+OPTIONS = {"max_steps": 4, "logging_steps": 3, "gradient_accumulation_steps": 2}
+
+
+def history(trainer: TDPOTrainer) -> list[dict[str, float]]:
+    return [{k: v for k, v in log.items() if not any(c in k for c in CLOCKS)} for log in trainer.state.log_history]
+
+
+def made(folder: Path, tokenizer: Any, **options: Any) -> TDPOTrainer:
+    model = make_model(len(tokenizer))
+    model.model.layers[0].self_attn.attention_dropout = 0.0 if options.get("disable_dropout", True) else 0.5
+    return TDPOTrainer(
+        model,
+        make_model(len(tokenizer), seed=1),
+        config(folder, **{**OPTIONS, **options}),
+        train_dataset=preference_rows(),
+        processing_class=tokenizer,
+    )
+
+
+class OutOfMemoryOnce:
+    """Raises in the second micro-batch of the third step, when metrics of the first one have been counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.raised, original = 0, False, Trainer.loss_sum
+
+        def loss_sum(trainer: Any, model: Any, inputs: Any) -> Any:
+            self.calls += 1
+            if self.calls == 6 and not self.raised:
+                self.raised = True
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return original(trainer, model, inputs)
+
+        monkeypatch.setattr(Trainer, "loss_sum", loss_sum)
+
+
+@pytest.mark.parametrize("own_optimizer", [False, True])
+def test_after_running_out_of_memory_a_run_equals_one_that_starts_with_the_smaller_batch(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    own_optimizer: bool,
+) -> None:  # fmt: skip
+    class Counts(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.steps += 1
+
+    def run(folder: Path, **options: Any) -> tuple[TDPOTrainer, Counts]:
+        trainer, counts = (
+            made(folder, tokenizer, save_strategy="steps", save_steps=2, disable_dropout=False, **options),
+            Counts(),
+        )
+        trainer.add_callback(counts)
+        if own_optimizer:
+            trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-2)
+        trainer.train()
+        return trainer, counts
+
+    expected, _ = run(tmp_path / "a", per_device_train_batch_size=3)
+    failing = OutOfMemoryOnce(monkeypatch)
+    with caplog.at_level(logging.WARNING, logger="tdpo"):
+        found, counts = run(tmp_path / "b", per_device_train_batch_size=4, auto_find_batch_size=True)
+    assert failing.raised and found._train_batch_size == 3
+    assert [r.getMessage()[:80] for r in caplog.records if "out of memory" in r.getMessage()] == [
+        "out of memory with 4 rows a batch: training starts again from its beginning with"
+    ]
+    assert history(found) == history(expected)
+    assert torch.equal(weights(found.model), weights(expected.model))
+    assert counts.steps == 4
+
+
+def test_a_run_resumes_with_the_batch_size_that_was_found(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(tmp_path / "a", tokenizer, per_device_train_batch_size=3)
+    whole.train()
+    OutOfMemoryOnce(monkeypatch)
+    options = {
+        "per_device_train_batch_size": 4,
+        "auto_find_batch_size": True,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    made(tmp_path / "b", tokenizer, **options).train()
+    again = made(tmp_path / "b", tokenizer, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    assert torch.equal(weights(again.model), weights(whole.model))
+
+
+def test_checkpoints_of_an_abandoned_attempt_go(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    OutOfMemoryOnce(monkeypatch)
+    trainer = made(
+        tmp_path,
+        tokenizer,
+        per_device_train_batch_size=4,
+        auto_find_batch_size=True,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    seen: list[list[str]] = []
+
+    class Looks(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+
+    trainer.add_callback(Looks())
+    trainer.train()
+    assert seen == [[], []]
+
+
+def test_memory_that_never_suffices_is_an_error(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss_sum(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "loss_sum", loss_sum)
+    with pytest.raises(RuntimeError, match="No executable batch size found"):
+        made(tmp_path, tokenizer, per_device_train_batch_size=2, auto_find_batch_size=True).train()
+
+
+def test_a_reference_that_moves_contradicts_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--sync_ref_model and --auto_find_batch_size contradict each other"):
+        config(tmp_path, auto_find_batch_size=True, sync_ref_model=True)
+
+
+def test_training_a_second_time_logs_only_what_it_has_seen(tmp_path: Path, tokenizer: Any) -> None:
+    """The first run ends between two logs; what it had counted belongs to it alone."""
+    trainer = made(tmp_path / "a", tokenizer, max_steps=4, learning_rate=0.0)
+    trainer.train()
+    first = [log for log in history(trainer) if "loss" in log]
+    trainer.train()
+    assert [log for log in history(trainer) if "loss" in log] == first
+
+
+def test_the_options_of_resuming_hold_in_python_too(tmp_path: Path, tokenizer: Any) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    whole = made(tmp_path, tokenizer, **options)
+    whole.train()
+    for more in ({"resume": True}, {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}):
+        again = made(tmp_path, tokenizer, **options, **more)
+        again.train()
+        assert torch.equal(weights(again.model), weights(whole.model))
+    fresh = made(tmp_path / "empty", tokenizer, resume=True, **options)
+    before = copy.deepcopy(weights(fresh.model))
+    assert fresh.train().global_step == 4 and not torch.equal(before, weights(fresh.model))
