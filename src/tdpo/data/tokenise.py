@@ -151,7 +151,7 @@ class Tokeniser:
     Args:
         tokenizer: The tokenizer of the policy.
         lengths: Truncation.
-        encode: The encoder of another ``Tokeniser`` with the same tokenizer, to share what it has learnt.
+        encode: The encoder of another ``Tokeniser`` with the same tokenizer, to share it.
         processes: Processes that a whole dataset is tokenised in; see :mod:`tdpo.data.workers`.
         rendering: Arguments of the chat template, and what special-token text in plain texts is.
 
@@ -206,7 +206,7 @@ class Tokeniser:
         return unknown if any(unknown in ids for ids in rare) else None
 
     def unlimited(self) -> Tokeniser:
-        """Returns a tokeniser that cuts nothing and shares what this one has learnt."""
+        """Returns a tokeniser that cuts nothing and shares the encoder of this one."""
         limits = Lengths(max_length=2**31, max_prompt_length=2**30)
         return Tokeniser(self.tokenizer, limits, self.encode, rendering=self.rendering)
 
