@@ -24,7 +24,7 @@ import tokenizers
 import transformers
 
 from tdpo.data.formats import DataReport
-from tdpo.data.sources import SourceRow
+from tdpo.data.sources import SourceRow, groups_of
 from tdpo.data.table import SCHEMA, PairTable
 from tdpo.files import write_whole
 from tdpo.types import PreferenceRecord
@@ -156,13 +156,15 @@ def rows_fingerprint(rows: Iterable[Any]) -> str | None:
     """Fingerprint of rows by their content; None if JSON has no form for it, or code of the user's reads them."""
     digest = hashlib.sha256()
     try:
-        for row in rows:
-            fields: Any = vars(row) if isinstance(row, PreferenceRecord) else row
-            if isinstance(row, SourceRow):
-                if row.reading is not None and ":" in row.reading.format:
-                    return None
-                fields = [row.source, row.row, row.fields, row.error, repr(row.reading)]
-            digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
+        for reading, group in groups_of(rows):
+            if reading is not None and ":" in reading.format:
+                return None
+            digest.update(repr(reading).encode() + b"\n")
+            for row in group:
+                fields: Any = vars(row) if isinstance(row, PreferenceRecord) else row
+                if isinstance(row, SourceRow):
+                    fields = [row.source, row.row, row.fields, row.error]
+                digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
     except (TypeError, ValueError, RecursionError):
         return None
     return digest.hexdigest()

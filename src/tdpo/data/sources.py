@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,6 @@ class SourceRow:
         row: Number of the row, from 1: the line of a JSONL file, the data row of a table.
         fields: The row's columns by name.
         error: What made the row unreadable (then ``fields`` is empty), or an empty text.
-        reading: How it becomes records, where its source says so; None leaves it to whoever converts it.
         notes: What a format leaves out of the row while it uses the rest, for the report.
     """
 
@@ -42,7 +42,6 @@ class SourceRow:
     row: int
     fields: dict[str, Any]
     error: str = ""
-    reading: Reading | None = None
     notes: list[str] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -53,11 +52,11 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of a dataset, read anew whenever they are asked for and never all held.
+    """Rows of a dataset, read again by every iteration and never all in memory.
 
     Attributes:
-        name: What messages call it.
-        parts: What gives its rows, one part after the other.
+        name: Its name in messages.
+        parts: The files or datasets that hold its rows, in their order.
     """
 
     name: str
@@ -65,18 +64,14 @@ class Source:
 
     def __iter__(self) -> Iterator[SourceRow]:
         for part in self.parts:
-            for row in part.read():
-                yield row if part.reading is None else replace(row, reading=part.reading)
+            yield from part.read()
 
     def read_by(self, reading: Reading) -> Source:
-        """The same rows, each carrying its reading."""
+        """Returns the same rows, to be converted by one reading."""
         return Source(self.name, tuple(replace(part, reading=reading) for part in self.parts))
 
     def fingerprint(self) -> str | None:
-        """What tells these rows, read in this way, from any others: a hash of files and readings.
-
-        None where that is not known beforehand: for the hub, and where code of the user's reads the rows.
-        """
+        """Hashes the files and readings; None for the hub, and where code of the user's converts the rows."""
         digest = hashlib.sha256(self.name.encode("utf-8", "surrogatepass"))
         for part in self.parts:
             if not part.files or (part.reading is not None and ":" in part.reading.format):
@@ -99,7 +94,7 @@ class Part:
     Attributes:
         read: Reads them.
         files: All that they depend on; none where that is not known.
-        reading: How they become records; None leaves it to whoever converts them.
+        reading: How they become records; None leaves it to the caller of the conversion.
         split: The split that is read of files that may hold several.
     """
 
@@ -189,6 +184,16 @@ def _open(name: str, split: str, config: str | None) -> Source:
         _check_kind(path)
     shown = str(paths[0]) if len(paths) == 1 else name
     return Source(shown, tuple(_file_part(path, str(path), split) for path in paths))
+
+
+def groups_of(rows: Iterable[Any]) -> Iterator[tuple[Reading | None, Iterable[Any]]]:
+    """Yields the rows that share a reading, with it; None where a source names none, and for rows in memory."""
+    if not isinstance(rows, Source):
+        yield None, rows
+        return
+    for _, parts in itertools.groupby(rows.parts, key=lambda part: id(part.reading)):
+        together = tuple(parts)
+        yield together[0].reading, Source(rows.name, together)
 
 
 def read_source(name: str, split: str, config: str | None = None) -> list[SourceRow]:

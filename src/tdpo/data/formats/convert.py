@@ -14,7 +14,7 @@ from tdpo.data.formats.refused import refusal
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recognise
 from tdpo.data.formats.report import ROWS_NAMED, DataReport, Placed, RowDropped, RowError
 from tdpo.data.reading import Reading
-from tdpo.data.sources import SourceRow
+from tdpo.data.sources import SourceRow, groups_of
 from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord, Text
 
@@ -42,7 +42,7 @@ def iter_records(
     """Gives the records of rows one after the other, without holding them.
 
     Args:
-        rows: Rows of one source or several; one that carries a reading of its own is read by it.
+        rows: Rows in memory, or a :class:`~tdpo.data.sources.Source`, whose parts may have readings of their own.
         reading: The reading of all others; a text is the name of a format.
         on_bad_row: ``"error"`` raises after reading all rows and names up to ten bad ones; ``"drop"`` leaves them out.
         report: Where all of it is counted.
@@ -70,7 +70,7 @@ def convert(
 
     Args:
         rows: The rows.
-        reading: Reading of the rows that carry none.
+        reading: Reading of the rows whose source names none.
         on_bad_row: What happens to bad ones.
         report: Where all of it is counted.
         formats: The known formats.
@@ -78,8 +78,8 @@ def convert(
     """
     default = Reading(reading) if isinstance(reading, str) else reading
     account = _Account(report, on_bad_row)
-    for _, group in itertools.groupby(rows, key=lambda row: id(row.reading)):
-        yield from _convert_source(group, default, account, formats, key)
+    for own, group in groups_of(rows):
+        yield from _convert_group(group, own or default, account, formats, key)
     if not report.read:
         raise UserError(f"{report.source}: no rows in it")
     account.settle()
@@ -124,18 +124,15 @@ class _Account:
             raise UserError("\n".join(self._named) + more + f"\n(--on_bad_row drop leaves such rows out{read})")
 
 
-def _convert_source(
+def _convert_group(
     rows: Iterable[SourceRow],
-    default: Reading,
+    reading: Reading,
     account: _Account,
     formats: Mapping[str, Format],
     key: Callable[[Any], Text],
 ) -> Iterator[Any]:
-    """Records of rows that are read alike."""
-    rows = iter(rows)
-    first = next(rows)
-    reading = first.reading or default
-    usable = _usable(itertools.chain([first], rows), reading, account)
+    """Yields the records of rows that share a reading."""
+    usable = _usable(rows, reading, account)
     head = list(itertools.islice(usable, LOOKED_AT))
     if not head:
         return
@@ -185,7 +182,7 @@ def _usable(rows: Iterable[SourceRow], reading: Reading, account: _Account) -> I
         UserError: if a column to ignore is in none of them.
     """
     ignored, columns = set(reading.ignore_columns), {name for name, _ in reading.columns}
-    pending, names = set(ignored), dict[str, None]()
+    pending, names, before = set(ignored), dict[str, None](), account.report.read
     for row in rows:
         account.report.read += 1
         if pending:
@@ -204,7 +201,7 @@ def _usable(rows: Iterable[SourceRow], reading: Reading, account: _Account) -> I
             if found.fields.get(name) is not row.fields[name]:
                 account.report.unused.setdefault(name, row.row)
         yield found
-    if pending:
+    if pending and account.report.read > before:
         missing = sorted(pending)[0]
         listed = ", ".join(map(repr, names)) or "none"
         hint = nearest(missing, names)
