@@ -10,13 +10,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 from tdpo.data.chat import ChatRenderer, Piece
 from tdpo.data.continuation import ContinuationEncoder
 from tdpo.data.encode import TextEncoder
-from tdpo.data.formats import ROWS_NAMED, DataReport, OnBadRow, Placed, RowError
+from tdpo.data.formats import BAD_ROW_ADVICE, BadRows, DataReport, OnBadRow, Placed, RowError
 from tdpo.data.rendered import RenderedTexts
 from tdpo.data.sources import SourceRow
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
-BAD_ROW_ADVICE = "--on_bad_row drop leaves such rows out"
 TruncationMode = Literal["keep_end", "keep_start"]
 OnOverlong = Literal["truncate", "drop", "error"]
 SpecialTokens = Literal["text", "tokens"]
@@ -237,7 +236,7 @@ class Tokeniser:
     def encode_turns(self, turns: Sequence[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
         """Encodes prompts and responses of any length, in order. Of a place that is refused, the turns behind too."""
         jobs: list[tuple[Turns, list[Part], Sequence[str]]] = []
-        bad, refused = [], None
+        bad, refused = BadRows(report, on_bad_row), None
         for turn in turns:
             if turn.place is refused:
                 continue
@@ -245,22 +244,18 @@ class Tokeniser:
                 parts, noticed = self._pieces(turn)
             except RowError as error:
                 refused = turn.place
-                bad.append(f"{turn.place.source}, row {turn.place.row}: {error}")
-                report.drop(turn.place, f"bad row ({error})")
+                bad.add(turn.place, error)
                 continue
             jobs.append((turn, parts, noticed))
             for what in noticed:
                 report.notice(turn.place, what)
-        if bad and on_bad_row == "error":
-            raise UserError(_named(bad, BAD_ROW_ADVICE))
+        bad.raise_error(BAD_ROW_ADVICE)
         encoded = self._encode_pieces([part for _, parts, _ in jobs for part in parts])
         end = [self.tokenizer.eos_token_id]
         for turn, parts, noticed in jobs:
             prompt, *responses = (next(encoded) for _ in parts)
             if not all(responses):
-                empty = f"the tokenizer leaves nothing of {turn.names[responses.index([])]}"
-                bad.append(f"{turn.place.source}, row {turn.place.row}: {empty}")
-                report.drop(turn.place, f"bad row ({empty})")
+                bad.add(turn.place, f"the tokenizer leaves nothing of {turn.names[responses.index([])]}")
                 continue
             if self._unknown is not None and any(self._unknown in ids for ids in (prompt, *responses)):
                 report.notice(turn.place, f"text that the tokenizer does not know becomes {self.tokenizer.unk_token!r}")
@@ -271,23 +266,21 @@ class Tokeniser:
             if len(responses) > 1 and responses[0] == responses[1]:
                 found = found._replace(reason_identical=_reason_identical(turn, noticed))
             yield found
-        if bad and on_bad_row == "error":
-            raise UserError(_named(bad, BAD_ROW_ADVICE))
+        bad.raise_error(BAD_ROW_ADVICE)
 
     def within_limits(self, encoded: Iterable[Ids], report: DataReport) -> Iterator[Ids]:
         """Cuts, drops or refuses what is overlong, as :class:`Lengths` says; whatever is cut or dropped is counted."""
-        overlong = []
+        overlong = BadRows(report)
         for ids in encoded:
             try:
                 fitted = self.fit(ids.prompt, ids.responses, ids.place, report, ids.truncation_mode)
             except RowError as error:
-                overlong.append(f"{ids.place.source}, row {ids.place.row}: {error}")
+                overlong.add(ids.place, error)
                 continue
             if fitted is not None:
                 prompt, responses = fitted
                 yield ids._replace(prompt=prompt, responses=responses)
-        if overlong:
-            raise UserError(_named(overlong, "--on_overlong truncate or drop would go on"))
+        overlong.raise_error("--on_overlong truncate or drop would go on")
 
     def prompts(self, asked: Sequence[Text | Turns]) -> list[list[int]]:
         """Ids of prompts, of any length: as training has them before responses, or as they are asked alone.
@@ -428,9 +421,3 @@ def outside_vocabulary(token: int, vocab_size: int, tokens: int | None) -> str:
         f"token id {token} is outside the model's vocabulary of {vocab_size}; tokenizer and model do not belong "
         "together" + (f" ({sizes}; --tokenizer_name_or_path names another tokenizer)" if sizes else "")
     )
-
-
-def _named(messages: Sequence[str], advice: str) -> str:
-    """One message of many, each about a row: the first ten, how many more, and what could be done."""
-    more = f"\n... and {len(messages) - ROWS_NAMED} more" if len(messages) > ROWS_NAMED else ""
-    return "\n".join(messages[:ROWS_NAMED]) + f"{more}\n({advice})"

@@ -1,25 +1,24 @@
-"""Rows to records: formats told from the rows, and one place that decides what a bad row means."""
+"""Converts rows to records: recognises their format, and drops or refuses bad rows."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from tdpo.data.formats.columns import SystemColumn, UnusedColumns
 from tdpo.data.formats.fields import renamed
 from tdpo.data.formats.prompts import SYSTEMS
 from tdpo.data.formats.refused import refusal
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recognise
-from tdpo.data.formats.report import ROWS_NAMED, DataReport, Placed, RowDropped, RowError
+from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, RowDropped, RowError
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, groups_of
 from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord, Text
 
-OnBadRow = Literal["error", "drop"]
-Made = TypeVar("Made")
+BAD_ROW_ADVICE = "--on_bad_row drop leaves such rows out"
 LOOKED_AT = 100
 """Rows among which the first of a known format decides for all."""
 
@@ -77,12 +76,15 @@ def convert(
         key: What decides of a record on which side of a split it is.
     """
     default = Reading(reading) if isinstance(reading, str) else reading
-    account = _Account(report, on_bad_row)
+    bad = BadRows(report, on_bad_row)
+    recognised: dict[str, str] = {}
     for own, group in groups_of(rows):
-        yield from _convert_group(group, own or default, account, formats, key)
+        yield from _convert_group(group, own or default, bad, recognised, formats, key)
     if not report.read:
         raise UserError(f"{report.source}: no rows in it")
-    account.settle()
+    read = " and ".join(f"{name} ({columns})" for name, columns in recognised.items())
+    read = f"; by their columns they were read as {read}, --dataset_format names another format" if read else ""
+    bad.raise_error(BAD_ROW_ADVICE + read)
 
 
 def name_of(rows: Iterable[SourceRow]) -> str:
@@ -93,58 +95,28 @@ def name_of(rows: Iterable[SourceRow]) -> str:
     return name or "dataset"
 
 
-class _Account:
-    """Keeps account of rows that were read and of those that failed, in bounded memory."""
-
-    def __init__(self, report: DataReport, on_bad_row: OnBadRow) -> None:
-        self.report, self.on_bad_row = report, on_bad_row
-        self._named: list[str] = []
-        self._bad = 0
-        self.recognised: dict[str, str] = {}
-
-    @property
-    def lost(self) -> bool:
-        """Whether the run will end in an error, so that no record is needed any more."""
-        return self._bad > 0 and self.on_bad_row == "error"
-
-    def bad(self, row: Placed, error: object) -> None:
-        """A row that cannot be used."""
-        self._bad += 1
-        if len(self._named) < ROWS_NAMED:
-            self._named.append(f"{row.source}, row {row.row}: {error}")
-        if self.on_bad_row == "drop":
-            self.report.drop(row, f"bad row ({error})")
-
-    def settle(self) -> None:
-        """Raises what there is to raise."""
-        if self.lost:
-            more = f"\n... and {self._bad - len(self._named)} more" if self._bad > len(self._named) else ""
-            read = " and ".join(f"{name} ({columns})" for name, columns in self.recognised.items())
-            read = f"; by their columns they were read as {read}, --dataset_format names another format" if read else ""
-            raise UserError("\n".join(self._named) + more + f"\n(--on_bad_row drop leaves such rows out{read})")
-
-
 def _convert_group(
     rows: Iterable[SourceRow],
     reading: Reading,
-    account: _Account,
+    bad: BadRows,
+    recognised: dict[str, str],
     formats: Mapping[str, Format],
     key: Callable[[Any], Text],
 ) -> Iterator[Any]:
     """Yields the records of rows that share a reading."""
-    usable = _usable(rows, reading, account)
+    usable = _usable(rows, reading, bad)
     head = list(itertools.islice(usable, LOOKED_AT))
     if not head:
         return
     name = _format_name(head, formats) if reading.format == AUTO else reading.format
     found = find_format(name, formats)
     _check_options(name, found, reading, formats)
-    report = account.report
+    report = bad.report
     if reading.format == AUTO:
-        account.recognised[name] = found.columns
+        recognised[name] = found.columns
     if name not in report.format.split(", "):
         report.format = f"{report.format}, {name}" if report.format else name
-    made = _convert_rows(_checked_rows(name, found, head, usable, report), found, reading, account)
+    made = _convert_rows(_checked_rows(name, found, head, usable, report), found, reading, bad)
     records = made if found.join is None else found.join(list(made), reading, report)
     for number, record in enumerate(records):
         if reading.side is not None and not reading.side.holds(key(record)):
@@ -152,7 +124,7 @@ def _convert_group(
             continue
         copies = reading.copies(number, key(record))
         report.kept += copies
-        if copies and not account.lost:
+        if copies and not bad.stop:
             if reading.truncation_mode is not None:
                 record = replace(record, truncation_mode=reading.truncation_mode)
             yield from itertools.repeat(record, copies)
@@ -175,16 +147,16 @@ def _checked_rows(
         yield systems.fill(row) if systems else row
 
 
-def _usable(rows: Iterable[SourceRow], reading: Reading, account: _Account) -> Iterator[SourceRow]:
+def _usable(rows: Iterable[SourceRow], reading: Reading, bad: BadRows) -> Iterator[SourceRow]:
     """Rows that could be read, without the columns to ignore and with the others renamed.
 
     Raises:
         UserError: if a column to ignore is in none of them.
     """
     ignored, columns = set(reading.ignore_columns), {name for name, _ in reading.columns}
-    pending, names, before = set(ignored), dict[str, None](), account.report.read
+    pending, names, before = set(ignored), dict[str, None](), bad.report.read
     for row in rows:
-        account.report.read += 1
+        bad.report.read += 1
         if pending:
             pending -= row.fields.keys()
             names.update(dict.fromkeys(row.fields))
@@ -195,33 +167,33 @@ def _usable(rows: Iterable[SourceRow], reading: Reading, account: _Account) -> I
                 raise RowError(row.error)
             found = renamed(row, reading.columns)
         except RowError as error:
-            account.bad(row, error)
+            bad.add(row, error)
             continue
         for name in columns and columns & row.fields.keys():
             if found.fields.get(name) is not row.fields[name]:
-                account.report.unused.setdefault(name, row.row)
+                bad.report.unused.setdefault(name, row.row)
         yield found
-    if pending and account.report.read > before:
+    if pending and bad.report.read > before:
         missing = sorted(pending)[0]
         listed = ", ".join(map(repr, names)) or "none"
         hint = nearest(missing, names)
         raise UserError(f"--ignore_columns: there is no column {missing!r}; found the columns {listed}.{hint}")
 
 
-def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: Reading, account: _Account) -> Iterator[Any]:
+def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: Reading, bad: BadRows) -> Iterator[Any]:
     for row in rows:
         try:
             made = found.convert(row, reading)
         except RowDropped as reason:
-            account.report.drop(row, str(reason))
+            bad.report.drop(row, str(reason))
         except RowError as error:
-            account.bad(row, error)
+            bad.add(row, error)
         except RecursionError:
-            account.bad(row, "it is nested too deeply")
+            bad.add(row, "it is nested too deeply")
         else:
             yield from made
         for note in row.notes:
-            account.report.notice(row, note)
+            bad.report.notice(row, note)
         row.notes.clear()
 
 
