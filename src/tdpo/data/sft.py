@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import Dataset
 
+from tdpo.data.dataset import ExampleDataset, check_limits
 from tdpo.data.formats import AUTO, DataReport, OnBadRow, convert, name_of
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.reading import Reading
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.supervised import SFT_FORMATS, Exchange
-from tdpo.data.tokenise import Ids, Tokeniser, Turns, outside_vocabulary
+from tdpo.data.tokenise import Ids, Tokeniser, Turns
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, Text
 
@@ -73,22 +73,13 @@ class SFTReport(DataReport):
         return lines
 
 
-class SFTDataset(Dataset[SFTExample]):
-    """Examples with the report of how they came about."""
+class SFTDataset(ExampleDataset[SFTExample]):
+    """Supervised examples with the report on their rows."""
 
     def __init__(self, examples: Sequence[SFTExample], report: DataReport) -> None:
         if not examples:
             raise UserError(f"{report.source}: no example is left. " + "; ".join(report.lines()))
-        self.examples, self.report = examples, report
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> SFTExample:
-        return self.examples[index]
-
-    def __iter__(self) -> Iterator[SFTExample]:
-        return iter(self.examples)
+        super().__init__(examples, report)
 
     def lengths(self) -> list[int]:
         """Tokens of each example."""
@@ -186,16 +177,8 @@ def check_lengths(
         UserError: naming the row.
     """
     for example, length in zip(dataset.examples, dataset.lengths(), strict=True):
-        if positions is not None and length > positions:
-            raise UserError(
-                f"{dataset.report.source}, row {example.row}: {length} tokens, but the model has {positions} "
-                f"positions; set --max_length to at most {positions}"
-            )
-        largest = max((*example.prompt_ids, *example.response_ids))
-        if vocab_size is not None and largest >= vocab_size:
-            raise UserError(
-                f"{dataset.report.source}, row {example.row}: {outside_vocabulary(largest, vocab_size, tokens)}"
-            )
+        ids = (*example.prompt_ids, *example.response_ids)
+        check_limits(f"{dataset.report.source}, row {example.row}", ids, length, vocab_size, positions, tokens)
 
 
 def _exchanges(

@@ -6,7 +6,6 @@ import functools
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 from tdpo.counterparts import ENTRY_SPELLINGS, hint
 from tdpo.data.dialects import SPLITS
 from tdpo.data.readers import READERS, Unreadable, kind_of, read_values, table_values
-from tdpo.data.reading import Reading, parse_columns, parse_names
+from tdpo.data.reading import Reading, parse_columns, parse_json, parse_names
 from tdpo.errors import UserError
 
 STDIN = "-"
@@ -296,11 +295,7 @@ def _entry_fields(entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(entry, str):
         raise UserError(f"{where}: expected an object or a text, found {describe(entry)}")
     if entry.lstrip().startswith("{"):
-        try:
-            content = json.loads(entry)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from error
-        return dict(content)
+        return dict(parse_json(entry, f"{where}:", UserError))
     name, *rest = entry.split(",")
     parts = [part.partition("=") for part in rest]
     for key, equals, _ in parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from tdpo.data.formats import FORMATS, DataReport, Format, RowDropped, RowError, chat_options, is_empty, text_of
 from tdpo.data.formats.fields import is_chat, plain_text
 from tdpo.data.formats.prompts import history_messages, read_turns
-from tdpo.data.reading import Reading
+from tdpo.data.reading import Reading, parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
@@ -267,10 +266,8 @@ def _parsed(row: SourceRow, name: str) -> SourceRow:
     value = row.fields.get(name)
     if not (isinstance(value, str) and value.lstrip().startswith("[")):
         return row
-    try:
-        return replace(row, fields={**row.fields, name: json.loads(value)})
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"field {name!r} is a list of turns as text and not valid JSON: {error}") from error
+    turns = parse_json(value, f"field {name!r} is a list of turns as text and", RowError)
+    return replace(row, fields={**row.fields, name: turns})
 
 
 def _system(row: SourceRow) -> list[Message]:
