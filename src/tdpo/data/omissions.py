@@ -19,7 +19,8 @@ WORD = re.compile(r"\S+")
 SENTINEL = "qz{}kv"
 """A word that no text holds; letters and digits alone, so that no template changes it."""
 Part = tuple[int, Kind, str]
-Render = Callable[[list[Message], Any], str]
+ADVICE = "give another template with --chat_template_path, or convert the row"
+OMITS = "the chat template leaves out"
 
 
 class Leaf(NamedTuple):
@@ -82,14 +83,66 @@ class OmissionFinder:
     """Finds what a template leaves out; what it does with a kind of chat is found out once.
 
     Args:
-        render: Renders messages and tools through the template.
+        render: Renders a chat with some arguments through the template.
+        without_marks: Returns a text of a chat as the user wrote it.
     """
 
-    def __init__(self, render: Callable[..., str]) -> None:
-        self._render = render
+    def __init__(self, render: Callable[[Chat, Any], str], without_marks: Callable[[str], str]) -> None:
+        self._render, self._without_marks = render, without_marks
         self._known: dict[Hashable, frozenset[Part]] = {}
 
-    def find(
+    def describe(
+        self,
+        asking: Chat,
+        chats: Sequence[Chat],
+        rendered: Sequence[str],
+        start: int,
+        arguments: Any,
+        names: Sequence[str],
+    ) -> list[str]:
+        """Lists in words what the template leaves out of a prompt and the responses to it.
+
+        Args:
+            asking: The prompt.
+            chats: The prompt with each response.
+            rendered: Their renderings.
+            start: Where the responses begin in them.
+            arguments: Further arguments of the template.
+            names: Names of the responses in messages.
+
+        Raises:
+            RowError: if that is what the preference rests on.
+        """
+        first = len(asking.messages)
+        asked = [*leaves_of_tools(asking.tools), *leaves_of(asking.messages)]
+        found: dict[str, None] = {}
+        for number, (chat, whole, name) in enumerate(zip(chats, rendered, names, strict=True)):
+            answered = leaves_of(chat.messages[first:], first)
+            # The prompt is the same before every response.
+            lost = self._find(chat, asked, answered, whole, start, arguments, both=number == 0)
+            found |= {self._omission(leaf, chat, first, name): None for leaf in lost}
+        if f"{OMITS} the tools" in found:
+            found.pop(f"{OMITS} 'description' of the tools", None)
+        return list(found)
+
+    def _omission(self, leaf: Leaf, chat: Chat, first: int, name: str) -> str:
+        """Describes a text that is left out; raises where a response or what it answers is not what the row says."""
+        text = self._without_marks(str(leaf.text))
+        shown = repr(text if len(text) <= 40 else text[:40] + "...")
+        field, role = leaf.path[0], chat.messages[leaf.message]["role"]
+        if leaf.message >= first and leaf.kind in (CALLS, CONTENT):
+            raise RowError(f"{OMITS} {field!r} of {name} ({shown}); {ADVICE}")
+        if leaf.message == first - 1 and leaf.kind == CONTENT:
+            raise RowError(f"{OMITS} the turn of role {role!r} that is answered ({shown}); {ADVICE}")
+        part = {
+            TOOLS: "the tools" if leaf.path[-1] == "name" else f"{leaf.path[-1]!r} of the tools",
+            CALLS: f"{field!r} of earlier turns",
+            CONTENT: f"turns of role {role!r}",
+            THOUGHTS: f"thoughts ({field!r}) of {'the response' if leaf.message >= first else 'earlier turns'}",
+        }
+        return f"{OMITS} {part[leaf.kind]}"
+
+    def _find(
         self,
         chat: Chat,
         asked: Sequence[Leaf],
@@ -99,17 +152,7 @@ class OmissionFinder:
         arguments: Any,
         both: bool,
     ) -> list[Leaf]:
-        """Returns the leaves that a rendering does not show, one of each part.
-
-        Args:
-            chat: What was rendered.
-            asked: Leaves of the prompt.
-            answered: Leaves of the response.
-            rendered: The rendering.
-            start: Where the response begins in it.
-            arguments: Further arguments of the template.
-            both: Whether to look for the prompt's leaves too.
-        """
+        """Returns the leaves that a rendering does not show, one of each part; of the prompt only with ``both``."""
         key = (
             tuple([message["role"] for message in chat.messages]),
             tuple([leaf.part for leaf in asked]),
@@ -163,7 +206,7 @@ class OmissionFinder:
 
     def _attempt(self, chat: Chat, arguments: Any) -> str | None:
         try:
-            return self._render(chat.messages, chat.tools, arguments)
+            return self._render(chat, arguments)
         except RowError:  # a template may refuse the changed chat, which then says nothing
             return None
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
-from tdpo.data.chat import ChatRenderer, Piece
+from tdpo.data.chat import ChatRenderer
 from tdpo.data.continuation import ContinuationEncoder
 from tdpo.data.encode import TextEncoder
 from tdpo.data.formats import BAD_ROW_ADVICE, BadRows, DataReport, OnBadRow, Placed, RowError
 from tdpo.data.rendered import RenderedTexts
 from tdpo.data.sources import SourceRow
+from tdpo.data.special_tokens import Piece
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
@@ -175,7 +176,7 @@ class Tokeniser:
                 "the tokenizer has no end-of-sequence token, so no response could ever end; name one with --eos_token"
             )
         self.chats = ChatRenderer(tokenizer, self.rendering.template_arguments)
-        self.texts = RenderedTexts(tokenizer, self.chats.special)
+        self.texts = RenderedTexts(tokenizer, self.chats.special.texts)
         if encode is not None:
             self.encode = encode
 
@@ -324,19 +325,19 @@ class Tokeniser:
             return self._pieces_of_texts(turn.prompt, [str(response) for response in turn.responses])
         if not turn.responses:
             prompt = self.chats.prompt(turn.prompt, turn.tools, turn.arguments)
-            return [Part(self.chats.pieces(prompt))], ()
+            return [Part(self.chats.special.pieces(prompt))], ()
         chat = self.chats.chat(turn.prompt, turn.responses, turn.tools, turn.arguments, turn.names)  # type: ignore[arg-type]
         responses = [
-            Part(self.chats.pieces(response, continues=True), add_end=not ended)
+            Part(self.chats.special.pieces(response, continues=True), add_end=not ended)
             for response, ended in zip(chat.responses, chat.ended, strict=True)
         ]
-        return [Part(self.chats.pieces(chat.prompt)), *responses], chat.left_out
+        return [Part(self.chats.special.pieces(chat.prompt)), *responses], chat.left_out
 
     def _pieces_of_texts(self, prompt: str, responses: Sequence[str]) -> tuple[list[Part], Sequence[str]]:
         noticed = tuple(self.texts.notices(prompt, responses, chosen=self.rendering.special_tokens is not None))
         if self.rendering.special_tokens != "tokens":
             return [Part([Piece(prompt)]), *(Part([Piece(r, continues=True)], True) for r in responses)], noticed
-        cut = [self.chats.through_end(response) for response in responses]
+        cut = [self.chats.special.through_end(response) for response in responses]
         ended = [Part([Piece(text, literal=False, continues=True)], not ended) for text, ended in cut]
         return [Part([Piece(prompt, literal=False)]), *ended], noticed
 
