@@ -18,7 +18,7 @@ from typing import Any
 
 from tdpo.counterparts import ENTRY_SPELLINGS, hint
 from tdpo.data.dialects import SPLITS
-from tdpo.data.readers import READERS, Unreadable, kind_of, read_values, table_values
+from tdpo.data.readers import READERS, Unreadable, first_line, kind_of, read_values, table_values
 from tdpo.data.reading import Reading, parse_columns, parse_json, parse_names
 from tdpo.errors import UserError
 
@@ -135,17 +135,10 @@ class MixedDataset:
 
     def reading(self, seed: int) -> Reading:
         """How its rows become records."""
-        return Reading(
-            format=self.format,
-            columns=parse_columns(self.columns),
-            ignore_columns=parse_names(self.ignore_columns),
-            pairs_from=self.pairs_from,
-            min_margin=self.min_margin,
-            min_score_ratio=self.min_score_ratio,
-            weight=self.weight,
-            seed=seed,
-            truncation_mode=self.truncation_mode,
-        )
+        names = {item.name for item in fields(Reading)} & vars(self).keys()
+        columns, ignored = parse_columns(self.columns), parse_names(self.ignore_columns)
+        given = {name: getattr(self, name) for name in names}
+        return Reading(**{**given, "columns": columns, "ignore_columns": ignored, "seed": seed})
 
 
 def open_source(name: str, split: str, config: str | None = None) -> Source:
@@ -171,7 +164,10 @@ def open_source(name: str, split: str, config: str | None = None) -> Source:
 
 def _open(name: str, split: str, config: str | None) -> Source:
     if name == STDIN:
-        return Source("standard input", (_file_part(_spooled_input(), "standard input", split),))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("standard input cannot be read by several processes; write it to a file first")
+        path = Path(_copied_input().name) / "standard-input.json"
+        return Source("standard input", (_file_part(path, "standard input", split),))
     saved = _saved_folder(Path(name).expanduser(), split)
     if saved is not None:
         files = tuple(sorted(path for path in saved.rglob("*") if path.is_file()))
@@ -363,25 +359,13 @@ def _file_rows(path: Path, shown: str, split: str) -> Iterator[SourceRow]:
     return (_source_row(shown, number, value) for number, value in read_values(path, shown, split))
 
 
-def _spooled_input() -> Path:
-    """Standard input as a file, because rows may be read more than once. It goes when the process ends."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("standard input cannot be read by several processes; write it to a file first")
-    return _spool()
-
-
 @functools.cache
-def _spool() -> Path:
+def _copied_input() -> tempfile.TemporaryDirectory[str]:
+    """Copies standard input to a file, because rows may be read more than once; it lasts as long as the process."""
     folder = tempfile.TemporaryDirectory()
-    _KEPT.append(folder)
-    path = Path(folder.name) / "standard-input.json"
-    with open(path, "wb") as file:
+    with open(Path(folder.name) / "standard-input.json", "wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
-    return path
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Folders that last as long as the process."""
+    return folder
 
 
 def _saved_folder(folder: Path, split: str) -> Path | None:
@@ -402,7 +386,7 @@ def _saved_rows(folder: Path) -> Iterator[SourceRow]:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises many kinds, all of them about what is in the folder
-        raise UserError(f"{folder}: cannot be read as a saved dataset: {_reason(error)}") from error
+        raise UserError(f"{folder}: cannot be read as a saved dataset: {first_line(error)}") from error
     yield from _dataset_rows(loaded, str(folder))
 
 
@@ -413,7 +397,7 @@ def _hub_rows(name: str, split: str, config: str | None) -> Iterator[SourceRow]:
         loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises many kinds, all of them about the user's name, split or network
         raise UserError(
-            f"dataset {name!r}: neither a local file nor loadable from the hub: {_reason(error)}"
+            f"dataset {name!r}: neither a local file nor loadable from the hub: {first_line(error)}"
         ) from error
     yield from _dataset_rows(loaded, f"{name} ({split})")
 
@@ -422,10 +406,6 @@ def _dataset_rows(loaded: Any, shown: str) -> Iterator[SourceRow]:
     """Rows of a ``datasets.Dataset``, which stays on disk; its batches are Arrow's, not its own decoded columns."""
     tables = loaded.with_format("arrow").iter(1000)
     return (_source_row(shown, number, value) for number, value in table_values(tables))
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _source_row(source: str, number: int, value: Any) -> SourceRow:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tdpo.data.chat import ChatRenderer
 from tdpo.data.continuation import ContinuationEncoder
@@ -16,6 +16,9 @@ from tdpo.data.sources import SourceRow
 from tdpo.data.special_tokens import Piece
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
+
+if TYPE_CHECKING:
+    from tdpo.data.supervised import Exchange
 
 TruncationMode = Literal["keep_end", "keep_start"]
 OnOverlong = Literal["truncate", "drop", "error"]
@@ -77,26 +80,6 @@ class Part(NamedTuple):
     add_end: bool = False
 
 
-class Asked(Placed, Protocol):
-    """A prompt as it was read: what records of pairs and of single responses share."""
-
-    @property
-    def prompt(self) -> Text:
-        """Plain text, or chat messages."""
-
-    @property
-    def tools(self) -> list[Any] | None:
-        """Tools the chat template shows the model."""
-
-    @property
-    def chat_template_kwargs(self) -> dict[str, Any] | None:
-        """Further arguments of the chat template."""
-
-    @property
-    def truncation_mode(self) -> TruncationMode | None:
-        """Which part of the prompt stays when it is cut; None is that of :class:`Lengths`."""
-
-
 class Turns(NamedTuple):
     """A prompt and the responses to it, as they are tokenised together.
 
@@ -122,7 +105,7 @@ class Turns(NamedTuple):
         return ("chosen", "rejected") if len(self.responses) == 2 else ("the response",) * len(self.responses)
 
     @classmethod
-    def of(cls, record: Asked, *responses: Text) -> Turns:
+    def of(cls, record: PreferenceRecord | Exchange, *responses: Text) -> Turns:
         """A record's prompt with some responses to it."""
         return cls(record.prompt, responses, record, record.tools, record.chat_template_kwargs, record.truncation_mode)
 

@@ -56,7 +56,6 @@ class UnusedColumns:
         self.name, self.report = name, report
         self._always = {use for use in uses if isinstance(use, str)}
         self._groups = [[alternative.split("+") for alternative in use] for use in uses if not isinstance(use, str)]
-        self._suspects: dict[tuple[str, ...], list[str]] = {}
         self._named: set[str] = set()
 
     def check_head(self, head: Sequence[SourceRow]) -> None:
@@ -79,21 +78,12 @@ class UnusedColumns:
         Raises:
             UserError: naming a column that may be the prompt.
         """
-        fields = row.fields
-        names = tuple(fields)
-        if names not in self._suspects:
-            if len(self._suspects) > 1000:  # rows that hardly share their columns
-                self._suspects.clear()
-            self._suspects[names] = [name for name in names if not self._settled(name)]
-        suspects = [name for name in self._suspects[names] if not isinstance(fields[name], SCALARS)]
-        if suspects:
-            used = {name: fields[name] for name in self._used(fields) & fields.keys()}
-            prompts = [value for name, value in used.items() if isinstance(value, str) and not _is_answer(name)]
-            suspects = [name for name in suspects if not _repeats(fields[name], used.values(), prompts)]
-        if suspects:
-            stopping = self._stopping(row, suspects)
-            if stopping:
-                raise UserError(self._message(dict.fromkeys(stopping, row)))
+        values = [(name, value) for name, value in row.fields.items() if not isinstance(value, SCALARS)]
+        suspects = [(name, value) for name, value in values if not self._settled(name)]
+        used = [row.fields.get(name) for name in self._used(row.fields)] if suspects else []
+        stopping = self._stopping(row, [name for name, value in suspects if value not in used])
+        if stopping:
+            raise UserError(self._message(dict.fromkeys(stopping, row)))
 
     def _notice_keys(self, row: SourceRow) -> None:
         """Reports keys of listed answers that hold text and are not used, such as a critique, once for each."""
@@ -130,7 +120,6 @@ class UnusedColumns:
                 shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
                 self.report.unused.setdefault(shown, row.row)
                 self._named.add(name)
-                self._suspects.clear()
         return stopping
 
     def _used(self, fields: dict[str, Any]) -> set[str]:
@@ -203,13 +192,6 @@ class SystemColumn:
         return name != "instruction" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
 
 
-def _repeats(value: Any, used: Iterable[Any], prompts: Sequence[str]) -> bool:
-    """Returns whether a column is equal to a used one or a part of a prompt, the two cheap ways of repeating it."""
-    if isinstance(value, str):
-        return value in used or _within(value, prompts)
-    return isinstance(value, list | dict) and value in used
-
-
 class _Contents:
     """Holds all texts of the columns of a row that are used.
 
@@ -237,6 +219,7 @@ class _Contents:
         )
 
 
+@functools.lru_cache(1 << 14)
 def is_metadata(name: str) -> bool:
     """Returns whether a name is known to be that of metadata.
 
@@ -320,7 +303,7 @@ def _is_binary(part: Any) -> bool:
     return bool(part) if isinstance(part, bytes) else hasattr(part, "mode") and hasattr(part, "size")
 
 
-@functools.cache
+@functools.lru_cache(1 << 14)
 def _is_answer(name: str) -> bool:
     return ANSWERS.search(name) is not None
 
