@@ -186,18 +186,13 @@ def _build(
 def _batches(
     records: Iterable[PreferenceRecord], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
 ) -> Iterator[Any]:
-    kept = 0
+    left, kept = iter(records), 0
+    chunks = iter(lambda: list(itertools.islice(left, CHUNK)), [])
     make = batches_of_workers if tokeniser.processes > 1 else batches_made_here
-    for batch in make(_chunks(records), tokeniser, report, on_bad_row):
+    for batch in make(chunks, tokeniser, report, on_bad_row):
         kept += len(batch)
         yield batch
     report.kept = kept
-
-
-def _chunks(records: Iterable[PreferenceRecord]) -> Iterator[list[PreferenceRecord]]:
-    left = iter(records)
-    while chunk := list(itertools.islice(left, CHUNK)):
-        yield chunk
 
 
 def _is_tokenised(row: Any) -> bool:

@@ -18,7 +18,7 @@ from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.supervised import SFT_FORMATS, Exchange
 from tdpo.data.tokenise import Ids, Tokeniser, Turns
 from tdpo.errors import UserError
-from tdpo.types import PackedBatch, Text
+from tdpo.types import PackedBatch
 
 TrainOn = Literal["every_turn", "last_turn"]
 MASKED = -100
@@ -145,14 +145,13 @@ def prepare_sft(
     """
     if isinstance(data, SFTDataset):
         return data
-    rows: Source | list[SourceRow]
-    if isinstance(data, Source):
-        rows = data
-    else:
-        given = list(data)
-        rows = given if given and isinstance(given[0], SourceRow) else from_memory(given, name)
+    rows: Source | list[Any] = data if isinstance(data, Source) else list(data)
+    if isinstance(rows, list) and not (rows and isinstance(rows[0], SourceRow)):
+        rows = from_memory(rows, name)
     report = SFTReport(name_of(rows), train_on=train_on)
-    exchanges = _exchanges(rows, reading, on_bad_row, report)
+    exchanges: list[Exchange] = list(
+        convert(rows, reading, on_bad_row, report, SFT_FORMATS, lambda exchange: exchange.prompt or exchange.response)
+    )
     if tokeniser.rendering.special_tokens is None:
         exchanges = list(tokeniser.texts.refuse_unless_chosen(exchanges, lambda e: (e.prompt, e.response)))
     examples: list[SFTExample] = []
@@ -181,15 +180,6 @@ def check_lengths(
         check_limits(f"{dataset.report.source}, row {example.row}", ids, length, vocab_size, positions, tokens)
 
 
-def _exchanges(
-    rows: Iterable[SourceRow], reading: str | Reading, on_bad_row: OnBadRow, report: DataReport
-) -> list[Exchange]:
-    def key(exchange: Exchange) -> Text:
-        return exchange.prompt or exchange.response
-
-    return list(convert(rows, reading, on_bad_row, report, SFT_FORMATS, key))
-
-
 def _encode(
     exchanges: Sequence[Exchange], tokeniser: Tokeniser, report: SFTReport, on_bad_row: OnBadRow
 ) -> Iterator[list[Ids]]:
@@ -212,8 +202,8 @@ def _turns(exchange: Exchange, train_on: TrainOn) -> list[Turns]:
 
 def _count(sequences: Iterable[Ids], turns: Sequence[Ids], report: SFTReport) -> list[Ids]:
     """Counts the sequences of a conversation in the report, and returns them."""
-    found, exchange = list(sequences), turns[0].place
-    assert isinstance(exchange, Exchange)
+    found = list(sequences)
+    exchange: Exchange = turns[0].place  # type: ignore[assignment]
     for note in exchange.notes + ((SEPARATE,) if len(found) > 1 else ()):
         report.notice(exchange, note)
     if exchange.earlier:

@@ -50,11 +50,7 @@ def iter_records(
         UserError: for no rows, an unknown format, columns that fit no format, options a format does not have, or bad
             rows.
     """
-
-    def prompt(record: PreferenceRecord) -> Text:
-        return record.prompt or record.chosen
-
-    yield from convert(rows, reading, on_bad_row, report, FORMATS, prompt)
+    yield from convert(rows, reading, on_bad_row, report, FORMATS, lambda record: record.prompt or record.chosen)
 
 
 def convert(
@@ -89,10 +85,8 @@ def convert(
 
 def name_of(rows: Iterable[SourceRow]) -> str:
     """What messages call these rows: the name of their source, or of the first row's."""
-    name = getattr(rows, "name", None)
-    if name is None and isinstance(rows, list):
-        name = rows[0].source if rows else None
-    return name or "dataset"
+    first = rows[0].source if isinstance(rows, list) and rows else None
+    return getattr(rows, "name", first) or "dataset"
 
 
 def _convert_group(
