@@ -1,4 +1,4 @@
-"""From whatever the user hands over to a dataset of tokenised pairs and a report of what became of it."""
+"""Turns data in any form the user passes into a dataset of tokenised pairs with a report on its rows."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CHUNK = 2048
 
 
 class NoPairLeft(UserError):
-    """A dataset of which nothing can be trained on.
+    """A dataset without a pair to train on.
 
     Attributes:
-        report: What became of its rows.
+        report: The report on its rows.
     """
 
     def __init__(self, report: DataReport) -> None:
@@ -127,7 +127,7 @@ def prepare_pairs(
 
 
 def _rows(data: Iterable[Any], name: str) -> list[Any]:
-    """The data's rows, whatever they are; dictionaries get their numbers."""
+    """Returns the rows of the data; dictionaries get their numbers."""
     rows = list(data)
     if not rows:
         raise UserError(f"{name}: no rows in it")
@@ -137,7 +137,7 @@ def _rows(data: Iterable[Any], name: str) -> list[Any]:
 def _fetched(
     rows: Source | list[Any], tokeniser: Tokeniser, reading: Reading, on_bad_row: OnBadRow, cache: PairCache | None
 ) -> tuple[PairTable, DataReport]:
-    """The pairs from the cache where there is one and it can be told what they are of, else made in memory."""
+    """Returns the pairs from the cache if the rows have a fingerprint, and otherwise makes them in memory."""
 
     def build() -> tuple[DataReport, Iterator[Any]]:
         return _build(rows, tokeniser, reading, on_bad_row)
@@ -167,7 +167,7 @@ def _fetched(
 def _build(
     rows: Source | list[Any], tokeniser: Tokeniser, reading: Reading, on_bad_row: OnBadRow
 ) -> tuple[DataReport, Iterator[Any]]:
-    """The report, and the record batches during whose making it is filled; text is read as it is tokenised."""
+    """Returns the report, and the record batches whose iteration fills it; text is read as it is tokenised."""
     first = next(iter(rows), None)
     if _is_tokenised(first):
         found = list(rows)

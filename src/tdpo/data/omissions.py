@@ -242,15 +242,15 @@ def leaves_of(messages: Sequence[Message], first: int = 0) -> list[Leaf]:
             end = content.rfind(THOUGHT_END) if message["role"] == "assistant" else -1
             if end >= 0:
                 begin = content.find("<think>") + len("<think>") if content.find("<think>", 0, end) >= 0 else 0
-                _add(found, THOUGHTS, number, path, content[begin:end], begin)
+                found += _leaf(THOUGHTS, number, path, content[begin:end], begin)
                 end += len(THOUGHT_END)
-                _add(found, CONTENT, number, path, content[end:], end)
+                found += _leaf(CONTENT, number, path, content[end:], end)
             else:
-                _add(found, CONTENT, number, path, content)
+                found += _leaf(CONTENT, number, path, content)
         if len(message) > 2:
             for name in THOUGHT_FIELDS:
                 if isinstance(message.get(name), str):
-                    _add(found, THOUGHTS, number, (name,), message[name])
+                    found += _leaf(THOUGHTS, number, (name,), message[name])
             found += _leaves_of_calls(message, number)
     return found
 
@@ -263,15 +263,15 @@ def leaves_of_tools(tools: Any) -> list[Leaf]:
         described = tool["function"] if len(inside) > 1 else tool
         for name in ("name", "description"):
             if isinstance(described.get(name), str):
-                _add(found, TOOLS, -1, (*inside, name), described[name])
+                found += _leaf(TOOLS, -1, (*inside, name), described[name])
     return found
 
 
-def _add(found: list[Leaf], kind: Kind, message: int, path: tuple[Any, ...], text: str, start: int = 0) -> None:
+def _leaf(kind: Kind, message: int, path: tuple[Any, ...], text: str, start: int = 0) -> list[Leaf]:
+    """Returns the leaf of a text, or none for white space."""
     stripped = text.strip()
-    if stripped:
-        field = path[0] if message >= 0 and kind != CALLS else "arguments" if "arguments" in path else path[-1]
-        found.append(Leaf((message, kind, field), path, stripped, start + text.index(stripped)))
+    field = path[0] if message >= 0 and kind != CALLS else "arguments" if "arguments" in path else path[-1]
+    return [Leaf((message, kind, field), path, stripped, start + text.index(stripped))] if stripped else []
 
 
 def _leaves_of_calls(message: Message, number: int) -> Iterator[Leaf]:
@@ -285,12 +285,8 @@ def _leaves_of_calls(message: Message, number: int) -> Iterator[Leaf]:
                 path, call = (*path, "function"), call["function"]
             for key in ("name", "arguments"):
                 for inner, value in _scalars(call.get(key), (*path, key)):
-                    found: list[Leaf] = []
-                    if isinstance(value, str):
-                        _add(found, CALLS, number, inner, value)
-                        yield from found
-                    else:
-                        yield Leaf((number, CALLS, "arguments"), inner, value)
+                    number_leaf = Leaf((number, CALLS, "arguments"), inner, value)
+                    yield from _leaf(CALLS, number, inner, value) if isinstance(value, str) else [number_leaf]
 
 
 def _scalars(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -34,7 +34,7 @@ class Unreadable(str):
 
 
 def kind_of(path: Path) -> str:
-    """What a file's name says it holds, compression aside: ``"jsonl"`` for ``pairs.jsonl.gz``."""
+    """Returns the suffix of a file's name without that of compression: ``"jsonl"`` for ``pairs.jsonl.gz``."""
     name = path.name.lower()
     for suffix in SUFFIXES:
         name = name.removesuffix("." + suffix)

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, globs, standard input, the hub, or a mixture. Every row keeps its number."""
+"""Opens sources of rows: files, folders, globs, standard input, the hub, or a mixture. Every row keeps its number."""
 
 from __future__ import annotations
 
@@ -176,7 +176,8 @@ def _open(name: str, split: str, config: str | None) -> Source:
     if paths is None:
         return Source(f"{name} ({split})", (Part(functools.partial(_hub_rows, name, split, config)),))
     for path in paths:
-        _check_kind(path)
+        if path.is_file() and kind_of(path) not in READERS:
+            next(read_values(path))  # raises, naming the known kinds
     shown = str(paths[0]) if len(paths) == 1 else name
     return Source(shown, tuple(_file_part(path, str(path), split) for path in paths))
 
@@ -192,7 +193,7 @@ def groups_of(rows: Iterable[Any]) -> Iterator[tuple[Reading | None, Iterable[An
 
 
 def read_source(name: str, split: str, config: str | None = None) -> list[SourceRow]:
-    """All rows of a dataset at once; see :func:`open_source`.
+    """Reads all rows of a dataset at once; see :func:`open_source`.
 
     Raises:
         UserError: also if there are none.
@@ -204,13 +205,13 @@ def read_source(name: str, split: str, config: str | None = None) -> list[Source
 
 
 def open_mixture(datasets: Sequence[Any], split: str, readings: Callable[[Reading], Reading], seed: int) -> Source:
-    """Several datasets one after the other, each read in its own way.
+    """Opens several datasets as one source, each with its own reading.
 
     Args:
         datasets: Mappings with the fields of :class:`MixedDataset`, or texts: a JSON object, or
             ``name,field=value,...``.
         split: Split of those that name none.
-        readings: What is done to the reading of each, such as taking one side of a split.
+        readings: Changes the reading of each, such as taking one side of a split.
         seed: Seed of weights that are not whole numbers.
 
     Raises:
@@ -231,7 +232,7 @@ def open_mixture(datasets: Sequence[Any], split: str, readings: Callable[[Readin
 
 
 def mixed_dataset(entry: Any, place: int) -> MixedDataset:
-    """One entry of the option ``datasets``.
+    """Parses one entry of the option ``datasets``.
 
     Example:
         >>> mixed_dataset("pairs.jsonl,weight=0.5,format=hh", 1).weight
@@ -262,7 +263,7 @@ def from_memory(rows: Iterable[Any], source: str) -> list[SourceRow]:
 
 
 def describe(value: Any) -> str:
-    """A short name of a value's type and content for messages.
+    """Describes a value's type and content in a few words for messages.
 
     Example:
         >>> describe(17), describe(None), describe("x" * 60)
@@ -311,13 +312,8 @@ def _entry_number(value: Any, what: str) -> float:
         raise UserError(f"{what} must be a number, found {describe(value)}") from error
 
 
-def _check_kind(path: Path) -> None:
-    if path.is_file() and kind_of(path) not in READERS:
-        next(read_values(path))
-
-
 def _local_paths(name: str, split: str) -> list[Path] | None:
-    """The files ``name`` means, or None if it can only be a hub name."""
+    """Returns the files that ``name`` means, or None if it can only be a hub name."""
     path = Path(name).expanduser()
     if path.is_dir():
         return _files_of_folder(path, split)
@@ -369,7 +365,7 @@ def _copied_input() -> tempfile.TemporaryDirectory[str]:
 
 
 def _saved_folder(folder: Path, split: str) -> Path | None:
-    """The folder of a split as ``datasets`` saves it to disk, or None if this is none of those."""
+    """Returns the folder of a split as ``datasets`` saves it to disk, or None if this is another folder."""
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return folder
     if not (folder / "dataset_dict.json").is_file():
