@@ -147,7 +147,7 @@ def test_a_late_row_is_looked_at_too() -> None:
 def test_a_prompt_is_not_guessed_beside_a_column_that_may_be_it() -> None:
     pair = {"chosen": "Yes, the sun is a star.", "rejected": "Yes, it is hot."}
     assert one(pair).prompt == "Yes,"
-    assert one({**pair, "question": "Is the sun a star?"}).prompt == "Is the sun a star?"
+    assert one({**pair, "question": "Is the sun a star?"}).prompt == [{"role": "user", "content": "Is the sun a star?"}]
     for name in ("asked", "topic_text", "context", "document"):
         message = stopped([{**pair, name: "Is the sun a star?"}])
         assert f"the column '{name}' holds" in message and f"--columns prompt={name} takes" in message
@@ -283,7 +283,7 @@ def test_tables_fill_what_is_missing_with_null(tmp_path: Path) -> None:
     records, report = to_records(open_source(str(tmp_path / "pairs.parquet"), "train"))
     assert [record.prompt for record in records] == ["Where is the moon?"] * 2 and report.format == "preference"
     question = {"prompt": None, "question": "Why?", "chosen": "A.", "rejected": "B."}
-    assert one(question).prompt == "Why?"
+    assert one(question).prompt == [{"role": "user", "content": "Why?"}]
     assert one({"prompt": None, "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}).prompt == [ASKED]
     assert one({"prompt": None, **ROWS["hh"]("Why?")}).prompt == "\n\nHuman: Why?\n\nAssistant:"
     assert "found null" in told({"prompt": None, "chosen": "Yes, A.", "rejected": "Yes, B."}), "never guessed"

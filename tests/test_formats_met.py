@@ -10,9 +10,10 @@ from test_formats_answers import texts
 from test_formats_pairs import TOOL, dropped, one, told
 
 from tdpo import UserError
-from tdpo.data.formats import to_records
+from tdpo.data.formats import DataReport, convert, to_records
 from tdpo.data.reading import Reading, parse_columns
 from tdpo.data.sources import from_memory
+from tdpo.data.supervised import SFT_FORMATS
 
 
 def said(role: str, content: str) -> dict[str, Any]:
@@ -186,9 +187,31 @@ def test_the_prompt_is_the_turns_that_chats_share() -> None:
     assert sides({"prompt": "Another question", **chats}, Reading(ignore_columns=("prompt",)))[0] == [*GREETED, ASKED]
 
 
+@pytest.mark.parametrize("name", ["question", "query", "problem", "input", "inputs", "instruction"])
+def test_a_question_is_a_users_turn_in_pairs_and_in_supervised_rows(name: str) -> None:
+    asked, good, bad = said("user", "Why?"), said("assistant", "A."), said("assistant", "B.")
+    pair = ([asked], [good], [bad])
+    assert sides({name: "Why?", "chosen": "A.", "rejected": "B."}) == pair
+    assert sides({name: "Why?", "chosen": [good], "rejected": [bad]}) == pair
+    assert sides({name: "Why?", "chosen": [asked, good], "rejected": [asked, bad]}) == pair
+    assert sides({name: "Why?", "response_0": "B.", "response_1": "A.", "better_response_id": 1}) == pair
+    assert sides({name: "Why?", "completions": ["B.", "A."], "scores": [1, 2]}) == pair
+    assert sides({name: "Why?", "responses": ["A.", "B."], "ranks": [1, 2]}) == pair
+    scored = [{name: "Why?", "completion": "A.", "reward": 2}, {name: "Why?", "completion": "B.", "reward": 1}]
+    (record,) = to_records(from_memory(scored, "pairs.jsonl"))[0]
+    assert (record.prompt, record.chosen, record.rejected) == pair
+    (exchange,) = convert(
+        from_memory([{name: "Why?", "output": "A."}], "rows"), "auto", "error", DataReport("rows"), SFT_FORMATS,
+        lambda made: made.prompt,
+    )  # fmt: skip
+    assert (exchange.prompt, exchange.response) == pair[:2]
+    as_it_stands = Reading(columns=(("prompt", name),))
+    assert sides({name: "Q:", "chosen": " A", "rejected": " B"}, as_it_stands) == ("Q:", " A", " B")
+    assert told({name: " ", "chosen": "A.", "rejected": "B."}) == f"field {name!r} is empty"
+    assert sides({"prompt": "Q:", "chosen": " A", "rejected": " B"}) == ("Q:", " A", " B")
+
+
 def test_prompts_under_other_names() -> None:
-    for name in ("question", "query", "input"):
-        assert sides({name: "Q:", "chosen": " A", "rejected": " B"}) == ("Q:", " A", " B")
     turns = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"},
              {"from": "user", "value": ASKED["content"]}]  # fmt: skip
     for name in ("trajectory", "conversation", "prompt", "conversations"):

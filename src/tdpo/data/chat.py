@@ -246,7 +246,8 @@ class ChatRenderer:
             raise UserError(
                 "the dataset holds chat messages and the tokenizer has no chat template: give one with "
                 f"--chat_template_path (a Jinja file, or one of {', '.join(TEMPLATES)}), or text columns instead of "
-                "messages"
+                "messages; a text in 'question', 'query', 'problem', 'input' or 'instruction' is a user's turn, which "
+                "--columns prompt=question takes as it stands"
             )
         try:
             return self.tokenizer.apply_chat_template(

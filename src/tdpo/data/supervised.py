@@ -9,15 +9,12 @@ from typing import Any, Literal
 
 from tdpo.data.formats import FORMATS, DataReport, Format, RowDropped, RowError, chat_options, is_empty, text_of
 from tdpo.data.formats.fields import is_chat, plain_text
-from tdpo.data.formats.prompts import history_messages, read_turns
+from tdpo.data.formats.prompts import QUESTIONS, SYSTEMS, history_messages, read_turns
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
 RESPONSES = ("completion", "response", "output", "answer", "solution", "target", "targets")
-QUESTIONS = ("question", "query", "problem", "input", "inputs")
-"""Columns of what a user asks. ``prompt`` is not among them: a text there is continued as it stands."""
-SYSTEMS = ("system", "system_prompt")
 LEARNT_FLAGS = ("weight", "loss", "train")
 """Keys of a message that say whether it is learnt: OpenAI's, ms-swift's and Axolotl's."""
 CONVERSATIONS = ("conversations", "conversation")

@@ -200,7 +200,7 @@ class SystemColumn:
         """Returns whether the prompt would be a plain text without the system prompt."""
         name = first_of(fields, ("prompt", "instruction", *PROMPTS))
         value = fields.get(name)
-        return name != "instruction" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
+        return name == "prompt" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
 
 
 def _repeats(value: Any, used: Iterable[Any], prompts: Sequence[str]) -> bool:
