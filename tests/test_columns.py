@@ -134,6 +134,20 @@ def test_metadata_is_silent_as_long_as_it_is_short() -> None:
     assert "the column 'source' holds" in stopped([{**PLAIN, "source": [ASKED]}])
 
 
+def test_what_was_asked_of_those_who_compared_is_no_prompt() -> None:
+    row = {"input": "Why?", "chosen": "A.", "rejected": "B.", "labelling_prompt": [ASKED], "judge_messages": [ASKED]}
+    records, report = records_of([row])
+    assert records[0].prompt == [{"role": "user", "content": "Why?"}]
+    assert report.unused == {"labelling_prompt": 1, "judge_messages": 1}
+    assert "'labelling_prompt' holds images" in stopped([{**row, "labelling_prompt": [{"image": b"x"}]}])
+
+
+def test_numbers_of_a_table_of_texts_are_no_text() -> None:
+    row = {**PLAIN, "Unnamed: 0": "17", "": "0", "likes": "-1.5e3", "flagged": "True", "comment": "4 of 5"}
+    assert records_of([row])[1].unused == {"comment": 1}
+    assert "the column 'question' holds" in stopped([{**PLAIN, "question": "7"}])
+
+
 def test_a_late_row_is_looked_at_too() -> None:
     first = [{**PLAIN, "question": None, "notes": ""} for _ in range(150)]
     assert "row 151: the column 'question' holds" in stopped([*first, {**PLAIN, "question": "Why?"}])

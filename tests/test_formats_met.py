@@ -165,7 +165,11 @@ def test_the_ways_to_pairs_that_refusals_name_lead_there(tmp_path: Any, monkeypa
     arena = {"prompt": '["Q"]', "response_a": '["A"]', "response_b": '["B"]', "winner_model_a": 0, "winner_model_b": 1,
              "winner_tie": 0}  # fmt: skip
     summaries = {"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
-    for number, (row, pair) in enumerate(((arena, ("Q", "B", "A")), (summaries, ("P\n\nTL;DR:", "b", "a")))):
+    webgpt = {"question": {"full_text": "Q"}, "answer_0": "a", "answer_1": "b", "score_0": -1.0, "score_1": 1.0}
+    asked = [said("user", "Q")], [said("assistant", "b")], [said("assistant", "a")]
+    for number, (row, pair) in enumerate(
+        ((arena, ("Q", "B", "A")), (summaries, ("P\n\nTL;DR:", "b", "a")), (webgpt, asked))
+    ):
         code = stops(row).partition("def function(row): ")[2].rpartition(". Found")[0]
         (tmp_path / f"way_{number}.py").write_text(f"import json\n\ndef function(row):\n    {code}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
@@ -221,6 +225,40 @@ def test_prompts_under_other_names() -> None:
         if name == "prompt":
             assert sides(as_text) == ([*GREETED, ASKED], [GOOD], [BAD])
     assert sides({"prompt": [ASKED], "chosen": GOOD, "rejected": BAD}) == ([ASKED], [GOOD], [BAD]), "lone messages"
+
+
+def test_speakers_have_the_names_that_templates_know() -> None:
+    asked, good, bad = said("user", "Why?"), said("assistant", "A."), said("assistant", "B.")
+    for user, assistant in (("human", "gpt"), ("User", "Assistant"), ("prompter", "bot"), ("human", "chatgpt")):
+        row = {"prompt": [said(user, "Why?")], "chosen": [said(assistant, "A.")], "rejected": [said(assistant, "B.")]}
+        assert sides(row) == ([asked], [good], [bad])
+        turns = [{"from": user, "value": "Why?"}]
+        row = {"conversations": turns, "chosen": {"from": assistant, "value": "A."}, "rejected": bad}
+        assert sides(row) == ([asked], [good], [bad])
+    call = {"name": "f", "arguments": {"x": 1}}
+    made = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    of_swift = [asked, said("tool_call", json.dumps(call)), said("tool_response", "8"), good]
+    assert sides({"messages": of_swift, "rejected_response": "B."})[0] == [asked, made, said("tool", "8")]
+    assert told({"prompt": [asked], "chosen": [said("tool_call", "f(1)")], "rejected": [bad]}).startswith(
+        "field 'chosen', message 1 is from tool_call and not valid JSON"
+    )
+    other = said("critic", "B.")
+    assert sides({"prompt": [asked], "chosen": [good], "rejected": [other]})[2] == [other], "a template may know it"
+
+
+def test_turns_that_may_be_meant_otherwise_are_named() -> None:
+    asked, good, bad = said("user", "Why?"), said("assistant", "A."), said("assistant", "B.")
+    rows = [
+        {"prompt": [asked, said("assistant", "Because")], "chosen": [good], "rejected": [bad]},
+        {"prompt": [asked], "chosen": [good], "rejected": [bad, asked, bad]},
+        {"prompt": [asked], "chosen": [good], "rejected": [bad]},
+    ]
+    records, report = to_records(from_memory(rows, "pairs.jsonl"))
+    assert records[0].prompt[-1]["content"] == "Because"
+    assert report.noticed == {
+        "the prompt ends with the assistant's turn, which the responses follow and do not continue": [1],
+        "a response holds turns of other roles, which are trained on as a part of it": [2],
+    }
 
 
 def test_an_empty_instruction_leaves_no_line_break() -> None:

@@ -16,7 +16,18 @@ import jinja2
 
 from tdpo.data.calls import as_json_text, as_object, map_arguments, without_nulls
 from tdpo.data.formats import RowError
-from tdpo.data.omissions import CALLS, CONTENT, THOUGHTS, TOOLS, Chat, Leaf, OmissionFinder, leaves_of, leaves_of_tools
+from tdpo.data.omissions import (
+    CALLS,
+    CONTENT,
+    NAMES,
+    THOUGHTS,
+    TOOLS,
+    Chat,
+    Leaf,
+    OmissionFinder,
+    leaves_of,
+    leaves_of_tools,
+)
 from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError
 from tdpo.types import Message
@@ -341,6 +352,7 @@ class ChatRenderer:
             TOOLS: "the tools" if leaf.path[-1] == "name" else f"{leaf.path[-1]!r} of the tools",
             CALLS: f"{leaf.path[0]!r} of earlier turns",
             CONTENT: f"turns of role {chat.messages[leaf.message]['role']!r}",
+            NAMES: "names of speakers ('name')",
             THOUGHTS: f"thoughts ({leaf.path[0]!r}) of {'the response' if leaf.message >= first else 'earlier turns'}",
         }
         return f"the chat template leaves out {part[leaf.kind]}"

@@ -11,7 +11,7 @@ from tdpo.data.formats import RowError
 from tdpo.types import Message
 
 Kind = str
-TOOLS, CALLS, THOUGHTS, CONTENT = "tools", "tool_calls", "thoughts", "content"
+TOOLS, CALLS, THOUGHTS, CONTENT, NAMES = "tools", "tool_calls", "thoughts", "content", "names"
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that hold what was thought before its content."""
 THOUGHT_END = "</think>"
@@ -208,6 +208,8 @@ def leaves_of(messages: Sequence[Message], first: int = 0) -> list[Leaf]:
             for name in THOUGHT_FIELDS:
                 if isinstance(message.get(name), str):
                     _add(found, THOUGHTS, number, (name,), message[name])
+            if isinstance(message.get("name"), str) and message["role"] != "tool":
+                _add(found, NAMES, number, ("name",), message["name"])
             found += _leaves_of_calls(message, number)
     return found
 

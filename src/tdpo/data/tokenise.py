@@ -17,6 +17,10 @@ from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
 BAD_ROW_ADVICE = "--on_bad_row drop leaves such rows out"
+REFUSED_ADVICE = (
+    f"{BAD_ROW_ADVICE}, --chat_template_path gives another template, --ignore_columns leaves out a column such as "
+    "'system'"
+)
 TruncationMode = Literal["keep_end", "keep_start"]
 OnOverlong = Literal["truncate", "drop", "error"]
 SpecialTokens = Literal["text", "tokens"]
@@ -252,7 +256,7 @@ class Tokeniser:
             for what in noticed:
                 report.notice(turn.place, what)
         if bad and on_bad_row == "error":
-            raise UserError(_named(bad, BAD_ROW_ADVICE))
+            raise UserError(_named(bad, REFUSED_ADVICE))
         encoded = self._encode_pieces([part for _, parts, _ in jobs for part in parts])
         end = [self.tokenizer.eos_token_id]
         for turn, parts, noticed in jobs:

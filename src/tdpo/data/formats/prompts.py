@@ -57,8 +57,8 @@ def holds_turns(value: Any) -> bool:
 def prompt_of(row: SourceRow) -> Text:
     """Reads the prompt of a row from the first of the columns that have one; see :data:`PROMPT_USES`.
 
-    ``input`` and ``history`` belong to ``instruction``. The text of another column of :data:`QUESTIONS` becomes a user's
-    turn in :func:`with_system`, because the responses may be chats that repeat it.
+    ``input`` and ``history`` belong to ``instruction``. The text of a column of :data:`QUESTIONS` becomes a user's turn
+    in :func:`with_system`, because the responses may be chats that repeat it.
 
     Raises:
         RowError: if there is none.
@@ -171,7 +171,9 @@ def pair_record(row: SourceRow, prompt: Text | None, chosen: Text, rejected: Tex
     prompt, chosen, rejected = with_system(row, prompt, chosen, rejected)
     check_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
     check_placeholders(prompt)
-    return checked(PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt)))
+    record = checked(PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt)))
+    row.notes.extend(_notes(prompt, chosen, rejected))
+    return record
 
 
 def shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -194,6 +196,16 @@ def check_placeholders(prompt: Text) -> None:
                 f"the prompt has the placeholder {found} of {found[1:-1]} data, and training is on text alone; leave "
                 "such rows out, or remove the placeholder with --dataset_format module:function"
             )
+
+
+def _notes(prompt: Text, *responses: Text) -> list[str]:
+    """Lists what a chat holds that its author may have meant otherwise."""
+    notes = []
+    if is_chat(prompt) and prompt[-1]["role"] == "assistant":
+        notes.append("the prompt ends with the assistant's turn, which the responses follow and do not continue")
+    if any(turn["role"] in ASKING_ROLES for response in responses if is_chat(response) for turn in response):
+        notes.append("a response holds turns of other roles, which are trained on as a part of it")
+    return notes
 
 
 def _without_prompt(

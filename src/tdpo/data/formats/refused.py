@@ -7,7 +7,9 @@ from typing import Any
 
 from tdpo.data.formats.prompts import has_prompt
 
-ANSWERS = ("completion", "response", "output", "answer")
+ANSWERS = ("completion", "response", "output", "answer", "solution")
+LABELS = ("label", "kto_tag", "is_safe")
+"""Columns that say whether a single response is a good one: TRL's, LLaMA-Factory's and BeaverTails'."""
 
 
 def refusal(fields: dict[str, Any]) -> str | None:
@@ -20,7 +22,7 @@ def _answered(fields: dict[str, Any]) -> bool:
 
 
 def _is_unpaired(fields: dict[str, Any]) -> bool:
-    label = fields.get("label", fields.get("kto_tag"))
+    label = next((fields[name] for name in LABELS if name in fields), None)
     return _answered(fields) and (isinstance(label, bool) or label in (0, 1) or str(label).lower() in ("true", "false"))
 
 
@@ -30,6 +32,10 @@ def _is_stepwise(fields: dict[str, Any]) -> bool:
 
 def _is_arena(fields: dict[str, Any]) -> bool:
     return {"winner_model_a", "winner_model_b"} <= fields.keys()
+
+
+def _is_webgpt(fields: dict[str, Any]) -> bool:
+    return isinstance(fields.get("question"), dict) and {"answer_0", "answer_1"} <= fields.keys()
 
 
 def _is_comparison(fields: dict[str, Any]) -> bool:
@@ -65,6 +71,13 @@ def _pair_arena(fields: dict[str, Any]) -> str:
     )
 
 
+def _pair_webgpt(fields: dict[str, Any]) -> str:
+    return _function(
+        "return {**{name: row[name] for name in ('answer_0', 'answer_1', 'score_0', 'score_1')}, "
+        "'question': row['question']['full_text']}"
+    )
+
+
 def _pair_comparison(fields: dict[str, Any]) -> str:
     return _function(
         "two = [s['text'] for s in row['summaries']]; return {'prompt': row['info']['post'] + '\\n\\nTL;DR:', "
@@ -90,6 +103,7 @@ def _function(code: str) -> str:
 
 KINDS: tuple[tuple[str, Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], str]], ...] = (
     ("votes between two conversations (lmsys arena) with turns as JSON", _is_arena, _pair_arena),
+    ("comparisons of answers to questions that are objects (webgpt_comparisons)", _is_webgpt, _pair_webgpt),
     ("comparisons of summaries (summarize_from_feedback)", _is_comparison, _pair_comparison),
     (
         "labels of single steps (stepwise supervision)",
