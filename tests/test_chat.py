@@ -72,6 +72,15 @@ def test_a_prompt_that_depends_on_the_response_is_refused_by_row() -> None:
         one(chat_tokenizer(template), record())
 
 
+def test_the_way_out_of_a_refusal_is_named() -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    bad = record([{"role": "system", "content": "x"}, *CHAT])
+    with pytest.raises(
+        UserError, match=r"no system\n\(--on_bad_row drop .*, --chat_template_path gives .* such as 'system'"
+    ):
+        Tokeniser(chat_tokenizer(template)).pairs([bad], DataReport("chats.jsonl"))
+
+
 def test_rows_a_template_refuses_are_named_or_dropped_as_bad_rows() -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     tokeniser = Tokeniser(chat_tokenizer(template))

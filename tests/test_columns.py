@@ -134,6 +134,20 @@ def test_metadata_is_silent_as_long_as_it_is_short() -> None:
     assert "the column 'source' holds" in stopped([{**PLAIN, "source": [ASKED]}])
 
 
+def test_what_was_asked_of_those_who_compared_is_no_prompt() -> None:
+    row = {"input": "Why?", "chosen": "A.", "rejected": "B.", "labelling_prompt": [ASKED], "judge_messages": [ASKED]}
+    records, report = records_of([row])
+    assert records[0].prompt == [{"role": "user", "content": "Why?"}]
+    assert report.unused == {"labelling_prompt": 1, "judge_messages": 1}
+    assert "'labelling_prompt' holds images" in stopped([{**row, "labelling_prompt": [{"image": b"x"}]}])
+
+
+def test_numbers_of_a_table_of_texts_are_no_text() -> None:
+    row = {**PLAIN, "Unnamed: 0": "17", "": "0", "likes": "-1.5e3", "flagged": "True", "comment": "4 of 5"}
+    assert records_of([row])[1].unused == {"comment": 1}
+    assert "the column 'question' holds" in stopped([{**PLAIN, "question": "7"}])
+
+
 def test_a_late_row_is_looked_at_too() -> None:
     first = [{**PLAIN, "question": None, "notes": ""} for _ in range(150)]
     assert "row 151: the column 'question' holds" in stopped([*first, {**PLAIN, "question": "Why?"}])
@@ -147,7 +161,7 @@ def test_a_late_row_is_looked_at_too() -> None:
 def test_a_prompt_is_not_guessed_beside_a_column_that_may_be_it() -> None:
     pair = {"chosen": "Yes, the sun is a star.", "rejected": "Yes, it is hot."}
     assert one(pair).prompt == "Yes,"
-    assert one({**pair, "question": "Is the sun a star?"}).prompt == "Is the sun a star?"
+    assert one({**pair, "question": "Is the sun a star?"}).prompt == [{"role": "user", "content": "Is the sun a star?"}]
     for name in ("asked", "topic_text", "context", "document"):
         message = stopped([{**pair, name: "Is the sun a star?"}])
         assert f"the column '{name}' holds" in message and f"--columns prompt={name} takes" in message
@@ -283,7 +297,7 @@ def test_tables_fill_what_is_missing_with_null(tmp_path: Path) -> None:
     records, report = to_records(open_source(str(tmp_path / "pairs.parquet"), "train"))
     assert [record.prompt for record in records] == ["Where is the moon?"] * 2 and report.format == "preference"
     question = {"prompt": None, "question": "Why?", "chosen": "A.", "rejected": "B."}
-    assert one(question).prompt == "Why?"
+    assert one(question).prompt == [{"role": "user", "content": "Why?"}]
     assert one({"prompt": None, "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}).prompt == [ASKED]
     assert one({"prompt": None, **ROWS["hh"]("Why?")}).prompt == "\n\nHuman: Why?\n\nAssistant:"
     assert "found null" in told({"prompt": None, "chosen": "Yes, A.", "rejected": "Yes, B."}), "never guessed"

@@ -11,7 +11,7 @@ from tdpo.data.formats import RowError
 from tdpo.types import Message
 
 Kind = str
-TOOLS, CALLS, THOUGHTS, CONTENT = "tools", "tool_calls", "thoughts", "content"
+TOOLS, CALLS, THOUGHTS, CONTENT, NAMES = "tools", "tool_calls", "thoughts", "content", "names"
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that hold what was thought before its content."""
 THOUGHT_END = "</think>"
@@ -138,6 +138,7 @@ class OmissionFinder:
             TOOLS: "the tools" if leaf.path[-1] == "name" else f"{leaf.path[-1]!r} of the tools",
             CALLS: f"{field!r} of earlier turns",
             CONTENT: f"turns of role {role!r}",
+            NAMES: "names of speakers ('name')",
             THOUGHTS: f"thoughts ({field!r}) of {'the response' if leaf.message >= first else 'earlier turns'}",
         }
         return f"{OMITS} {part[leaf.kind]}"
@@ -251,6 +252,8 @@ def leaves_of(messages: Sequence[Message], first: int = 0) -> list[Leaf]:
             for name in THOUGHT_FIELDS:
                 if isinstance(message.get(name), str):
                     found += _leaf(THOUGHTS, number, (name,), message[name])
+            if isinstance(message.get("name"), str) and message["role"] != "tool":
+                found += _leaf(NAMES, number, ("name",), message["name"])
             found += _leaves_of_calls(message, number)
     return found
 

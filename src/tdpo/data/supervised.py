@@ -8,15 +8,13 @@ from typing import Any, Literal
 
 from tdpo.data.formats import FORMATS, Format, RowDropped, RowError, chat_options, is_empty, text_of
 from tdpo.data.formats.fields import is_chat, plain_text
-from tdpo.data.formats.prompts import history_messages, read_turns
+from tdpo.data.formats.prompts import QUESTIONS, SYSTEMS, history_messages, read_turns
+from tdpo.data.formats.refused import LABELS
 from tdpo.data.reading import Reading, parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
 RESPONSES = ("completion", "response", "output", "answer", "solution", "target", "targets")
-QUESTIONS = ("question", "query", "problem", "input", "inputs")
-"""Columns of what a user asks. ``prompt`` is not among them: a text there is continued as it stands."""
-SYSTEMS = ("system", "system_prompt")
 LEARNT_FLAGS = ("weight", "loss", "train")
 """Keys of a message that say whether it is learnt: OpenAI's, ms-swift's and Axolotl's."""
 CONVERSATIONS = ("conversations", "conversation")
@@ -192,8 +190,6 @@ def _answered(row: SourceRow, asked: str, answered: str) -> list[Exchange]:
     Text in ``prompt`` is continued as it stands; a question, and what has a system column or a history, is a chat. An
     empty system column makes a chat too, so that all rows of a source are of one kind.
     """
-    if row.fields.get("label") is False:
-        raise RowDropped("its label is false, an answer that is not wanted")
     prompt, response = text_of(row, asked), text_of(row, answered)
     history = history_messages(row)
     stands_alone = asked == "prompt" and not history and all(row.fields.get(name) is None for name in SYSTEMS)
@@ -213,6 +209,7 @@ def _answered(row: SourceRow, asked: str, answered: str) -> list[Exchange]:
 
 def _conversation(row: SourceRow, turns: list[Message], name: str, flags: Sequence[bool]) -> list[Exchange]:
     """Makes the exchange that learns every assistant turn whose flag is set and that another turn precedes."""
+    _drop_unwanted(row)
     first = _system(row)
     if first and turns[0]["role"] == "system":
         if turns[0]["content"] != first[0]["content"]:
@@ -235,9 +232,17 @@ def _conversation(row: SourceRow, turns: list[Message], name: str, flags: Sequen
 
 
 def _exchange(row: SourceRow, prompt: Text, response: Text, name: str) -> list[Exchange]:
+    _drop_unwanted(row)
     if is_empty(response):
         raise RowError(f"field {name!r} is empty")
     return [Exchange(prompt, response, row.source, row.row, **chat_options(row, prompt))]
+
+
+def _drop_unwanted(row: SourceRow) -> None:
+    """Drops an answer that a label calls bad (KTO)."""
+    for name in LABELS:
+        if row.fields.get(name) is False or str(row.fields.get(name)).lower() == "false":
+            raise RowDropped(f"its {name} is false, an answer that is not wanted")
 
 
 def _flags(turns: Any, name: str) -> list[bool]:

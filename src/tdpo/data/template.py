@@ -59,7 +59,8 @@ class ChatTemplate:
             raise UserError(
                 "the dataset holds chat messages and the tokenizer has no chat template: give one with "
                 f"--chat_template_path (a Jinja file, or one of {', '.join(TEMPLATES)}), or text columns instead of "
-                "messages"
+                "messages; a text in 'question', 'query', 'problem', 'input' or 'instruction' is a user's turn, which "
+                "--columns prompt=question takes as it stands"
             )
         try:
             return self._tokenizer.apply_chat_template(

@@ -20,6 +20,10 @@ from tdpo.types import PreferenceRecord, Text, TokenisedPair
 if TYPE_CHECKING:
     from tdpo.data.supervised import Exchange
 
+REFUSED_ADVICE = (
+    f"{BAD_ROW_ADVICE}, --chat_template_path gives another template, --ignore_columns leaves out a column such as "
+    "'system'"
+)
 TruncationMode = Literal["keep_end", "keep_start"]
 OnOverlong = Literal["truncate", "drop", "error"]
 SpecialTokens = Literal["text", "tokens"]
@@ -233,7 +237,7 @@ class Tokeniser:
             jobs.append((turn, parts, noticed))
             for what in noticed:
                 report.notice(turn.place, what)
-        bad.raise_error(BAD_ROW_ADVICE)
+        bad.raise_error(REFUSED_ADVICE)
         encoded = self._encode_pieces([part for _, parts, _ in jobs for part in parts])
         end = [self.tokenizer.eos_token_id]
         for turn, parts, noticed in jobs:

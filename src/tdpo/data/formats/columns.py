@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tdpo.data.formats.answers import ANSWER_KEYS, LISTS
-from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of
+from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, parsed_chat
 from tdpo.data.formats.prompts import PROMPTS, SYSTEMS, holds_turns
 from tdpo.data.formats.report import REASONS_KEPT, DataReport
 from tdpo.data.sources import SourceRow
@@ -34,9 +33,14 @@ CONTEXT = re.compile(
     "article|post|problem|trajectory|conversation|dialog(ue)?|chat|turn|tool|chattemplatekwarg|image|video|audio"
 )
 """Names of columns that may be the prompt or its context, without underscores and a plural's s."""
+ANNOTATION = re.compile(
+    "label(l?ing|l?er)|judge?(ment)?|annotat(ion|or)|critique|critic|feedback|grad(er|ing)|evaluat(ion|or)"
+)
+"""Words in the names of columns that hold what was said to or by those who compared the responses."""
 SCALARS = (type(None), bool, int, float)
 MEDIA = ("image", "video", "audio")
 ANSWERS = re.compile(r"(chosen|rejected|response|completion|answer|generation|output|candidate|preferred)")
+NUMBER = re.compile(r"(?i)[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|true|false|none|null|nan")
 UNSAID = ("role", "from", "type")
 """Keys of messages whose values are no text."""
 MODEL = "model"
@@ -115,7 +119,7 @@ class UnusedColumns:
             if may_be_prompt(name, value) or self._guesses(row.fields):
                 if holds_media(name, value) or not contents.of_prompt(value):
                     stopping.append(name)
-            elif not contents.anywhere(value):
+            elif not (is_number(value) or contents.anywhere(value)):
                 shown = f"{name} ({row.source})" if row.source != self.report.source else name
                 shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
                 self.report.unused.setdefault(shown, row.row)
@@ -189,7 +193,7 @@ class SystemColumn:
         """Returns whether the prompt would be a plain text without the system prompt."""
         name = first_of(fields, ("prompt", "instruction", *PROMPTS))
         value = fields.get(name)
-        return name != "instruction" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
+        return name == "prompt" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
 
 
 class _Contents:
@@ -229,8 +233,7 @@ def is_metadata(name: str) -> bool:
         >>> [is_metadata(name) for name in ("prompt", "source_text", "notes", "model_response")]
         [False, False, False, False]
     """
-    words = re.split(r"[^a-zA-Z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower())
-    words = [word for word in words if word] or [""]
+    words = _words(name) or [""]
     if words[0] in ("num", "n", "is", "has") and len(words) > 1:
         return True
     while len(words) > 1 and SIDES.fullmatch(words[-1]):
@@ -242,11 +245,10 @@ def is_metadata(name: str) -> bool:
 
 def may_be_prompt(name: str, value: Any) -> bool:
     """Returns whether a column may be the prompt or its context, by its name or because it holds turns or images."""
-    return (
-        CONTEXT.fullmatch(_plain_name(name)) is not None
-        or holds_media(name, value)
-        or any(map(_is_turns, parts_in(value)))
-    )
+    if CONTEXT.fullmatch(_plain_name(name)) or holds_media(name, value):
+        return True
+    annotation = any(map(ANNOTATION.fullmatch, _words(name)))
+    return not annotation and any(map(_is_turns, parts_in(value)))
 
 
 def holds_media(name: str, value: Any) -> bool:
@@ -261,6 +263,11 @@ def has_content(name: str, value: Any) -> bool:
     ):
         return value != ""
     return any(_is_binary(part) or (isinstance(part, str) and bool(part.strip())) for part in parts_in(value))
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a text is a number, a truth value or a null, as a CSV file holds the columns of a table."""
+    return isinstance(value, str) and NUMBER.fullmatch(value.strip()) is not None
 
 
 def is_descriptive(value: Any) -> bool:
@@ -283,9 +290,9 @@ def parts_in(value: Any) -> Iterator[Any]:
         part = waiting.pop()
         if isinstance(part, str) and CHAT_AS_TEXT.match(part):
             try:
-                part = json.loads(part)
+                part = parsed_chat(part)
             except (ValueError, RecursionError):
-                yield [{"role": "unknown"}]  # a chat as Python writes it
+                yield [{"role": "unknown"}]  # a chat as NumPy prints it
         yield part
         if isinstance(part, dict):
             said = holds_turns([part])
@@ -306,6 +313,11 @@ def _is_binary(part: Any) -> bool:
 @functools.lru_cache(1 << 14)
 def _is_answer(name: str) -> bool:
     return ANSWERS.search(name) is not None
+
+
+def _words(name: object) -> list[str]:
+    words = re.split(r"[^a-zA-Z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower())
+    return [word for word in words if word]
 
 
 def _plain_name(name: object) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 from tdpo.data.formats.prompts import has_prompt
 
-ANSWERS = ("completion", "response", "output", "answer")
+ANSWERS = ("completion", "response", "output", "answer", "solution")
+LABELS = ("label", "kto_tag", "is_safe")
+"""Columns that say whether a single response is a good one: TRL's, LLaMA-Factory's and BeaverTails'."""
 
 
 def refusal(fields: dict[str, Any]) -> str | None:
@@ -20,7 +22,7 @@ def _answered(fields: dict[str, Any]) -> bool:
 
 
 def _is_unpaired(fields: dict[str, Any]) -> bool:
-    label = fields.get("label", fields.get("kto_tag"))
+    label = next((fields[name] for name in LABELS if name in fields), None)
     return _answered(fields) and (isinstance(label, bool) or label in (0, 1) or str(label).lower() in ("true", "false"))
 
 
@@ -55,6 +57,10 @@ PAIR_ARENA = (
     "return None if row['winner_tie'] else {'prompt': p, 'response_a': a, 'response_b': b, "
     "'winner': 'a' if row['winner_model_a'] else 'b'}"
 )
+PAIR_WEBGPT = (
+    "return {**{name: row[name] for name in ('answer_0', 'answer_1', 'score_0', 'score_1')}, "
+    "'question': row['question']['full_text']}"
+)
 PAIR_COMPARISON = (
     "two = [s['text'] for s in row['summaries']]; return {'prompt': row['info']['post'] + '\\n\\nTL;DR:', "
     "'chosen': two[row['choice']], 'rejected': two[1 - row['choice']]}"
@@ -64,6 +70,11 @@ KINDS: tuple[tuple[str, Callable[[dict[str, Any]], bool], Callable[[dict[str, An
         "votes between two conversations (lmsys arena) with turns as JSON",
         lambda fields: {"winner_model_a", "winner_model_b"} <= fields.keys(),
         lambda fields: FUNCTION + PAIR_ARENA,
+    ),
+    (
+        "comparisons of answers to questions that are objects (webgpt_comparisons)",
+        lambda fields: isinstance(fields.get("question"), dict) and {"answer_0", "answer_1"} <= fields.keys(),
+        lambda fields: FUNCTION + PAIR_WEBGPT,
     ),
     (
         "comparisons of summaries (summarize_from_feedback)",
