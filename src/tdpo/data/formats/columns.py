@@ -10,6 +10,7 @@ from typing import Any
 
 from tdpo.data.formats.answers import ANSWER_KEYS, LISTS
 from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, parsed_chat
+from tdpo.data.formats.preference import common_prefix
 from tdpo.data.formats.prompts import PROMPTS, SYSTEMS, holds_turns
 from tdpo.data.formats.report import REASONS_KEPT, DataReport
 from tdpo.data.sources import SourceRow
@@ -210,7 +211,7 @@ class _Contents:
         self._all = {text.strip() for text in (*self._answers, *self._prompts)}
         pair = [fields.get(name) for name in ("chosen", "rejected")]
         if all(isinstance(text, str) and not CHAT_AS_TEXT.match(text) for text in pair):
-            self._prompts.append(_common_prefix(*pair))  # type: ignore[arg-type]
+            self._prompts.append(pair[0][: common_prefix(*pair)])  # type: ignore[index, arg-type]
 
     def of_prompt(self, value: Any) -> bool:
         """Returns whether each text of a value is a text of the row, or a part of its prompt."""
@@ -328,8 +329,3 @@ def _plain_name(name: object) -> str:
 def _within(text: str, others: Sequence[str]) -> bool:
     text = text.strip()
     return any(text in other for other in others)
-
-
-def _common_prefix(one: str, other: str) -> str:
-    end = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
-    return one[:end] if end is not None else min(one, other, key=len)
