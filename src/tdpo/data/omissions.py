@@ -232,11 +232,6 @@ def leaves_of(messages: Sequence[Message], first: int = 0) -> list[Leaf]:
     found: list[Leaf] = []
     for number, message in enumerate(messages, first):
         content, path = message.get("content"), ("content",)
-        if len(message) == 2 and isinstance(content, str) and THOUGHT_END not in content:  # most are plain
-            stripped = content.strip()
-            if stripped:
-                found.append(Leaf((number, CONTENT, "content"), path, stripped, content.index(stripped)))
-            continue
         if isinstance(content, list) and len(content) == 1:  # a text as the only part
             content, path = content[0].get("text"), ("content", 0, "text")  # type: ignore[assignment]
         if isinstance(content, str):
