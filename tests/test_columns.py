@@ -148,6 +148,14 @@ def test_numbers_of_a_table_of_texts_are_no_text() -> None:
     assert "the column 'question' holds" in stopped([{**PLAIN, "question": "7"}])
 
 
+def test_pairs_under_other_names_are_recognised_in_the_message() -> None:
+    row = {"prompt": "如何?", "pos_resp": "好。", "neg_resp": "不。", "pos_type": "x"}
+    with pytest.raises(UserError, match=r"\(--columns chosen=pos_resp,rejected=neg_resp renames columns, --dataset_f"):
+        records_of([row])
+    (record,), _ = records_of([row], Reading(columns=parse_columns("chosen=pos_resp,rejected=neg_resp")))
+    assert (record.prompt, record.chosen, record.rejected) == ("如何?", "好。", "不。")
+
+
 def test_a_late_row_is_looked_at_too() -> None:
     first = [{**PLAIN, "question": None, "notes": ""} for _ in range(150)]
     assert "row 151: the column 'question' holds" in stopped([*first, {**PLAIN, "question": "Why?"}])

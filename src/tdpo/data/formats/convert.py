@@ -20,6 +20,12 @@ from tdpo.types import PreferenceRecord, Text
 
 OnBadRow = Literal["error", "drop"]
 Made = TypeVar("Made")
+PAIRS_BY_NAME = (
+    ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"), ("preferred", "dispreferred"),
+    ("positive", "negative"), ("pos", "neg"), ("pos_resp", "neg_resp"), ("winner", "loser"), ("better", "worse"),
+    ("accepted", "rejected"), ("good", "bad"), ("win", "lose"),
+)  # fmt: skip
+"""Names of the columns of pairs in other datasets, which messages recognise."""
 LOOKED_AT = 100
 """Rows among which the first of a known format decides for all."""
 
@@ -246,8 +252,14 @@ def _format_name(head: list[SourceRow], formats: Mapping[str, Format]) -> str:
         f"{row.source}: no column {', '.join(repr(c) for c in missing) or 'of the known kinds'}; found the columns "
         f"{', '.join(repr(c) for c in row.fields) or 'none'}. Known formats:\n"
         + "".join(f"  {name}: {known.columns}\n" for name, known in formats.items())
-        + "(--columns prompt=question,... renames columns, --dataset_format module:function converts any other row)"
+        + f"(--columns {_suggested_columns(row.fields)} renames columns, --dataset_format module:function converts any other row)"
     )
+
+
+def _suggested_columns(fields: Mapping[str, Any]) -> str:
+    """Writes the option for two columns that are a pair by their names, or an example of it."""
+    better, worse = next((pair for pair in PAIRS_BY_NAME if {*pair} <= fields.keys()), ("", ""))
+    return f"chosen={better},rejected={worse}" if better else "prompt=question,..."
 
 
 def _check_options(name: str, found: Format, reading: Reading, formats: Mapping[str, Format]) -> None:
