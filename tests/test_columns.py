@@ -152,6 +152,8 @@ def test_pairs_under_other_names_are_recognised_in_the_message() -> None:
     row = {"prompt": "如何?", "pos_resp": "好。", "neg_resp": "不。", "pos_type": "x"}
     with pytest.raises(UserError, match=r"\(--columns chosen=pos_resp,rejected=neg_resp renames columns, --dataset_f"):
         records_of([row])
+    with pytest.raises(UserError, match=r"\(--columns prompt=Prompt,chosen=Chosen,rejected= rejected renames columns"):
+        records_of([{"Prompt": "Why?", "Chosen": "A.", " rejected": "B."}])
     (record,), _ = records_of([row], Reading(columns=parse_columns("chosen=pos_resp,rejected=neg_resp")))
     assert (record.prompt, record.chosen, record.rejected) == ("如何?", "好。", "不。")
 

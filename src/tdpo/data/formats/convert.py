@@ -252,14 +252,19 @@ def _format_name(head: list[SourceRow], formats: Mapping[str, Format]) -> str:
         f"{row.source}: no column {', '.join(repr(c) for c in missing) or 'of the known kinds'}; found the columns "
         f"{', '.join(repr(c) for c in row.fields) or 'none'}. Known formats:\n"
         + "".join(f"  {name}: {known.columns}\n" for name, known in formats.items())
-        + f"(--columns {_suggested_columns(row.fields)} renames columns, --dataset_format module:function converts any other row)"
+        + f"(--columns {_suggested_columns(row.fields)} renames columns, --dataset_format module:function converts any "
+        "other row)"
     )
 
 
 def _suggested_columns(fields: Mapping[str, Any]) -> str:
-    """Writes the option for two columns that are a pair by their names, or an example of it."""
-    better, worse = next((pair for pair in PAIRS_BY_NAME if {*pair} <= fields.keys()), ("", ""))
-    return f"chosen={better},rejected={worse}" if better else "prompt=question,..."
+    """Writes the option for columns that are a pair by their names, or an example of it."""
+    better, worse = next((pair for pair in PAIRS_BY_NAME if {*pair} <= fields.keys()), ("chosen", "rejected"))
+    wanted = {"prompt": "prompt", better: "chosen", worse: "rejected"}
+    found = {wanted.get(name.strip().lower()): name for name in map(str, fields)}
+    return (
+        ",".join(f"{field}={name}" for field, name in found.items() if field and field != name) or "prompt=question,..."
+    )
 
 
 def _check_options(name: str, found: Format, reading: Reading, formats: Mapping[str, Format]) -> None:
