@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -261,10 +262,11 @@ def _suggested_columns(fields: Mapping[str, Any]) -> str:
     """Writes the option for columns that are a pair by their names, or an example of it."""
     better, worse = next((pair for pair in PAIRS_BY_NAME if {*pair} <= fields.keys()), ("chosen", "rejected"))
     wanted = {"prompt": "prompt", better: "chosen", worse: "rejected"}
-    found = {wanted.get(name.strip().lower()): name for name in map(str, fields)}
-    return (
-        ",".join(f"{field}={name}" for field, name in found.items() if field and field != name) or "prompt=question,..."
-    )
+    named = ((wanted.get(name.strip().lower()), name) for name in map(str, fields))
+    found = {field: name for field, name in named if field and field != name}
+    if any(name != name.strip() or "," in name for name in found.values()):
+        return f"'{json.dumps(found, ensure_ascii=False)}'"
+    return ",".join(f"{field}={name}" for field, name in found.items()) or "prompt=question,..."
 
 
 def _check_options(name: str, found: Format, reading: Reading, formats: Mapping[str, Format]) -> None:
