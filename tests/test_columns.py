@@ -142,10 +142,24 @@ def test_what_was_asked_of_those_who_compared_is_no_prompt() -> None:
     assert "'labelling_prompt' holds images" in stopped([{**row, "labelling_prompt": [{"image": b"x"}]}])
 
 
-def test_numbers_of_a_table_of_texts_are_no_text() -> None:
-    row = {**PLAIN, "Unnamed: 0": "17", "": "0", "likes": "-1.5e3", "flagged": "True", "comment": "4 of 5"}
-    assert records_of([row])[1].unused == {"comment": 1}
-    assert "the column 'question' holds" in stopped([{**PLAIN, "question": "7"}])
+def test_the_index_that_pandas_writes_is_metadata() -> None:
+    row = {**PLAIN, "Unnamed: 0": "17", "": "0", "注": "备注"}
+    assert records_of([row])[1].unused == {"注": 1}
+
+
+def test_pairs_under_other_names_are_recognised_in_the_message() -> None:
+    row = {"prompt": "如何?", "pos_resp": "好。", "neg_resp": "不。", "pos_type": "x"}
+    with pytest.raises(UserError, match=r"\(--columns chosen=pos_resp,rejected=neg_resp renames columns, --dataset_f"):
+        records_of([row])
+    with pytest.raises(UserError, match=r"\(--columns prompt=Prompt,chosen=Chosen renames columns"):
+        records_of([{"Prompt": "Why?", "Chosen": "A.", "rejected": "B."}])
+    spaced = {"prompt": "Why?", " chosen": "A.", " rejected": "B."}
+    with pytest.raises(UserError, match=r"""--columns '\{"chosen": " chosen", "rejected": " rejected"\}' renames"""):
+        records_of([spaced])
+    given = parse_columns('{"chosen": " chosen", "rejected": " rejected"}')
+    assert records_of([spaced], Reading(columns=given))[0][0].chosen == "A."
+    (record,), _ = records_of([row], Reading(columns=parse_columns("chosen=pos_resp,rejected=neg_resp")))
+    assert (record.prompt, record.chosen, record.rejected) == ("如何?", "好。", "不。")
 
 
 def test_a_late_row_is_looked_at_too() -> None:

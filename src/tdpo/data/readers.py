@@ -190,7 +190,9 @@ def _whole(number: int, first: bytes, file: IO[bytes], shown: str, rows_of: Call
         value = _DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + number
-        raise UserError(f"{shown}, line {line}: not UTF-8 text: byte {content[error.start]:#04x}") from error
+        raise UserError(
+            f"{shown}, line {line}: not UTF-8 text: byte {content[error.start]:#04x}; save it as UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
         if first.lstrip()[:1] == b"[":
             line = error.lineno + number - 1
@@ -229,7 +231,9 @@ def _decoded(file: IO[bytes], shown: str) -> Iterator[str]:
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{shown}, line {number}: not UTF-8 text: byte {line[error.start]:#04x}") from error
+            raise UserError(
+                f"{shown}, line {number}: not UTF-8 text: byte {line[error.start]:#04x}; save it as UTF-8"
+            ) from error
 
 
 def _read_parquet(file: IO[bytes], shown: str) -> Rows:

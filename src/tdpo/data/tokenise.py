@@ -318,7 +318,9 @@ class Tokeniser:
             Part(self.chats.special.pieces(response, continues=True), add_end=not ended)
             for response, ended in zip(chat.responses, chat.ended, strict=True)
         ]
-        return [Part(self.chats.special.pieces(chat.prompt)), *responses], chat.left_out
+        chosen = self.rendering.special_tokens is not None
+        ends = () if chosen else self.texts.notices_of_turns(turn.responses)  # type: ignore[arg-type]
+        return [Part(self.chats.special.pieces(chat.prompt)), *responses], (*chat.left_out, *ends)
 
     def _pieces_of_texts(self, prompt: str, responses: Sequence[str]) -> tuple[list[Part], Sequence[str]]:
         noticed = tuple(self.texts.notices(prompt, responses, chosen=self.rendering.special_tokens is not None))
@@ -392,7 +394,8 @@ def _reason_identical(turn: Turns, left_out: Sequence[str]) -> str:
     """Says what made different responses one."""
     if isinstance(turn.prompt, str):
         return "after tokenization"
-    what = ", ".join(text.removeprefix("the chat template leaves out ") for text in left_out)
+    leaves_out = "the chat template leaves out "
+    what = ", ".join(text.removeprefix(leaves_out) for text in left_out if text.startswith(leaves_out))
     return "after the chat template" + (f", which leaves out {what}" if what else "")
 
 

@@ -22,7 +22,7 @@ METADATA = re.compile(
     "logps|models?|engine|generator|annotators?|worker|author|judge|date|time|tstamp|timestamp|created|updated|modified|"
     "languages?|lang|locale|country|license|ur[li]s?|link|version|split|subset|datasets?|sources?|origin|provenance|"
     "category|categories|domain|topics?|tags?|labels?|type|difficulty|level|status|name|seed|temperature|counts?|"
-    "lengths?|num|tokens|metadata|meta|winner|preference|choice"
+    "lengths?|num|tokens|metadata|meta|winner|preference|choice|unnamed"
 )
 """Last words of the names of columns that describe a row and are no part of its texts."""
 SIDES = re.compile("[ab01234]|chosen|rejected|better|worse|safer|preferred|utc")
@@ -41,7 +41,6 @@ ANNOTATION = re.compile(
 SCALARS = (type(None), bool, int, float)
 MEDIA = ("image", "video", "audio")
 ANSWERS = re.compile(r"(chosen|rejected|response|completion|answer|generation|output|candidate|preferred)")
-NUMBER = re.compile(r"(?i)[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|true|false|none|null|nan")
 UNSAID = ("role", "from", "type")
 """Keys of messages whose values are no text."""
 MODEL = "model"
@@ -120,7 +119,7 @@ class UnusedColumns:
             if may_be_prompt(name, value) or self._guesses(row.fields):
                 if holds_media(name, value) or not contents.of_prompt(value):
                     stopping.append(name)
-            elif not (is_number(value) or contents.anywhere(value)):
+            elif not contents.anywhere(value):
                 shown = f"{name} ({row.source})" if row.source != self.report.source else name
                 shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
                 self.report.unused.setdefault(shown, row.row)
@@ -234,6 +233,8 @@ def is_metadata(name: str) -> bool:
         >>> [is_metadata(name) for name in ("prompt", "source_text", "notes", "model_response")]
         [False, False, False, False]
     """
+    if not str(name).strip():  # the index of a table
+        return True
     words = _words(name) or [""]
     if words[0] in ("num", "n", "is", "has") and len(words) > 1:
         return True
@@ -264,11 +265,6 @@ def has_content(name: str, value: Any) -> bool:
     ):
         return value != ""
     return any(_is_binary(part) or (isinstance(part, str) and bool(part.strip())) for part in parts_in(value))
-
-
-def is_number(value: Any) -> bool:
-    """Returns whether a text is a number, a truth value or a null, as a CSV file holds the columns of a table."""
-    return isinstance(value, str) and NUMBER.fullmatch(value.strip()) is not None
 
 
 def is_descriptive(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,12 @@ from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord, Text
 
 BAD_ROW_ADVICE = "--on_bad_row drop leaves such rows out"
+PAIRS_BY_NAME = (
+    ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"), ("preferred", "dispreferred"),
+    ("positive", "negative"), ("pos", "neg"), ("pos_resp", "neg_resp"), ("winner", "loser"), ("better", "worse"),
+    ("accepted", "rejected"), ("good", "bad"), ("win", "lose"),
+)  # fmt: skip
+"""Names of the columns of pairs in other datasets, which messages recognise."""
 LOOKED_AT = 100
 """Rows among which the first of a known format decides for all."""
 
@@ -209,8 +216,20 @@ def _format_name(head: list[SourceRow], formats: Mapping[str, Format]) -> str:
         f"{row.source}: no column {', '.join(repr(c) for c in missing) or 'of the known kinds'}; found the columns "
         f"{', '.join(repr(c) for c in row.fields) or 'none'}. Known formats:\n"
         + "".join(f"  {name}: {known.columns}\n" for name, known in formats.items())
-        + "(--columns prompt=question,... renames columns, --dataset_format module:function converts any other row)"
+        + f"(--columns {_suggested_columns(row.fields)} renames columns, --dataset_format module:function converts any "
+        "other row)"
     )
+
+
+def _suggested_columns(fields: Mapping[str, Any]) -> str:
+    """Writes the option for columns that are a pair by their names, or an example of it."""
+    better, worse = next((pair for pair in PAIRS_BY_NAME if {*pair} <= fields.keys()), ("chosen", "rejected"))
+    wanted = {"prompt": "prompt", better: "chosen", worse: "rejected"}
+    named = ((wanted.get(name.strip().lower()), name) for name in map(str, fields))
+    found = {field: name for field, name in named if field and field != name}
+    if any(name != name.strip() or "," in name for name in found.values()):
+        return f"'{json.dumps(found, ensure_ascii=False)}'"
+    return ",".join(f"{field}={name}" for field, name in found.items()) or "prompt=question,..."
 
 
 def _check_options(name: str, found: Format, reading: Reading, formats: Mapping[str, Format]) -> None:
