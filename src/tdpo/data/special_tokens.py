@@ -28,7 +28,7 @@ class Piece:
 
 
 class SpecialTokens:
-    """Tells special tokens of a chat template from the same text in the user's words, by marks around the latter.
+    """Distinguishes a template's special tokens from the same text in the user's words, which is marked in renderings.
 
     Args:
         tokenizer: A transformers tokenizer.
