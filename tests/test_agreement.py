@@ -235,6 +235,19 @@ def test_generate_asks_prompts_without_responses_as_they_are(
     assert first.endswith("<|im_start|>assistant\n") and second.endswith("<|im_start|>assistant\n")
 
 
+def test_generate_asks_questions_as_a_users_turn(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"question": "Why?", "system": "Be brief."}])
+    asked = asked_by_generate(monkeypatch, chat_folder, data)
+    data = write_jsonl(
+        tmp_path / "pairs.jsonl", [{"question": "Why?", "system": "Be brief.", "chosen": "A.", "rejected": "B."}]
+    )
+    pairs = prepare_pairs(read_source(str(data), "train"), Tokeniser(chat_tokenizer(CALLS), Lengths(900, 800)))
+    assert asked == [pairs[0].prompt_ids] == asked_by_generate(monkeypatch, chat_folder, data)
+    assert chat_tokenizer(CALLS).decode(asked[0]).startswith("<|im_start|>system\nBe brief.")
+
+
 def test_ids_are_checked_without_a_vocabulary_or_positions_too() -> None:
     pairs = [TokenisedPair([1], [2], [9], 5)]
     check_fits(pairs, None, None)

@@ -72,6 +72,15 @@ def test_a_prompt_that_depends_on_the_response_is_refused_by_row() -> None:
         one(chat_tokenizer(template), record())
 
 
+def test_the_way_out_of_a_refusal_is_named() -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    bad = record([{"role": "system", "content": "x"}, *CHAT])
+    with pytest.raises(
+        UserError, match=r"no system\n\(--on_bad_row drop .*, --chat_template_path gives .* such as 'system'"
+    ):
+        Tokeniser(chat_tokenizer(template)).pairs([bad], DataReport("chats.jsonl"))
+
+
 def test_rows_a_template_refuses_are_named_or_dropped_as_bad_rows() -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     tokeniser = Tokeniser(chat_tokenizer(template))
@@ -159,7 +168,8 @@ def test_a_records_own_truncation_wins_over_the_runs() -> None:
 
 def test_half_a_mark_that_a_template_leaves_is_no_token() -> None:
     tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content[:1] }}"))
-    rendered = ChatRenderer(tokenizer).prompt([{"role": "user", "content": "<|im_end|> hi"}])
-    assert [piece.text for piece in ChatRenderer(tokenizer).pieces(rendered)] == [
+    renderer = ChatRenderer(tokenizer)
+    rendered = renderer.prompt([{"role": "user", "content": "<|im_end|> hi"}])
+    assert [piece.text for piece in renderer.special.pieces(rendered)] == [
         "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
     ]

@@ -134,6 +134,34 @@ def test_metadata_is_silent_as_long_as_it_is_short() -> None:
     assert "the column 'source' holds" in stopped([{**PLAIN, "source": [ASKED]}])
 
 
+def test_what_was_asked_of_those_who_compared_is_no_prompt() -> None:
+    row = {"input": "Why?", "chosen": "A.", "rejected": "B.", "labelling_prompt": [ASKED], "judge_messages": [ASKED]}
+    records, report = records_of([row])
+    assert records[0].prompt == [{"role": "user", "content": "Why?"}]
+    assert report.unused == {"labelling_prompt": 1, "judge_messages": 1}
+    assert "'labelling_prompt' holds images" in stopped([{**row, "labelling_prompt": [{"image": b"x"}]}])
+
+
+def test_the_index_that_pandas_writes_is_metadata() -> None:
+    row = {**PLAIN, "Unnamed: 0": "17", "": "0", "注": "备注"}
+    assert records_of([row])[1].unused == {"注": 1}
+
+
+def test_pairs_under_other_names_are_recognised_in_the_message() -> None:
+    row = {"prompt": "如何?", "pos_resp": "好。", "neg_resp": "不。", "pos_type": "x"}
+    with pytest.raises(UserError, match=r"\(--columns chosen=pos_resp,rejected=neg_resp renames columns, --dataset_f"):
+        records_of([row])
+    with pytest.raises(UserError, match=r"\(--columns prompt=Prompt,chosen=Chosen renames columns"):
+        records_of([{"Prompt": "Why?", "Chosen": "A.", "rejected": "B."}])
+    spaced = {"prompt": "Why?", " chosen": "A.", " rejected": "B."}
+    with pytest.raises(UserError, match=r"""--columns '\{"chosen": " chosen", "rejected": " rejected"\}' renames"""):
+        records_of([spaced])
+    given = parse_columns('{"chosen": " chosen", "rejected": " rejected"}')
+    assert records_of([spaced], Reading(columns=given))[0][0].chosen == "A."
+    (record,), _ = records_of([row], Reading(columns=parse_columns("chosen=pos_resp,rejected=neg_resp")))
+    assert (record.prompt, record.chosen, record.rejected) == ("如何?", "好。", "不。")
+
+
 def test_a_late_row_is_looked_at_too() -> None:
     first = [{**PLAIN, "question": None, "notes": ""} for _ in range(150)]
     assert "row 151: the column 'question' holds" in stopped([*first, {**PLAIN, "question": "Why?"}])
@@ -147,7 +175,7 @@ def test_a_late_row_is_looked_at_too() -> None:
 def test_a_prompt_is_not_guessed_beside_a_column_that_may_be_it() -> None:
     pair = {"chosen": "Yes, the sun is a star.", "rejected": "Yes, it is hot."}
     assert one(pair).prompt == "Yes,"
-    assert one({**pair, "question": "Is the sun a star?"}).prompt == "Is the sun a star?"
+    assert one({**pair, "question": "Is the sun a star?"}).prompt == [{"role": "user", "content": "Is the sun a star?"}]
     for name in ("asked", "topic_text", "context", "document"):
         message = stopped([{**pair, name: "Is the sun a star?"}])
         assert f"the column '{name}' holds" in message and f"--columns prompt={name} takes" in message
@@ -283,7 +311,7 @@ def test_tables_fill_what_is_missing_with_null(tmp_path: Path) -> None:
     records, report = to_records(open_source(str(tmp_path / "pairs.parquet"), "train"))
     assert [record.prompt for record in records] == ["Where is the moon?"] * 2 and report.format == "preference"
     question = {"prompt": None, "question": "Why?", "chosen": "A.", "rejected": "B."}
-    assert one(question).prompt == "Why?"
+    assert one(question).prompt == [{"role": "user", "content": "Why?"}]
     assert one({"prompt": None, "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}).prompt == [ASKED]
     assert one({"prompt": None, **ROWS["hh"]("Why?")}).prompt == "\n\nHuman: Why?\n\nAssistant:"
     assert "found null" in told({"prompt": None, "chosen": "Yes, A.", "rejected": "Yes, B."}), "never guessed"

@@ -10,9 +10,10 @@ from test_formats_answers import texts
 from test_formats_pairs import TOOL, dropped, one, told
 
 from tdpo import UserError
-from tdpo.data.formats import to_records
+from tdpo.data.formats import DataReport, convert, to_records
 from tdpo.data.reading import Reading, parse_columns
 from tdpo.data.sources import from_memory
+from tdpo.data.supervised import SFT_FORMATS
 
 
 def said(role: str, content: str) -> dict[str, Any]:
@@ -164,7 +165,11 @@ def test_the_ways_to_pairs_that_refusals_name_lead_there(tmp_path: Any, monkeypa
     arena = {"prompt": '["Q"]', "response_a": '["A"]', "response_b": '["B"]', "winner_model_a": 0, "winner_model_b": 1,
              "winner_tie": 0}  # fmt: skip
     summaries = {"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
-    for number, (row, pair) in enumerate(((arena, ("Q", "B", "A")), (summaries, ("P\n\nTL;DR:", "b", "a")))):
+    webgpt = {"question": {"full_text": "Q"}, "answer_0": "a", "answer_1": "b", "score_0": -1.0, "score_1": 1.0}
+    asked = [said("user", "Q")], [said("assistant", "b")], [said("assistant", "a")]
+    for number, (row, pair) in enumerate(
+        ((arena, ("Q", "B", "A")), (summaries, ("P\n\nTL;DR:", "b", "a")), (webgpt, asked))
+    ):
         code = stops(row).partition("def function(row): ")[2].rpartition(". Found")[0]
         (tmp_path / f"way_{number}.py").write_text(f"import json\n\ndef function(row):\n    {code}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
@@ -186,9 +191,31 @@ def test_the_prompt_is_the_turns_that_chats_share() -> None:
     assert sides({"prompt": "Another question", **chats}, Reading(ignore_columns=("prompt",)))[0] == [*GREETED, ASKED]
 
 
+@pytest.mark.parametrize("name", ["question", "query", "problem", "input", "inputs", "instruction"])
+def test_a_question_is_a_users_turn_in_pairs_and_in_supervised_rows(name: str) -> None:
+    asked, good, bad = said("user", "Why?"), said("assistant", "A."), said("assistant", "B.")
+    pair = ([asked], [good], [bad])
+    assert sides({name: "Why?", "chosen": "A.", "rejected": "B."}) == pair
+    assert sides({name: "Why?", "chosen": [good], "rejected": [bad]}) == pair
+    assert sides({name: "Why?", "chosen": [asked, good], "rejected": [asked, bad]}) == pair
+    assert sides({name: "Why?", "response_0": "B.", "response_1": "A.", "better_response_id": 1}) == pair
+    assert sides({name: "Why?", "completions": ["B.", "A."], "scores": [1, 2]}) == pair
+    assert sides({name: "Why?", "responses": ["A.", "B."], "ranks": [1, 2]}) == pair
+    scored = [{name: "Why?", "completion": "A.", "reward": 2}, {name: "Why?", "completion": "B.", "reward": 1}]
+    (record,) = to_records(from_memory(scored, "pairs.jsonl"))[0]
+    assert (record.prompt, record.chosen, record.rejected) == pair
+    (exchange,) = convert(
+        from_memory([{name: "Why?", "output": "A."}], "rows"), "auto", "error", DataReport("rows"), SFT_FORMATS,
+        lambda made: made.prompt,
+    )  # fmt: skip
+    assert (exchange.prompt, exchange.response) == pair[:2]
+    as_it_stands = Reading(columns=(("prompt", name),))
+    assert sides({name: "Q:", "chosen": " A", "rejected": " B"}, as_it_stands) == ("Q:", " A", " B")
+    assert told({name: " ", "chosen": "A.", "rejected": "B."}) == f"field {name!r} is empty"
+    assert sides({"prompt": "Q:", "chosen": " A", "rejected": " B"}) == ("Q:", " A", " B")
+
+
 def test_prompts_under_other_names() -> None:
-    for name in ("question", "query", "input"):
-        assert sides({name: "Q:", "chosen": " A", "rejected": " B"}) == ("Q:", " A", " B")
     turns = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"},
              {"from": "user", "value": ASKED["content"]}]  # fmt: skip
     for name in ("trajectory", "conversation", "prompt", "conversations"):
@@ -198,6 +225,40 @@ def test_prompts_under_other_names() -> None:
         if name == "prompt":
             assert sides(as_text) == ([*GREETED, ASKED], [GOOD], [BAD])
     assert sides({"prompt": [ASKED], "chosen": GOOD, "rejected": BAD}) == ([ASKED], [GOOD], [BAD]), "lone messages"
+
+
+def test_speakers_have_the_names_that_templates_know() -> None:
+    asked, good, bad = said("user", "Why?"), said("assistant", "A."), said("assistant", "B.")
+    for user, assistant in (("human", "gpt"), ("User", "Assistant"), ("prompter", "bot"), ("human", "chatgpt")):
+        row = {"prompt": [said(user, "Why?")], "chosen": [said(assistant, "A.")], "rejected": [said(assistant, "B.")]}
+        assert sides(row) == ([asked], [good], [bad])
+        turns = [{"from": user, "value": "Why?"}]
+        row = {"conversations": turns, "chosen": {"from": assistant, "value": "A."}, "rejected": bad}
+        assert sides(row) == ([asked], [good], [bad])
+    call = {"name": "f", "arguments": {"x": 1}}
+    made = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    of_swift = [asked, said("tool_call", json.dumps(call)), said("tool_response", "8"), good]
+    assert sides({"messages": of_swift, "rejected_response": "B."})[0] == [asked, made, said("tool", "8")]
+    assert told({"prompt": [asked], "chosen": [said("tool_call", "f(1)")], "rejected": [bad]}).startswith(
+        "field 'chosen', message 1 is from tool_call and not valid JSON"
+    )
+    other = said("critic", "B.")
+    assert sides({"prompt": [asked], "chosen": [good], "rejected": [other]})[2] == [other], "a template may know it"
+
+
+def test_turns_that_may_be_meant_otherwise_are_named() -> None:
+    asked, good, bad = said("user", "Why?"), said("assistant", "A."), said("assistant", "B.")
+    rows = [
+        {"prompt": [asked, said("assistant", "Because")], "chosen": [good], "rejected": [bad]},
+        {"prompt": [asked], "chosen": [good], "rejected": [bad, asked, bad]},
+        {"prompt": [asked], "chosen": [good], "rejected": [bad]},
+    ]
+    records, report = to_records(from_memory(rows, "pairs.jsonl"))
+    assert records[0].prompt[-1]["content"] == "Because"
+    assert report.noticed == {
+        "the prompt ends with the assistant's turn, which the responses follow and do not continue": [1],
+        "a response holds turns of other roles, which are trained on as a part of it": [2],
+    }
 
 
 def test_an_empty_instruction_leaves_no_line_break() -> None:

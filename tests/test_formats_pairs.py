@@ -180,9 +180,11 @@ def test_content_in_parts_is_one_text_and_pictures_are_refused() -> None:
 def test_a_chat_in_a_table_of_texts_is_that_chat() -> None:
     row = {name: json.dumps(value, indent=1) for name, value in chat_pair().items()}
     assert one(row) == one(chat_pair())
-    assert told({**row, "chosen": str([GOOD])}).startswith(
-        "field 'chosen' looks like a chat as text and is not valid JSON"
-    )
+    assert one({**row, "chosen": str([GOOD])}) == one(chat_pair()), "as pandas writes a list to CSV"
+    assert told({**row, "chosen": f"[{GOOD}\n {GOOD}]"}) == (
+        "field 'chosen' looks like a chat as text and is not valid JSON: Expecting property name enclosed in double "
+        "quotes: line 1 column 3 (char 2). Write it with json.dumps, or the table as Parquet or JSONL"
+    ), "as NumPy prints one"
     assert one({"prompt": "[{", "chosen": '[{"rolex": 1}]', "rejected": "[]"}).chosen == '[{"rolex": 1}]'
 
 

@@ -108,6 +108,14 @@ def test_system_turns_earlier_calls_and_thoughts_are_warned_of_and_the_answered_
         tokenised(no_results, record(says("Yes."), says("No."), prompt[:4]))
 
 
+def test_names_of_speakers_that_a_template_does_not_show_are_warned_of() -> None:
+    spoken = record(says("Yes.", name="Ann"), says("No."), [{**QUESTION, "name": "Bob"}])
+    _, report, _ = tokenised(CHATML, spoken)
+    assert report.noticed == {"the chat template leaves out names of speakers ('name')": [4]}
+    named = CHATML.replace("{{ m.content }}", "{{ m.name or '' }}: {{ m.content }}")
+    assert tokenised(named, spoken)[1].noticed == {}
+
+
 @pytest.mark.parametrize("cut", ["[:6]", "[4:]", ".replace('river', '')"])
 def test_a_part_of_a_content_is_lost_as_the_whole_of_it(cut: str) -> None:
     template = CHATML.replace("m.content", f"(m.content{cut} if m.role == 'assistant' else m.content)")

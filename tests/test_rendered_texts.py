@@ -54,6 +54,27 @@ def test_most_rows_of_rendered_chats_stop_with_the_choice_and_few_do_not() -> No
     assert decode(as_text[0].chosen_ids) == ROW["chosen"] + "<|endoftext|>" and as_text[0].chosen_ids[-1] == 0
 
 
+def test_chats_rendered_inside_a_users_turn_stop_with_the_choice() -> None:
+    answers = {"chosen": "The river.", "rejected": "The garden."}
+    turn = {"role": "user", "content": "\n" + ASKED}
+    for row in ({"question": ASKED, **answers}, {"prompt": [turn], **answers}, {"instruction": ASKED, **answers}):
+        with pytest.raises(
+            UserError, match=r"2 of .*\(row 1: '<\|im_start\|>' begins a user's turn\).*--columns prompt="
+        ):
+            prepare_pairs([row, row], tokeniser())
+        assert len(prepare_pairs([row], tokeniser("text"))) == 1
+    with pytest.raises(UserError, match="begins a user's turn"):
+        prepare_sft([{"messages": [turn, {"role": "assistant", "content": "Yes."}]}], tokeniser())
+    asks = {"question": "What is <|im_start|> for?", **answers, "chosen": "The river.<|im_end|>"}
+    dataset = prepare_pairs([asks], tokeniser())
+    assert dataset.report.noticed == {
+        "a response ends in the text '<|im_end|>', which is encoded as plain text before the end token": [1]
+    }
+    as_tokens = prepare_pairs([{"prompt": ASKED, **answers}], tokeniser("tokens"))
+    as_a_turn = prepare_pairs([{"question": "Which river?", **answers}], tokeniser())
+    assert as_tokens[0].prompt_ids == as_a_turn[0].prompt_ids
+
+
 def test_sources_are_judged_one_by_one() -> None:
     records = [PreferenceRecord("a", " b", " c", "plain.jsonl", row) for row in range(1, 200)]
     records += [PreferenceRecord(ASKED, "x", "y", "rendered.jsonl", row) for row in range(1, 4)]

@@ -257,7 +257,7 @@ def test_a_conversation_that_begins_with_the_assistant_reads_that_turn() -> None
     [
         ({"messages": [TWO_TURNS[0]]}, "row 1: field 'messages' holds no assistant turn to learn"),
         ({"messages": [assistant("The garden.")]}, "holds no assistant turn to learn that another turn precedes"),
-        ({"messages": [user("x"), {"role": "model", "content": "y"}]}, "roles: user, model"),
+        ({"messages": [user("x"), {"role": "critic", "content": "y"}]}, "roles: user, critic"),
         ({"messages": [user("x"), assistant(" "), user("y"), assistant("z")]}, "empty assistant turn, message 2 of 4"),
         ({"messages": [user("x"), assistant("y", weight=0.5)]}, "turn 2, 'weight' must be 0 or 1, found"),
         ({"messages": [SYSTEM, *TWO_TURNS[:2]], "system": "Be long."}, "another system turn than the row's own column"),
@@ -297,6 +297,15 @@ def test_answers_labelled_as_unwanted_are_not_learnt() -> None:
     dataset = prepared(rows, chat_tokenizer())
     assert [example.row for example in dataset] == [1]
     assert dict(dataset.report.dropped) == {"its label is false, an answer that is not wanted": [2]}
+    for name in ("label", "kto_tag", "is_safe"):  # TRL's, LLaMA-Factory's, BeaverTails'; CSV holds them as text
+        for row in (
+            {"messages": TWO_TURNS}, {"instruction": "Why?", "output": "A."}, {"prompt": "Q:", "response": "A."},
+        ):  # fmt: skip
+            dataset = prepared(
+                [{**row, name: label} for label in (True, False, "True", "False", None)], chat_tokenizer()
+            )
+            assert {example.row for example in dataset} == {1, 3, 5}
+            assert dict(dataset.report.dropped) == {f"its {name} is false, an answer that is not wanted": [2, 4]}
     assert dataset.report.lines()[-1].startswith("warning, the prompt is a plain text and used as it stands")
 
 

@@ -181,7 +181,7 @@ def test_utf_16_and_broken_utf_8_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: it is UTF-16 text; save it as UTF-8"):
         read_source(str(tmp_path / "a.jsonl"), "train")
     (tmp_path / "b.csv").write_bytes(b"prompt,chosen\na,b\nc,\xff\n")
-    with pytest.raises(UserError, match=r"b\.csv, line 3: not UTF-8 text: byte 0xff"):
+    with pytest.raises(UserError, match=r"b\.csv, line 3: not UTF-8 text: byte 0xff; save it as UTF-8"):
         read_source(str(tmp_path / "b.csv"), "train")
     (tmp_path / "c.json").write_bytes(b'[{"a": 1},\n{"a": "\xff"}]')
     with pytest.raises(UserError, match=r"c\.json, line 2: not UTF-8 text: byte 0xff"):

@@ -138,7 +138,7 @@ def test_a_template_that_refuses_a_role_is_told_in_words() -> None:
 
 
 def test_chats_without_a_template_get_a_readable_choice(tokenizer: object) -> None:
-    with pytest.raises(UserError, match=r"no chat template: give one with --chat_template_path"):
+    with pytest.raises(UserError, match=r"no chat template: give one with --chat_template_path.*--columns prompt=q"):
         pair_of(tokenizer, CHAT, ANSWER)
 
 

@@ -19,8 +19,9 @@ from tdpo.commands.common import check_writable, console, quieten, write_text
 from tdpo.commands.options import parse
 from tdpo.config import DATASET_HELP, FormatOptions, ModelConfig, ReferenceConfig, RenderingOptions, SplitOptions
 from tdpo.data.dataset import check_fits
-from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed, text_of
+from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed
 from tdpo.data.formats.convert import LOOKED_AT
+from tdpo.data.formats.prompts import PROMPTS, prompt_of, with_system
 from tdpo.data.formats.registry import recognise
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, open_source
@@ -144,7 +145,7 @@ def _records(options: GenerateOptions, report: DataReport) -> Iterator[Preferenc
     if reading.format != AUTO or any(_holds_a_pair(row, reading) for row in head):
         yield from iter_records(source, reading, "drop", report)
         return
-    if not any("prompt" in _renamed(row, reading).fields for row in head):
+    if not any({"instruction", *PROMPTS} & _renamed(row, reading).fields.keys() for row in head):
         yield from iter_records(source, reading, "error", report)  # which raises, naming the columns
         return
     for row in source:
@@ -152,7 +153,7 @@ def _records(options: GenerateOptions, report: DataReport) -> Iterator[Preferenc
             if row.error:
                 raise RowError(row.error)
             row = renamed(row, reading.columns)
-            prompt = text_of(row, "prompt")
+            (prompt,) = with_system(row, prompt_of(row))
             record = PreferenceRecord(prompt, "", "", row.source, row.row, **chat_options(row, prompt))
         except RowError as error:
             raise UserError(f"{row.place}: {error}") from error

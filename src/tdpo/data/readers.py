@@ -34,7 +34,7 @@ class Unreadable(str):
 
 
 def kind_of(path: Path) -> str:
-    """What a file's name says it holds, compression aside: ``"jsonl"`` for ``pairs.jsonl.gz``."""
+    """Returns the suffix of a file's name without that of compression: ``"jsonl"`` for ``pairs.jsonl.gz``."""
     name = path.name.lower()
     for suffix in SUFFIXES:
         name = name.removesuffix("." + suffix)
@@ -71,9 +71,9 @@ def read_values(path: Path, shown: str | None = None, split: str | None = None) 
                 raise UserError(f"{shown}: it is {foreign}")
             yield from read(file, shown)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{shown}: not {NAMES.get(kind, kind)}: {_first_line(error)}") from error
+        raise UserError(f"{shown}: not {NAMES.get(kind, kind)}: {first_line(error)}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError, pyarrow.ArrowException) as error:
-        raise UserError(f"{shown}: cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{shown}: cannot be read: {first_line(error)}") from error
 
 
 def table_values(batches: Iterator[Any]) -> Rows:
@@ -93,7 +93,8 @@ def _foreign_hint(path: Path) -> str:
     return f" (it is {found})" if found else ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
@@ -189,7 +190,9 @@ def _whole(number: int, first: bytes, file: IO[bytes], shown: str, rows_of: Call
         value = _DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + number
-        raise UserError(f"{shown}, line {line}: not UTF-8 text: byte {content[error.start]:#04x}") from error
+        raise UserError(
+            f"{shown}, line {line}: not UTF-8 text: byte {content[error.start]:#04x}; save it as UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
         if first.lstrip()[:1] == b"[":
             line = error.lineno + number - 1
@@ -228,7 +231,9 @@ def _decoded(file: IO[bytes], shown: str) -> Iterator[str]:
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{shown}, line {number}: not UTF-8 text: byte {line[error.start]:#04x}") from error
+            raise UserError(
+                f"{shown}, line {number}: not UTF-8 text: byte {line[error.start]:#04x}; save it as UTF-8"
+            ) from error
 
 
 def _read_parquet(file: IO[bytes], shown: str) -> Rows:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from tdpo.data.formats.report import Placed
 from tdpo.errors import UserError
+from tdpo.types import Message
 
 LOOKED_AT = 100
 """Rows of a source among which most decide that its texts are rendered chats."""
@@ -39,6 +40,21 @@ class RenderedTexts:
         """Returns the first control token of the tokenizer's own in some texts, other than an end token."""
         matches = (self._own.search(text) for text in texts) if self._own else ()
         return next((match[0] for match in matches if match), None)
+
+    def rendered_turn(self, texts: Iterable[Any]) -> str | None:
+        """Returns the control token that a user's turn begins with, where some of the texts are chats."""
+        turns = (turn for text in texts if isinstance(text, list) for turn in text if turn["role"] == "user")
+        matches = (self._own.match(turn["content"].lstrip()) for turn in turns) if self._own else ()
+        return next((match[0] for match in matches if match), None)
+
+    def notices_of_turns(self, responses: Sequence[Sequence[Message]]) -> Iterator[str]:
+        """Names the special token that a response of a chat ends in as text, before the template's own end."""
+        ends = (turns[-1]["content"].rstrip() for turns in responses)
+        token = next(
+            (token for end in ends if end.endswith(">") for token in self._special if end.endswith(token)), None
+        )
+        if token:
+            yield f"a response ends in the text {token!r}, which is encoded as plain text before the end token"
 
     def notices(self, prompt: str, responses: Sequence[str], chosen: bool) -> Iterator[str]:
         """Names what in the texts would be a control token elsewhere and is plain text here.
@@ -71,13 +87,15 @@ class RenderedTexts:
             UserError: naming the source, a row, and the option that decides.
         """
         seen: Counter[str] = Counter()
-        found: dict[str, list[tuple[Item, str]]] = {}
+        found: dict[str, list[tuple[Item, str, bool]]] = {}
         for item in items:
             if seen[item.source] < LOOKED_AT:
                 seen[item.source] += 1
-                token = self.control_token(text for text in texts_of(item) if isinstance(text, str))
+                texts = texts_of(item)
+                inside = self.rendered_turn(texts)
+                token = inside or self.control_token(text for text in texts if isinstance(text, str))
                 if token:
-                    found.setdefault(item.source, []).append((item, token))
+                    found.setdefault(item.source, []).append((item, token, inside is not None))
                 if seen[item.source] == LOOKED_AT:
                     _refuse(found.get(item.source, []), LOOKED_AT)
             yield item
@@ -85,10 +103,17 @@ class RenderedTexts:
             _refuse(hits, seen[source])
 
 
-def _refuse(hits: Sequence[tuple[Placed, str]], looked_at: int) -> None:
+def _refuse(hits: Sequence[tuple[Placed, str, bool]], looked_at: int) -> None:
     if 2 * len(hits) <= looked_at:
         return
-    place, token = hits[0]
+    place, token, in_a_turn = hits[0]
+    if in_a_turn:
+        raise UserError(
+            f"{place.source}: {len(hits)} of the first {looked_at} rows hold special tokens as text (row {place.row}: "
+            f"{token!r} begins a user's turn), as chats do that are rendered already and would be rendered again. "
+            "Choose: --columns prompt=question takes the text of a column as it stands, --special_tokens text encodes "
+            "them as plain text inside the turn"
+        )
     raise UserError(
         f"{place.source}: {len(hits)} of the first {looked_at} rows hold special tokens as text (row {place.row}: "
         f"{token!r}), as chats do that are rendered already. Choose: --special_tokens tokens encodes them as those "

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tdpo.data.formats import FORMATS, DataReport, Format, RowDropped, RowError, chat_options, is_empty, text_of
+from tdpo.data.formats import FORMATS, Format, RowDropped, RowError, chat_options, is_empty, text_of
 from tdpo.data.formats.fields import is_chat, plain_text
-from tdpo.data.formats.prompts import history_messages, read_turns
-from tdpo.data.reading import Reading
+from tdpo.data.formats.prompts import QUESTIONS, SYSTEMS, history_messages, read_turns
+from tdpo.data.formats.refused import LABELS
+from tdpo.data.reading import Reading, parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
 RESPONSES = ("completion", "response", "output", "answer", "solution", "target", "targets")
-QUESTIONS = ("question", "query", "problem", "input", "inputs")
-"""Columns of what a user asks. ``prompt`` is not among them: a text there is continued as it stands."""
-SYSTEMS = ("system", "system_prompt")
 LEARNT_FLAGS = ("weight", "loss", "train")
 """Keys of a message that say whether it is learnt: OpenAI's, ms-swift's and Axolotl's."""
 CONVERSATIONS = ("conversations", "conversation")
@@ -130,20 +127,17 @@ def chosen_of(known: Format) -> Format:
     def best(reading: Reading) -> Reading:
         return reading if reading.pairs_from else replace(reading, pairs_from="best_worst")
 
-    def responses(records: Iterable[PreferenceRecord]) -> Iterator[Exchange]:
-        for record in records:
-            kept = ("source", "row", "tools", "chat_template_kwargs")
-            yield Exchange(record.prompt, record.chosen, **{name: getattr(record, name) for name in kept})
+    def responses(records: Iterable[PreferenceRecord]) -> list[Exchange]:
+        return [Exchange(r.prompt, r.chosen, r.source, r.row, r.tools, r.chat_template_kwargs) for r in records]
 
-    def convert_row(row: SourceRow, reading: Reading) -> list[Any]:
-        made = known.convert(row, best(reading))
-        return list(made if known.join else responses(made))
-
-    def join(made: Sequence[Any], reading: Reading, report: DataReport) -> Iterator[Exchange]:
-        assert known.join is not None
-        return responses(known.join(made, best(reading), report))
-
-    return replace(known, convert=convert_row, join=join if known.join else None)
+    join = known.join
+    if join is None:
+        return replace(known, convert=lambda row, reading: responses(known.convert(row, best(reading))))
+    return replace(
+        known,
+        convert=lambda row, reading: known.convert(row, best(reading)),
+        join=lambda made, reading, report: responses(join(made, best(reading), report)),
+    )
 
 
 def or_chosen(plain: Format, pairs: Format) -> Format:
@@ -196,8 +190,6 @@ def _answered(row: SourceRow, asked: str, answered: str) -> list[Exchange]:
     Text in ``prompt`` is continued as it stands; a question, and what has a system column or a history, is a chat. An
     empty system column makes a chat too, so that all rows of a source are of one kind.
     """
-    if row.fields.get("label") is False:
-        raise RowDropped("its label is false, an answer that is not wanted")
     prompt, response = text_of(row, asked), text_of(row, answered)
     history = history_messages(row)
     stands_alone = asked == "prompt" and not history and all(row.fields.get(name) is None for name in SYSTEMS)
@@ -217,6 +209,7 @@ def _answered(row: SourceRow, asked: str, answered: str) -> list[Exchange]:
 
 def _conversation(row: SourceRow, turns: list[Message], name: str, flags: Sequence[bool]) -> list[Exchange]:
     """Makes the exchange that learns every assistant turn whose flag is set and that another turn precedes."""
+    _drop_unwanted(row)
     first = _system(row)
     if first and turns[0]["role"] == "system":
         if turns[0]["content"] != first[0]["content"]:
@@ -239,9 +232,17 @@ def _conversation(row: SourceRow, turns: list[Message], name: str, flags: Sequen
 
 
 def _exchange(row: SourceRow, prompt: Text, response: Text, name: str) -> list[Exchange]:
+    _drop_unwanted(row)
     if is_empty(response):
         raise RowError(f"field {name!r} is empty")
     return [Exchange(prompt, response, row.source, row.row, **chat_options(row, prompt))]
+
+
+def _drop_unwanted(row: SourceRow) -> None:
+    """Drops an answer that a label calls bad (KTO)."""
+    for name in LABELS:
+        if row.fields.get(name) is False or str(row.fields.get(name)).lower() == "false":
+            raise RowDropped(f"its {name} is false, an answer that is not wanted")
 
 
 def _flags(turns: Any, name: str) -> list[bool]:
@@ -267,10 +268,8 @@ def _parsed(row: SourceRow, name: str) -> SourceRow:
     value = row.fields.get(name)
     if not (isinstance(value, str) and value.lstrip().startswith("[")):
         return row
-    try:
-        return replace(row, fields={**row.fields, name: json.loads(value)})
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"field {name!r} is a list of turns as text and not valid JSON: {error}") from error
+    turns = parse_json(value, f"field {name!r} is a list of turns as text and", RowError)
+    return replace(row, fields={**row.fields, name: turns})
 
 
 def _system(row: SourceRow) -> list[Message]:

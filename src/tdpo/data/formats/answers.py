@@ -65,10 +65,7 @@ class Completion(Answer):
 
 
 def answers(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
-    """UltraFeedback's shape: a prompt and a list of answers with scores, in objects or in a list beside it.
-
-    ``instruction`` is a user's turn, ``prompt`` and ``question`` are taken as they stand.
-    """
+    """UltraFeedback's shape: a prompt and a list of answers with scores, in objects or in a list beside it."""
     return _ranked_records(row, prompt_of(row), _listed(row, SCORES, "score", lambda score: score), reading)
 
 

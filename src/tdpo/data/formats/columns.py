@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tdpo.data.formats.answers import ANSWER_KEYS, LISTS
-from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of
+from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, parsed_chat
+from tdpo.data.formats.preference import common_prefix
 from tdpo.data.formats.prompts import PROMPTS, SYSTEMS, holds_turns
 from tdpo.data.formats.report import REASONS_KEPT, DataReport
 from tdpo.data.sources import SourceRow
@@ -22,7 +22,7 @@ METADATA = re.compile(
     "logps|models?|engine|generator|annotators?|worker|author|judge|date|time|tstamp|timestamp|created|updated|modified|"
     "languages?|lang|locale|country|license|ur[li]s?|link|version|split|subset|datasets?|sources?|origin|provenance|"
     "category|categories|domain|topics?|tags?|labels?|type|difficulty|level|status|name|seed|temperature|counts?|"
-    "lengths?|num|tokens|metadata|meta|winner|preference|choice"
+    "lengths?|num|tokens|metadata|meta|winner|preference|choice|unnamed"
 )
 """Last words of the names of columns that describe a row and are no part of its texts."""
 SIDES = re.compile("[ab01234]|chosen|rejected|better|worse|safer|preferred|utc")
@@ -34,6 +34,10 @@ CONTEXT = re.compile(
     "article|post|problem|trajectory|conversation|dialog(ue)?|chat|turn|tool|chattemplatekwarg|image|video|audio"
 )
 """Names of columns that may be the prompt or its context, without underscores and a plural's s."""
+ANNOTATION = re.compile(
+    "label(l?ing|l?er)|judge?(ment)?|annotat(ion|or)|critique|critic|feedback|grad(er|ing)|evaluat(ion|or)"
+)
+"""Words in the names of columns that hold what was said to or by those who compared the responses."""
 SCALARS = (type(None), bool, int, float)
 MEDIA = ("image", "video", "audio")
 ANSWERS = re.compile(r"(chosen|rejected|response|completion|answer|generation|output|candidate|preferred)")
@@ -56,7 +60,6 @@ class UnusedColumns:
         self.name, self.report = name, report
         self._always = {use for use in uses if isinstance(use, str)}
         self._groups = [[alternative.split("+") for alternative in use] for use in uses if not isinstance(use, str)]
-        self._suspects: dict[tuple[str, ...], list[str]] = {}
         self._named: set[str] = set()
 
     def check_head(self, head: Sequence[SourceRow]) -> None:
@@ -79,21 +82,12 @@ class UnusedColumns:
         Raises:
             UserError: naming a column that may be the prompt.
         """
-        fields = row.fields
-        names = tuple(fields)
-        if names not in self._suspects:
-            if len(self._suspects) > 1000:  # rows that hardly share their columns
-                self._suspects.clear()
-            self._suspects[names] = [name for name in names if not self._settled(name)]
-        suspects = [name for name in self._suspects[names] if not isinstance(fields[name], SCALARS)]
-        if suspects:
-            used = {name: fields[name] for name in self._used(fields) & fields.keys()}
-            prompts = [value for name, value in used.items() if isinstance(value, str) and not _is_answer(name)]
-            suspects = [name for name in suspects if not _repeats(fields[name], used.values(), prompts)]
-        if suspects:
-            stopping = self._stopping(row, suspects)
-            if stopping:
-                raise UserError(self._message(dict.fromkeys(stopping, row)))
+        values = [(name, value) for name, value in row.fields.items() if not isinstance(value, SCALARS)]
+        suspects = [(name, value) for name, value in values if not self._settled(name)]
+        used = [row.fields.get(name) for name in self._used(row.fields)] if suspects else []
+        stopping = self._stopping(row, [name for name, value in suspects if value not in used])
+        if stopping:
+            raise UserError(self._message(dict.fromkeys(stopping, row)))
 
     def _notice_keys(self, row: SourceRow) -> None:
         """Reports keys of listed answers that hold text and are not used, such as a critique, once for each."""
@@ -130,7 +124,6 @@ class UnusedColumns:
                 shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
                 self.report.unused.setdefault(shown, row.row)
                 self._named.add(name)
-                self._suspects.clear()
         return stopping
 
     def _used(self, fields: dict[str, Any]) -> set[str]:
@@ -200,14 +193,7 @@ class SystemColumn:
         """Returns whether the prompt would be a plain text without the system prompt."""
         name = first_of(fields, ("prompt", "instruction", *PROMPTS))
         value = fields.get(name)
-        return name != "instruction" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
-
-
-def _repeats(value: Any, used: Iterable[Any], prompts: Sequence[str]) -> bool:
-    """Returns whether a column is equal to a used one or a part of a prompt, the two cheap ways of repeating it."""
-    if isinstance(value, str):
-        return value in used or _within(value, prompts)
-    return isinstance(value, list | dict) and value in used
+        return name == "prompt" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
 
 
 class _Contents:
@@ -224,7 +210,7 @@ class _Contents:
         self._all = {text.strip() for text in (*self._answers, *self._prompts)}
         pair = [fields.get(name) for name in ("chosen", "rejected")]
         if all(isinstance(text, str) and not CHAT_AS_TEXT.match(text) for text in pair):
-            self._prompts.append(_common_prefix(*pair))  # type: ignore[arg-type]
+            self._prompts.append(pair[0][: common_prefix(*pair)])  # type: ignore[index, arg-type]
 
     def of_prompt(self, value: Any) -> bool:
         """Returns whether each text of a value is a text of the row, or a part of its prompt."""
@@ -237,6 +223,7 @@ class _Contents:
         )
 
 
+@functools.lru_cache(1 << 14)
 def is_metadata(name: str) -> bool:
     """Returns whether a name is known to be that of metadata.
 
@@ -246,8 +233,9 @@ def is_metadata(name: str) -> bool:
         >>> [is_metadata(name) for name in ("prompt", "source_text", "notes", "model_response")]
         [False, False, False, False]
     """
-    words = re.split(r"[^a-zA-Z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower())
-    words = [word for word in words if word] or [""]
+    if not str(name).strip():  # the index of a table
+        return True
+    words = _words(name) or [""]
     if words[0] in ("num", "n", "is", "has") and len(words) > 1:
         return True
     while len(words) > 1 and SIDES.fullmatch(words[-1]):
@@ -259,11 +247,10 @@ def is_metadata(name: str) -> bool:
 
 def may_be_prompt(name: str, value: Any) -> bool:
     """Returns whether a column may be the prompt or its context, by its name or because it holds turns or images."""
-    return (
-        CONTEXT.fullmatch(_plain_name(name)) is not None
-        or holds_media(name, value)
-        or any(map(_is_turns, parts_in(value)))
-    )
+    if CONTEXT.fullmatch(_plain_name(name)) or holds_media(name, value):
+        return True
+    annotation = any(map(ANNOTATION.fullmatch, _words(name)))
+    return not annotation and any(map(_is_turns, parts_in(value)))
 
 
 def holds_media(name: str, value: Any) -> bool:
@@ -300,9 +287,9 @@ def parts_in(value: Any) -> Iterator[Any]:
         part = waiting.pop()
         if isinstance(part, str) and CHAT_AS_TEXT.match(part):
             try:
-                part = json.loads(part)
+                part = parsed_chat(part)
             except (ValueError, RecursionError):
-                yield [{"role": "unknown"}]  # a chat as Python writes it
+                yield [{"role": "unknown"}]  # a chat as NumPy prints it
         yield part
         if isinstance(part, dict):
             said = holds_turns([part])
@@ -320,9 +307,14 @@ def _is_binary(part: Any) -> bool:
     return bool(part) if isinstance(part, bytes) else hasattr(part, "mode") and hasattr(part, "size")
 
 
-@functools.cache
+@functools.lru_cache(1 << 14)
 def _is_answer(name: str) -> bool:
     return ANSWERS.search(name) is not None
+
+
+def _words(name: object) -> list[str]:
+    words = re.split(r"[^a-zA-Z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower())
+    return [word for word in words if word]
 
 
 def _plain_name(name: object) -> str:
@@ -333,8 +325,3 @@ def _plain_name(name: object) -> str:
 def _within(text: str, others: Sequence[str]) -> bool:
     text = text.strip()
     return any(text in other for other in others)
-
-
-def _common_prefix(one: str, other: str) -> str:
-    end = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
-    return one[:end] if end is not None else min(one, other, key=len)

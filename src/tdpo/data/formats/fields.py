@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import numbers
@@ -12,6 +13,7 @@ from decimal import Decimal
 from typing import Any, TypeGuard
 
 from tdpo.data.formats.report import RowDropped, RowError
+from tdpo.data.reading import parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.errors import UserError
 from tdpo.types import Message, PreferenceRecord, Text
@@ -32,8 +34,17 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
     "function_call": "assistant",
+    "developer": "developer",
+    "prompter": "user",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool_call": "assistant",
+    "tool_response": "tool",
 }
-"""Names of speakers in ShareGPT's turns, and the roles they are."""
+"""Names of speakers, in ShareGPT's turns and as others write them into ``role``, and the roles they are."""
+CALLERS = ("function_call", "tool_call")
+"""Speakers whose turns are calls of tools as JSON, in LLaMA-Factory's data and ms-swift's."""
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 ANSWER_FIELDS = ("completion", "completions", "reward", "score", "scores", "rank", "ranks", "instruction", "response")
 ASKING_ROLES = ("user", "system", "developer", "tool")
@@ -72,7 +83,13 @@ def as_text(value: Any, what: str) -> Text:
         what: What messages call it.
     """
     if isinstance(value, str) and CHAT_AS_TEXT.match(value):
-        value = _chat_in_text(value, what)
+        try:
+            value = parsed_chat(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(
+                f"{what} looks like a chat as text and is not valid JSON: {error}. Write it with json.dumps, or the "
+                "table as Parquet or JSONL"
+            ) from error
     if isinstance(value, str):
         return encodable(value, what)
     if isinstance(value, dict) and ("role" in value or "from" in value):
@@ -100,13 +117,13 @@ def read_turn(turn: Any, what: str) -> Message:
     if isinstance(turn, dict) and "role" in turn and "from" not in turn:
         return _message(turn, what)
     speaker = turn.get("from") if isinstance(turn, dict) else None
-    if not isinstance(speaker, str) or speaker not in ROLES:
+    if not isinstance(speaker, str) or speaker.lower() not in ROLES:
         found = describe(speaker if isinstance(turn, dict) else turn)
         raise RowError(f"{what} must be 'from' one of {', '.join(ROLES)}, found {found}")
     value = plain_text(turn.get("value"), f"{what}, 'value'")
-    if speaker == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls(value, what)}
-    return {"role": ROLES[speaker], "content": value}
+    if speaker.lower() in CALLERS:
+        return {"role": "assistant", "content": "", "tool_calls": _calls(value, what, speaker)}
+    return {"role": ROLES[speaker.lower()], "content": value}
 
 
 def plain_text(value: Any, what: str) -> str:
@@ -159,7 +176,7 @@ def chat_options(row: SourceRow, prompt: Text) -> dict[str, Any]:
     for name, kind, meaning in (("tools", list, "a list of tools"), ("chat_template_kwargs", dict, "an object")):
         value = row.fields.get(name)
         if isinstance(value, str) and value.strip():
-            value = _parsed(value, name)
+            value = parse_json(value, f"field {name!r} is", RowError)
         if not value:  # null, an empty text of a table, an empty list
             continue
         if not isinstance(value, kind):
@@ -187,7 +204,7 @@ def is_empty(text: Text) -> bool:
     """Whether there is nothing but white space in a text, or in the last of some messages and it calls no tool."""
     if isinstance(text, str):
         return not text.strip()
-    return not (text[-1]["content"].strip() or text[-1].get("tool_calls"))
+    return not (text[-1]["content"].strip() or text[-1].get("tool_calls") or text[-1].get("function_call"))
 
 
 def is_chat(text: Text) -> TypeGuard[list[Message]]:
@@ -266,11 +283,21 @@ def _moved(entry: dict[str, Any], column: str, name: str) -> dict[str, Any]:
     return {**kept, name: entry[column]} if column in entry else kept
 
 
-def _chat_in_text(text: str, what: str) -> Any:
+def parsed_chat(text: str) -> Any:
+    """Parses a chat that a table of texts holds as JSON, or as Python prints a list.
+
+    Raises:
+        ValueError: if it is neither.
+        RecursionError: if it is nested too deeply.
+    """
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} looks like a chat as text and is not valid JSON: {error}") from error
+    except ValueError:
+        try:
+            return ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError):  # as NumPy prints a list
+            pass
+        raise
 
 
 def _message(message: Any, what: str) -> Message:
@@ -279,11 +306,15 @@ def _message(message: Any, what: str) -> Message:
     content = message.get("content")
     if isinstance(content, list) and content:
         content = "".join(_text_part(part, what) for part in content)
-    elif content is None and message.get("tool_calls"):
+    elif content is None and (message.get("tool_calls") or message.get("function_call")):
         content = ""
     if not isinstance(content, str):
         raise RowError(f"{what} has no text content: {describe(content)}")
     rest = {key: value for key, value in message.items() if value is not None}
+    speaker = message["role"].lower()
+    if speaker in CALLERS:
+        rest["tool_calls"], content = _calls(content, what, speaker), ""
+    rest["role"] = ROLES.get(speaker, message["role"])
     return _json_like({**rest, "content": encodable(content, what)}, what)
 
 
@@ -310,22 +341,12 @@ def _json_like(value: Any, what: str) -> Any:
     return value
 
 
-def _parsed(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"field {name!r} is not valid JSON: {error}") from error
-
-
-def _calls(text: str, what: str) -> list[dict[str, Any]]:
-    """The calls of a ``function_call`` turn: JSON of one object with name and arguments, or of a list of them."""
-    try:
-        calls = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} is from function_call and not valid JSON: {error}") from error
+def _calls(text: str, what: str, speaker: str) -> list[dict[str, Any]]:
+    """The calls of a turn of :data:`CALLERS`: JSON of one object with name and arguments, or of a list of them."""
+    calls = parse_json(text, f"{what} is from {speaker} and", RowError)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise RowError(f"{what} is from function_call and names no function: {describe(text)}")
+        raise RowError(f"{what} is from {speaker} and names no function: {describe(text)}")
     for call in calls:
         encodable(json.dumps(call, ensure_ascii=False), what)
     return [{"type": "function", "function": call} for call in calls]

@@ -54,6 +54,8 @@ def labelled(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
 def has_labelled_pair(fields: dict[str, Any]) -> bool:
     """Returns whether a row is one of :func:`labelled`."""
     names = _pair_names(fields)
+    if isinstance(fields.get("question"), dict):  # webgpt_comparisons
+        return False
     if names is None or not (has_prompt(fields) or all(holds_turns(fields[name]) for name in names)):
         return False
     return (

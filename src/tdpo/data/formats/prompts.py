@@ -22,8 +22,9 @@ from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
 SYSTEMS = ("system", "system_prompt")
-PROMPTS = ("prompt", "question", "query", "input")
-"""Columns whose text is a prompt as it stands."""
+QUESTIONS = ("question", "query", "problem", "input", "inputs")
+"""Columns of what a user asks; a text in ``prompt`` is continued as it stands, in these it is a user's turn."""
+PROMPTS = ("prompt", *QUESTIONS)
 TURNS = ("conversations", "messages", "conversation", "trajectory", "context")
 """Columns whose turns are a prompt."""
 CHAT_OPTIONS = ("tools", "chat_template_kwargs")
@@ -56,7 +57,8 @@ def holds_turns(value: Any) -> bool:
 def prompt_of(row: SourceRow) -> Text:
     """Reads the prompt of a row from the first of the columns that have one; see :data:`PROMPT_USES`.
 
-    Texts are taken as they stand, but ``instruction``, to which ``input`` and ``history`` belong, is a user's turn.
+    ``input`` and ``history`` belong to ``instruction``. The text of a column of :data:`QUESTIONS` becomes a user's turn
+    in :func:`with_system`, because the responses may be chats that repeat it.
 
     Raises:
         RowError: if there is none.
@@ -119,21 +121,23 @@ def assistant_turn(text: Text) -> list[Message]:
 
 
 def with_system(row: SourceRow, prompt: Text, *responses: Text) -> tuple[Text, ...]:
-    """Puts the row's system prompt before its prompt.
+    """Puts the row's system prompt before its prompt, and makes a user's turn of a question.
 
     Texts with a column ``system`` beside them are a chat, where it is empty too: all rows of a source are of one kind.
 
     Raises:
-        RowError: if the prompt begins with another system turn.
+        RowError: if the question is empty, or the prompt begins with another system turn.
     """
-    if all(row.fields.get(name) is None for name in SYSTEMS):
-        return prompt, *responses
     name = first_of(row.fields, SYSTEMS)
-    value = row.fields[name]
-    system = plain_text(value, f"field {name!r}")
-    if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
+    value = row.fields.get(name)
+    asked = first_of(row.fields, PROMPTS)
+    texts = isinstance(prompt, str) and all(isinstance(response, str) for response in responses)
+    if isinstance(prompt, str) and (asked in QUESTIONS or (texts and value is not None)):
+        if asked in QUESTIONS and not prompt.strip():
+            raise RowError(f"field {asked!r} is empty")
         prompt = [{"role": "user", "content": prompt}]
         responses = tuple(assistant_turn(response) for response in responses)
+    system = "" if value is None else plain_text(value, f"field {name!r}")
     if not system.strip():
         return prompt, *responses
     if isinstance(prompt, str):
@@ -165,8 +169,15 @@ def pair_record(row: SourceRow, prompt: Text | None, chosen: Text, rejected: Tex
     if prompt is None:
         raise RowError("there is no prompt, and the responses are not chats that begin with one")
     prompt, chosen, rejected = with_system(row, prompt, chosen, rejected)
-    check_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
     check_placeholders(prompt)
+    record = record_of(row, prompt, chosen, rejected)
+    row.notes.extend(_notes(prompt, chosen, rejected))
+    return record
+
+
+def record_of(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> PreferenceRecord:
+    """Makes the record of a row whose texts are complete; see :func:`pair_record` for the errors."""
+    check_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
     return checked(PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt)))
 
 
@@ -190,6 +201,16 @@ def check_placeholders(prompt: Text) -> None:
                 f"the prompt has the placeholder {found} of {found[1:-1]} data, and training is on text alone; leave "
                 "such rows out, or remove the placeholder with --dataset_format module:function"
             )
+
+
+def _notes(prompt: Text, *responses: Text) -> list[str]:
+    """Lists what a chat holds that its author may have meant otherwise."""
+    notes = []
+    if is_chat(prompt) and prompt[-1]["role"] == "assistant":
+        notes.append("the prompt ends with the assistant's turn, which the responses follow and do not continue")
+    if any(turn["role"] in ASKING_ROLES for response in responses if is_chat(response) for turn in response):
+        notes.append("a response holds turns of other roles, which are trained on as a part of it")
+    return notes
 
 
 def _without_prompt(
