@@ -30,7 +30,7 @@ from tdpo.data.sources import Source
 from tdpo.errors import UserError
 from tdpo.files import check_writable, write_whole
 from tdpo.models.sharding import held
-from tdpo.train.checkpoints import checkpoints, newest_whole
+from tdpo.train.checkpointing import checkpoints, newest_whole
 from tdpo.train.preflight import check_held_out
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)

@@ -21,8 +21,8 @@ from tdpo.data.sft import SFTDataset, prepare_sft
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.models.load import adapter_base, load_model, load_tokenizer
-from tdpo.train.interrupts import listening
 from tdpo.train.sft import SFTTrainer
+from tdpo.train.stopping import listening
 
 OPTIONS = (ModelConfig, AdapterOptions, EvalDataConfig, SFTConfig)
 

@@ -22,7 +22,7 @@ from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceCo
 from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.sources import Source
 from tdpo.models.load import adapter_base, load_model, load_tokenizer, same_model
-from tdpo.train.interrupts import listening
+from tdpo.train.stopping import listening
 from tdpo.train.trainer import TDPOTrainer
 
 OPTIONS = (ModelConfig, ReferenceConfig, AdapterOptions, EvalDataConfig, TDPOConfig)

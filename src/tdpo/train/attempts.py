@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl
 
-from tdpo.train import checkpoints
+from tdpo.train import checkpointing
 
 
 class RunStart:
@@ -30,7 +30,7 @@ class RunStart:
         self._callbacks = [(callback, dict(vars(callback))) for callback in trainer.callback_handler.callbacks]
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        self._checkpoints = checkpoints.checkpoints(str(trainer.args.output_dir))
+        self._checkpoints = checkpointing.checkpoints(str(trainer.args.output_dir))
 
     def restore(self, trainer: Any) -> None:
         """Puts everything back, and removes the checkpoints written since."""
@@ -51,9 +51,9 @@ class RunStart:
         torch.set_rng_state(self._random[2])
         if self._cuda_random:
             torch.cuda.set_rng_state_all(self._cuda_random)
-        for path in checkpoints.checkpoints(str(trainer.args.output_dir)):
+        for path in checkpointing.checkpoints(str(trainer.args.output_dir)):
             if path not in self._checkpoints:
-                checkpoints.remove(path)
+                checkpointing.remove(path)
 
 
 def _changing(model: Any) -> list[tuple[str, Tensor]]:

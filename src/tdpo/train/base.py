@@ -26,11 +26,11 @@ from tdpo.models.adapters import has_adapter
 from tdpo.models.compiling import compile_layers
 from tdpo.models.multimodal import copy_processor
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
-from tdpo.train import checkpoints, preflight
+from tdpo.train import checkpointing, preflight
 from tdpo.train.attempts import RunStart
-from tdpo.train.interrupts import StopRequest, reason
 from tdpo.train.progress import ProgressCallback as OurProgressCallback
 from tdpo.train.sampling import FILLER, StepBatches, loader
+from tdpo.train.stopping import StopRequest, reason
 from tdpo.train.vocabulary import VocabularyCallback
 
 logger = logging.getLogger("tdpo")
@@ -333,7 +333,7 @@ class BatchMeanTrainer(Trainer):
         """
         folder = self._checkpoint_of(resume_from_checkpoint)
         if self.is_world_process_zero():
-            checkpoints.clear_partial(str(self.args.output_dir))
+            checkpointing.clear_partial(str(self.args.output_dir))
         self.reset_run_state()
         if folder is not None:
             self._restore(folder)
@@ -410,18 +410,18 @@ class BatchMeanTrainer(Trainer):
         if resume is None:
             resume = self.args.resume_from_checkpoint
         if resume is None and self.args.resume:
-            return checkpoints.newest_whole(str(self.args.output_dir))[0]
+            return checkpointing.newest_whole(str(self.args.output_dir))[0]
         if resume is not True:
             return Path(resume) if resume else None
-        newest, passed = checkpoints.newest_whole(str(self.args.output_dir))
+        newest, passed = checkpointing.newest_whole(str(self.args.output_dir))
         if newest is None:
             raise UserError("; ".join([f"{self.args.output_dir}: no whole checkpoint to resume from", *passed]))
         return newest
 
     def _restore(self, folder: Path) -> None:
         """Reads this process's :meth:`run_state`, if the run is the one that wrote it."""
-        file = folder / checkpoints.run_state_name(self.accelerator.process_index)
-        first = folder / checkpoints.run_state_name(0)
+        file = folder / checkpointing.run_state_name(self.accelerator.process_index)
+        first = folder / checkpointing.run_state_name(0)
         if not first.is_file():
             logger.warning("%s was not written by tdpo: the log after resuming begins anew", folder)
             return
@@ -465,7 +465,7 @@ class BatchMeanTrainer(Trainer):
         final = output_dir / f"checkpoint-{self.state.global_step}"
         aside = final.with_name(final.name + PARTIAL)
         written = aside / final.name
-        with checkpoints.told_what_stays(final.name, aside, output_dir):
+        with checkpointing.told_what_stays(final.name, aside, output_dir):
             self._aside = aside
             try:
                 super()._save_checkpoint(model, trial)
@@ -474,16 +474,16 @@ class BatchMeanTrainer(Trainer):
             self._complete(written, final)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                checkpoints.seal(written)
-                checkpoints.publish(written, final)
+                checkpointing.seal(written)
+                checkpointing.publish(written, final)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_local_main_process and written.is_dir():  # this machine has a disk of its own
-                checkpoints.seal(written)
-                checkpoints.publish(written, final)
+                checkpointing.seal(written)
+                checkpointing.publish(written, final)
             shutil.rmtree(aside, ignore_errors=True)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            checkpoints.rotate(output_dir, self.args.save_total_limit, final, best)
+            checkpointing.rotate(output_dir, self.args.save_total_limit, final, best)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
@@ -494,7 +494,7 @@ class BatchMeanTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         if not self.args.save_only_model:
-            name = checkpoints.run_state_name(self.accelerator.process_index)
+            name = checkpointing.run_state_name(self.accelerator.process_index)
             (written / name).write_text(json.dumps(self.run_state()), encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -506,10 +506,10 @@ class BatchMeanTrainer(Trainer):
         aside = folder / f"model{PARTIAL}"
         if self.is_fsdp_enabled:  # sharded state dicts are for resuming; a model is saved whole
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        with checkpoints.told_what_stays("the model", aside, folder):
+        with checkpointing.told_what_stays("the model", aside, folder):
             super().save_model(str(aside), _internal_call=True)
             if self.args.should_save:
-                checkpoints.move_into(aside, folder)
+                checkpointing.move_into(aside, folder)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
