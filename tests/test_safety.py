@@ -54,7 +54,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
 def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     code = (
         "import runpy, signal, time\n"
-        f"own = runpy.run_path({str(REPOSITORY / 'src/tdpo/train/interrupts.py')!r})\n"
+        f"own = runpy.run_path({str(REPOSITORY / 'src/tdpo/train/stopping.py')!r})\n"
         "with own['listening'](own['StopRequest']()) as request:\n"
         "    print('ready', flush=True)\n"
         "    while not request.poll(): time.sleep(0.01)\n"
@@ -173,7 +173,7 @@ def test_a_full_disk_costs_nothing_that_was_written(
     assert newest is not None and not passed and not list(out.glob("*.partial"))
     step = checkpointing.step_of(newest)
     assert f"checkpoint-{step + 2} could not be written whole to {out}" in told and "MiB free" in told
-    assert f"{newest.name} stays whole, --resume goes on from it" in told and "Traceback" not in told
+    assert f"{newest.name} stays whole, --resume continues from it" in told and "Traceback" not in told
     words[words.index("--max_steps") + 1] = str(step + 1)
     assert main([*words, "--resume", "--save_strategy", "no"]) == 2
     told = capsys.readouterr().err
@@ -313,8 +313,8 @@ def test_a_model_that_does_not_name_its_layers_is_not_compiled(tokenizer: Any) -
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:
     ends = []
-    for number, checkpointing in enumerate((False, True)):
-        made = trainer(tmp_path / str(number), tokenizer, gradient_checkpointing=checkpointing, learning_rate=1e-2)
+    for number, recompute in enumerate((False, True)):
+        made = trainer(tmp_path / str(number), tokenizer, gradient_checkpointing=recompute, learning_rate=1e-2)
         made.train()
         ends.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The metrics of pairs, the same in training, evaluation and ``tdpo eval``. They add up on the device.
+"""The metrics of pairs, the same in training, evaluation and ``tdpo eval``. They are summed on the device.
 
 ``rewards/*`` is the objective's own implicit reward, ``implicit_rewards/*`` is ``beta * log-ratio`` and comparable
 across objectives. ``kl/*`` is the sequential KL(reference || policy) in nats, ``kl_per_token/*`` that divided by the
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from tdpo.data.pack import pack_padded
@@ -31,6 +32,10 @@ class MetricSums:
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
+        self.reset()
+
+    def reset(self) -> None:
+        """Clears the sums."""
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
@@ -40,11 +45,19 @@ class MetricSums:
         sums = torch.stack([value.sum(dtype=torch.float32) for value in columns.values()])
         sums = weight * sums if weight else torch.zeros_like(sums)
         self._names = list(columns)
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
 
     def merge(self, gathered: Tensor) -> None:
         """Replaces the sums by those of all processes, ``[processes, metrics]``."""
         self._sums = gathered.sum(0)
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """Returns the means over all processes and clears the sums."""
+        if self._sums is not None:
+            self.merge(accelerator.gather(self._sums.to(accelerator.device)[None]))
+        means = self.means()
+        self.reset()
+        return means
 
     @property
     def sums(self) -> Tensor | None:
@@ -52,16 +65,16 @@ class MetricSums:
         return self._sums
 
     def state(self) -> dict[str, float]:
-        """The sums by name, for a checkpoint; a float holds each exactly."""
+        """Returns the sums by name, for a checkpoint; a float holds each exactly."""
         return {} if self._sums is None else dict(zip(self._names, self._sums.tolist(), strict=True))
 
-    def load(self, state: dict[str, float], device: torch.device) -> None:
-        """Takes back what :meth:`state` gave."""
+    def load(self, state: dict[str, float]) -> None:
+        """Restores what :meth:`state` returned."""
         self._names = list(state)
-        self._sums = torch.tensor(list(state.values()), dtype=torch.float32, device=device) if state else None
+        self._sums = torch.tensor(list(state.values()), dtype=torch.float32) if state else None
 
     def means(self) -> dict[str, float]:
-        """Every metric as its mean over the pairs added, empty if there were none."""
+        """Returns every metric as its mean over the pairs added, empty if there were none."""
         if self._sums is None:
             return {}
         total = dict(zip(self._names, self._sums.double().tolist(), strict=True))
@@ -74,6 +87,37 @@ class MetricSums:
             **per_token,
             "kl_per_token/margin": per_token["kl_per_token/chosen"] - per_token["kl_per_token/rejected"],
         }
+
+
+class RouterLossMean:
+    """The mean of the unweighted router losses of the batches since the last log."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Clears the sum."""
+        self._sum_and_count = torch.zeros(2)
+
+    def add(self, router_loss: Tensor, weight: float = 1.0) -> None:
+        """Adds the loss of a batch; nothing leaves the device. With weight 0 it adds nothing."""
+        if weight:
+            added = torch.stack([router_loss, torch.ones_like(router_loss)])
+            self._sum_and_count = self._sum_and_count.to(added.device) + added
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """Returns the mean over all processes as ``aux_loss`` and clears the sum."""
+        total, batches = accelerator.gather(self._sum_and_count.to(accelerator.device)[None]).sum(0).tolist()
+        self.reset()
+        return {"aux_loss": total / max(batches, 1.0)}
+
+    def state(self) -> list[float]:
+        """Returns the sum and the number of batches, for a checkpoint."""
+        return self._sum_and_count.tolist()
+
+    def load(self, state: list[float]) -> None:
+        """Restores what :meth:`state` returned."""
+        self._sum_and_count = torch.tensor(state)
 
 
 def metric_names() -> list[str]:
@@ -122,7 +166,7 @@ def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 class DisplacementWatch:
     """Notices likelihood displacement: chosen and rejected responses both becoming less likely, log after log.
 
-    The margin of a preference loss can grow while both sides fall, and probability moves to responses nobody rated.
+    The margin of a preference loss can grow while both sides fall, and probability moves to unrated responses.
 
     Args:
         beta: Of the objective, to read log-ratios off implicit rewards.
@@ -132,21 +176,24 @@ class DisplacementWatch:
 
     def __init__(self, beta: float, patience: int = 3, noticeable: float = -1.0) -> None:
         self.patience, self.fallen = patience, beta * noticeable
-        self._falling = 0
-        self._warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all logs, as at the start of a run."""
+        self._falling, self._warned = 0, False
         self._last: tuple[float, float] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What has been seen so far, for a checkpoint."""
+        """Returns what has been seen so far, for a checkpoint."""
         return {"falling": self._falling, "warned": self._warned, "last": self._last}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`state` gave."""
+        """Restores what :meth:`state` returned."""
         self._falling, self._warned = state["falling"], state["warned"]
         self._last = None if state["last"] is None else tuple(state["last"])
 
     def warning(self, metrics: dict[str, float]) -> str | None:
-        """Takes one log's metrics and returns words, once, when both log-ratios keep falling and have fallen far.
+        """Reads one log's metrics and returns a warning, once, when both log-ratios keep falling and have fallen far.
 
         Example:
             >>> watch = DisplacementWatch(beta=0.1, patience=1)

@@ -109,7 +109,7 @@ def warn_of_second_model(reference: Reference, policy: Any, args: TDPOConfig) ->
         logger.warning("the reference is a second model of %s weights beside the policy with its adapter", f"{count:,}")
 
 
-class Following(TrainerCallback):
+class ReferenceSyncCallback(TrainerCallback):
     """A frozen reference that follows the policy every so many steps, and a checkpoint's copy of it.
 
     Args:
@@ -221,7 +221,6 @@ class FillOptions:
 
 def cached(
     models: Models,
-    folder: Path,
     pairs: Sequence[TokenisedPair],
     pack: Callable[[Sequence[TokenisedPair]], PackedBatch],
     run: FillOptions,
@@ -231,7 +230,9 @@ def cached(
     Raises:
         UserError: if the folder was filled for another reference, dtype or layout, or for other pairs.
     """
-    store = HiddenStore(folder, cache_key(models.reference, pack, run))
+    if models.cache is None:
+        raise ValueError("these models have no cache")
+    store = HiddenStore(models.cache, cache_key(models.reference, pack, run))
     missing = store.missing(pairs)
     if missing and store.filled_for not in ("", pairs_hash(pair.key for pair in pairs)):
         raise UserError(store.lacks([pair.row for pair in missing], len(pairs)))
@@ -322,6 +323,6 @@ def _probe(run: FillOptions) -> PackedBatch:
     return pack_padded([TokenisedPair([0], [0], [0])]).to(run.device)
 
 
-def told(models: Models, store: HiddenStore) -> str:
+def describe_cache(models: Models, store: HiddenStore) -> str:
     """The log line of a cached reference: what is in the cache, beside why it is taken."""
     return f"{models.line}; {len(store)} different pairs in {store.folder}, {store.bytes_per_token()} bytes a token"

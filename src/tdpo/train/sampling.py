@@ -156,10 +156,19 @@ def _received(sent: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sent.items()}
 
 
-def loader(
-    dataset: Any, batches: StepBatches, collate: Callable[[Sequence[Any]], Any], args: TrainingArguments
+def make_loader(
+    dataset: Any,
+    batch_size: int,
+    collate: Any,
+    args: TrainingArguments,
+    accumulation: int = 1,
+    seed: int | None = None,
+    drop_last: bool = False,
 ) -> DataLoader[Any]:
-    """The loader of one process; its batches are chosen already, so accelerate only moves them to the device."""
+    """Makes the loader of this process; its batches are chosen already, so accelerate only moves them to the device."""
+    batches = StepBatches(
+        dataset.lengths(), batch_size, accumulation, seed, args.world_size, args.process_index, drop_last
+    )
     workers = args.dataloader_num_workers
     if workers:
         check_shared_memory("--dataloader_num_workers", workers)
