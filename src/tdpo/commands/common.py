@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,21 +20,15 @@ from rich.logging import RichHandler
 from rich.table import Table
 from safetensors import SafetensorError
 
-from tdpo.cli import COMMANDS
-from tdpo.commands.options import parse
 from tdpo.config import RunOptions
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
 from tdpo.files import check_writable, write_whole
-from tdpo.train.checkpointing import checkpoints, newest_whole
-from tdpo.train.preflight import check_held_out
+from tdpo.train.checkpointing import checkpoints
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
-logger = logging.getLogger("tdpo")
-OUTPUT = ("output_dir",)
-"""Options that a training command requires, and a trainer does not."""
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*.bin")
 OTHER_FILES = (
     "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.*", "vocab.*", "merges.txt",
@@ -68,32 +62,12 @@ def quieten() -> None:
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
-def run_options(command: str, classes: tuple[type, ...], argv: Sequence[str]) -> tuple[Any, ...]:
-    """Parses the options of a training command, and checks that the data they name can be opened.
-
-    Args:
-        command: Its name.
-        classes: The dataclasses that hold its options; the last two are those of the data and of the run.
-        argv: Its words.
-    """
-    options = parse(command, COMMANDS[command], classes, argv, OUTPUT)
-    data, args = options[-2:]
-    reading = args.reading()
-    data.check_reading(reading)
-    data.open_training(reading)
-    check_held_out(args, data.open_held_out(reading) is not None)
-    return options
-
-
-def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
+def check_output(args: RunOptions, *inputs: str | None) -> None:
     """Checks the output folder before anything is loaded; see also :func:`clear_earlier_run`.
 
     Args:
         args: The run's options.
         inputs: Models and tokenizers the run reads; none of them may be in the output folder.
-
-    Returns:
-        The checkpoint to resume from, or None.
 
     Raises:
         UserError: if it cannot be written, is an input's own folder, or holds a model that would be overwritten.
@@ -115,14 +89,6 @@ def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
         )
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such folder")
-    if args.resume_from_checkpoint or not args.resume:
-        return args.resume_from_checkpoint
-    newest, passed = newest_whole(folder)
-    for line in passed:
-        logger.warning(line)
-    if newest is None:
-        logger.warning("--resume: no whole checkpoint in %s, the run starts from the beginning", folder)
-    return None if newest is None else str(newest)
 
 
 def clear_earlier_run(args: RunOptions) -> None:

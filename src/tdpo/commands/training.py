@@ -9,20 +9,22 @@ from typing import Any
 from transformers import TrainerCallback
 from typing_extensions import override
 
+from tdpo.cli import COMMANDS
 from tdpo.commands import launch
 from tdpo.commands.common import (
+    check_output,
     clear_earlier_run,
     console,
-    prepare_output,
     quieten,
     read_dataset,
-    run_options,
     told_in_words,
 )
+from tdpo.commands.options import parse
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.models.load import adapter_base, load_tokenizer
 from tdpo.models.sharding import held
+from tdpo.train.preflight import check_held_out
 from tdpo.train.stopping import listening
 
 Datasets = tuple[PairDataset | SFTDataset, PairDataset | SFTDataset | None]
@@ -55,15 +57,23 @@ def run_training(
             train and to evaluate on, and the tokenizer.
         show: Prints the metrics of held-out data and its number of rows.
     """
-    parse = partial(run_options, command, classes, argv)
-    launch.apply(argv, command, parse)
-    options = parse()
+
+    def read_options() -> tuple[Any, ...]:
+        options = parse(command, COMMANDS[command], classes, argv, required=["output_dir"])
+        data, args = options[-2:]
+        data.check_reading(args.reading())
+        data.open_training(args.reading())
+        check_held_out(args, data.open_held_out(args.reading()) is not None)
+        return options
+
+    launch.apply(argv, command, read_options)
+    options = read_options()
     model_config, (adapter, data, args) = options[0], options[-3:]
     reading = args.reading()
     quieten()
     reference = [getattr(option, "ref_model_name_or_path", None) for option in options]
     inputs = model_config.model_name_or_path, model_config.tokenizer_name_or_path, *reference
-    checkpoint = prepare_output(args, *inputs)
+    check_output(args, *inputs)
     adapter.check_trains(adapter_base(model_config.model_name_or_path, model_config.model_revision) is not None)
 
     tokenizer = load_tokenizer(model_config)
@@ -74,7 +84,7 @@ def run_training(
     trainer = make_trainer(options, (train, held_out), tokenizer)
     with told_in_words(trainer), listening(trainer.stop_request):
         clear_earlier_run(args)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train()
     trainer.stop_request.raise_if_stopped(trainer.state)
 
     with told_in_words(trainer):

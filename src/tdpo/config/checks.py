@@ -14,8 +14,14 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def option(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
-    """Returns a dataclass field with the text that ``--help`` prints, and the values it may have."""
-    return field(default=default, metadata={"help": help_text} | ({} if choices is None else {"choices": choices}))
+    """Returns a dataclass field with the text that ``--help`` prints, and the values it may have.
+
+    A default of ``list`` is an empty list.
+    """
+    metadata = {"help": help_text} | ({} if choices is None else {"choices": choices})
+    return (
+        field(default_factory=list, metadata=metadata) if default is list else field(default=default, metadata=metadata)
+    )
 
 
 def check_at_least(options: Any, least: float, *names: str) -> None:

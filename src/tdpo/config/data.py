@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tdpo.config.checks import check_at_least, option
@@ -54,12 +54,10 @@ class DataConfig(SplitOptions):
     """Which data, and how its rows are read."""
 
     dataset_name: str | None = option(None, f"{DATASET_HELP} (this or --datasets)")
-    datasets: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "A mixture instead of --dataset_name: name,weight=0.5,format=hh,... for each dataset, or a list of "
-            "mappings in a YAML file. A weight is how often a record is seen in an epoch."
-        },
+    datasets: list[str] = option(
+        list,
+        "A mixture instead of --dataset_name: name,weight=0.5,format=hh,... for each dataset, or a list of "
+        "mappings in a YAML file. A weight is how often a record is seen in an epoch.",
     )
     dataset_config: str | None = option(None, "Configuration of a hub dataset.")
     dataset_train_split: str = option(
@@ -131,12 +129,10 @@ class FormatOptions:
     columns: dict[str, str] | str | None = option(
         None, "Columns under other names: prompt=question,chosen=good,... or JSON."
     )
-    ignore_columns: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Columns to leave out: name,name,... Other columns that are not used are reported, and the run "
-            "stops where they may be the prompt."
-        },
+    ignore_columns: list[str] = option(
+        list,
+        "Columns to leave out: name,name,... Other columns that are not used are reported, and the run "
+        "stops where they may be the prompt.",
     )
     pairs_from: str | None = option(
         None,

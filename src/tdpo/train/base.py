@@ -24,7 +24,7 @@ from tdpo.models.multimodal import freeze_idle_parts
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpointing, preflight, progress
 from tdpo.train.attempts import RunStart
-from tdpo.train.checkpointing import CheckpointFile, CheckpointingTrainer, RunPart
+from tdpo.train.checkpointing import CheckpointingTrainer
 from tdpo.train.evaluation import EvaluatingTrainer
 from tdpo.train.inputs import prepare_held_out, prepare_training
 from tdpo.train.sampling import make_loader
@@ -98,10 +98,10 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         preflight.check_processes(args, sharded)
         self.loss_is_scaled_for_ga = False
         self.loss_since_log = LossSinceLog()
-        self.run_parts: dict[str, RunPart] = {"loss": self.loss_since_log}
+        self.run_parts = {"loss": self.loss_since_log}
         if self.train_metrics is not None:
             self.run_parts["metrics"] = self.train_metrics
-        self.checkpoint_files: list[CheckpointFile] = []
+        self.checkpoint_files = []
         self.stop_request = StopRequest(None if args.max_time is None else seconds(args.max_time))
         self.add_callback(StopCallback(self.stop_request))
         self.add_callback(preflight.VocabularyCallback())

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from transformers import ProcessorMixin, Trainer
@@ -123,13 +123,15 @@ def find_checkpoint(args: RunOptions, resume: str | bool | None) -> Path | None:
         UserError: if True finds none.
     """
     resume = args.resume_from_checkpoint if resume is None else resume
-    if resume is None and args.resume:
-        return newest_whole(str(args.output_dir))[0]
-    if resume is not True:
+    if resume is not True and (resume is not None or not args.resume):
         return Path(resume) if resume else None
     newest, passed = newest_whole(str(args.output_dir))
-    if newest is None:
+    if newest is None and resume:
         raise UserError("; ".join([f"{args.output_dir}: no whole checkpoint to resume from", *passed]))
+    if newest is None:
+        passed.append(f"--resume: no whole checkpoint in {args.output_dir}, the run starts from the beginning")
+    for line in passed:
+        logger.warning(line)
     return newest
 
 
@@ -198,37 +200,14 @@ def write_errors(what: str, partial: Path, output_dir: str | Path) -> Iterator[N
         ) from error
 
 
-class RunPart(Protocol):
-    """A sum or a memory of the run that a checkpoint keeps."""
-
-    def state(self) -> Any:
-        """Returns it as JSON."""
-
-    def load(self, state: Any) -> None:
-        """Restores what :meth:`state` returned."""
-
-    def reset(self) -> None:
-        """Clears it, as at the start of a run."""
-
-
-class CheckpointFile(Protocol):
-    """Writes a file of its own into each checkpoint and reads it again."""
-
-    def save(self, folder: Path) -> None:
-        """Writes the file."""
-
-    def load(self, folder: Path) -> None:
-        """Reads the file."""
-
-
 class CheckpointingTrainer(Trainer):
     """A Trainer whose checkpoints and models are complete or absent, and resume with every sum they had."""
 
     args: RunOptions
-    run_parts: dict[str, RunPart]
-    """What this process remembers between logs, by its name in a checkpoint."""
-    checkpoint_files: list[CheckpointFile]
-    """What writes a file of its own into each checkpoint."""
+    run_parts: dict[str, Any]
+    """What this process remembers between logs, by its name in a checkpoint; each has ``state, load, reset``."""
+    checkpoint_files: list[Any]
+    """What keeps a file of its own in each checkpoint; each has ``save(folder)`` and ``load(folder)``."""
     _partial: Path | None = None
 
     def run_state(self) -> dict[str, Any]:

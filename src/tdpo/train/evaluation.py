@@ -71,13 +71,9 @@ class EvaluatingTrainer(StepTrainer):
 
     @override
     def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self._begun:
             raise UserError(
                 "under FSDP and DeepSpeed an evaluation needs weights that training has sharded: evaluate after "

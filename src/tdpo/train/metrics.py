@@ -21,103 +21,93 @@ from tdpo.types import PairLoss, PairStats, TokenisedPair, TokenStats
 SIDES = ("chosen", "rejected")
 
 
-class MetricSums:
-    """Sums of every metric over the pairs seen so far; one tensor, so that reading it synchronises once.
-
-    Example:
-        >>> from tdpo.types import PairStats
-        >>> MetricSums(beta=0.1).means()
-        {}
-    """
-
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
-        self.reset()
-
-    def reset(self) -> None:
-        """Clears the sums."""
-        self._names: list[str] = []
-        self._sums: Tensor | None = None
-
-    def add(self, scores: PairScores, weight: float = 1.0) -> None:
-        """Adds a batch; nothing leaves the device. With weight 0 it adds nothing, whatever its scores are."""
-        columns = pair_columns(scores, self.beta)
-        sums = torch.stack([value.sum(dtype=torch.float32) for value in columns.values()])
-        sums = weight * sums if weight else torch.zeros_like(sums)
-        self._names = list(columns)
-        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
-
-    def merge(self, gathered: Tensor) -> None:
-        """Replaces the sums by those of all processes, ``[processes, metrics]``."""
-        self._sums = gathered.sum(0)
-
-    def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Returns the means over all processes and clears the sums."""
-        if self._sums is not None:
-            self.merge(accelerator.gather(self._sums.to(accelerator.device)[None]))
-        means = self.means()
-        self.reset()
-        return means
-
-    @property
-    def sums(self) -> Tensor | None:
-        """The sums as a tensor, to be gathered from all processes; None before the first batch."""
-        return self._sums
-
-    def state(self) -> dict[str, float]:
-        """Returns the sums by name, for a checkpoint; a float holds each exactly."""
-        return {} if self._sums is None else dict(zip(self._names, self._sums.tolist(), strict=True))
-
-    def load(self, state: dict[str, float]) -> None:
-        """Restores what :meth:`state` returned."""
-        self._names = list(state)
-        self._sums = torch.tensor(list(state.values()), dtype=torch.float32) if state else None
-
-    def means(self) -> dict[str, float]:
-        """Returns every metric as its mean over the pairs added, empty if there were none."""
-        if self._sums is None:
-            return {}
-        total = dict(zip(self._names, self._sums.double().tolist(), strict=True))
-        pairs = total.pop("pairs")
-        tokens = {side: total.pop(f"tokens/{side}") for side in SIDES}
-        means = {name: value / pairs for name, value in total.items()}
-        per_token = {f"kl_per_token/{side}": total[f"kl/{side}"] / tokens[side] for side in SIDES}
-        return {
-            **means,
-            **per_token,
-            "kl_per_token/margin": per_token["kl_per_token/chosen"] - per_token["kl_per_token/rejected"],
-        }
-
-
-class RouterLossMean:
-    """The mean of the unweighted router losses of the batches since the last log."""
+class Sums:
+    """Named sums over a log or an evaluation; one tensor, so that reading it synchronises once."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Clears the sum."""
-        self._sum_and_count = torch.zeros(2)
+        """Clears the sums."""
+        self._names: list[str] = []
+        self.sums: Tensor | None = None
+        """The sums as a tensor, to be gathered from all processes; None before the first batch."""
 
-    def add(self, router_loss: Tensor, weight: float = 1.0) -> None:
-        """Adds the loss of a batch; nothing leaves the device. With weight 0 it adds nothing."""
-        if weight:
-            added = torch.stack([router_loss, torch.ones_like(router_loss)])
-            self._sum_and_count = self._sum_and_count.to(added.device) + added
+    def add_columns(self, columns: dict[str, Tensor], weight: float = 1.0) -> None:
+        """Adds the columns of a batch; nothing leaves the device. With weight 0 it adds 0, also for NaN."""
+        sums = torch.stack([value.sum(dtype=torch.float32) for value in columns.values()])
+        sums = weight * sums if weight else torch.zeros_like(sums)
+        self._names = list(columns)
+        self.sums = sums if self.sums is None else self.sums.to(sums.device) + sums
+
+    def merge(self, gathered: Tensor) -> None:
+        """Replaces the sums by those of all processes, ``[processes, metrics]``."""
+        self.sums = gathered.sum(0)
+
+    def total(self) -> dict[str, float]:
+        """Returns the sums by name, empty before the first batch; a float holds each exactly."""
+        return {} if self.sums is None else dict(zip(self._names, self.sums.tolist(), strict=True))
+
+    def means(self) -> dict[str, float]:
+        """Computes the metrics from the sums, empty before the first batch."""
+        raise NotImplementedError("abstract: a subclass knows what its sums are divided by")
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Returns the mean over all processes as ``aux_loss`` and clears the sum."""
-        total, batches = accelerator.gather(self._sum_and_count.to(accelerator.device)[None]).sum(0).tolist()
+        """Returns the means over all processes and clears the sums."""
+        if self.sums is not None:
+            self.merge(accelerator.gather(self.sums.to(accelerator.device)[None]))
+        means = self.means()
         self.reset()
-        return {"aux_loss": total / max(batches, 1.0)}
+        return means
 
-    def state(self) -> list[float]:
-        """Returns the sum and the number of batches, for a checkpoint."""
-        return self._sum_and_count.tolist()
+    state = total
 
-    def load(self, state: list[float]) -> None:
-        """Restores what :meth:`state` returned."""
-        self._sum_and_count = torch.tensor(state)
+    def load(self, state: dict[str, float]) -> None:
+        """Restores what :meth:`state` returned, from a checkpoint."""
+        self._names = list(state)
+        self.sums = torch.tensor(list(state.values()), dtype=torch.float32) if state else None
+
+
+class MetricSums(Sums):
+    """Sums of every metric over the pairs seen so far.
+
+    Example:
+        >>> MetricSums(beta=0.1).means()
+        {}
+    """
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def add(self, scores: PairScores, weight: float = 1.0) -> None:
+        """Adds the pairs of a batch, none of them with weight 0."""
+        self.add_columns(pair_columns(scores, self.beta), weight)
+
+    def means(self) -> dict[str, float]:
+        """Returns every metric as its mean over the pairs added, empty if there were none."""
+        total = self.total()
+        if not total:
+            return {}
+        pairs = total.pop("pairs")
+        tokens = {side: total.pop(f"tokens/{side}") for side in SIDES}
+        means = {name: value / pairs for name, value in total.items()}
+        chosen, rejected = (total[f"kl/{side}"] / tokens[side] for side in SIDES)
+        per_token = {"chosen": chosen, "rejected": rejected, "margin": chosen - rejected}
+        return means | {f"kl_per_token/{name}": value for name, value in per_token.items()}
+
+
+class RouterLossMean(Sums):
+    """The mean of the unweighted router losses of batches."""
+
+    def add(self, router_loss: Tensor, weight: float = 1.0) -> None:
+        """Adds the loss of a batch, nothing with weight 0."""
+        self.add_columns({"aux_loss": router_loss, "batches": torch.ones_like(router_loss)}, weight)
+
+    def means(self) -> dict[str, float]:
+        """Returns the mean as ``aux_loss``, empty before the first batch."""
+        total = self.total()
+        return {"aux_loss": total["aux_loss"] / max(total["batches"], 1.0)} if total else {}
 
 
 def metric_names() -> list[str]:
@@ -135,7 +125,7 @@ def metric_names() -> list[str]:
 
 
 def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:
-    """Every metric of every pair, ``[P]`` each, under the names they are logged by."""
+    """Computes every metric of every pair, ``[P]`` each, under the names they are logged by."""
     stats, tokens = scores.stats, token_counts(scores.batch)
     columns = {"pairs": torch.ones_like(scores.loss), "loss": scores.loss}
     columns |= {f"tokens/{side}": tokens[:, index] for index, side in enumerate(SIDES)}
@@ -153,7 +143,7 @@ def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:
 
 
 def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Both sides of a reward, its margin, and whether it ranks the pair as the data does; a tie counts one half."""
+    """Compares both sides of a reward: its margin, and whether it ranks the pair as the data does; a tie is 1/2."""
     margin = chosen - rejected
     return {
         f"{name}/chosen": chosen,

@@ -33,19 +33,10 @@ from tdpo.models.sharding import narrow_dtype
 from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
+from tdpo.train import references
 from tdpo.train.base import BatchMeanTrainer, compile_models, prepare_policy
 from tdpo.train.inputs import check_arguments
 from tdpo.train.metrics import DisplacementWatch, MetricSums, metric_names
-from tdpo.train.references import (
-    FillOptions,
-    Models,
-    ReferenceSyncCallback,
-    cached,
-    describe_cache,
-    describe_copy,
-    prepare_models,
-    warn_of_second_model,
-)
 from tdpo.types import PackedBatch
 
 logger = logging.getLogger("tdpo")
@@ -104,7 +95,7 @@ class TDPOTrainer(BatchMeanTrainer):
         if given is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
         self.args, self.objective = args, args.build_objective()
-        models = prepare_models(policy, given, peft_config, args)
+        models = references.prepare_models(policy, given, peft_config, args)
         policy, self.reference, self.reference_line = models.policy, models.reference, models.line
         prepare_reference_mode(policy, self.reference.models(), models.cache is not None, args.disable_dropout)
         self._router = prepare_policy(policy, args, peft_config)
@@ -130,30 +121,39 @@ class TDPOTrainer(BatchMeanTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self._watch = self.run_parts["displacement"] = DisplacementWatch(args.beta)
-        self._start_reference(models, pack)
-        if ref_model is None:
-            warn_of_second_model(self.reference, policy, args)
+        if models.cache is None:
+            self._start_reference(own=ref_model is None)
+        else:
+            self._fill_cache(models, pack)
+        compile_models(args, policy)  # a cache is filled without, so that it serves runs with and without
+        logger.info(self.reference_line)
+
+    def _start_reference(self, own: bool) -> None:
+        """Moves the reference to its devices, sharded as the policy is, and syncs it with the policy if asked to.
+
+        Args:
+            own: Whether the trainer chose the reference itself.
+        """
+        args, policy = self.args, self.model
+        if isinstance(self.reference, FrozenCopy):
+            compile_models(args, self.reference.model)
+        self.reference.place(self.accelerator)
+        self.reference_line += references.describe_copy(self.reference)
+        if own:
+            references.warn_of_second_model(self.reference, policy, args)
         if args.sync_ref_model:
-            sync = ReferenceSyncCallback(self.reference, policy, args)
+            sync = references.ReferenceSyncCallback(self.reference, policy, args)  # type: ignore[arg-type]
             self.add_callback(sync)
             self.checkpoint_files.append(sync)
             share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self.reference_line += f"; every {every} steps it takes {share:g} of the policy"
-        compile_models(args, policy)  # a cache is filled without, so that it serves runs with and without
-        logger.info(self.reference_line)
 
-    def _start_reference(self, models: Models, pack: Any) -> None:
-        """Places the reference on its devices, or fills its cache for all pairs and reads from that."""
-        if models.cache is None:
-            if isinstance(self.reference, FrozenCopy):
-                compile_models(self.args, self.reference.model)
-            self.reference.place(self.accelerator)
-            self.reference_line += describe_copy(self.reference)
-            return
+    def _fill_cache(self, models: references.Models, pack: Any) -> None:
+        """Fills the cache of the reference for all pairs of training and evaluation, and reads from it instead."""
         self.reference.to(self.args.device)
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         pairs = [pair for data in (self.train_dataset, *held_out.values()) for pair in data or ()]
-        run = FillOptions(
+        run = references.FillOptions(
             self.args.device,
             self.args.per_device_eval_batch_size,
             self.args.reference_cache_dtype,
@@ -168,11 +168,11 @@ class TDPOTrainer(BatchMeanTrainer):
         if dtype is not None:
             models = replace(models, reference=models.reference.narrowed(dtype))
             run = replace(run, precision="no")  # the weights are narrow, and nothing is cast on the way
-        self.reference = cached(models, pairs, pack, run)
+        self.reference = references.cached(models, pairs, pack, run)
         if device != self.args.device:
             policy.to(device)
         self.reference.place(self.accelerator)
-        self.reference_line = describe_cache(models, self.reference.store)
+        self.reference_line = references.describe_cache(models, self.reference.store)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, PairScores]:
         """Computes the sum of the pairs' losses and their scores, inside the model's forward."""
