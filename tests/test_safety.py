@@ -281,7 +281,7 @@ def test_out_of_memory_over_the_logits_halves_their_budget_once(
 
 
 def test_what_does_not_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="batches are shared out by tdpo"):
+    with pytest.raises(UserError, match="batches are distributed by tdpo"):
         TDPOConfig(output_dir=str(tmp_path), use_cpu=True, accelerator_config={"split_batches": True})
 
 

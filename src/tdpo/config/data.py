@@ -1,4 +1,4 @@
-"""Options of data: which, how its rows are read, and how long what they become may be."""
+"""Options of data: names, formats, rendering and lengths."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ HALF = _Default(256)
 
 @dataclass
 class SplitOptions:
-    """One file for training and for evaluation: a part of its prompts is set aside."""
+    """One file for training and for evaluation: a part of its prompts is held out."""
 
     test_fraction: float | None = option(
         None,
-        "Set aside about this share of the prompts for evaluation; train, sft, eval and every process draw "
+        "Hold out about this share of the prompts for evaluation; train, sft, eval and every process draw "
         "the same ones.",
     )
     split_seed: int = option(0, "Seed of --test_fraction, and of fractional weights.")
 
     def side(self, test: bool) -> Side | None:
-        """One side of the split, or None if there is none."""
+        """Returns one side of the split, or None if there is none."""
         return None if self.test_fraction is None else Side(self.test_fraction, self.split_seed, test)
 
 
@@ -70,7 +70,7 @@ class DataConfig(SplitOptions):
         self.side(True)
 
     def open_training(self, reading: Reading) -> Source:
-        """The rows to train on, each with the way it is read.
+        """Opens the rows to train on, each with the options it is read by.
 
         Args:
             reading: How rows of ``dataset_name`` become records; those of ``datasets`` have their own.
@@ -98,13 +98,13 @@ class EvalDataConfig(DataConfig):
             raise UserError("--eval_dataset_name and --test_fraction contradict each other: both name held-out data")
 
     def open_held_out(self, reading: Reading) -> Source | None:
-        """The rows to evaluate on: of ``eval_dataset_name``, or those that ``test_fraction`` sets aside; or None."""
+        """Opens the rows of ``eval_dataset_name``, or those that ``test_fraction`` holds out; None without either."""
         if self.eval_dataset_name:
             return open_source(self.eval_dataset_name, self.dataset_test_split, self.dataset_config).read_by(reading)
         return None if self.test_fraction is None else self._open(reading, self.dataset_train_split, self.side(True))
 
     def check_reading(self, reading: Reading) -> None:
-        """Refuses options of a single dataset's format beside ``datasets``, which have their own.
+        """Refuses format options of a single dataset with ``datasets``, which have their own.
 
         Raises:
             UserError: naming them.
@@ -124,7 +124,7 @@ class FormatOptions:
     dataset_format: str = option(
         AUTO,
         f"Format of the rows: {', '.join(FORMATS)}, or module:function, a Python function from a row to "
-        "one of these, to several or to None; auto tells it from the columns.",
+        "one of these, to several or to None; auto infers it from the columns.",
     )
     columns: dict[str, str] | str | None = option(
         None, "Columns under other names: prompt=question,chosen=good,... or JSON."
@@ -144,7 +144,7 @@ class FormatOptions:
     min_score_ratio: float | None = option(None, "Least ratio of scores in the format shp, 2 by default.")
 
     def reading(self) -> Reading:
-        """How rows are read as these options describe it.
+        """Returns how rows are read under these options.
 
         Raises:
             UserError: for an unknown format and options that contradict.
@@ -177,7 +177,7 @@ class RenderingOptions:
     )
 
     def rendering(self) -> Rendering:
-        """Rendering as these options describe it.
+        """Returns how chats are rendered under these options.
 
         Raises:
             UserError: for arguments that cannot be read, or are not for the template.
@@ -186,7 +186,7 @@ class RenderingOptions:
 
 
 def template_arguments(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Arguments of a chat template from JSON, a mapping, or ``name=value,name=value``.
+    """Parses arguments of a chat template from JSON, a mapping, or ``name=value,name=value``.
 
     Example:
         >>> template_arguments("enable_thinking=true, style=short")
@@ -239,7 +239,7 @@ class LengthOptions:
     )
 
     def longest(self) -> int:
-        """``max_length`` as a number, also where it is None."""
+        """Returns ``max_length`` as a number, also where it is None."""
         return UNLIMITED if self.max_length is None else self.max_length
 
 
@@ -261,11 +261,11 @@ class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
     cache_dir: str | None = option(None, "Folder for tokenised pairs; default $TDPO_CACHE, or else ~/.cache/tdpo.")
 
     def pair_cache(self) -> PairCache | None:
-        """Where tokenised pairs are kept, or None if they are not to be."""
+        """Returns the cache of tokenised pairs, or None if they are not cached."""
         return PairCache(self.cache_dir) if self.cache_dataset else None
 
     def tokeniser(self, tokenizer: Any) -> Tokeniser:
-        """The tokenizer under these options.
+        """Returns the tokenizer under these options.
 
         Raises:
             UserError: if it has no end-of-sequence token, or the options do not go together.

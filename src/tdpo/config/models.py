@@ -60,7 +60,7 @@ class ModelConfig(LoadingOptions):
     )
 
     def __post_init__(self) -> None:
-        """Moves what ``model_init_kwargs`` has for other fields into them.
+        """Moves arguments in ``model_init_kwargs`` that have a field of their own into it.
 
         Raises:
             UserError: for an argument that contradicts such a field, or is decided elsewhere.
@@ -84,7 +84,7 @@ class ModelConfig(LoadingOptions):
 
 
 def _mapping(given: Any) -> dict[str, Any]:
-    """The ``model_init_kwargs`` of a command line, a YAML file or Python."""
+    """Parses the ``model_init_kwargs`` of a command line, a YAML file or Python."""
     try:
         content = json.loads(given) if isinstance(given, str) else given
     except ValueError as error:
@@ -96,7 +96,7 @@ def _mapping(given: Any) -> dict[str, Any]:
 
 @dataclass
 class ReferenceConfig:
-    """Which model the policy is held against."""
+    """The model that the policy is compared with."""
 
     ref_model_name_or_path: str | None = option(
         None, "Reference model: a hub name or a folder; default: the policy as it is loaded."
@@ -153,7 +153,7 @@ class AdapterOptions:
             raise UserError(f"--{idle[0]} has no effect without --load_in_4bit")
 
     def peft_config(self) -> Any:
-        """The ``peft.LoraConfig`` these options describe, None without ``use_peft``."""
+        """Returns the ``peft.LoraConfig`` of these options, None without ``use_peft``."""
         if not self.use_peft:
             return None
         from peft import LoraConfig
@@ -180,12 +180,12 @@ class AdapterOptions:
             UserError: naming the options.
         """
         if loaded and self.use_peft:
-            raise UserError("the model has an adapter already: leave --use_peft out to go on training it")
+            raise UserError("the model has an adapter already: leave --use_peft out to continue training it")
         if self.quantization() and not (loaded or self.use_peft):
-            raise UserError("weights in 4 or 8 bits cannot be trained: add --use_peft, or go on from an adapter")
+            raise UserError("weights in 4 or 8 bits cannot be trained: add --use_peft, or continue from an adapter")
 
     def quantization(self) -> dict[str, Any] | None:
-        """Arguments of transformers' ``BitsAndBytesConfig``, None for weights as they are."""
+        """Returns the arguments of transformers' ``BitsAndBytesConfig``, None for weights as they are."""
         if self.load_in_8bit:
             return {"load_in_8bit": True}
         if not self.load_in_4bit:
@@ -199,13 +199,13 @@ class AdapterOptions:
         }
 
     def _given(self, beginnings: tuple[str, ...]) -> list[str]:
-        """The options of such names that differ from their defaults."""
+        """Lists the options whose names begin so and whose values differ from their defaults."""
         fields = type(self).__dataclass_fields__
         return [n for n, f in fields.items() if n.startswith(beginnings) and getattr(self, n) != f.default]
 
 
 def _target_modules(names: list[str] | None) -> list[str] | str | None:
-    """Names of layers as peft takes them: a list, but ``all-linear`` and a regular expression as one text."""
+    """Returns names of layers as peft expects them: a list, or one text for ``all-linear`` and regular expressions."""
     if not names or len(names) > 1:
         return names
     (only,) = names

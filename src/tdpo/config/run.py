@@ -29,7 +29,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
 
     learning_rate: float = option(5e-6, "The initial learning rate. The TDPO paper's is 5e-6.")
     output_dir: str | None = option(None, "Folder for the model, its checkpoints and metrics. (required)")
-    logging_steps: float = option(10, "Log every so many optimizer steps.")
+    logging_steps: float = option(10, "Log every N optimizer steps.")
     logging_first_step: bool = option(True, "Log the first step too.")
     logging_nan_inf_filter: bool = option(
         False, "Hide losses that are not finite. Off: training stops there and names the rows."
@@ -44,7 +44,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
         "logged as aux_loss; default: the weight in the model's config where its output_router_logits is set. 0 "
         "leaves it out.",
     )
-    resume: bool = option(False, "Go on from the newest checkpoint in --output_dir, if there is one.")
+    resume: bool = option(False, "Resume from the newest checkpoint in --output_dir, if there is one.")
     overwrite_output_dir: bool = option(False, "Write into --output_dir although it holds a model or checkpoints.")
     max_time: str | None = option(
         None, "Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124."
@@ -55,7 +55,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
 
     accelerate_config: str | None = option(
         None,
-        "How processes share the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's. Starts the "
+        "How processes divide the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's. Starts the "
         "processes where no launcher has.",
     )
     num_processes: int | None = option(
@@ -96,7 +96,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
         given = self.accelerator_config
         if given.split_batches or given.dispatch_batches or not given.even_batches:  # type: ignore[union-attr]
             raise UserError(
-                "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
+                "--accelerator_config: batches are distributed by tdpo; split, dispatch and even have no use"
             )
         load_whole(self.deepspeed_plugin is not None)
 

@@ -22,7 +22,7 @@ CACHE_HELP = (
     "tokens or settings."
 )
 CACHE_DTYPE = {
-    "help": "Dtype of the cached hidden states; auto is that in which the reference gives them, which loses nothing.",
+    "help": "Dtype of the cached hidden states; auto is that of the reference, which loses nothing.",
     "choices": ["auto", "float32", "bfloat16", "float16"],
 }
 
@@ -38,7 +38,7 @@ class ObjectiveOptions:
     )
 
     def build_objective(self) -> objectives.Objective:
-        """The objective these options describe.
+        """Builds the objective of these options.
 
         Raises:
             UserError: for an unknown name or a parameter the objective does not have.
@@ -48,7 +48,7 @@ class ObjectiveOptions:
 
 @dataclass
 class LayoutOptions:
-    """How sequences share rows; none of it changes a result."""
+    """How sequences are packed into rows; it does not change a result."""
 
     layout: str = option(
         "auto",
@@ -60,7 +60,7 @@ class LayoutOptions:
 
 @dataclass
 class ScoringOptions(LayoutOptions):
-    """How pairs are scored; none of it changes a result."""
+    """How pairs are scored; it does not change a result."""
 
     backend: Backend = option(
         "auto",
@@ -82,13 +82,13 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         alpha: Weight of the sequential-KL difference in ``tdpo2`` (None: 0.5); an error with any other objective.
         max_length: Longest sequence in tokens.
         max_prompt_length: What is left of the prompt of a longer pair.
-        dataset_format: Format of the rows, ``"auto"`` to tell it from the columns.
+        dataset_format: Format of the rows, ``"auto"`` to infer it from the columns.
         columns: Columns under other names.
         ignore_columns: Columns to leave out.
-        reference: What gives the reference's hidden states: ``"frozen"``, ``"adapter_off"``, ``"cached"`` or
+        reference: Form of the reference: ``"frozen"``, ``"adapter_off"``, ``"cached"`` or
             ``"auto"``, which says its choice and the reason in a log line.
         reference_cache: Folder of the cache.
-        reference_cache_dtype: Dtype of the states in it; ``"auto"`` is that in which the reference gives them.
+        reference_cache_dtype: Dtype of the states in it; ``"auto"`` is that of the reference.
         sync_ref_model: Whether the frozen reference follows the policy, as in TR-DPO (arXiv 2404.09656).
         ref_model_mixup_alpha: The policy's share when it does; the rest is the reference's own.
         ref_model_sync_steps: After how many optimizer steps it does.
@@ -96,7 +96,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
 
     reference: str = option(
         "auto",
-        "What gives the reference: frozen is a second model, adapter_off the policy without its adapter, "
+        "Form of the reference: frozen is a second model, adapter_off the policy without its adapter, "
         "cached hidden states on disk; auto is adapter_off under a new adapter, cached with --reference_cache, "
         "frozen elsewhere.",
         ["auto", "frozen", "adapter_off", "cached"],

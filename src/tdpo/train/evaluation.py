@@ -53,7 +53,7 @@ class EvaluatingTrainer(StepTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluates; a dataset passed here may be in any form ``train_dataset`` may be in."""
+        """Evaluates on ``eval_dataset``, rows in any form that ``train_dataset`` may be in."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = prepare_held_out(eval_dataset, self.prepare_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

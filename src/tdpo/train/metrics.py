@@ -202,6 +202,6 @@ class DisplacementWatch:
         return (
             f"likelihood displacement: over the last {self.patience} logs chosen and rejected responses both became "
             f"less likely than under the reference (implicit rewards {now[0]:.3g} and {now[1]:.3g}). The margin may "
-            "grow while the policy drifts to responses nobody rated; a lower learning rate, a larger beta, or a larger "
+            "grow while the policy drifts to unrated responses; a lower learning rate, a larger beta, or a larger "
             "alpha with tdpo2 holds it closer"
         )

@@ -111,7 +111,7 @@ class ProgressCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Closes whatever is open; safe to call after an exception, and twice."""
+        """Closes the open bars; safe to call after an exception, and twice."""
         if self._progress is not None:
             self._progress.stop()
         self._progress = self._training = self._evaluating = None

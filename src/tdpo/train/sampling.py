@@ -116,7 +116,7 @@ def deal(items: Sequence[int], lengths: Sequence[int], count: int) -> list[list[
 
 @dataclass(frozen=True)
 class _Marked(Dataset[Any]):
-    """A dataset whose items come with whether they are fillers."""
+    """A dataset whose items are marked as fillers or not."""
 
     items: Any
 

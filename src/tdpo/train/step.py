@@ -106,7 +106,7 @@ class StepTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clips, and stops before the optimizer would write a gradient that is not finite into the weights."""
+        """Clips gradients, and raises before one that is not finite is written into the weights."""
         norm: Any = super()._clip_grad_norm(model)
         if hasattr(norm, "full_tensor"):  # of sharded gradients, each process has its part of the sum
             norm = norm.full_tensor()
@@ -126,7 +126,7 @@ class StepTrainer(Trainer):
         return {} if self.train_metrics is None else self.train_metrics.take(self.accelerator)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs; a training log has the metrics and the mean loss since the last log, also across an interruption."""
+        """Adds the metrics and the mean loss since the last log to a training log, also across an interruption."""
         if "loss" in logs:
             metrics = self.take_metrics()
             metrics.pop("loss", None)  # over pairs; the loss of a log is the mean over optimizer steps
