@@ -88,19 +88,6 @@ class RunOptions(LoadingOptions, TrainingArguments):
                 "--num_processes says how many processes --accelerate_config starts; it has no effect alone"
             )
         check_fixed(self)
-        self._check_amounts()
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        super().__post_init__()
-        given = self.accelerator_config
-        if given.split_batches or given.dispatch_batches or not given.even_batches:  # type: ignore[union-attr]
-            raise UserError(
-                "--accelerator_config: batches are distributed by tdpo; split, dispatch and even have no use"
-            )
-        load_whole(self.deepspeed_plugin is not None)
-
-    def _check_amounts(self) -> None:
         check_at_least(
             self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
         )
@@ -111,6 +98,16 @@ class RunOptions(LoadingOptions, TrainingArguments):
             raise UserError(
                 f"--num_train_epochs {self.num_train_epochs:g} trains nothing: give a positive number, or --max_steps"
             )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        super().__post_init__()
+        given = self.accelerator_config
+        if given.split_batches or given.dispatch_batches or not given.even_batches:  # type: ignore[union-attr]
+            raise UserError(
+                "--accelerator_config: batches are distributed by tdpo; split, dispatch and even have no use"
+            )
+        load_whole(self.deepspeed_plugin is not None)
 
     def model_config(self, model: Any) -> ModelConfig:
         """Describes how a trainer loads a model by its name.

@@ -128,7 +128,9 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         check_format(self, FORMATS)
 
     def _check_following(self) -> None:
-        given = [name for name in ("ref_model_mixup_alpha", "ref_model_sync_steps") if self._differs(name)]
+        fields = type(self).__dataclass_fields__
+        names = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+        given = [name for name in names if getattr(self, name) != fields[name].default]
         if given and not self.sync_ref_model:
             raise UserError(f"--{given[0]} has no effect without --sync_ref_model")
         check_at_least(self, 1, "ref_model_sync_steps")
@@ -142,9 +144,6 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
                 "--sync_ref_model and --auto_find_batch_size contradict each other: the reference moves before memory "
                 "runs out. Set --per_device_train_batch_size and --gradient_accumulation_steps"
             )
-
-    def _differs(self, name: str) -> bool:
-        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
 
 @dataclass

@@ -154,7 +154,9 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         for part in self.run_parts.values():
             part.reset()
         if folder is not None:
-            self._restore(folder)
+            self._restore_run_state(folder)
+            for file in self.checkpoint_files:
+                file.load(folder)
         self.stop_request.start()
         self._begun = True
         try:

@@ -226,12 +226,6 @@ class CheckpointingTrainer(Trainer):
         for name, part in self.run_parts.items():
             part.load(state["parts"][name])
 
-    def _restore(self, folder: Path) -> None:
-        """Restores what a checkpoint has beside the Trainer's own state."""
-        self._restore_run_state(folder)
-        for file in self.checkpoint_files:
-            file.load(folder)
-
     def _restore_run_state(self, folder: Path) -> None:
         """Reads this process's :meth:`run_state`, if the run is the one that wrote it."""
         own = folder / run_state_name(self.accelerator.process_index)

@@ -8,6 +8,7 @@ mixture-of-experts model before its coefficient, where it is part of the loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,16 +23,18 @@ SIDES = ("chosen", "rejected")
 
 
 class Sums:
-    """Named sums over a log or an evaluation; one tensor, so that reading it synchronises once."""
+    """Named sums over a log or an evaluation.
 
-    def __init__(self) -> None:
-        self.reset()
+    Attributes:
+        sums: One tensor, so that reading it synchronises once; None before the first batch.
+    """
+
+    sums: Tensor | None = None
+    _names: Sequence[str] = ()
 
     def reset(self) -> None:
         """Clears the sums."""
-        self._names: list[str] = []
-        self.sums: Tensor | None = None
-        """The sums as a tensor, to be gathered from all processes; None before the first batch."""
+        self.sums = None
 
     def add_columns(self, columns: dict[str, Tensor], weight: float = 1.0) -> None:
         """Adds the columns of a batch; nothing leaves the device. With weight 0 it adds 0, also for NaN."""
@@ -77,7 +80,6 @@ class MetricSums(Sums):
     """
 
     def __init__(self, beta: float) -> None:
-        super().__init__()
         self.beta = beta
 
     def add(self, scores: PairScores, weight: float = 1.0) -> None:

@@ -54,13 +54,9 @@ class ProgressCallback(TrainerCallback):
         self._training: Any = None
         self._evaluating: Any = None
 
-    @property
-    def _live(self) -> bool:
-        return self.console.is_terminal
-
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self._live:
+        if state.is_world_process_zero and self.console.is_terminal:
             self._progress = bar(self.console)
             self._progress.start()
             self._training = self._progress.add_task(self.label, total=state.max_steps, figures="")
@@ -89,7 +85,7 @@ class ProgressCallback(TrainerCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or not self._live or eval_dataloader is None:
+        if not state.is_world_process_zero or not self.console.is_terminal or eval_dataloader is None:
             return
         if self._progress is None:
             self._progress = bar(self.console, transient=True)

@@ -222,6 +222,7 @@ class FillOptions:
 
 def cached(
     models: Models,
+    folder: Path,
     pairs: Sequence[TokenisedPair],
     pack: Callable[[Sequence[TokenisedPair]], PackedBatch],
     run: FillOptions,
@@ -231,9 +232,7 @@ def cached(
     Raises:
         UserError: if the folder was filled for another reference, dtype or layout, or for other pairs.
     """
-    if models.cache is None:
-        raise ValueError("these models have no cache")
-    store = HiddenStore(models.cache, cache_key(models.reference, pack, run))
+    store = HiddenStore(folder, cache_key(models.reference, pack, run))
     missing = store.missing(pairs)
     if missing and store.filled_for not in ("", pairs_hash(pair.key for pair in pairs)):
         raise UserError(store.lacks([pair.row for pair in missing], len(pairs)))
@@ -313,8 +312,3 @@ def _run(
                 store.add([pair for done, _ in pending for pair in done], torch.cat([part for _, part in pending]))
                 pending.clear()
             shown.update(task, advance=1)
-
-
-def describe_cache(models: Models, store: HiddenStore) -> str:
-    """Describes a cached reference for the log: the reason for it, and what is in the cache."""
-    return f"{models.line}; {len(store)} different pairs in {store.folder}, {store.bytes_per_token()} bytes a token"

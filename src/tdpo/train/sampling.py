@@ -56,16 +56,12 @@ class StepBatches(Sampler[list[int]]):
         self.lengths, self.accumulation, self.seed = lengths, accumulation, seed
         self.processes, self.process = processes, process
         self.batch_size, self.drop_last = micro_batch, drop_last  # names that loaders read of a batch sampler
+        self._round = micro_batch * processes  # pairs of one micro-batch of all processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, which decides the order; called by the training loop, also when it resumes."""
         self.epoch = epoch
-
-    @property
-    def _round(self) -> int:
-        """Pairs of one micro-batch of all processes."""
-        return self.batch_size * self.processes
 
     def __len__(self) -> int:
         pairs = len(self.lengths)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class TDPOTrainer(BatchMeanTrainer):
         if models.cache is None:
             self._start_reference(own=ref_model is None)
         else:
-            self._fill_cache(models, pack)
+            self._fill_cache(models, models.cache, pack)
         compile_models(args, policy)  # a cache is filled without, so that it serves runs with and without
         logger.info(self.reference_line)
 
@@ -148,7 +149,7 @@ class TDPOTrainer(BatchMeanTrainer):
             share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self.reference_line += f"; every {every} steps it takes {share:g} of the policy"
 
-    def _fill_cache(self, models: references.Models, pack: Any) -> None:
+    def _fill_cache(self, models: references.Models, folder: Path, pack: Any) -> None:
         """Fills the cache of the reference for all pairs of training and evaluation, and reads from it instead."""
         self.reference.to(self.args.device)
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
@@ -168,11 +169,14 @@ class TDPOTrainer(BatchMeanTrainer):
         if dtype is not None:
             models = replace(models, reference=models.reference.narrowed(dtype))
             run = replace(run, precision="no")  # the weights are narrow, and nothing is cast on the way
-        self.reference = references.cached(models, pairs, pack, run)
+        self.reference = references.cached(models, folder, pairs, pack, run)
         if device != self.args.device:
             policy.to(device)
         self.reference.place(self.accelerator)
-        self.reference_line = references.describe_cache(models, self.reference.store)
+        store = self.reference.store
+        self.reference_line += (
+            f"; {len(store)} different pairs in {store.folder}, {store.bytes_per_token()} bytes a token"
+        )
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, PairScores]:
         """Computes the sum of the pairs' losses and their scores, inside the model's forward."""
