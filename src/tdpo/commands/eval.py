@@ -37,10 +37,7 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
     """What is evaluated and where the figures go."""
 
     ref_model_name_or_path: str = field(metadata={"help": "Reference model: a hub name or a folder."}, kw_only=True)
-    dataset_name: str = field(
-        metadata={"help": DATASET_HELP},
-        kw_only=True,
-    )
+    dataset_name: str = field(metadata={"help": DATASET_HELP}, kw_only=True)
     dataset_config: str | None = option(None, "Configuration of a hub dataset.")
     dataset_test_split: str = option("test", "Split to evaluate on: of a hub dataset, or the beginning of file names.")
     per_device_eval_batch_size: int = option(8, "Pairs scored at a time.")

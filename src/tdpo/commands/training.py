@@ -11,14 +11,7 @@ from typing_extensions import override
 
 from tdpo.cli import COMMANDS
 from tdpo.commands import launch
-from tdpo.commands.common import (
-    check_output,
-    clear_earlier_run,
-    console,
-    quieten,
-    read_dataset,
-    told_in_words,
-)
+from tdpo.commands.common import check_output, clear_earlier_run, console, quieten, read_dataset, told_in_words
 from tdpo.commands.options import parse
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset

@@ -88,11 +88,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
             check_writable(Path(str(args.output_dir)))
         preflight.check_held_out(args, held_out is not None)
         super().__init__(
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=held_out,
-            callbacks=list(callbacks or []),
-            **kwargs,
+            args=args, train_dataset=train_dataset, eval_dataset=held_out, callbacks=list(callbacks or []), **kwargs
         )
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         preflight.check_processes(args, sharded)
