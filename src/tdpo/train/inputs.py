@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sized
 from itertools import islice
@@ -36,26 +35,16 @@ _CONVERSIONS = {
 Prepared = TypeVar("Prepared", bound=Sized)
 
 
-def check_arguments(
-    trainer: type[Any],
-    options: type[RunOptions],
-    args: Any,
-    unknown: Mapping[str, Any],
-    processing_class: Any,
-    **models: Any,
-) -> None:
-    """Refuses arguments of a wrong type, and those that a trainer does not have; TRL's by name, with what to use.
+def check_keywords(unknown: Mapping[str, Any], options: type[RunOptions], known: Iterable[str]) -> None:
+    """Refuses keyword arguments that a trainer does not have; those of TRL's by name, with what to use instead.
 
     Args:
-        trainer: The class of the trainer.
-        options: The class that ``args`` has to be of, whose fields are not arguments of the trainer.
-        args: The options.
-        unknown: Keyword arguments that the trainer does not have.
-        processing_class: The tokenizer or processor.
-        models: The models by the names of their arguments.
+        unknown: What was given.
+        options: The class of ``args``, whose fields are not arguments of the trainer.
+        known: The trainer's arguments.
 
     Raises:
-        UserError: naming the first such argument and what to pass.
+        UserError: naming the first one.
     """
     for name, value in unknown.items():
         if name in UNAVAILABLE:
@@ -66,7 +55,21 @@ def check_arguments(
         elif name in options.__dataclass_fields__:
             raise UserError(f"{name} is a field of {options.__name__}: pass args={options.__name__}({name}=...)")
         else:
-            raise UserError(f"unknown argument {name!r}.{nearest(name, inspect.signature(trainer).parameters)}")
+            raise UserError(f"unknown argument {name!r}.{nearest(name, known)}")
+
+
+def check_types(options: type[RunOptions], args: Any, processing_class: Any, **models: Any) -> None:
+    """Refuses arguments of a wrong type.
+
+    Args:
+        options: The class that ``args`` has to be of.
+        args: The options.
+        processing_class: The tokenizer or processor.
+        models: The models by the names of their arguments.
+
+    Raises:
+        UserError: naming the argument, its type and what to pass.
+    """
     if not isinstance(args, options):
         raise UserError(
             f"args is a {type(args).__module__}.{type(args).__name__}: pass a tdpo.{options.__name__}, which has every "

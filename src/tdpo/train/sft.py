@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from tdpo.models.own_loss import collect_router_logits
 from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer, compile_models, prepare_policy
-from tdpo.train.inputs import check_arguments
+from tdpo.train.inputs import check_keywords, check_types
 from tdpo.train.metrics import RouterLossMean
 from tdpo.types import Hidden, PackedBatch
 
@@ -67,8 +68,9 @@ class SFTTrainer(BatchMeanTrainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
+        check_keywords(unknown, SFTConfig, inspect.signature(SFTTrainer).parameters)
         args = SFTConfig(output_dir="sft-output") if args is None else args
-        check_arguments(SFTTrainer, SFTConfig, args, unknown, processing_class, model=model)
+        check_types(SFTConfig, args, processing_class, model=model)
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
         policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)

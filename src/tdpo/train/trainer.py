@@ -7,6 +7,7 @@ it is in :mod:`tdpo.train.step`.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -36,7 +37,7 @@ from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
 from tdpo.train import references
 from tdpo.train.base import BatchMeanTrainer, compile_models, prepare_policy
-from tdpo.train.inputs import check_arguments
+from tdpo.train.inputs import check_keywords, check_types
 from tdpo.train.metrics import DisplacementWatch, MetricSums, metric_names
 from tdpo.types import PackedBatch
 
@@ -87,8 +88,9 @@ class TDPOTrainer(BatchMeanTrainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
+        check_keywords(unknown, TDPOConfig, inspect.signature(TDPOTrainer).parameters)
         args = TDPOConfig(output_dir="tdpo-output") if args is None else args
-        check_arguments(TDPOTrainer, TDPOConfig, args, unknown, processing_class, model=model, ref_model=ref_model)
+        check_types(TDPOConfig, args, processing_class, model=model, ref_model=ref_model)
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
         policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
