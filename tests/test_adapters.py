@@ -94,7 +94,7 @@ def test_mistakes_with_adapters_are_named(
     assert "--lora_r has no effect without --use_peft" in mistake(capsys, *start, "--lora_r", 4)
     assert "no_such_layer" in mistake(capsys, *start, *LORA, "--lora_target_modules", "no_such_layer")
     assert "an adapter on its language-model head" in mistake(capsys, *start, *LORA, "--lora_target_modules", "lm_head")
-    assert "add --use_peft, or go on from an adapter" in mistake(capsys, *start, "--load_in_4bit")
+    assert "add --use_peft, or continue from an adapter" in mistake(capsys, *start, "--load_in_4bit")
     again = mistake(capsys, adapter_folder, pairs_file, tmp_path / "out", "--use_peft")
     assert "the model has an adapter already: leave --use_peft out" in again
     off = mistake(capsys, *start, "--reference", "adapter_off")

@@ -21,7 +21,7 @@ from transformers import EarlyStoppingCallback
 
 from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.cli import main
-from tdpo.train import checkpoints
+from tdpo.train import checkpointing
 
 DROPOUT = ["--disable_dropout", "false"]
 """Without dropout nothing would draw a random number, and a lost random state would not show."""
@@ -58,11 +58,11 @@ def test_weights_logs_and_best_checkpoint_are_those_of_the_uninterrupted_run(
     for path in [*parts.iterdir()]:
         if path.is_file():
             path.unlink()
-        elif checkpoints.step_of(path) > cut:
+        elif checkpointing.step_of(path) > cut:
             shutil.rmtree(path)
     state = parts / f"checkpoint-{cut}" / "trainer_state.json"
     state.write_text(state.read_text().replace(str(whole), str(parts)))
-    checkpoints.seal(state.parent)
+    checkpointing.seal(state.parent)
     assert main(train_words(dropout_folder, pairs_file, parts, *options, "--resume")) == 0
     assert_same_end(parts, whole)
     ours, theirs = (json.loads((folder / "trainer_state.json").read_text()) for folder in (parts, whole))
@@ -87,9 +87,9 @@ def killed_at_random(words: list[str], out: Path, kills: int, processes: int, se
     """
     generator, left = random.Random(seed), []
     for _ in range(kills):
-        before = checkpoints.newest_whole(out)[0]
+        before = checkpointing.newest_whole(out)[0]
         run = start([*words, "--resume"], processes)
-        while checkpoints.newest_whole(out)[0] == before and run.poll() is None:
+        while checkpointing.newest_whole(out)[0] == before and run.poll() is None:
             time.sleep(0.001)
         time.sleep(generator.uniform(0, 0.15))
         told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True).stdout
@@ -114,8 +114,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     completed(train_words(dropout_folder, pairs_file, whole, *options), processes, timeout=300)
     words = train_words(dropout_folder, pairs_file, parts, *options)
     left = killed_at_random(words, parts, kills, processes, seed=kills)
-    newest, _ = checkpoints.newest_whole(parts)
-    reached = checkpoints.step_of(newest) if newest else 0
+    newest, _ = checkpointing.newest_whole(parts)
+    reached = checkpointing.step_of(newest) if newest else 0
     completed([*words, "--resume"], processes, timeout=300)
     print(
         f"{kills} kills, {processes} processes, up to step {reached} of {steps}; half-written: {left}", file=sys.stderr

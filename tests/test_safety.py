@@ -26,8 +26,8 @@ from tdpo.config import seconds
 from tdpo.models.compiling import compile_layers
 from tdpo.models.policy import causal_lm
 from tdpo.ops.chunked import default_logits_budget
-from tdpo.train import checkpoints
-from tdpo.train.interrupts import StopRequest
+from tdpo.train import checkpointing
+from tdpo.train.stopping import StopRequest
 
 LONG = ["--max_steps", "100000", "--save_steps", "5", "--save_total_limit", "2", "--per_device_train_batch_size", "2"]
 
@@ -40,12 +40,12 @@ def test_a_signal_saves_and_leaves_with_its_code(
 ) -> None:
     out = tmp_path / "out"
     run = start(train_words(model_folder, pairs_file, out, *LONG), processes)
-    wait_for(lambda: checkpoints.checkpoints(out), run)
+    wait_for(lambda: checkpointing.checkpoints(out), run)
     left, told = interrupted(run, number)
     assert left == code if code else left != 0, told  # torchrun has a code of its own
-    newest, passed = checkpoints.newest_whole(out)
+    newest, passed = checkpointing.newest_whole(out)
     assert newest is not None and not passed
-    step = checkpoints.step_of(newest)
+    step = checkpointing.step_of(newest)
     assert f"interrupted by {number.name} at step {step} of 100000: saved checkpoint-{step}" in told
     assert processes > 1 or "Traceback" not in told  # torchrun shows one of its own
     assert not list(out.glob("*.partial")) and not (out / "model.safetensors").exists()
@@ -54,7 +54,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
 def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     code = (
         "import runpy, signal, time\n"
-        f"own = runpy.run_path({str(REPOSITORY / 'src/tdpo/train/interrupts.py')!r})\n"
+        f"own = runpy.run_path({str(REPOSITORY / 'src/tdpo/train/stopping.py')!r})\n"
         "with own['listening'](own['StopRequest']()) as request:\n"
         "    print('ready', flush=True)\n"
         "    while not request.poll(): time.sleep(0.01)\n"
@@ -75,10 +75,10 @@ def test_the_time_limit_saves_and_leaves_with_124(
 ) -> None:
     words = train_words(model_folder, pairs_file, tmp_path / "out", "--max_steps", "100000", "--max_time", "0.5s")
     assert main(words) == 124
-    newest, _ = checkpoints.newest_whole(tmp_path / "out")
+    newest, _ = checkpointing.newest_whole(tmp_path / "out")
     assert newest is not None
-    assert f"out of time (--max_time) at step {checkpoints.step_of(newest)} of 100000" in capsys.readouterr().err
-    assert main([*words[:-4], "--max_steps", str(checkpoints.step_of(newest) + 1), "--resume"]) == 0
+    assert f"out of time (--max_time) at step {checkpointing.step_of(newest)} of 100000" in capsys.readouterr().err
+    assert main([*words[:-4], "--max_steps", str(checkpointing.step_of(newest) + 1), "--resume"]) == 0
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "5x", "1h 2m", "-3"])
@@ -105,14 +105,14 @@ def trainer(folder: Path, tokenizer: Any, peft_config: Any = None, **options: An
 
 def test_half_written_checkpoints_are_recognised_and_passed_over(tmp_path: Path, tokenizer: Any) -> None:
     trainer(tmp_path, tokenizer, save_steps=1).train()
-    newest, passed = checkpoints.newest_whole(tmp_path)
+    newest, passed = checkpointing.newest_whole(tmp_path)
     assert newest == tmp_path / "checkpoint-4" and passed == []
     size = (newest / "optimizer.pt").stat().st_size
     with (newest / "optimizer.pt").open("r+b") as file:
         file.truncate(size // 2)
     (tmp_path / "checkpoint-3" / "rng_state.pth").unlink()
     (tmp_path / "checkpoint-2" / "manifest.json").unlink()
-    newest, passed = checkpoints.newest_whole(tmp_path)
+    newest, passed = checkpointing.newest_whole(tmp_path)
     assert newest == tmp_path / "checkpoint-1"
     assert passed == [
         f"checkpoint-4 is not whole and is passed over: optimizer.pt has {size // 2} of {size} bytes",
@@ -122,7 +122,7 @@ def test_half_written_checkpoints_are_recognised_and_passed_over(tmp_path: Path,
     resumed = trainer(tmp_path, tokenizer)
     resumed.train(resume_from_checkpoint=True)
     assert resumed._initial_global_step == 1
-    assert checkpoints.newest_whole(tmp_path)[0] == tmp_path / "checkpoint-4", "written anew"
+    assert checkpointing.newest_whole(tmp_path)[0] == tmp_path / "checkpoint-4", "written anew"
 
 
 def test_rotation_never_removes_the_last_whole_checkpoint(tmp_path: Path) -> None:
@@ -130,23 +130,23 @@ def test_rotation_never_removes_the_last_whole_checkpoint(tmp_path: Path) -> Non
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_text("x" * step)
-        checkpoints.seal(folder)
+        checkpointing.seal(folder)
         if not whole:
             (folder / "weights").write_text("")
         return folder
 
     def left() -> list[int]:
-        return [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)]
+        return [checkpointing.step_of(path) for path in checkpointing.checkpoints(tmp_path)]
 
     for step in (10, 20):
         write(step)
-    checkpoints.rotate(tmp_path, 1, write(30, whole=False), None)
+    checkpointing.rotate(tmp_path, 1, write(30, whole=False), None)
     assert left() == [10, 20, 30], "what was just written is not whole, so nothing goes"
-    checkpoints.rotate(tmp_path, 2, write(40), best=str(tmp_path / "checkpoint-10"))
+    checkpointing.rotate(tmp_path, 2, write(40), best=str(tmp_path / "checkpoint-10"))
     assert left() == [10, 30, 40]
-    checkpoints.rotate(tmp_path, 1, write(15), best=None)
+    checkpointing.rotate(tmp_path, 1, write(15), best=None)
     assert left() == [15, 30], "the newest is the one written last, also after going back to an earlier step"
-    checkpoints.rotate(tmp_path, None, write(50), best=None)
+    checkpointing.rotate(tmp_path, None, write(50), best=None)
     assert left() == [15, 30, 50]
 
 
@@ -169,16 +169,16 @@ def test_a_full_disk_costs_nothing_that_was_written(
     words = train_words(model_folder, pairs_file, out, "--max_steps", "40", "--save_steps", "2")
     assert main(words) == 2
     told = capsys.readouterr().err
-    newest, passed = checkpoints.newest_whole(out)
+    newest, passed = checkpointing.newest_whole(out)
     assert newest is not None and not passed and not list(out.glob("*.partial"))
-    step = checkpoints.step_of(newest)
+    step = checkpointing.step_of(newest)
     assert f"checkpoint-{step + 2} could not be written whole to {out}" in told and "MiB free" in told
-    assert f"{newest.name} stays whole, --resume goes on from it" in told and "Traceback" not in told
+    assert f"{newest.name} stays whole, --resume continues from it" in told and "Traceback" not in told
     words[words.index("--max_steps") + 1] = str(step + 1)
     assert main([*words, "--resume", "--save_strategy", "no"]) == 2
     told = capsys.readouterr().err
     assert "No space left on device" in told and "Traceback" not in told
-    assert checkpoints.flaw(newest) == "", "resuming on a full disk leaves it as it was"
+    assert checkpointing.flaw(newest) == "", "resuming on a full disk leaves it as it was"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_nothing_runs_that_a_checkpoint_brings_as_code(tmp_path: Path, tokenizer
             return (Path.touch, (tmp_path / "ran",))
 
     trainer(tmp_path / "out", tokenizer).train()
-    newest, _ = checkpoints.newest_whole(tmp_path / "out")
+    newest, _ = checkpointing.newest_whole(tmp_path / "out")
     assert newest is not None
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         kept = (newest / name).read_bytes()
@@ -235,14 +235,14 @@ def test_nothing_runs_that_a_checkpoint_brings_as_code(tmp_path: Path, tokenizer
 def test_a_rank_that_dies_ends_the_job_with_its_error(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     out = tmp_path / "out"
     run = start(train_words(model_folder, pairs_file, out, *LONG), 2)
-    wait_for(lambda: checkpoints.checkpoints(out), run)
+    wait_for(lambda: checkpointing.checkpoints(out), run)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True).stdout
     begun = time.monotonic()
     os.kill(int(children.split()[-1]), signal.SIGKILL)
     code, told = finish(run)
     assert code != 0 and time.monotonic() - begun < 45
     assert "Signal 9 (SIGKILL)" in told
-    assert checkpoints.newest_whole(out)[0] is not None
+    assert checkpointing.newest_whole(out)[0] is not None
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path, tokenizer: Any) -> None:
@@ -281,7 +281,7 @@ def test_out_of_memory_over_the_logits_halves_their_budget_once(
 
 
 def test_what_does_not_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="batches are shared out by tdpo"):
+    with pytest.raises(UserError, match="batches are distributed by tdpo"):
         TDPOConfig(output_dir=str(tmp_path), use_cpu=True, accelerator_config={"split_batches": True})
 
 
@@ -313,8 +313,8 @@ def test_a_model_that_does_not_name_its_layers_is_not_compiled(tokenizer: Any) -
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:
     ends = []
-    for number, checkpointing in enumerate((False, True)):
-        made = trainer(tmp_path / str(number), tokenizer, gradient_checkpointing=checkpointing, learning_rate=1e-2)
+    for number, recompute in enumerate((False, True)):
+        made = trainer(tmp_path / str(number), tokenizer, gradient_checkpointing=recompute, learning_rate=1e-2)
         made.train()
         ends.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-6)

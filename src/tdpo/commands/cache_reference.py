@@ -1,11 +1,11 @@
-"""``tdpo cache-reference``: the reference's hidden states of all response tokens, computed once and kept on disk."""
+"""``tdpo cache-reference``: computes the reference's hidden states of all response tokens and keeps them on disk."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from tdpo.config import (
     check_at_least,
     check_choices,
     check_format,
+    option,
 )
-from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
+from tdpo.data.dataset import check_fits
 from tdpo.data.formats import FORMATS
-from tdpo.data.sources import Source
 from tdpo.errors import UserError
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
@@ -44,10 +44,10 @@ class CacheOptions(PairOptions, LayoutOptions):
 
     reference_cache: str = field(metadata={"help": CACHE_HELP}, kw_only=True)
     reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Pairs run at a time."})
-    bf16: bool = field(default=False, metadata={"help": "Run as training with --bf16 does."})
-    fp16: bool = field(default=False, metadata={"help": "Run as training with --fp16 does."})
-    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU although there is an accelerator."})
+    per_device_eval_batch_size: int = option(8, "Pairs run at a time.")
+    bf16: bool = option(False, "Run as training with --bf16 does.")
+    fp16: bool = option(False, "Run as training with --fp16 does.")
+    use_cpu: bool = option(False, "Run on the CPU although there is an accelerator.")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -59,7 +59,7 @@ class CacheOptions(PairOptions, LayoutOptions):
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs the command; under torchrun or accelerate launch every process computes its part."""
+    """Runs the command; under torchrun or accelerate launch each process computes a part."""
     model_config, data, options = parse(
         "cache-reference", COMMANDS["cache-reference"], (ModelConfig, EvalDataConfig, CacheOptions), argv
     )
@@ -69,11 +69,7 @@ def run(argv: Sequence[str]) -> None:
     folder = Path(options.reference_cache).expanduser()
     check_writable(folder)
     tokenizer = load_tokenizer(model_config)
-    tokeniser = options.tokeniser(tokenizer)
-
-    def prepare(rows: Source) -> PairDataset:
-        return prepare_pairs(rows, tokeniser, reading, options.on_bad_row)
-
+    prepare = partial(options.prepare, tokeniser=options.tokeniser(tokenizer))
     sources = (data.open_training(reading), data.open_held_out(reading))
     datasets = [read_dataset(source, prepare) for source in sources if source is not None]
     device = PartialState(cpu=options.use_cpu or not torch.cuda.is_available()).device
@@ -83,7 +79,11 @@ def run(argv: Sequence[str]) -> None:
     pack = packer(options.layout, [model])
     reference = FrozenCopy(model)
     reference.to(device)
-    precision, autocast = _precision(options, device)
+    precision = "bf16" if options.bf16 else "fp16" if options.fp16 else "no"
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    autocast: Any = nullcontext
+    if precision in dtypes:
+        autocast = partial(torch.autocast, device.type, dtype=dtypes[precision])
     how = FillOptions(device, options.per_device_eval_batch_size, options.reference_cache_dtype, precision, autocast)
     pairs = [pair for dataset in datasets for pair in dataset]
     with told_in_words():
@@ -94,11 +94,3 @@ def run(argv: Sequence[str]) -> None:
         f"{store.bytes_per_token()} bytes a response token ({store.key.dtype}, {store.key.layout} layout)",
         soft_wrap=True,
     )
-
-
-def _precision(options: CacheOptions, device: torch.device) -> tuple[str, Callable[[], AbstractContextManager[Any]]]:
-    """The mixed precision's name, as accelerate names it, and the context it stands for."""
-    if not (options.bf16 or options.fp16):
-        return "no", nullcontext
-    dtype = torch.bfloat16 if options.bf16 else torch.float16
-    return "bf16" if options.bf16 else "fp16", functools.partial(torch.autocast, device.type, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What several commands do alike: look at the output folder, read data, print tables, write JSON."""
+"""Parts of several commands: check the output folder, read data, report errors, print tables, write JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,93 +19,55 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers import TrainerCallback
 
-from tdpo.cli import COMMANDS
-from tdpo.commands.options import parse
 from tdpo.config import RunOptions
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
 from tdpo.files import check_writable, write_whole
-from tdpo.models.sharding import held
-from tdpo.train.checkpoints import checkpoints, newest_whole
-from tdpo.train.preflight import check_held_out
+from tdpo.train.checkpointing import checkpoints
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
-logger = logging.getLogger("tdpo")
-OUTPUT = ("output_dir",)
-"""Options a training command cannot do without, though the trainer could."""
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*.bin")
 OTHER_FILES = (
     "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.*", "vocab.*", "merges.txt",
     "*processor_config.json", "audio_tokenizer_config.json", "*_results.json", "trainer_state.json",
 )  # fmt: skip
-"""What a finished run leaves beside the model."""
+"""Files that a finished run leaves beside the model."""
 
 
 def console() -> Console:
-    """Where a command's results go: standard output, of the main process only."""
+    """Returns the console for a command's results: standard output, of the main process only."""
     return Console(quiet=not is_main_process(), highlight=False, markup=False)
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of its launcher, or the only one."""
+    """Returns whether this is the first process of its launcher, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def quieten() -> None:
-    """Sends warnings through one handler and takes away the libraries' own bars and advice."""
+    """Sends warnings through one handler and silences the libraries' own bars and advice."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, tells every run of it
-    # What DeepSpeed calls in torch, told once per call and process.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, warns in every run
+    # DeepSpeed calls these in torch, which warns once per call and process.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     level = logging.WARNING if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
 
 
-class TellSharding(TrainerCallback):
-    """Says at the start of training how much of a sharded model each process holds."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Prints one line where weights are sharded."""
-        own, whole = held(model)
-        if own < whole:
-            console().print(f"weights: sharded, {own:,} of {whole:,} in this process", soft_wrap=True)
-
-
-def run_options(command: str, classes: tuple[type, ...], argv: Sequence[str]) -> tuple[Any, ...]:
-    """Parses the options of a training command, and looks whether the data they name is there.
-
-    Args:
-        command: Its name.
-        classes: The dataclasses that hold its options; the last two are those of the data and of the run.
-        argv: Its words.
-    """
-    options = parse(command, COMMANDS[command], classes, argv, OUTPUT)
-    data, args = options[-2:]
-    reading = args.reading()
-    data.check_reading(reading)
-    data.open_training(reading)
-    check_held_out(args, data.open_held_out(reading) is not None)
-    return options
-
-
-def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
-    """Checks the output folder before anything is loaded; :func:`clear_earlier_run` comes once all the rest is sound.
+def check_output(args: RunOptions, *inputs: str | None) -> None:
+    """Checks the output folder before anything is loaded; see also :func:`clear_earlier_run`.
 
     Args:
         args: The run's options.
         inputs: Models and tokenizers the run reads; none of them may be in the output folder.
-
-    Returns:
-        The checkpoint to resume from, or None.
 
     Raises:
         UserError: if it cannot be written, is an input's own folder, or holds a model that would be overwritten.
@@ -122,25 +84,17 @@ def prepare_output(args: RunOptions, *inputs: str | None) -> str | None:
     holds = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))] + checkpoints(folder)[-1:]
     if holds and not (args.resume or args.resume_from_checkpoint or args.overwrite_output_dir):
         raise UserError(
-            f"--output_dir {folder} already holds {', '.join(path.name for path in holds)}: --resume goes on from the "
-            "newest checkpoint, --overwrite_output_dir replaces"
+            f"--output_dir {folder} already holds {', '.join(path.name for path in holds)}: --resume continues from "
+            "the newest checkpoint, --overwrite_output_dir replaces"
         )
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such folder")
-    if args.resume_from_checkpoint or not args.resume:
-        return args.resume_from_checkpoint
-    newest, passed = newest_whole(folder)
-    for line in passed:
-        logger.warning(line)
-    if newest is None:
-        logger.warning("--resume: no whole checkpoint in %s, the run starts from the beginning", folder)
-    return None if newest is None else str(newest)
 
 
 def clear_earlier_run(args: RunOptions) -> None:
-    """Removes what an earlier run left, if the user says so, so that nothing of it is mistaken for the new one's.
+    """Removes what an earlier run left, under ``overwrite_output_dir``, so that none of it is taken for the new run's.
 
-    To be called when data, models and options have proven sound: a mistake must not cost the earlier run.
+    Called when data, models and options have been checked: a mistake must not cost the earlier run.
     """
     if not (args.overwrite_output_dir and is_main_process()):
         return
@@ -154,29 +108,22 @@ def clear_earlier_run(args: RunOptions) -> None:
 
 @contextmanager
 def told_in_words(trainer: Any = None) -> Iterator[None]:
-    """Turns what transformers says of options, and the system of disks, into :class:`UserError`.
+    """Raises :class:`UserError` for errors of transformers about options and of the file system.
 
     Args:
         trainer: A trainer about to train: until its first step a ValueError is about its options, later it is a bug.
     """
     try:
         yield
-    except UserError:
-        raise
-    except KeyError as error:
-        metric = getattr(getattr(trainer, "args", None), "metric_for_best_model", None)
-        if not (metric and metric in str(error)):
-            raise
-        raise UserError(f"--metric_for_best_model {metric}: no such metric; {error.args[0]}") from error
     except (ValueError, ImportError) as error:
         if trainer is not None and trainer.state.global_step > 0:
             raise
         raise UserError(str(error)) from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{error}. Checkpoints written before stay as they are (--resume goes on from them)") from error
+        raise UserError(f"{error}. Earlier checkpoints stay as they are (--resume continues from them)") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the device gave no more'} A lower "
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the device has no more'} A lower "
             "--per_device_train_batch_size with a higher --gradient_accumulation_steps gives the same result in less "
             "memory; so do --logits_budget, --gradient_checkpointing and --accelerate_config fsdp2; --max_length "
             "shortens the data"
@@ -184,17 +131,13 @@ def told_in_words(trainer: Any = None) -> Iterator[None]:
     except UnpicklingError as error:
         raise UserError(f"a file of the checkpoint is not what it should be, and was not run: {error}") from error
     except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
-            raise UserError(
-                "a checkpoint could not be written whole, is the disk full? Checkpoints written before stay as they are"
-            ) from error
         if not any(words in str(error) for words in ("to be installed", "No executable batch size", "out-of-memory")):
             raise
         raise UserError(str(error)) from error
 
 
 def read_dataset(source: Source, prepare: Callable[[Source], Prepared]) -> Prepared:
-    """Reads a dataset, prepares it, and prints the report of what became of its rows."""
+    """Prepares a dataset and prints the report on its rows."""
     prepared = prepare(source)
     for line in prepared.report.lines():
         console().print(line, soft_wrap=True)
@@ -207,10 +150,10 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a file that appears whole or not at all.
+    """Writes a file atomically.
 
     Raises:
-        UserError: if the place cannot be written.
+        UserError: if it cannot be written.
     """
     path = Path(path)
     try:
@@ -221,7 +164,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def metric_table(metrics: Mapping[str, float], title: str) -> Table:
-    """Metrics as a table: a row a quantity, columns for chosen, rejected and their margin."""
+    """Makes a table of metrics: a row for each quantity, columns for chosen, rejected and their margin."""
     loss = f", loss {metrics['loss']:.4f}" if "loss" in metrics else ""
     table = Table(title=title + loss, title_justify="left")
     for column in ("", "chosen", "rejected", "margin", "accuracy"):

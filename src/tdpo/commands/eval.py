@@ -1,9 +1,10 @@
-"""``tdpo eval``: the metrics of training for a saved policy and reference on held-out pairs."""
+"""``tdpo eval``: computes the metrics of training for a saved policy and reference on held-out pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +22,11 @@ from tdpo.config import (
     check_at_least,
     check_choices,
     check_format,
+    option,
 )
-from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
+from tdpo.data.dataset import check_fits
 from tdpo.data.formats import FORMATS
-from tdpo.data.sources import Source, open_source
+from tdpo.data.sources import open_source
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
@@ -35,16 +37,11 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
     """What is evaluated and where the figures go."""
 
     ref_model_name_or_path: str = field(metadata={"help": "Reference model: a hub name or a folder."}, kw_only=True)
-    dataset_name: str = field(
-        metadata={"help": DATASET_HELP},
-        kw_only=True,
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on: of a hub dataset, or the beginning of file names."}
-    )
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Pairs scored at a time."})
-    json: str | None = field(default=None, metadata={"help": "File to write the metrics to, as one flat object."})
+    dataset_name: str = field(metadata={"help": DATASET_HELP}, kw_only=True)
+    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
+    dataset_test_split: str = option("test", "Split to evaluate on: of a hub dataset, or the beginning of file names.")
+    per_device_eval_batch_size: int = option(8, "Pairs scored at a time.")
+    json: str | None = option(None, "File to write the metrics to, as one flat object.")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -61,14 +58,8 @@ def run(argv: Sequence[str]) -> None:
     if options.json:
         check_writable(Path(options.json).absolute().parent)
     tokenizer = load_tokenizer(model_config)
-    tokeniser = options.tokeniser(tokenizer)
-
-    def prepare(rows: Source) -> PairDataset:
-        return prepare_pairs(rows, tokeniser, reading, options.on_bad_row, cache=options.pair_cache())
-
-    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config)
-    dataset = read_dataset(source.read_by(reading), prepare)
-    out = console()
+    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config).read_by(reading)
+    dataset = read_dataset(source, partial(options.prepare, tokeniser=options.tokeniser(tokenizer)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()
     reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
@@ -85,7 +76,7 @@ def run(argv: Sequence[str]) -> None:
         logits_budget=options.logits_budget,
         progress=True,
     )
-    out.print(metric_table(metrics, f"{objective}, {len(dataset)} pairs"))
+    console().print(metric_table(metrics, f"{objective}, {len(dataset)} pairs"))
     if options.json:
         write_json(options.json, metrics)
-        out.print(f"written to {options.json}", soft_wrap=True)
+        console().print(f"written to {options.json}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``--accelerate_config``: how a run is shared between processes, from a preset or accelerate's own YAML file.
+"""``--accelerate_config``: distributes a run over processes, from a preset or a YAML file of accelerate.
 
 Under a launcher the file's settings become the environment that ``accelerate launch`` would have made of it. Without
 one, the command starts itself again under torchrun, one process for each GPU or as many as the file says.
@@ -29,11 +29,11 @@ KNOWN = (
     "main_training_function", "mixed_precision", "num_machines", "num_processes", "rdzv_backend", "same_network",
     "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu", "fsdp_config", "deepspeed_config", "gpu_ids",
 )  # fmt: skip
-"""Keys of such a file that a run here can honour: about machines it is torchrun that is told, not the file."""
+"""Keys of such a file that are honoured here; machines are options of torchrun, not of the file."""
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """The settings of a preset or a file.
+    """Reads the settings of a preset or a file.
 
     Raises:
         UserError: naming what cannot be read or is not understood.
@@ -63,7 +63,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def environment_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """What ``accelerate launch`` puts into the environment for such a file."""
+    """Returns the environment variables that ``accelerate launch`` sets for such a file."""
     kind = config["distributed_type"]
     made = {}
     if str(config.get("mixed_precision", "no")) not in ("no", "False"):
@@ -86,14 +86,14 @@ def environment_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> None:
-    """Does what ``--accelerate_config`` among a command's words asks for, before options are parsed and models loaded.
+    """Applies ``--accelerate_config`` from a command's words, before options are parsed and models loaded.
 
     Returns with the environment set, or does not return: the process becomes torchrun's.
 
     Args:
         argv: The command's words.
         command: Its name.
-        check: Looks the rest of the words over, so that a mistake in them is told once and not by every process.
+        check: Parses the words, so that a mistake in them is reported once and not by every process.
 
     Raises:
         UserError: for a file that is not understood, or an engine that does not run here.
@@ -129,7 +129,7 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
 
 
 def _value(argv: Sequence[str], option: str) -> str | None:
-    """The value of an option among words, ``--option value`` or ``--option=value``; the last one counts."""
+    """Returns the value of an option among words, ``--option value`` or ``--option=value``; the last one counts."""
     found = None
     for index, word in enumerate(argv):
         name, sign, value = word.partition("=")

@@ -4,7 +4,7 @@ Defaults live here and nowhere else; help texts are what ``tdpo <command> --help
 """
 
 from tdpo.config.arguments import FIXED, HONOURED, Fixed
-from tdpo.config.checks import check_at_least, check_choices, seconds
+from tdpo.config.checks import check_at_least, check_choices, option, seconds
 from tdpo.config.data import (
     DATASET_HELP,
     DataConfig,
@@ -55,5 +55,6 @@ __all__ = [
     "check_at_least",
     "check_choices",
     "check_format",
+    "option",
     "seconds",
 ]

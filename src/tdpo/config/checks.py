@@ -1,14 +1,27 @@
-"""What options are checked for, whether a command line parsed them or not."""
+"""Fields of options, and checks of their values whether a command line parsed them or not."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import field
 from typing import Any
 
 from tdpo.errors import UserError
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 """Seconds in the units a duration may have."""
+
+
+def option(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
+    """Returns a dataclass field with the text that ``--help`` prints, and the values it may have.
+
+    A default of ``list`` is an empty list.
+    """
+    metadata = {"help": help_text} | ({} if choices is None else {"choices": choices})
+    return (
+        field(default_factory=list, metadata=metadata) if default is list else field(default=default, metadata=metadata)
+    )
 
 
 def check_at_least(options: Any, least: float, *names: str) -> None:
@@ -37,7 +50,7 @@ def check_choices(options: Any) -> None:
 
 
 def seconds(text: str) -> float:
-    """A duration: seconds, or numbers with units.
+    """Reads a duration: seconds, or numbers with units.
 
     Example:
         >>> seconds("90"), seconds("1h30m"), seconds("1.5h")

@@ -1,14 +1,15 @@
-"""Options of data: which, how its rows are read, and how long what they become may be."""
+"""Options of data: names, formats, rendering and lengths."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tdpo.config.checks import check_at_least
+from tdpo.config.checks import check_at_least, option
 from tdpo.data.cache import PairCache
+from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.formats import AUTO, FORMATS, Format, find_format
 from tdpo.data.formats.fields import NOT_OF_A_ROW
 from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns, parse_names
@@ -34,19 +35,17 @@ HALF = _Default(256)
 
 @dataclass
 class SplitOptions:
-    """One file for training and for evaluation: a part of its prompts is set aside."""
+    """One file for training and for evaluation: a part of its prompts is held out."""
 
-    test_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Set aside about this share of the prompts for evaluation; train, sft, eval and every process draw "
-            "the same ones."
-        },
+    test_fraction: float | None = option(
+        None,
+        "Hold out about this share of the prompts for evaluation; train, sft, eval and every process draw "
+        "the same ones.",
     )
-    split_seed: int = field(default=0, metadata={"help": "Seed of --test_fraction, and of fractional weights."})
+    split_seed: int = option(0, "Seed of --test_fraction, and of fractional weights.")
 
     def side(self, test: bool) -> Side | None:
-        """One side of the split, or None if there is none."""
+        """Returns one side of the split, or None if there is none."""
         return None if self.test_fraction is None else Side(self.test_fraction, self.split_seed, test)
 
 
@@ -54,20 +53,15 @@ class SplitOptions:
 class DataConfig(SplitOptions):
     """Which data, and how its rows are read."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": f"{DATASET_HELP} (this or --datasets)"})
-    datasets: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "A mixture instead of --dataset_name: name,weight=0.5,format=hh,... for each dataset, or a list of "
-            "mappings in a YAML file. A weight is how often a record is seen in an epoch."
-        },
+    dataset_name: str | None = option(None, f"{DATASET_HELP} (this or --datasets)")
+    datasets: list[str] = option(
+        list,
+        "A mixture instead of --dataset_name: name,weight=0.5,format=hh,... for each dataset, or a list of "
+        "mappings in a YAML file. A weight is how often a record is seen in an epoch.",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(
-        default="train",
-        metadata={
-            "help": "Split to train on: of a hub dataset or a .json file, or the beginning of file names in a folder."
-        },
+    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = option(
+        "train", "Split to train on: of a hub dataset or a .json file, or the beginning of file names in a folder."
     )
 
     def __post_init__(self) -> None:
@@ -76,7 +70,7 @@ class DataConfig(SplitOptions):
         self.side(True)
 
     def open_training(self, reading: Reading) -> Source:
-        """The rows to train on, each with the way it is read.
+        """Opens the rows to train on, each with the options it is read by.
 
         Args:
             reading: How rows of ``dataset_name`` become records; those of ``datasets`` have their own.
@@ -93,10 +87,9 @@ class DataConfig(SplitOptions):
 class EvalDataConfig(DataConfig):
     """Training data, and held-out data beside it."""
 
-    dataset_test_split: str = field(default="test", metadata={"help": "Split of --eval_dataset_name to evaluate on."})
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Held-out data, named as --dataset_name; it is evaluated at the end of training at least."},
+    dataset_test_split: str = option("test", "Split of --eval_dataset_name to evaluate on.")
+    eval_dataset_name: str | None = option(
+        None, "Held-out data, named as --dataset_name; it is evaluated at the end of training at least."
     )
 
     def __post_init__(self) -> None:
@@ -105,13 +98,13 @@ class EvalDataConfig(DataConfig):
             raise UserError("--eval_dataset_name and --test_fraction contradict each other: both name held-out data")
 
     def open_held_out(self, reading: Reading) -> Source | None:
-        """The rows to evaluate on: of ``eval_dataset_name``, or those that ``test_fraction`` sets aside; or None."""
+        """Opens the rows of ``eval_dataset_name``, or those that ``test_fraction`` holds out; None without either."""
         if self.eval_dataset_name:
             return open_source(self.eval_dataset_name, self.dataset_test_split, self.dataset_config).read_by(reading)
         return None if self.test_fraction is None else self._open(reading, self.dataset_train_split, self.side(True))
 
     def check_reading(self, reading: Reading) -> None:
-        """Refuses options of a single dataset's format beside ``datasets``, which have their own.
+        """Refuses format options of a single dataset with ``datasets``, which have their own.
 
         Raises:
             UserError: naming them.
@@ -128,40 +121,30 @@ class EvalDataConfig(DataConfig):
 class FormatOptions:
     """How rows become records."""
 
-    dataset_format: str = field(
-        default=AUTO,
-        metadata={
-            "help": f"Format of the rows: {', '.join(FORMATS)}, or module:function, a Python function from a row to "
-            "one of these, to several or to None; auto tells it from the columns."
-        },
+    dataset_format: str = option(
+        AUTO,
+        f"Format of the rows: {', '.join(FORMATS)}, or module:function, a Python function from a row to "
+        "one of these, to several or to None; auto infers it from the columns.",
     )
-    columns: dict[str, str] | str | None = field(
-        default=None, metadata={"help": "Columns under other names: prompt=question,chosen=good,... or JSON."}
+    columns: dict[str, str] | str | None = option(
+        None, "Columns under other names: prompt=question,chosen=good,... or JSON."
     )
-    ignore_columns: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Columns to leave out: name,name,... Other columns that are not used are reported, and the run "
-            "stops where they may be the prompt."
-        },
+    ignore_columns: list[str] = option(
+        list,
+        "Columns to leave out: name,name,... Other columns that are not used are reported, and the run "
+        "stops where they may be the prompt.",
     )
-    pairs_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Pairs of several answers to a prompt: all whose scores differ (default; in sft the best one), the "
-            "best with the worst, or all that differ by --min_margin.",
-            "choices": list(PAIRS_FROM),
-        },
+    pairs_from: str | None = option(
+        None,
+        "Pairs of several answers to a prompt: all whose scores differ (default; in sft the best one), the "
+        "best with the worst, or all that differ by --min_margin.",
+        list(PAIRS_FROM),
     )
-    min_margin: float | None = field(
-        default=None, metadata={"help": "Least difference of scores under --pairs_from margin."}
-    )
-    min_score_ratio: float | None = field(
-        default=None, metadata={"help": "Least ratio of scores in the format shp, 2 by default."}
-    )
+    min_margin: float | None = option(None, "Least difference of scores under --pairs_from margin.")
+    min_score_ratio: float | None = option(None, "Least ratio of scores in the format shp, 2 by default.")
 
     def reading(self) -> Reading:
-        """How rows are read as these options describe it.
+        """Returns how rows are read under these options.
 
         Raises:
             UserError: for an unknown format and options that contradict.
@@ -180,25 +163,21 @@ class FormatOptions:
 class RenderingOptions:
     """How chats are rendered, and what special-token text in plain texts is."""
 
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Arguments of the chat template for all rows, as JSON or enable_thinking=true,...; a row's own "
-            "chat_template_kwargs win."
-        },
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Arguments of the chat template for all rows, as JSON or enable_thinking=true,...; a row's own "
+        "chat_template_kwargs win.",
     )
-    special_tokens: str | None = field(
-        default=None,
-        metadata={
-            "help": "Special-token text in plain texts: tokens encodes it as those tokens and adds no second start or "
-            "end token, for texts that are rendered chats; text encodes it as plain text. Default: text, but stop "
-            "where most rows are rendered chats.",
-            "choices": ["text", "tokens"],
-        },
+    special_tokens: str | None = option(
+        None,
+        "Special-token text in plain texts: tokens encodes it as those tokens and adds no second start or "
+        "end token, for texts that are rendered chats; text encodes it as plain text. Default: text, but stop "
+        "where most rows are rendered chats.",
+        ["text", "tokens"],
     )
 
     def rendering(self) -> Rendering:
-        """Rendering as these options describe it.
+        """Returns how chats are rendered under these options.
 
         Raises:
             UserError: for arguments that cannot be read, or are not for the template.
@@ -207,7 +186,7 @@ class RenderingOptions:
 
 
 def template_arguments(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Arguments of a chat template from JSON, a mapping, or ``name=value,name=value``.
+    """Parses arguments of a chat template from JSON, a mapping, or ``name=value,name=value``.
 
     Example:
         >>> template_arguments("enable_thinking=true, style=short")
@@ -250,28 +229,17 @@ class LengthOptions:
     See :class:`tdpo.data.tokenise.Lengths`.
     """
 
-    max_length: int | None = field(
-        default=512,
-        metadata={"help": "Longest sequence in tokens, prompt and response together; None for no limit."},
+    max_length: int | None = option(512, "Longest sequence in tokens, prompt and response together; None for no limit.")
+    truncation_mode: str = option(
+        "keep_end", "Which part of a prompt stays when it is cut.", ["keep_end", "keep_start"]
     )
-    truncation_mode: str = field(
-        default="keep_end",
-        metadata={"help": "Which part of a prompt stays when it is cut.", "choices": ["keep_end", "keep_start"]},
-    )
-    on_overlong: str = field(
-        default="truncate",
-        metadata={"help": "What happens to longer rows.", "choices": ["truncate", "drop", "error"]},
-    )
-    on_bad_row: str = field(
-        default="error",
-        metadata={
-            "help": "What happens to rows that cannot be used: stop, or drop and count.",
-            "choices": ["error", "drop"],
-        },
+    on_overlong: str = option("truncate", "What happens to longer rows.", ["truncate", "drop", "error"])
+    on_bad_row: str = option(
+        "error", "What happens to rows that cannot be used: stop, or drop and count.", ["error", "drop"]
     )
 
     def longest(self) -> int:
-        """``max_length`` as a number, also where it is None."""
+        """Returns ``max_length`` as a number, also where it is None."""
         return UNLIMITED if self.max_length is None else self.max_length
 
 
@@ -279,33 +247,25 @@ class LengthOptions:
 class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
     """How preference rows are read and cut."""
 
-    max_prompt_length: int | None = field(
-        default=HALF,
-        metadata={
-            "help": "Longest prompt in tokens once a pair has to be cut to --max_length, half of a shorter one unless "
-            "given; None cuts a prompt only where it leaves no room for a response."
-        },
+    max_prompt_length: int | None = option(
+        HALF,
+        "Longest prompt in tokens once a pair has to be cut to --max_length, half of a shorter one unless "
+        "given; None cuts a prompt only where it leaves no room for a response.",
     )
-    cache_dataset: bool = field(
-        default=True, metadata={"help": "Keep tokenised pairs on disk, so that the next run need not tokenise them."}
+    cache_dataset: bool = option(True, "Keep tokenised pairs on disk, so that the next run need not tokenise them.")
+    dataset_num_proc: int = option(
+        1,
+        "Processes that tokenise a dataset; each takes seconds to start, so several pay for hundreds "
+        "of thousands of pairs.",
     )
-    dataset_num_proc: int = field(
-        default=1,
-        metadata={
-            "help": "Processes that tokenise a dataset; each takes seconds to start, so several pay for hundreds "
-            "of thousands of pairs."
-        },
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for tokenised pairs; default $TDPO_CACHE, or else ~/.cache/tdpo."}
-    )
+    cache_dir: str | None = option(None, "Folder for tokenised pairs; default $TDPO_CACHE, or else ~/.cache/tdpo.")
 
     def pair_cache(self) -> PairCache | None:
-        """Where tokenised pairs are kept, or None if they are not to be."""
+        """Returns the cache of tokenised pairs, or None if they are not cached."""
         return PairCache(self.cache_dir) if self.cache_dataset else None
 
     def tokeniser(self, tokenizer: Any) -> Tokeniser:
-        """The tokenizer under these options.
+        """Returns the tokenizer under these options.
 
         Raises:
             UserError: if it has no end-of-sequence token, or the options do not go together.
@@ -313,8 +273,12 @@ class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
         check_at_least(self, 1, "dataset_num_proc")
         return Tokeniser(tokenizer, self.lengths(), processes=self.dataset_num_proc, rendering=self.rendering())
 
+    def prepare(self, data: Iterable[Any], tokeniser: Tokeniser | None, name: str = "dataset") -> PairDataset:
+        """Tokenises data under these options; see :func:`tdpo.data.dataset.prepare_pairs`."""
+        return prepare_pairs(data, tokeniser, self.reading(), self.on_bad_row, name, self.pair_cache())  # type: ignore[arg-type]
+
     def lengths(self) -> Lengths:
-        """Truncation as these options describe it; a default prompt length gives way to a short ``max_length``."""
+        """Returns the truncation of these options; a default prompt length gives way to a short ``max_length``."""
         longest, prompt = self.longest(), self.max_prompt_length
         if isinstance(prompt, _Default):
             prompt = int(prompt) if longest > prompt else max(longest // 2, 1)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from tdpo.config.checks import check_at_least, check_choices
+from tdpo.config.checks import check_at_least, check_choices, option
 from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError
 
@@ -31,12 +31,11 @@ REFUSED_INIT_KWARGS = {
 class LoadingOptions:
     """How models are loaded, also by a trainer that loads one by its name."""
 
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow models and tokenizers that bring Python code of their own to run it."}
+    trust_remote_code: bool = option(
+        False, "Allow models and tokenizers that bring Python code of their own to run it."
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping."},
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping."
     )
 
 
@@ -45,33 +44,23 @@ class ModelConfig(LoadingOptions):
     """Which model and tokenizer, and how they are loaded."""
 
     model_name_or_path: str = field(metadata={"help": "Model to train or evaluate: a hub name or a folder."})
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer, where it is not kept with the model: a hub name or a folder."}
+    tokenizer_name_or_path: str | None = option(
+        None, "Tokenizer, where it is not kept with the model: a hub name or a folder."
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
-    dtype: DTYPES = field(
-        default="float32",
-        metadata={"help": "Dtype of the weights; auto takes the checkpoint's. For mixed precision use --bf16 instead."},
+    model_revision: str = option("main", "Branch, tag or commit of a hub model.")
+    dtype: DTYPES = option(
+        "float32", "Dtype of the weights; auto takes the checkpoint's. For mixed precision use --bf16 instead."
     )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "Attention implementation: eager, sdpa, flex_attention, flash_attention_2; default: the model's."
-        },
+    attn_implementation: str | None = option(
+        None, "Attention implementation: eager, sdpa, flex_attention, flash_attention_2; default: the model's."
     )
-    eos_token: str | None = field(
-        default=None, metadata={"help": "End-of-sequence token to use instead of the tokenizer's own."}
-    )
-    chat_template_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Chat template to use instead of the tokenizer's own: a Jinja file, or one of "
-            f"{', '.join(TEMPLATES)}."
-        },
+    eos_token: str | None = option(None, "End-of-sequence token to use instead of the tokenizer's own.")
+    chat_template_path: str | None = option(
+        None, f"Chat template to use instead of the tokenizer's own: a Jinja file, or one of {', '.join(TEMPLATES)}."
     )
 
     def __post_init__(self) -> None:
-        """Moves what ``model_init_kwargs`` has for other fields into them.
+        """Moves arguments in ``model_init_kwargs`` that have a field of their own into it.
 
         Raises:
             UserError: for an argument that contradicts such a field, or is decided elsewhere.
@@ -95,7 +84,7 @@ class ModelConfig(LoadingOptions):
 
 
 def _mapping(given: Any) -> dict[str, Any]:
-    """The ``model_init_kwargs`` of a command line, a YAML file or Python."""
+    """Parses the ``model_init_kwargs`` of a command line, a YAML file or Python."""
     try:
         content = json.loads(given) if isinstance(given, str) else given
     except ValueError as error:
@@ -107,10 +96,10 @@ def _mapping(given: Any) -> dict[str, Any]:
 
 @dataclass
 class ReferenceConfig:
-    """Which model the policy is held against."""
+    """The model that the policy is compared with."""
 
-    ref_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reference model: a hub name or a folder; default: the policy as it is loaded."}
+    ref_model_name_or_path: str | None = option(
+        None, "Reference model: a hub name or a folder; default: the policy as it is loaded."
     )
 
 
@@ -118,54 +107,36 @@ class ReferenceConfig:
 class AdapterOptions:
     """Adapters: train a few new weights instead of the model's, under TRL's names."""
 
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the model's weights stay."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: its change is times alpha / r."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout before the adapter; takes --disable_dropout false."}
+    use_peft: bool = option(False, "Train a LoRA adapter; the model's weights stay.")
+    lora_r: int = option(16, "Rank of the adapter.")
+    lora_alpha: int = option(32, "Scale of the adapter: its change is times alpha / r.")
+    lora_dropout: float = option(0.0, "Dropout before the adapter; takes --disable_dropout false.")
+    lora_target_modules: list[str] | None = option(
+        None,
+        "Names of the layers that get an adapter, one regular expression, or all-linear; default: peft's "
+        "for the model.",
     )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the layers that get an adapter, one regular expression, or all-linear; default: peft's "
-            "for the model."
-        },
+    lora_target_parameters: list[str] | None = option(
+        None,
+        "Names of parameters outside linear layers that get an adapter, such as mlp.experts.down_proj of a "
+        "mixture-of-experts model.",
     )
-    lora_target_parameters: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names of parameters outside linear layers that get an adapter, such as mlp.experts.down_proj of a "
-            "mixture-of-experts model."
-        },
+    lora_modules_to_save: list[str] | None = option(
+        None, "Modules that are trained and saved whole, lm_head for a trained head."
     )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained and saved whole, lm_head for a trained head."}
+    lora_task_type: str = option("CAUSAL_LM", "Task the adapter is saved for.", ["CAUSAL_LM"])
+    use_rslora: bool = option(False, "Rank-stabilised scale: alpha / sqrt(r).")
+    use_dora: bool = option(False, "DoRA: magnitude and direction of weights apart.")
+    load_in_4bit: bool = option(False, "Keep the model in 4 bits under the adapter (QLoRA); needs bitsandbytes.")
+    load_in_8bit: bool = option(False, "Keep the model in 8 bits under the adapter; needs bitsandbytes.")
+    bnb_4bit_quant_type: str = option("nf4", "Kind of 4-bit numbers.", ["nf4", "fp4"])
+    bnb_4bit_quant_storage: str | None = option(
+        None,
+        "Dtype that holds the packed 4-bit weights; default: bitsandbytes' uint8. FSDP needs that of the "
+        "other weights.",
+        ["uint8", "float16", "bfloat16", "float32"],
     )
-    lora_task_type: str = field(
-        default="CAUSAL_LM", metadata={"help": "Task the adapter is saved for.", "choices": ["CAUSAL_LM"]}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised scale: alpha / sqrt(r)."})
-    use_dora: bool = field(default=False, metadata={"help": "DoRA: magnitude and direction of weights apart."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Keep the model in 4 bits under the adapter (QLoRA); needs bitsandbytes."}
-    )
-    load_in_8bit: bool = field(
-        default=False, metadata={"help": "Keep the model in 8 bits under the adapter; needs bitsandbytes."}
-    )
-    bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"help": "Kind of 4-bit numbers.", "choices": ["nf4", "fp4"]}
-    )
-    bnb_4bit_quant_storage: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dtype that holds the packed 4-bit weights; default: bitsandbytes' uint8. FSDP needs that of the "
-            "other weights.",
-            "choices": ["uint8", "float16", "bfloat16", "float32"],
-        },
-    )
-    use_bnb_nested_quant: bool = field(
-        default=False, metadata={"help": "Quantise the constants of the 4-bit quantisation too."}
-    )
+    use_bnb_nested_quant: bool = option(False, "Quantise the constants of the 4-bit quantisation too.")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -182,7 +153,7 @@ class AdapterOptions:
             raise UserError(f"--{idle[0]} has no effect without --load_in_4bit")
 
     def peft_config(self) -> Any:
-        """The ``peft.LoraConfig`` these options describe, None without ``use_peft``."""
+        """Returns the ``peft.LoraConfig`` of these options, None without ``use_peft``."""
         if not self.use_peft:
             return None
         from peft import LoraConfig
@@ -209,12 +180,12 @@ class AdapterOptions:
             UserError: naming the options.
         """
         if loaded and self.use_peft:
-            raise UserError("the model has an adapter already: leave --use_peft out to go on training it")
+            raise UserError("the model has an adapter already: leave --use_peft out to continue training it")
         if self.quantization() and not (loaded or self.use_peft):
-            raise UserError("weights in 4 or 8 bits cannot be trained: add --use_peft, or go on from an adapter")
+            raise UserError("weights in 4 or 8 bits cannot be trained: add --use_peft, or continue from an adapter")
 
     def quantization(self) -> dict[str, Any] | None:
-        """Arguments of transformers' ``BitsAndBytesConfig``, None for weights as they are."""
+        """Returns the arguments of transformers' ``BitsAndBytesConfig``, None for weights as they are."""
         if self.load_in_8bit:
             return {"load_in_8bit": True}
         if not self.load_in_4bit:
@@ -228,13 +199,13 @@ class AdapterOptions:
         }
 
     def _given(self, beginnings: tuple[str, ...]) -> list[str]:
-        """The options of such names that differ from their defaults."""
+        """Lists the options whose names begin so and whose values differ from their defaults."""
         fields = type(self).__dataclass_fields__
         return [n for n, f in fields.items() if n.startswith(beginnings) and getattr(self, n) != f.default]
 
 
 def _target_modules(names: list[str] | None) -> list[str] | str | None:
-    """Names of layers as peft takes them: a list, but ``all-linear`` and a regular expression as one text."""
+    """Returns names of layers as peft expects them: a list, or one text for ``all-linear`` and regular expressions."""
     if not names or len(names) > 1:
         return names
     (only,) = names

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
 
 from tdpo.config.arguments import check_fixed
-from tdpo.config.checks import check_at_least, seconds
+from tdpo.config.checks import check_at_least, option, seconds
 from tdpo.config.models import LoadingOptions, ModelConfig
 from tdpo.counterparts import hint
 from tdpo.errors import UserError
@@ -27,58 +27,39 @@ class RunOptions(LoadingOptions, TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
-    learning_rate: float = field(
-        default=5e-6, metadata={"help": "The initial learning rate. The TDPO paper's is 5e-6."}
+    learning_rate: float = option(5e-6, "The initial learning rate. The TDPO paper's is 5e-6.")
+    output_dir: str | None = option(None, "Folder for the model, its checkpoints and metrics. (required)")
+    logging_steps: float = option(10, "Log every N optimizer steps.")
+    logging_first_step: bool = option(True, "Log the first step too.")
+    logging_nan_inf_filter: bool = option(
+        False, "Hide losses that are not finite. Off: training stops there and names the rows."
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the model, its checkpoints and metrics. (required)"}
+    remove_unused_columns: bool = option(False, "Kept off: batches carry more than the model's own inputs.")
+    disable_dropout: bool = option(
+        True, "Train without dropout, so that policy and reference are compared as they are."
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Hide losses that are not finite. Off: training stops there and names the rows."},
+    router_aux_loss_coef: float | None = option(
+        None,
+        "Weight of the load-balancing loss of a mixture-of-experts model, which is added to the loss and "
+        "logged as aux_loss; default: the weight in the model's config where its output_router_logits is set. 0 "
+        "leaves it out.",
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Kept off: batches carry more than the model's own inputs."}
+    resume: bool = option(False, "Resume from the newest checkpoint in --output_dir, if there is one.")
+    overwrite_output_dir: bool = option(False, "Write into --output_dir although it holds a model or checkpoints.")
+    max_time: str | None = option(
+        None, "Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124."
     )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Train without dropout, so that policy and reference are compared as they are."}
-    )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the load-balancing loss of a mixture-of-experts model, which is added to the loss and "
-            "logged as aux_loss; default: the weight in the model's config where its output_router_logits is set. 0 "
-            "leaves it out."
-        },
-    )
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the newest checkpoint in --output_dir, if there is one."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into --output_dir although it holds a model or checkpoints."}
-    )
-    max_time: str | None = field(
-        default=None,
-        metadata={
-            "help": "Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124."
-        },
-    )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Give callbacks such as early stopping back their state when resuming."}
+    restore_callback_states_from_checkpoint: bool = option(
+        True, "Give callbacks such as early stopping back their state when resuming."
     )
 
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "How processes share the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's. Starts the "
-            "processes where no launcher has."
-        },
+    accelerate_config: str | None = option(
+        None,
+        "How processes divide the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's. Starts the "
+        "processes where no launcher has.",
     )
-    num_processes: int | None = field(
-        default=None,
-        metadata={"help": "Processes that --accelerate_config starts on this machine; default: one for each GPU."},
+    num_processes: int | None = option(
+        None, "Processes that --accelerate_config starts on this machine; default: one for each GPU."
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -107,19 +88,6 @@ class RunOptions(LoadingOptions, TrainingArguments):
                 "--num_processes says how many processes --accelerate_config starts; it has no effect alone"
             )
         check_fixed(self)
-        self._check_amounts()
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        super().__post_init__()
-        given = self.accelerator_config
-        if given.split_batches or given.dispatch_batches or not given.even_batches:  # type: ignore[union-attr]
-            raise UserError(
-                "--accelerator_config: batches are shared out by tdpo; split, dispatch and even have no use"
-            )
-        load_whole(self.deepspeed_plugin is not None)
-
-    def _check_amounts(self) -> None:
         check_at_least(
             self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
         )
@@ -130,6 +98,16 @@ class RunOptions(LoadingOptions, TrainingArguments):
             raise UserError(
                 f"--num_train_epochs {self.num_train_epochs:g} trains nothing: give a positive number, or --max_steps"
             )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        super().__post_init__()
+        given = self.accelerator_config
+        if given.split_batches or given.dispatch_batches or not given.even_batches:  # type: ignore[union-attr]
+            raise UserError(
+                "--accelerator_config: batches are distributed by tdpo; split, dispatch and even have no use"
+            )
+        load_whole(self.deepspeed_plugin is not None)
 
     def model_config(self, model: Any) -> ModelConfig:
         """Describes how a trainer loads a model by its name.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tdpo import objectives
-from tdpo.config.checks import check_at_least, check_choices
+from tdpo.config.checks import check_at_least, check_choices, option
 from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, RenderingOptions, check_format
 from tdpo.config.run import RunOptions
 from tdpo.data.formats import FORMATS
-from tdpo.data.sft import SFT_FORMATS
-from tdpo.data.tokenise import Lengths
+from tdpo.data.sft import SFT_FORMATS, SFTDataset, prepare_sft
+from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.errors import UserError
 from tdpo.ops import Backend
 
@@ -20,7 +22,7 @@ CACHE_HELP = (
     "tokens or settings."
 )
 CACHE_DTYPE = {
-    "help": "Dtype of the cached hidden states; auto is that in which the reference gives them, which loses nothing.",
+    "help": "Dtype of the cached hidden states; auto is that of the reference, which loses nothing.",
     "choices": ["auto", "float32", "bfloat16", "float16"],
 }
 
@@ -29,19 +31,14 @@ CACHE_DTYPE = {
 class ObjectiveOptions:
     """The objective and its parameters."""
 
-    objective: str = field(
-        default="tdpo2", metadata={"help": "Preference objective.", "choices": list(objectives.OBJECTIVES)}
-    )
-    beta: float = field(
-        default=0.1, metadata={"help": "Strength of the tie to the reference, in every objective. The paper's is 0.1."}
-    )
-    alpha: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the sequential-KL difference in tdpo2, 0.5 by default. Others have none."},
+    objective: str = option("tdpo2", "Preference objective.", list(objectives.OBJECTIVES))
+    beta: float = option(0.1, "Strength of the tie to the reference, in every objective. The paper's is 0.1.")
+    alpha: float | None = option(
+        None, "Weight of the sequential-KL difference in tdpo2, 0.5 by default. Others have none."
     )
 
     def build_objective(self) -> objectives.Objective:
-        """The objective these options describe.
+        """Builds the objective of these options.
 
         Raises:
             UserError: for an unknown name or a parameter the objective does not have.
@@ -51,32 +48,27 @@ class ObjectiveOptions:
 
 @dataclass
 class LayoutOptions:
-    """How sequences share rows; none of it changes a result."""
+    """How sequences are packed into rows; it does not change a result."""
 
-    layout: str = field(
-        default="auto",
-        metadata={
-            "help": "tree packs sequences into shared rows and runs a prompt once, padded gives each a row; auto is "
-            "tree where a probe proves it on the model.",
-            "choices": ["auto", "tree", "padded"],
-        },
+    layout: str = option(
+        "auto",
+        "tree packs sequences into shared rows and runs a prompt once, padded gives each a row; auto is "
+        "tree where a probe proves it on the model.",
+        ["auto", "tree", "padded"],
     )
 
 
 @dataclass
 class ScoringOptions(LayoutOptions):
-    """How pairs are scored; none of it changes a result."""
+    """How pairs are scored; it does not change a result."""
 
-    backend: Backend = field(
-        default="auto",
-        metadata={
-            "help": "Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, "
-            "triton does so with kernels of its own on a GPU; auto is triton where it runs.",
-        },
+    backend: Backend = option(
+        "auto",
+        "Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, "
+        "triton does so with kernels of its own on a GPU; auto is triton where it runs.",
     )
-    logits_budget: int | None = field(
-        default=None,
-        metadata={"help": "Bytes for logits at a time; default 256 MiB on a CPU, 512 MiB on an accelerator."},
+    logits_budget: int | None = option(
+        None, "Bytes for logits at a time; default 256 MiB on a CPU, 512 MiB on an accelerator."
     )
 
 
@@ -90,44 +82,34 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         alpha: Weight of the sequential-KL difference in ``tdpo2`` (None: 0.5); an error with any other objective.
         max_length: Longest sequence in tokens.
         max_prompt_length: What is left of the prompt of a longer pair.
-        dataset_format: Format of the rows, ``"auto"`` to tell it from the columns.
+        dataset_format: Format of the rows, ``"auto"`` to infer it from the columns.
         columns: Columns under other names.
         ignore_columns: Columns to leave out.
-        reference: What gives the reference's hidden states: ``"frozen"``, ``"adapter_off"``, ``"cached"`` or
+        reference: Form of the reference: ``"frozen"``, ``"adapter_off"``, ``"cached"`` or
             ``"auto"``, which says its choice and the reason in a log line.
         reference_cache: Folder of the cache.
-        reference_cache_dtype: Dtype of the states in it; ``"auto"`` is that in which the reference gives them.
+        reference_cache_dtype: Dtype of the states in it; ``"auto"`` is that of the reference.
         sync_ref_model: Whether the frozen reference follows the policy, as in TR-DPO (arXiv 2404.09656).
         ref_model_mixup_alpha: The policy's share when it does; the rest is the reference's own.
         ref_model_sync_steps: After how many optimizer steps it does.
     """
 
-    reference: str = field(
-        default="auto",
-        metadata={
-            "help": "What gives the reference: frozen is a second model, adapter_off the policy without its adapter, "
-            "cached hidden states on disk; auto is adapter_off under a new adapter, cached with --reference_cache, "
-            "frozen elsewhere.",
-            "choices": ["auto", "frozen", "adapter_off", "cached"],
-        },
+    reference: str = option(
+        "auto",
+        "Form of the reference: frozen is a second model, adapter_off the policy without its adapter, "
+        "cached hidden states on disk; auto is adapter_off under a new adapter, cached with --reference_cache, "
+        "frozen elsewhere.",
+        ["auto", "frozen", "adapter_off", "cached"],
     )
-    reference_cache: str | None = field(
-        default=None,
-        metadata={"help": f"{CACHE_HELP} Default with --reference cached: reference-cache in --output_dir."},
+    reference_cache: str | None = option(
+        None, f"{CACHE_HELP} Default with --reference cached: reference-cache in --output_dir."
     )
     reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
-    sync_ref_model: bool = field(
-        default=False, metadata={"help": "Let the frozen reference follow the policy in steps (TR-DPO)."}
+    sync_ref_model: bool = option(False, "Let the frozen reference follow the policy in steps (TR-DPO).")
+    ref_model_mixup_alpha: float = option(
+        0.6, "How far it follows, under --sync_ref_model: this share of the policy, the rest stays; 1 copies."
     )
-    ref_model_mixup_alpha: float = field(
-        default=0.6,
-        metadata={
-            "help": "How far it follows, under --sync_ref_model: this share of the policy, the rest stays; 1 copies."
-        },
-    )
-    ref_model_sync_steps: int = field(
-        default=512, metadata={"help": "After how many optimizer steps it follows, under --sync_ref_model."}
-    )
+    ref_model_sync_steps: int = option(512, "After how many optimizer steps it follows, under --sync_ref_model.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,7 +128,9 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         check_format(self, FORMATS)
 
     def _check_following(self) -> None:
-        given = [name for name in ("ref_model_mixup_alpha", "ref_model_sync_steps") if self._differs(name)]
+        fields = type(self).__dataclass_fields__
+        names = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+        given = [name for name in names if getattr(self, name) != fields[name].default]
         if given and not self.sync_ref_model:
             raise UserError(f"--{given[0]} has no effect without --sync_ref_model")
         check_at_least(self, 1, "ref_model_sync_steps")
@@ -161,21 +145,16 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
                 "runs out. Set --per_device_train_batch_size and --gradient_accumulation_steps"
             )
 
-    def _differs(self, name: str) -> bool:
-        return getattr(self, name) != type(self).__dataclass_fields__[name].default
-
 
 @dataclass
 class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, RunOptions):
     """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below."""
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
-    train_on: str = field(
-        default="every_turn",
-        metadata={
-            "help": "Which assistant turns of a conversation are learnt: all of them, or the last alone.",
-            "choices": ["every_turn", "last_turn"],
-        },
+    learning_rate: float = option(2e-5, "The initial learning rate.")
+    train_on: str = option(
+        "every_turn",
+        "Which assistant turns of a conversation are learnt: all of them, or the last alone.",
+        ["every_turn", "last_turn"],
     )
 
     def __post_init__(self) -> None:
@@ -186,6 +165,14 @@ class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, R
         check_format(self, SFT_FORMATS)
 
     def lengths(self) -> Lengths:
-        """Truncation as these options describe it: half of an overlong example may be its prompt."""
+        """Returns the truncation of these options: half of an overlong example may be its prompt."""
         longest = self.longest()
         return Lengths(longest, max(longest // 2, 1), self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
+
+    def tokeniser(self, tokenizer: Any) -> Tokeniser:
+        """Returns the tokenizer under these options."""
+        return Tokeniser(tokenizer, self.lengths(), rendering=self.rendering())
+
+    def prepare(self, data: Iterable[Any], tokeniser: Tokeniser, name: str = "dataset") -> SFTDataset:
+        """Tokenises data under these options; see :func:`tdpo.data.sft.prepare_sft`."""
+        return prepare_sft(data, tokeniser, self.reading(), self.on_bad_row, name, self.train_on)  # type: ignore[arg-type]

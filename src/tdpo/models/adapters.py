@@ -36,7 +36,7 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
     if not isinstance(peft_config, PeftConfig):
         raise UserError(f"peft_config must be a peft.PeftConfig such as LoraConfig, found {type(peft_config).__name__}")
     if has_adapter(model):
-        raise UserError("model has an adapter already; leave peft_config (--use_peft) out to go on training it")
+        raise UserError("model has an adapter already; leave peft_config (--use_peft) out to continue training it")
     peft_config = exclude_idle_parts(model, peft_config)
     try:
         with ties_are_known():

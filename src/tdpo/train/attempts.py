@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl
 
-from tdpo.train import checkpoints
+from tdpo.train import checkpointing, progress
 
 
 class RunStart:
-    """Everything that an attempt to train changes, as it was before; transformers begins again with what is there.
+    """Keeps everything that an attempt to train changes, since transformers starts the next one from what is there.
 
     Args:
         trainer: A :class:`~tdpo.train.base.BatchMeanTrainer` about to train. What it trains is copied to the CPU.
@@ -30,10 +30,10 @@ class RunStart:
         self._callbacks = [(callback, dict(vars(callback))) for callback in trainer.callback_handler.callbacks]
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        self._checkpoints = checkpoints.checkpoints(str(trainer.args.output_dir))
+        self._checkpoints = checkpointing.checkpoints(str(trainer.args.output_dir))
 
     def restore(self, trainer: Any) -> None:
-        """Puts everything back, and removes the checkpoints written since."""
+        """Restores everything, and removes the checkpoints written since."""
         with torch.no_grad():
             for name, tensor in _changing(trainer.model):
                 tensor.copy_(self._weights[name])
@@ -41,7 +41,7 @@ class RunStart:
         for optimizer, state in self._optimizer_states:
             optimizer.load_state_dict(copy.deepcopy(state))
         trainer.load_run_state(self._run_state)
-        trainer.close_progress()
+        progress.close_bars(trainer.callback_handler.callbacks)
         trainer.control = TrainerControl()
         for callback, attributes in self._callbacks:
             vars(callback).clear()
@@ -51,12 +51,12 @@ class RunStart:
         torch.set_rng_state(self._random[2])
         if self._cuda_random:
             torch.cuda.set_rng_state_all(self._cuda_random)
-        for path in checkpoints.checkpoints(str(trainer.args.output_dir)):
+        for path in checkpointing.checkpoints(str(trainer.args.output_dir)):
             if path not in self._checkpoints:
-                checkpoints.remove(path)
+                checkpointing.remove(path)
 
 
 def _changing(model: Any) -> list[tuple[str, Tensor]]:
-    """The tensors of a model that training changes."""
+    """Lists the tensors of a model that training changes."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [*trained, *model.named_buffers()]

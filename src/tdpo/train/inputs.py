@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sized
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -32,11 +32,7 @@ _CONVERSIONS = {
 }
 
 
-class _Rows(Sized, Protocol):
-    """A prepared dataset."""
-
-
-Prepared = TypeVar("Prepared", bound=_Rows)
+Prepared = TypeVar("Prepared", bound=Sized)
 
 
 def check_keywords(unknown: Mapping[str, Any], options: type[RunOptions], known: Iterable[str]) -> None:

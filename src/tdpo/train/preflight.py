@@ -1,4 +1,4 @@
-"""Tries before the first step what would otherwise fail, or prove to be without effect, at the end of a run."""
+"""Checks before the first step what would otherwise fail, or prove to be without effect, at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.trainer_utils import IntervalStrategy
+from typing_extensions import override
 
 from tdpo.config import RunOptions
 from tdpo.errors import UserError, nearest
 from tdpo.models.adapters import has_adapter
 from tdpo.models.generation import add_end_token, repair_generation_config
+from tdpo.models.policy import causal_lm
 
 SAMPLE = 1000
 """Responses that are enough to see the token they end with."""
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """What transformers adds to the metrics of an evaluation."""
+TOKEN_NAMES = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def check_trains(model: Any, optimizer: Any, args: RunOptions, items: int, processes: int) -> None:
@@ -57,8 +60,44 @@ def check_trains(model: Any, optimizer: Any, args: RunOptions, items: int, proce
         )
 
 
+def check_processes(args: RunOptions, sharded: bool) -> None:
+    """Refuses several GPUs in one process, and a search for a batch size where processes could find different ones.
+
+    Raises:
+        UserError: saying how to launch instead.
+    """
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process: launch with torchrun or accelerate, one process a GPU, "
+            "or set CUDA_VISIBLE_DEVICES to one"
+        )
+    if args.auto_find_batch_size and (sharded or args.world_size > 1):
+        raise UserError(
+            "--auto_find_batch_size works in one process with whole weights: of several, one may run out of memory "
+            "alone. Set a lower --per_device_train_batch_size and a higher --gradient_accumulation_steps, which "
+            "give the same result"
+        )
+
+
+def check_training(trainer: Any, sharded: bool) -> None:
+    """Runs all checks of a trainer that is about to train.
+
+    Args:
+        trainer: A :class:`~tdpo.train.base.BatchMeanTrainer` with a training dataset.
+        sharded: Whether its weights will be sharded.
+
+    Raises:
+        UserError: for what would fail, or prove to be without effect, at the end of the run.
+    """
+    model, args, dataset = trainer.model, trainer.args, trainer.train_dataset
+    check_trains(model, trainer.optimizer, args, len(dataset), args.world_size)
+    check_evaluation(args, trainer.eval_dataset, trainer.metric_names())
+    add_end_of_responses(model, trainer.processing_class, dataset)
+    check_saving(model, trainer.processing_class, args, whole=not sharded)
+
+
 def check_evaluation(args: RunOptions, eval_dataset: Any, names: Iterable[str]) -> None:
-    """Refuses an evaluation without data, and a metric for the best model that no evaluation reports.
+    """Refuses a metric for the best model that no evaluation reports.
 
     Args:
         args: The run.
@@ -68,7 +107,6 @@ def check_evaluation(args: RunOptions, eval_dataset: Any, names: Iterable[str]) 
     Raises:
         UserError: naming the option.
     """
-    check_held_out(args, eval_dataset is not None)
     wanted = args.metric_for_best_model
     if wanted is None or args.eval_strategy == IntervalStrategy.NO:
         return
@@ -97,7 +135,7 @@ def check_held_out(args: RunOptions, given: bool) -> None:
 
 
 def check_saving(model: Any, processing_class: Any, args: RunOptions, whole: bool) -> None:
-    """Saves everything but weights to a temporary folder; a generation config that contradicts itself is repaired.
+    """Saves everything but weights to a temporary folder and repairs a generation config that contradicts itself.
 
     Args:
         model: The model, in its adapter.
@@ -114,7 +152,7 @@ def check_saving(model: Any, processing_class: Any, args: RunOptions, whole: boo
         for what, save in _parts(model, base, processing_class, args, whole):
             try:
                 save(folder)
-            except Exception as error:  # whatever a class of the user's may raise, it would be raised at the end
+            except Exception as error:  # a class of the user's may raise anything; it would be raised at the end
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(f"{what} cannot be saved, so the trained model could not be: {reason}") from error
 
@@ -122,7 +160,7 @@ def check_saving(model: Any, processing_class: Any, args: RunOptions, whole: boo
 def _parts(
     model: Any, base: Any, processing_class: Any, args: RunOptions, whole: bool
 ) -> Iterator[tuple[str, Callable[[str], Any]]]:
-    """What a checkpoint is made of beside its weights, and the function that saves each to a folder."""
+    """Lists what a checkpoint consists of beside its weights, with the function that saves each to a folder."""
     if hasattr(base, "config"):
         yield "the model's config", base.config.save_pretrained
     if has_adapter(model):
@@ -138,10 +176,30 @@ def _parts(
 
 
 def add_end_of_responses(model: Any, processing_class: Any, dataset: Any) -> None:
-    """Lets the saved model end where the responses it learns do; see :func:`~tdpo.models.generation.add_end_token`."""
+    """Adds the token that the responses end with to the model's end tokens, where it is not among them."""
     base = model.get_base_model() if has_adapter(model) else model
     items = (dataset[index] for index in range(min(len(dataset), SAMPLE)))
     names = ("chosen_ids", "labels", "response_ids")
     learnt = (next((ids for name in names if (ids := getattr(item, name, None))), None) for item in items)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     add_end_token(base, tokenizer, [ids[-1] for ids in learnt if ids])
+
+
+class VocabularyCallback(TrainerCallback):
+    """Undoes what the Trainer copies from a tokenizer with more tokens than the model.
+
+    The Trainer writes the tokenizer's special tokens into the model's configs. A padding token without a row there
+    would make a saved model that cannot be loaded.
+    """
+
+    @override
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        lm = causal_lm(model)
+        text = lm.config.get_text_config()
+        for config in (lm.config, text, getattr(lm, "generation_config", None)):
+            for name in TOKEN_NAMES:
+                found = getattr(config, name, None)
+                if isinstance(found, int) and found >= text.vocab_size:
+                    setattr(config, name, None)
+                elif isinstance(found, list):
+                    setattr(config, name, [token for token in found if token < text.vocab_size] or None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from typing_extensions import override
 
 SHOWN = (
     ("loss", "loss", "{:.4f}"),
@@ -18,7 +19,7 @@ SHOWN = (
 
 
 def bar(console: Console, transient: bool = False) -> Progress:
-    """A progress bar with elapsed and remaining time and a column for figures."""
+    """Makes a progress bar with elapsed and remaining time and a column for figures."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -32,7 +33,7 @@ def bar(console: Console, transient: bool = False) -> Progress:
 
 
 def figures(metrics: Mapping[str, Any], prefix: str = "") -> str:
-    """The metrics worth watching, in one line.
+    """Formats the metrics worth watching in one line.
 
     Example:
         >>> figures({"loss": 0.6931, "rewards/accuracies": 0.5})
@@ -53,25 +54,21 @@ class ProgressCallback(TrainerCallback):
         self._training: Any = None
         self._evaluating: Any = None
 
-    @property
-    def _live(self) -> bool:
-        return self.console.is_terminal
-
+    @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Opens the bar."""
-        if state.is_world_process_zero and self._live:
+        if state.is_world_process_zero and self.console.is_terminal:
             self._progress = bar(self.console)
             self._progress.start()
             self._training = self._progress.add_task(self.label, total=state.max_steps, figures="")
             self._progress.update(self._training, completed=state.global_step)
 
+    @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the bar on."""
         if self._progress is not None:
             self._progress.update(self._training, completed=state.global_step)
 
+    @override
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Shows the newest figures, or prints them as a line where there is no bar."""
         if not state.is_world_process_zero or not logs:
             return
         line = figures(logs) or figures(logs, "eval_")
@@ -81,14 +78,14 @@ class ProgressCallback(TrainerCallback):
             self._progress.update(self._training, figures=line)
         else:
             name = self.label if "loss" in logs else "evaluation"
-            place = f"step {state.global_step}/{state.max_steps}: " if state.max_steps else ""
-            self.console.print(f"{name}: {place}{line}", highlight=False, soft_wrap=True)
+            step = f"step {state.global_step}/{state.max_steps}: " if state.max_steps else ""
+            self.console.print(f"{name}: {step}{line}", highlight=False, soft_wrap=True)
 
+    @override
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Moves the bar of an evaluation on, opening it at its first step."""
-        if not state.is_world_process_zero or not self._live or eval_dataloader is None:
+        if not state.is_world_process_zero or not self.console.is_terminal or eval_dataloader is None:
             return
         if self._progress is None:
             self._progress = bar(self.console, transient=True)
@@ -97,20 +94,27 @@ class ProgressCallback(TrainerCallback):
             self._evaluating = self._progress.add_task("evaluation", total=len(eval_dataloader), figures="")
         self._progress.advance(self._evaluating)
 
+    @override
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the evaluation's bar away."""
         if self._progress is not None and self._evaluating is not None:
             self._progress.remove_task(self._evaluating)
             self._evaluating = None
             if self._training is None:
                 self.close()
 
+    @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Closes the bar."""
         self.close()
 
     def close(self) -> None:
-        """Closes whatever is open; safe to call after an exception, and twice."""
+        """Closes the open bars; safe to call after an exception, and twice."""
         if self._progress is not None:
             self._progress.stop()
         self._progress = self._training = self._evaluating = None
+
+
+def close_bars(callbacks: Iterable[TrainerCallback]) -> None:
+    """Closes the progress bars among a trainer's callbacks."""
+    for callback in callbacks:
+        if isinstance(callback, ProgressCallback):
+            callback.close()

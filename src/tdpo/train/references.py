@@ -1,7 +1,7 @@
-"""Which reference a run is held against, why, and how a cache of it is filled.
+"""Chooses the reference of a run, keeps it in sync with the policy where asked to, and fills a cache of it.
 
-``auto`` takes the cheapest form of what the reference is: the adapter switched off where the policy's start is its
-base, a frozen copy elsewhere, and a cache where a folder for one is named.
+``auto`` chooses the cheapest form of the reference: the adapter switched off where the policy's start is its base, a
+frozen copy elsewhere, and a cache where a folder for one is named.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
+from typing_extensions import override
 
 from tdpo.config import TDPOConfig
 from tdpo.data.pack import pack_padded
@@ -36,19 +37,19 @@ from tdpo.types import PackedBatch, TokenisedPair
 
 logger = logging.getLogger("tdpo")
 SHARD_BYTES = 128 << 20
-"""States are written to disk in pieces of about this size; an interruption loses at most one of them a process."""
+"""States are written to disk in pieces of about this size; an interruption loses at most one in each process."""
 DEFAULT_CACHE = "reference-cache"
 
 
 @dataclass(frozen=True)
 class Models:
-    """What a trainer starts from.
+    """The models that a trainer starts from.
 
     Attributes:
         policy: The policy, in its adapter.
-        reference: What gives the reference's hidden states, live.
-        line: Which strategy and why, in one line.
-        cache: The folder of the cache that is to take the reference's place, or None.
+        reference: Computes the reference's hidden states.
+        line: The strategy and its reason, for the log.
+        cache: The folder of the cache that is to replace the reference, or None.
     """
 
     policy: Any
@@ -58,13 +59,13 @@ class Models:
 
 
 def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, args: TDPOConfig) -> Models:
-    """Puts the policy in its adapter and decides on the reference.
+    """Adds the adapter to the policy and chooses the reference.
 
     Raises:
-        UserError: for a combination that cannot be, naming both sides of it.
+        UserError: for options and models that contradict each other, naming both.
     """
-    if peft_config is not None and has_adapter(policy):  # told again when it is put on; here before a copy is made
-        raise UserError("model has an adapter already; leave peft_config (--use_peft) out to go on training it")
+    if peft_config is not None and has_adapter(policy):  # with_adapter checks it too, after a copy is made
+        raise UserError("model has an adapter already; leave peft_config (--use_peft) out to continue training it")
     check_tunes_weights(policy)
     prove_head(policy)
     if ref_model is not None:
@@ -72,12 +73,12 @@ def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, a
         check_comparable(policy, ref_model)
     strategy, why = _choose(policy, ref_model, peft_config, args)
     reason = neighbour_plan(policy).reason
-    if reason and strategy != "cached":  # which is refused
+    if reason and strategy != "cached":  # fill() refuses that
         logger.warning("%s: %s; losses depend on how batches are made up", type(causal_lm(policy)).__name__, reason)
     cache = None
     if strategy == "cached":
         cache = Path(args.reference_cache or Path(str(args.output_dir)) / DEFAULT_CACHE).expanduser()
-    # A copy is made before the adapter is put on: some initialisations change the weights under it.
+    # A copy is made before the adapter is added: some initialisations change the weights under it.
     copied = FrozenCopy(ref_model) if ref_model is not None else None
     keeps = peft_config is None or _keeps_base(peft_config)
     if copied is None and (strategy == "frozen" or (strategy == "cached" and not keeps)):
@@ -95,7 +96,7 @@ def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, a
 
 
 def describe_copy(reference: Reference) -> str:
-    """Says how much of a copy is the policy's own, to be added to the reference's line; empty if nothing is."""
+    """Describes how much of a copy is shared with the policy, to be added to the log line; empty if nothing is."""
     if not isinstance(reference, FrozenCopy) or not reference.shared:
         return ""
     copied, shared = (sum(weight.numel() for weight in part) for part in (reference.copied, reference.shared))
@@ -103,19 +104,19 @@ def describe_copy(reference: Reference) -> str:
 
 
 def warn_of_second_model(reference: Reference, policy: Any, args: TDPOConfig) -> None:
-    """Warns where ``auto`` made a second model beside a policy with an adapter, whose memory an adapter is to save."""
+    """Warns where ``auto`` made a second model for a policy with an adapter, which is to save that memory."""
     if args.reference == "auto" and isinstance(reference, FrozenCopy) and has_adapter(policy) and not reference.shared:
         _, count = held(reference.model)
         logger.warning("the reference is a second model of %s weights beside the policy with its adapter", f"{count:,}")
 
 
-class Following(TrainerCallback):
-    """A frozen reference that follows the policy every so many steps, and a checkpoint's copy of it.
+class ReferenceSyncCallback(TrainerCallback):
+    """Moves a frozen reference toward the policy every N steps, and keeps it in checkpoints.
 
     Args:
         reference: The reference.
         policy: The policy, without any wrapper.
-        args: ``ref_model_mixup_alpha`` and ``ref_model_sync_steps`` say how far and how often.
+        args: ``ref_model_mixup_alpha`` sets how far, ``ref_model_sync_steps`` how often.
 
     Raises:
         UserError: for a reference and a policy that do not have the same parameters.
@@ -134,18 +135,18 @@ class Following(TrainerCallback):
         self.reference, self.policy = reference, policy
         self.share, self.every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
 
+    @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lets the reference follow, before the step is logged and saved."""
         if state.global_step % self.every == 0:
             self.reference.follow(self.policy, self.share)
 
     def save(self, folder: Path) -> None:
-        """Writes the reference as it is now."""
+        """Writes the weights of the reference."""
         weights = {name: parameter.contiguous() for name, parameter in self.reference.model.named_parameters()}
         save_file(weights, folder / self.FILE)
 
     def load(self, folder: Path) -> None:
-        """Takes back what :meth:`save` wrote.
+        """Restores what :meth:`save` wrote.
 
         Raises:
             UserError: if the checkpoint has no reference.
@@ -163,7 +164,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _choose(policy: Any, ref_model: Any, peft_config: Any, args: TDPOConfig) -> tuple[str, str]:
-    """The strategy's name and the reason, as the log line says them."""
+    """Returns the strategy and its reason, for the log line."""
     loaded = has_adapter(policy)
     origin = "the model named as reference" if ref_model is not None else "the policy as it is before training"
     if args.reference == "adapter_off":
@@ -192,7 +193,7 @@ def _choose(policy: Any, ref_model: Any, peft_config: Any, args: TDPOConfig) -> 
 
 
 def _keeps_base(peft_config: Any) -> bool:
-    """Whether the base stays what it was under an adapter of this configuration; asked before one is made."""
+    """Returns whether a new adapter of this configuration leaves its base unchanged."""
     return (
         getattr(peft_config, "init_lora_weights", True) in KEEPING_INITS
         and not getattr(peft_config, "layer_replication", None)
@@ -202,14 +203,14 @@ def _keeps_base(peft_config: Any) -> bool:
 
 @dataclass(frozen=True)
 class FillOptions:
-    """How a cache is filled.
+    """Options of filling a cache.
 
     Attributes:
-        device: Where the reference runs.
-        batch_size: Pairs at a time.
+        device: The device that the reference runs on.
+        batch_size: Pairs in a batch.
         dtype: Dtype of the cache, or ``auto`` for that of the reference's states.
-        precision: ``no``, ``bf16`` or ``fp16``: the mixed precision that ``autocast`` stands for.
-        autocast: Gives the context the reference runs in.
+        precision: ``no``, ``bf16`` or ``fp16``: the mixed precision of ``autocast``.
+        autocast: Returns the context that the reference runs in.
     """
 
     device: torch.device
@@ -226,7 +227,7 @@ def cached(
     pack: Callable[[Sequence[TokenisedPair]], PackedBatch],
     run: FillOptions,
 ) -> CachedHidden:
-    """Takes the live reference's place by its cache: fills the folder, or goes on filling it, and verifies it.
+    """Fills the cache of a reference, or completes it, verifies it and returns the reference that reads from it.
 
     Raises:
         UserError: if the folder was filled for another reference, dtype or layout, or for other pairs.
@@ -241,13 +242,14 @@ def cached(
 
 
 def cache_key(reference: Reference, pack: Any, run: FillOptions) -> CacheKey:
-    """The key of a reference under these options."""
+    """Computes the key of a reference under these options."""
     (model,) = reference.models()
     without_adapter = isinstance(reference, AdapterOff)
     dtype = run.dtype
     if dtype == "auto":
+        shortest = pack_padded([TokenisedPair([0], [0], [0])]).to(run.device)
         with torch.no_grad(), run.autocast():
-            dtype = str(reference.states(_probe(run)).dtype).removeprefix("torch.")
+            dtype = str(reference.states(shortest).dtype).removeprefix("torch.")
     lm = causal_lm(model)
     return CacheKey(
         weights=base_weights_hash(model) if without_adapter else weights_hash(model),
@@ -261,10 +263,10 @@ def cache_key(reference: Reference, pack: Any, run: FillOptions) -> CacheKey:
 
 
 def fill(store: HiddenStore, reference: Reference, pairs: Sequence[TokenisedPair], pack: Any, run: FillOptions) -> int:
-    """Computes what the store lacks of some pairs, each process its part, and verifies the whole.
+    """Computes the states of pairs that the store lacks, each process a part, and verifies the store.
 
     Returns:
-        How many pairs were computed, by all processes together.
+        The number of pairs computed, over all processes.
 
     Raises:
         UserError: for a reference whose states depend on the other sequences of their batch.
@@ -277,12 +279,12 @@ def fill(store: HiddenStore, reference: Reference, pairs: Sequence[TokenisedPair
                 "cache is filled in other batches than those of training. Use --reference frozen"
             )
     missing = store.missing(pairs)
-    state.wait_for_everyone()  # all have counted before anyone adds
+    state.wait_for_everyone()  # all have counted before any of them adds
     if missing:
         if state.is_main_process:
             store.claim(pairs)
         state.wait_for_everyone()
-        # Long pairs first, alike in length: little padding, and what does not fit the memory shows at once.
+        # Long pairs first, alike in length: little padding, and a batch too large for the memory fails at once.
         ordered = sorted(missing, key=lambda pair: -len(pair.prompt_ids) - len(pair.chosen_ids + pair.rejected_ids))
         batches = [ordered[start : start + run.batch_size] for start in range(0, len(ordered), run.batch_size)]
         _run(store, reference, batches[state.process_index :: state.num_processes], pack, run)
@@ -296,32 +298,17 @@ def fill(store: HiddenStore, reference: Reference, pairs: Sequence[TokenisedPair
 def _run(
     store: HiddenStore, reference: Reference, batches: Sequence[Sequence[TokenisedPair]], pack: Any, run: FillOptions
 ) -> None:
-    """Runs batches through the reference and writes a shard whenever enough has come together."""
+    """Runs batches through the reference and writes their states in shards of :data:`SHARD_BYTES`."""
     pending: list[tuple[Sequence[TokenisedPair], torch.Tensor]] = []
     console = Console(stderr=True, quiet=not PartialState().is_main_process)
 
-    def flush() -> None:
-        if pending:
-            store.add([pair for batch, _ in pending for pair in batch], torch.cat([states for _, states in pending]))
-            pending.clear()
-
     with bar(console, transient=True) as shown, torch.no_grad(), evaluating(*reference.models()):
         task = shown.add_task("caching the reference", total=len(batches), figures="")
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             with run.autocast():
                 states = reference.states(pack(batch).to(run.device))
             pending.append((batch, states.to(store.key.torch_dtype).cpu()))
-            if sum(part.nbytes for _, part in pending) >= SHARD_BYTES:
-                flush()
+            if sum(part.nbytes for _, part in pending) >= SHARD_BYTES or number == len(batches):
+                store.add([pair for done, _ in pending for pair in done], torch.cat([part for _, part in pending]))
+                pending.clear()
             shown.update(task, advance=1)
-        flush()
-
-
-def _probe(run: FillOptions) -> PackedBatch:
-    """A batch of the shortest pair, to see what the reference gives."""
-    return pack_padded([TokenisedPair([0], [0], [0])]).to(run.device)
-
-
-def told(models: Models, store: HiddenStore) -> str:
-    """The log line of a cached reference: what is in the cache, beside why it is taken."""
-    return f"{models.line}; {len(store)} different pairs in {store.folder}, {store.bytes_per_token()} bytes a token"

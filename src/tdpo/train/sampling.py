@@ -1,4 +1,4 @@
-"""Which process trains on which pairs: every pair once an epoch, and the micro-batches of a step carry equal work."""
+"""Assigns pairs to processes: each pair once an epoch, and the micro-batches of a step carry equal work."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from transformers.trainer_utils import seed_worker
 from tdpo.files import check_shared_memory
 
 FILLER = "filler"
-"""Key of a batch that is there so that a process has something to run while others work; it counts for nothing."""
+"""Key of a batch that only keeps a process busy while other processes work; it counts for nothing."""
 
 
 class Filler(int):
-    """Index of an item that is only run so that a process has a batch; others may train on the item meanwhile."""
+    """Index of an item that is only run so that a process has a batch; another process may train on the item."""
 
 
 class StepBatches(Sampler[list[int]]):
-    """The micro-batches of one process. The pairs of a step are dealt to all of them so that they weigh about the same.
+    """Samples the micro-batches of one process, such that those of a step have about the same number of tokens.
 
     The pairs of a step are those of the plain order; only which micro-batch, and so which process, takes them differs.
     Since the loss is a mean over the whole step, the result does not: accumulation and processes wait less, and the
     largest micro-batch, which sets the memory, is smaller. Every process gets the same number of batches and no pair
-    twice: where the pairs of a last step do not go round, a process gets a single :class:`Filler`.
+    twice: where a last step has too few pairs, a process gets a single :class:`Filler`.
 
     Args:
         lengths: Tokens of each pair.
         micro_batch: Pairs of a micro-batch, at most.
         accumulation: Micro-batches of an optimizer step in each process.
-        seed: Shuffles each epoch anew, reproducibly; None keeps the dataset's order.
+        seed: Shuffles each epoch in its own order, reproducibly; None keeps the dataset's order.
         processes: How many processes share the pairs.
         process: Which of them this is.
         drop_last: Leave out the pairs at the end that do not fill a micro-batch in every process.
@@ -55,24 +55,20 @@ class StepBatches(Sampler[list[int]]):
     ) -> None:
         self.lengths, self.accumulation, self.seed = lengths, accumulation, seed
         self.processes, self.process = processes, process
-        self.batch_size, self.drop_last = micro_batch, drop_last  # the names loaders ask a batch sampler for
+        self.batch_size, self.drop_last = micro_batch, drop_last  # names that loaders read of a batch sampler
+        self._round = micro_batch * processes  # pairs of one micro-batch of all processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's order; called by the training loop, also when it resumes."""
+        """Sets the epoch, which decides the order; called by the training loop, also when it resumes."""
         self.epoch = epoch
-
-    @property
-    def _round(self) -> int:
-        """Pairs of one micro-batch of all processes."""
-        return self.batch_size * self.processes
 
     def __len__(self) -> int:
         pairs = len(self.lengths)
         return pairs // self._round if self.drop_last else -(-pairs // self._round)
 
     def order(self) -> list[int]:
-        """The pairs of the epoch in the order they are taken."""
+        """Returns the pairs of the epoch in the order they are taken."""
         if self.seed is None:
             order = list(range(len(self.lengths)))
         else:
@@ -91,7 +87,7 @@ class StepBatches(Sampler[list[int]]):
 
 
 def deal(items: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Deals items to ``count`` blocks of equal size (one less in the last ones) and about equal total length.
+    """Splits items into ``count`` blocks of equal size (one less in the last ones) and about equal total length.
 
     The longest item left goes to the lightest block that has room.
 
@@ -116,7 +112,7 @@ def deal(items: Sequence[int], lengths: Sequence[int], count: int) -> list[list[
 
 @dataclass(frozen=True)
 class _Marked(Dataset[Any]):
-    """A dataset whose items come with whether they are fillers."""
+    """A dataset whose items are marked as fillers or not."""
 
     items: Any
 
@@ -139,27 +135,33 @@ class _MarkedCollator:
 
 
 class _Sent(dict[str, Any]):
-    """A batch that a worker sends by its pipe, as bytes.
+    """A batch that a worker process sends through its pipe, as bytes.
 
     Torch would put every tensor into shared memory, and where that is full its loader waits forever for the batch.
     """
 
     def __reduce__(self) -> Any:
-        return _received, ({name: _bytes_of(value) for name, value in self.items()},)
-
-
-def _bytes_of(value: Any) -> Any:
-    return value.numpy() if isinstance(value, Tensor) and value.dtype != torch.bfloat16 else value
+        plain = {name: isinstance(v, Tensor) and v.dtype != torch.bfloat16 for name, v in self.items()}
+        return _received, ({name: v.numpy() if plain[name] else v for name, v in self.items()},)
 
 
 def _received(sent: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sent.items()}
 
 
-def loader(
-    dataset: Any, batches: StepBatches, collate: Callable[[Sequence[Any]], Any], args: TrainingArguments
+def make_loader(
+    dataset: Any,
+    batch_size: int,
+    collate: Any,
+    args: TrainingArguments,
+    accumulation: int = 1,
+    seed: int | None = None,
+    drop_last: bool = False,
 ) -> DataLoader[Any]:
-    """The loader of one process; its batches are chosen already, so accelerate only moves them to the device."""
+    """Makes the loader of this process; its batches are chosen already, so accelerate only moves them to the device."""
+    batches = StepBatches(
+        dataset.lengths(), batch_size, accumulation, seed, args.world_size, args.process_index, drop_last
+    )
     workers = args.dataloader_num_workers
     if workers:
         check_shared_memory("--dataloader_num_workers", workers)

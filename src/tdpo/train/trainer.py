@@ -1,13 +1,14 @@
 """Preference training on ``transformers.Trainer``: loop, resume, saving, trackers are its; the loss is ours.
 
-The step, top to bottom: a batch of packed pairs -> hidden states of the reference -> hidden states of the policy,
-token statistics, pair statistics and objective inside the policy's forward -> sum of losses over the number of pairs
-in the whole optimizer step. Left out on purpose: everything ``Trainer`` already does.
+The loss of a batch: packed pairs -> hidden states of the reference -> hidden states of the policy, token statistics,
+pair statistics and objective inside the policy's forward -> sum of the pairs' losses. What an optimizer step makes of
+it is in :mod:`tdpo.train.step`.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,47 +18,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
+from typing_extensions import override
 
 from tdpo.config import ModelConfig, TDPOConfig
-from tdpo.data.dataset import Collator, PairDataset, check_fits, prepare_pairs
+from tdpo.data.dataset import Collator, PairDataset, check_fits
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
-from tdpo.models.adapters import tell_of_dropout
 from tdpo.models.compiling import uncompiled
-from tdpo.models.inside import open_forward, run_inside
+from tdpo.models.inside import run_inside
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.modes import prepare_reference_mode
-from tdpo.models.multimodal import freeze_idle_parts, tokenizer_of
+from tdpo.models.multimodal import tokenizer_of
 from tdpo.models.policy import head_of, position_limit, unwrapped
 from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.models.sharding import narrow_dtype
 from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
-from tdpo.train.base import BatchMeanTrainer, find_own_loss, logger
-from tdpo.train.inputs import check_keywords, check_types, prepare_held_out, prepare_training
+from tdpo.train import references
+from tdpo.train.base import BatchMeanTrainer, compile_models, prepare_policy
+from tdpo.train.inputs import check_keywords, check_types
 from tdpo.train.metrics import DisplacementWatch, MetricSums, metric_names
-from tdpo.train.references import (
-    FillOptions,
-    Following,
-    Models,
-    cached,
-    describe_copy,
-    prepare_models,
-    told,
-    warn_of_second_model,
-)
 from tdpo.types import PackedBatch
+
+logger = logging.getLogger("tdpo")
 
 
 class TDPOTrainer(BatchMeanTrainer):
-    """Trains a policy on preference pairs; takes what TRL's ``DPOTrainer`` takes.
+    """Trains a policy on preference pairs; accepts the arguments of TRL's ``DPOTrainer``.
 
     Args:
         model: The policy: a causal language model, a peft model, or a name to load.
-        ref_model: The reference; by default the policy as it is handed over, in the form ``args.reference`` says.
+        ref_model: The reference; by default the policy as it is passed, in the form ``args.reference`` says.
         args: Options; see :class:`tdpo.TDPOConfig`.
-        data_collator: Takes the place of :class:`tdpo.data.dataset.Collator`.
+        data_collator: Replaces :class:`tdpo.data.dataset.Collator`.
         train_dataset: Rows in any known format, records or tokenised pairs; see
             :func:`tdpo.data.dataset.prepare_pairs`.
         eval_dataset: The same, held out, or several of them by name.
@@ -100,63 +94,94 @@ class TDPOTrainer(BatchMeanTrainer):
         set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
         config = args.model_config(model)
         policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
-        held_against = load_model(config, ref_model) if isinstance(ref_model, str) else unwrapped(ref_model)
-        if held_against is policy:
+        given = load_model(config, ref_model) if isinstance(ref_model, str) else unwrapped(ref_model)
+        if given is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
-        self.objective = args.build_objective()
-        models = prepare_models(policy, held_against, peft_config, args)
+        self.args, self.objective = args, args.build_objective()
+        models = references.prepare_models(policy, given, peft_config, args)
         policy, self.reference, self.reference_line = models.policy, models.reference, models.line
         prepare_reference_mode(policy, self.reference.models(), models.cache is not None, args.disable_dropout)
-        if args.disable_dropout:
-            tell_of_dropout(peft_config)
-        freeze_idle_parts(policy)
-        self._router = find_own_loss(policy, args)
-        open_forward(policy)
-
-        self._sums = MetricSums(args.beta)
+        self._router = prepare_policy(policy, args, peft_config)
         self._budget = LogitsBudget(args.logits_budget)
-        self._watch = DisplacementWatch(args.beta)
+        self.train_metrics, self.eval_metrics = MetricSums(args.beta), MetricSums(args.beta)
+
         processing_class = processing_class or _tokenizer_of(policy, config, train_dataset)
-        tokenizer = tokenizer_of(processing_class)
-        limit = position_limit(policy, *self.reference.models())
+        self._tokenizer = tokenizer_of(processing_class)
+        self._vocab_size = head_of(policy).vocab_size
+        self._positions = position_limit(policy, *self.reference.models())
         pack, self.layout = _layout(args.layout, [policy, *self.reference.models()])
+        # A router loss is over all tokens, those that predict nothing among them.
+        every_token = partial(pack_trees, every_token=True) if self._router and pack is pack_trees else pack
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or Collator(_with_every_token(pack) if self._router else pack),
-            train_dataset=None
-            if train_dataset is None
-            else prepare_training(
-                train_dataset, args, lambda rows: _prepare(rows, tokenizer, policy, limit, args, "train")
-            ),
-            eval_dataset=prepare_held_out(
-                eval_dataset, lambda rows, name: _prepare(rows, tokenizer, policy, limit, args, name)
-            ),
+            data_collator=data_collator or Collator(every_token),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self._watch = self.run_parts["displacement"] = DisplacementWatch(args.beta)
         if models.cache is None:
-            if isinstance(self.reference, FrozenCopy):
-                self.compile_if_asked(self.reference.model)
-            self.reference.place(self.accelerator)
-            self.reference_line += describe_copy(self.reference)
-            if held_against is None:
-                warn_of_second_model(self.reference, policy, args)
+            self._start_reference(own=ref_model is None)
         else:
-            self.reference.to(self.args.device)
-            self._read_from(models.cache, models, pack)
-        self._following = Following(self.reference, policy, args) if args.sync_ref_model else None
-        if self._following is not None:
-            self.add_callback(self._following)
-            share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
-            self.reference_line += f"; every {every} steps it takes {share:g} of the policy"
-        self.compile_if_asked(policy)  # a cache is filled without, so that it serves runs with and without
+            self._fill_cache(models, models.cache, pack)
+        compile_models(args, policy)  # a cache is filled without, so that it serves runs with and without
         logger.info(self.reference_line)
 
+    def _start_reference(self, own: bool) -> None:
+        """Moves the reference to its devices, sharded as the policy is, and syncs it with the policy if asked to.
+
+        Args:
+            own: Whether the trainer chose the reference itself.
+        """
+        args, policy = self.args, self.model
+        if isinstance(self.reference, FrozenCopy):
+            compile_models(args, self.reference.model)
+        self.reference.place(self.accelerator)
+        self.reference_line += references.describe_copy(self.reference)
+        if own:
+            references.warn_of_second_model(self.reference, policy, args)
+        if args.sync_ref_model:
+            sync = references.ReferenceSyncCallback(self.reference, policy, args)  # type: ignore[arg-type]
+            self.add_callback(sync)
+            self.checkpoint_files.append(sync)
+            share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            self.reference_line += f"; every {every} steps it takes {share:g} of the policy"
+
+    def _fill_cache(self, models: references.Models, folder: Path, pack: Any) -> None:
+        """Fills the cache of the reference for all pairs of training and evaluation, and reads from it instead."""
+        self.reference.to(self.args.device)
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        pairs = [pair for data in (self.train_dataset, *held_out.values()) for pair in data or ()]
+        run = references.FillOptions(
+            self.args.device,
+            self.args.per_device_eval_batch_size,
+            self.args.reference_cache_dtype,
+            self.accelerator.mixed_precision,
+            self.accelerator.autocast,
+        )
+        policy: Any = self.model
+        device = next(policy.parameters()).device  # an engine that shards wants it back on this one
+        if device != self.args.device:
+            policy.to(self.args.device)
+        dtype = narrow_dtype(self.accelerator)
+        if dtype is not None:
+            models = replace(models, reference=models.reference.narrowed(dtype))
+            run = replace(run, precision="no")  # the weights are narrow, and nothing is cast on the way
+        self.reference = references.cached(models, folder, pairs, pack, run)
+        if device != self.args.device:
+            policy.to(device)
+        self.reference.place(self.accelerator)
+        store = self.reference.store
+        self.reference_line += (
+            f"; {len(store)} different pairs in {store.folder}, {store.bytes_per_token()} bytes a token"
+        )
+
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, PairScores]:
-        """Sum of the pairs' losses, and their scores; policy, head and loss run inside the model's forward."""
+        """Computes the sum of the pairs' losses and their scores, inside the model's forward."""
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
         def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
@@ -165,113 +190,40 @@ class TDPOTrainer(BatchMeanTrainer):
 
         return run_inside(model, step)
 
-    def count(self, outputs: PairScores, weight: float) -> None:
-        """Adds a batch's scores to the metrics."""
-        self._sums.add(outputs, weight)
-
-    def run_state(self) -> dict[str, Any]:
-        """As the base's, with the sums of the pairs since the last log and what displacement is watched by."""
-        return super().run_state() | {"metrics": self._sums.state(), "displacement": self._watch.state()}
-
-    def load_run_state(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`run_state` gave."""
-        super().load_run_state(state)
-        self._sums.load(state["metrics"], self.args.device)
-        self._watch.load(state["displacement"])
-
-    def _complete(self, written: Path, final: Path) -> None:
-        """As the base's, with the reference where it moves."""
-        super()._complete(written, final)
-        if self._following is not None and self.args.should_save and not self.args.save_only_model:
-            self._following.save(written)
-
-    def _restore(self, folder: Path) -> None:
-        """As the base's, with the reference where it moves."""
-        super()._restore(folder)
-        if self._following is not None:
-            self._following.load(folder)
-
+    @override
     def item_count(self, inputs: dict[str, Any]) -> int:
-        """Pairs of a batch."""
         return inputs["pair_rows"].numel()
 
+    @override
     def rows_of(self, inputs: dict[str, Any]) -> str:
-        """The rows of a batch's pairs."""
         return f"the pairs of rows {', '.join(str(row) for row in inputs['pair_rows'].tolist())}"
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics of the pairs since the last log to a training log."""
-        if "loss" in logs:
-            metrics = self._take_metrics()
-            metrics.pop("loss", None)  # the Trainer's own, the mean over optimizer steps, is there already
-            logs |= metrics
-            warning = self._watch.warning(metrics) if metrics else None
-            if warning is not None:
-                logger.warning(warning)
-        super().log(logs, start_time)
+    @override
+    def prepare_dataset(self, data: Iterable[Any], name: str) -> PairDataset:
+        tokens = None if self._tokenizer is None else len(self._tokenizer)
+        tokeniser = None if self._tokenizer is None else self.args.tokeniser(self._tokenizer)
+        dataset = self.args.prepare(data, tokeniser, name)
+        check_fits(dataset, self._vocab_size, self._positions, dataset.report.source, tokens)
+        if dataset is not data:  # the caller has the report of a PairDataset
+            for line in dataset.report.lines()[1:]:
+                logger.warning("%s: %s", dataset.report.source, line)
+        return dataset
 
-    def prepare_rows(self, data: Any) -> Any:
-        """Tokenises rows in any form ``train_dataset`` may be in; several by name stay several."""
-        policy: Any = self.model
-        limit, tokenizer = position_limit(policy, *self.reference.models()), tokenizer_of(self.processing_class)
-        return prepare_held_out(data, lambda rows, name: _prepare(rows, tokenizer, policy, limit, self.args, name))
-
+    @override
     def metric_names(self) -> list[str]:
-        """Lists the metrics that an evaluation reports, without prefix."""
         return metric_names() + (["aux_loss"] if self._router else [])
 
-    def reset_run_state(self) -> None:
-        """Clears the sums of the pairs too, and what displacement is recognised by."""
-        super().reset_run_state()
-        self._sums, self._watch = MetricSums(self.args.beta), DisplacementWatch(self.args.beta)
-
-    def begin_evaluation(self) -> None:
-        """Sets the sums of training aside."""
-        super().begin_evaluation()
-        self._training_sums, self._sums = self._sums, MetricSums(self.args.beta)
-
-    def end_evaluation(self) -> dict[str, float]:
-        """Every metric of the pairs as its exact mean over the dataset, the loss among them."""
-        metrics = super().end_evaluation() | self._take_metrics()
-        self._sums = self._training_sums
+    def take_metrics(self) -> dict[str, float]:
+        """Returns the metrics since the last log, and warns where they show likelihood displacement."""
+        metrics = super().take_metrics()
+        warning = self._watch.warning(metrics) if metrics else None
+        if warning is not None:
+            logger.warning(warning)
         return metrics
-
-    def _take_metrics(self) -> dict[str, float]:
-        """The metrics' means over all processes, and a fresh start."""
-        sums, self._sums = self._sums, MetricSums(self.args.beta)
-        if sums.sums is not None:
-            sums.merge(self.accelerator.gather(sums.sums[None]))
-        return sums.means()
-
-    def _read_from(self, folder: Path, models: Models, pack: Any) -> None:
-        """Puts a cache in the reference's place, filled for all pairs of training and evaluation."""
-        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        pairs = [pair for data in (self.train_dataset, *held_out.values()) for pair in data or ()]
-        run = FillOptions(
-            self.args.device,
-            self.args.per_device_eval_batch_size,
-            self.args.reference_cache_dtype,
-            self.accelerator.mixed_precision,
-            self.accelerator.autocast,
-        )
-        policy: Any = self.model
-        place = next(policy.parameters()).device  # a launcher that shards wants it where it is
-        moves = place != self.args.device
-        if moves:
-            policy.to(self.args.device)
-        dtype = narrow_dtype(self.accelerator)
-        if dtype is not None:
-            models = replace(models, reference=models.reference.narrowed(dtype))
-            run = replace(run, precision="no")  # the weights are narrow, and nothing is cast on the way
-        self.reference = cached(models, folder, pairs, pack, run)
-        if moves:
-            policy.to(place)
-        self.reference.place(self.accelerator)
-        self.reference_line = told(models, self.reference.store)
 
 
 def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
-    """The function that lays pairs out, and one line that says which it is and why; the line is logged."""
+    """Returns the function that packs pairs, and logs and returns a line that says which it is and why."""
     pack = packer(layout, models)
     reason = tree_refusal(models) if layout == "auto" and pack is pack_padded else ""
     line = f"layout: {'trees' if pack is pack_trees else 'padded rows'}" + (f" ({reason})" if reason else "")
@@ -279,13 +231,8 @@ def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
     return pack, line
 
 
-def _with_every_token(pack: Any) -> Any:
-    """The same layout for a loss over all tokens, those that predict nothing among them."""
-    return partial(pack_trees, every_token=True) if pack is pack_trees else pack
-
-
 def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
-    """The tokenizer saved beside the policy, as transformers would load it; None if the data needs none."""
+    """Loads the tokenizer saved with the policy, as transformers would; None if the data needs none."""
     name = getattr(policy.config, "_name_or_path", "")
     if isinstance(dataset, PairDataset) or not name:
         return None
@@ -294,23 +241,3 @@ def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
         return load_tokenizer(replace(config, model_name_or_path=name, model_revision=revision))
     except UserError:
         return None
-
-
-def _prepare(
-    data: Iterable[Any], tokenizer: Any, policy: nn.Module, limit: int | None, args: TDPOConfig, name: str
-) -> PairDataset:
-    tokeniser = args.tokeniser(tokenizer) if tokenizer is not None else None
-    dataset = prepare_pairs(
-        data,
-        tokeniser,
-        args.reading(),
-        args.on_bad_row,  # type: ignore[arg-type]
-        name,
-        args.pair_cache(),
-    )
-    tokens = len(tokenizer) if tokenizer is not None else None
-    check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source, tokens)
-    if dataset is not data:  # whoever hands over a PairDataset has its report
-        for line in dataset.report.lines()[1:]:
-            logger.warning("%s: %s", dataset.report.source, line)
-    return dataset

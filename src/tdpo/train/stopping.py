@@ -1,7 +1,7 @@
-"""Reasons to stop before the end: a signal, or the time a run was given. The run saves a checkpoint, then leaves.
+"""Stops a run before its end, after a signal or a time limit: it saves a checkpoint, then exits.
 
-Processes of one run are told at different moments, so they agree: the reason travels with the count of pairs that every
-step exchanges anyway, and all of them stop after the same step.
+Processes of one run receive a signal at different moments, so they agree: the reason is exchanged with the count of
+pairs of every step, and all of them stop after the same step.
 """
 
 from __future__ import annotations
@@ -14,43 +14,55 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState
+from typing_extensions import override
+
+from tdpo.errors import Stopped
 
 OUT_OF_TIME = 124
 """Exit code once ``--max_time`` is over: that of ``timeout``, since no signal number goes with it."""
 SIGNALS = {128 + signal.SIGINT: signal.SIGINT, 128 + signal.SIGTERM: signal.SIGTERM}
 LAUNCHERS_ECHO = 5.0
-"""Seconds in which a second signal under a launcher is the first one, handed on by it."""
+"""Seconds in which a second signal under a launcher is the first one, forwarded by it."""
 
 
 class StopRequest:
-    """Whether this process has been asked to stop, as the exit code to stop with.
+    """Records why this process has to stop, as the exit code to stop with.
 
     Args:
         max_time: Seconds a run may take from :meth:`start` on, None for no limit.
+
+    Attributes:
+        agreed: The largest code of all processes at the last step, which all of them follow.
     """
 
     def __init__(self, max_time: float | None = None) -> None:
         self.code = 0
+        self.agreed: Tensor | int = 0
         self.max_time = max_time
         self._deadline: float | None = None
         self._first = 0.0
 
     def start(self) -> None:
         """Starts the clock, unless it is running."""
+        self.agreed = 0
         if self._deadline is None and self.max_time is not None:
             self._deadline = time.monotonic() + self.max_time
 
     def poll(self) -> int:
-        """0, or the exit code of the reason to stop."""
+        """Returns 0, or the exit code of the reason to stop."""
         if not self.code and self._deadline is not None and time.monotonic() >= self._deadline:
             self.code = OUT_OF_TIME
         return self.code
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """A signal arrived. The first asks; the second leaves at once, which costs what is not in a checkpoint."""
+        """Handles a signal: the first asks to stop, the second exits at once and loses what is not in a checkpoint."""
         code = 128 + number
         if self.code in SIGNALS:
-            # Launchers hand a terminal's Ctrl-C on to processes that have had it already.
+            # Launchers forward a terminal's Ctrl-C to processes that have had it already.
             if "LOCAL_RANK" in os.environ and time.monotonic() - self._first < LAUNCHERS_ECHO:
                 return
             os.write(2, b"\ntdpo: leaving at once\n")
@@ -60,10 +72,44 @@ class StopRequest:
             name = signal.Signals(number).name
             os.write(2, f"\ntdpo: {name}: saving after this step; a second one leaves at once\n".encode())
 
+    def stop_code(self, state: TrainerState) -> int:
+        """Returns the exit code that all processes agreed on; 0 if there is none, or the run is at its end."""
+        return int(self.agreed) if state.global_step < state.max_steps else 0
+
+    def raise_if_stopped(self, state: TrainerState) -> None:
+        """Raises if training returned before its end.
+
+        Raises:
+            Stopped: saying why, and from where the run can continue.
+        """
+        code = self.stop_code(state)
+        if code:
+            raise Stopped(
+                f"{reason(code)} at step {state.global_step} of {state.max_steps}: saved checkpoint-"
+                f"{state.global_step}; the same command with --resume continues from it",
+                code,
+            )
+
+
+class StopCallback(TrainerCallback):
+    """Saves and stops after the step in which the processes agreed to.
+
+    Args:
+        request: What they agree on.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+
+    @override
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.request.stop_code(state):
+            control.should_save = control.should_training_stop = True
+
 
 @contextmanager
 def listening(request: StopRequest) -> Iterator[StopRequest]:
-    """Hands SIGINT and SIGTERM to ``request`` inside; only a main thread may ask for signals, others go without."""
+    """Passes SIGINT and SIGTERM to ``request`` inside; outside a main thread, which may not handle them, nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -77,7 +123,7 @@ def listening(request: StopRequest) -> Iterator[StopRequest]:
 
 
 def reason(code: int) -> str:
-    """Why a run stopped, in words.
+    """Describes why a run stopped.
 
     Example:
         >>> reason(143), reason(124)

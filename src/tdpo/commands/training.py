@@ -1,0 +1,92 @@
+"""Runs ``tdpo sft`` and ``tdpo train``: options, data, models, trainer, training, saving, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from transformers import TrainerCallback
+from typing_extensions import override
+
+from tdpo.cli import COMMANDS
+from tdpo.commands import launch
+from tdpo.commands.common import check_output, clear_earlier_run, console, quieten, read_dataset, told_in_words
+from tdpo.commands.options import parse
+from tdpo.data.dataset import PairDataset
+from tdpo.data.sft import SFTDataset
+from tdpo.models.load import adapter_base, load_tokenizer
+from tdpo.models.sharding import held
+from tdpo.train.preflight import check_held_out
+from tdpo.train.stopping import listening
+
+Datasets = tuple[PairDataset | SFTDataset, PairDataset | SFTDataset | None]
+
+
+class ShardingCallback(TrainerCallback):
+    """Prints at the start of training how much of a sharded model each process holds."""
+
+    @override
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        own, whole = held(model)
+        if own < whole:
+            console().print(f"weights: sharded, {own:,} of {whole:,} in this process", soft_wrap=True)
+
+
+def run_training(
+    command: str,
+    classes: tuple[type, ...],
+    argv: Sequence[str],
+    make_trainer: Callable[[tuple[Any, ...], Datasets, Any], Any],
+    show: Callable[[dict[str, float], int], None],
+) -> None:
+    """Runs a training command; mistakes in options and data show before weights are loaded.
+
+    Args:
+        command: Its name.
+        classes: The dataclasses of its options: of the model first; of adapter, data and run last.
+        argv: Its words.
+        make_trainer: Loads the models and makes the trainer, which alone keeps them; from the options, the datasets to
+            train and to evaluate on, and the tokenizer.
+        show: Prints the metrics of held-out data and its number of rows.
+    """
+
+    def read_options() -> tuple[Any, ...]:
+        options = parse(command, COMMANDS[command], classes, argv, required=["output_dir"])
+        data, args = options[-2:]
+        data.check_reading(args.reading())
+        data.open_training(args.reading())
+        check_held_out(args, data.open_held_out(args.reading()) is not None)
+        return options
+
+    launch.apply(argv, command, read_options)
+    options = read_options()
+    model_config, (adapter, data, args) = options[0], options[-3:]
+    reading = args.reading()
+    quieten()
+    reference = [getattr(option, "ref_model_name_or_path", None) for option in options]
+    inputs = model_config.model_name_or_path, model_config.tokenizer_name_or_path, *reference
+    check_output(args, *inputs)
+    adapter.check_trains(adapter_base(model_config.model_name_or_path, model_config.model_revision) is not None)
+
+    tokenizer = load_tokenizer(model_config)
+    prepare = partial(args.prepare, tokeniser=args.tokeniser(tokenizer))
+    train = read_dataset(data.open_training(reading), prepare)
+    source = data.open_held_out(reading)
+    held_out = None if source is None else read_dataset(source, prepare)
+    trainer = make_trainer(options, (train, held_out), tokenizer)
+    with told_in_words(trainer), listening(trainer.stop_request):
+        clear_earlier_run(args)
+        result = trainer.train()
+    trainer.stop_request.raise_if_stopped(trainer.state)
+
+    with told_in_words(trainer):
+        trainer.save_model()
+        trainer.save_metrics("train", result.metrics)
+        if held_out is not None:
+            metrics = trainer.evaluate()
+            trainer.save_metrics("eval", metrics)
+            shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+            show(shown, len(held_out))
+        trainer.save_state()
+    console().print(f"saved to {args.output_dir}", soft_wrap=True)

@@ -1,0 +1,375 @@
+"""Checkpoints that are complete or absent: written to a temporary folder, listed in a manifest, flushed, then renamed.
+
+``checkpoint-30.partial`` is being written or removed and never read; ``checkpoint-30`` has a ``manifest.json`` with the
+size of each of its files, so that one that was cut short on its way (a copy, a full disk) is recognised.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import ProcessorMixin, Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers.utils import ADAPTER_CONFIG_NAME
+from typing_extensions import override
+
+from tdpo.config import RunOptions
+from tdpo.errors import UserError
+from tdpo.files import PARTIAL, flush, write_whole
+from tdpo.models.adapters import has_adapter
+from tdpo.models.multimodal import copy_processor
+
+logger = logging.getLogger("tdpo")
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def step_of(folder: Path) -> int:
+    """Returns the optimizer step a checkpoint was written at.
+
+    Example:
+        >>> step_of(Path("out/checkpoint-30"))
+        30
+    """
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder} is not named as a checkpoint is")
+    return int(match[1])
+
+
+def run_state_name(process: int) -> str:
+    """Returns the name of the JSON file with the trainer's own state of one process."""
+    return f"run_state_{process}.json"
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Lists every folder that is named as a checkpoint, by step."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def flaw(folder: str | Path) -> str:
+    """Describes what is wrong with a checkpoint; empty if it is complete."""
+    folder = Path(folder)
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sizes"]
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found != size:
+                return f"{name} is missing" if found is None else f"{name} has {found} of {size} bytes"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing, which is written last"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return ""
+
+
+def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """Finds the newest complete checkpoint, and returns a line for each newer one that was passed over."""
+    passed: list[str] = []
+    for folder in reversed(checkpoints(output_dir)):
+        wrong = flaw(folder) or ("" if (folder / run_state_name(0)).is_file() else "it has the model alone")
+        if not wrong:
+            return folder, passed
+        passed.append(f"{folder.name} is not whole and is passed over: {wrong}")
+    return None, passed
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint; one that is half removed has lost its name first."""
+    partial = folder.with_name(f"{folder.name}.old{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def rotate(output_dir: str | Path, keep: int | None, written: Path, best: str | None) -> None:
+    """Removes the oldest checkpoints beyond ``keep``; never the one just written, nor the best.
+
+    Args:
+        output_dir: Where the checkpoints are.
+        keep: How many may stay; None or 0 keeps all.
+        written: The one just written. It is complete, so one that can be resumed from always stays.
+        best: The best by the metric, or None.
+    """
+    if not keep or keep < 0 or flaw(written):
+        return
+    whole = [path for path in checkpoints(output_dir) if not flaw(path)]
+    # By age, not by step: after resuming from an earlier checkpoint, later steps of the abandoned run are the old ones.
+    whole.sort(key=lambda path: (path.stat().st_mtime_ns, step_of(path)))
+    protected = {written.resolve()} | ({Path(best).resolve()} if best else set())
+    spare = [path for path in whole if path.resolve() not in protected]
+    for path in spare[: max(len(whole) - keep, 0)]:
+        remove(path)
+
+
+def find_checkpoint(args: RunOptions, resume: str | bool | None) -> Path | None:
+    """Finds the checkpoint that a run starts from, or None.
+
+    Args:
+        args: The run; its options decide where ``resume`` is None.
+        resume: A folder, or True for the newest complete checkpoint of ``output_dir``.
+
+    Raises:
+        UserError: if True finds none.
+    """
+    resume = args.resume_from_checkpoint if resume is None else resume
+    if resume is not True and (resume is not None or not args.resume):
+        return Path(resume) if resume else None
+    newest, passed = newest_whole(str(args.output_dir))
+    if newest is None and resume:
+        raise UserError("; ".join([f"{args.output_dir}: no whole checkpoint to resume from", *passed]))
+    if newest is None:
+        passed.append(f"--resume: no whole checkpoint in {args.output_dir}, the run starts from the beginning")
+    for line in passed:
+        logger.warning(line)
+    return newest
+
+
+def clear_partial(output_dir: str | Path) -> None:
+    """Removes what an interrupted run was writing or removing."""
+    for path in Path(output_dir).glob(f"checkpoint-*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in Path(output_dir).glob(f"*{PARTIAL}-*"):
+        path.unlink(missing_ok=True)
+
+
+def seal(folder: Path) -> None:
+    """Makes the files of a folder durable and lists their sizes in its manifest, written last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    for path in files:
+        flush(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"sizes": {str(p.relative_to(folder)): p.stat().st_size for p in files}}, indent=1))
+    flush(manifest)
+    for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        flush(inner)
+
+
+def publish(sealed: Path, final: Path) -> None:
+    """Renames a sealed checkpoint to its final name, in place of one that may have it."""
+    if final.exists():
+        remove(final)
+    sealed.rename(final)
+    flush(final.parent)
+
+
+def move_into(partial: Path, folder: Path) -> None:
+    """Moves every file of ``partial`` into ``folder``, each atomically, over those of the same name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            flush(path)
+            target = folder / path.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    flush(folder)
+    shutil.rmtree(partial)
+
+
+@contextmanager
+def write_errors(what: str, partial: Path, output_dir: str | Path) -> Iterator[None]:
+    """Removes a half-written ``partial`` and reports what could not be written, why, and what is left to resume from.
+
+    Raises:
+        UserError: in place of any error of the file system and of the writers above it.
+    """
+    try:
+        yield
+    except Exception as error:
+        words = ("PytorchStreamWriter", "unexpected pos", "No space left", "os error")
+        writers = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        if not (writers or isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+            raise
+        free = shutil.disk_usage(Path(output_dir)).free
+        shutil.rmtree(partial, ignore_errors=True)
+        whole, _ = newest_whole(output_dir)
+        stays = f"{whole.name} stays whole, --resume continues from it" if whole else "no earlier checkpoint is there"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{what} could not be written whole to {output_dir} ({free / 2**20:.1f} MiB free): {reason}. {stays}"
+        ) from error
+
+
+class CheckpointingTrainer(Trainer):
+    """A Trainer whose checkpoints and models are complete or absent, and resume with every sum they had."""
+
+    args: RunOptions
+    run_parts: dict[str, Any]
+    """What this process remembers between logs, by its name in a checkpoint; each has ``state, load, reset``."""
+    checkpoint_files: list[Any]
+    """What keeps a file of its own in each checkpoint; each has ``save(folder)`` and ``load(folder)``."""
+    _partial: Path | None = None
+
+    def run_state(self) -> dict[str, Any]:
+        """Returns what this process remembers beside the Trainer's own state, as JSON: it makes resumed logs exact."""
+        return {
+            "pairs": len(self.train_dataset),  # type: ignore[arg-type]
+            "pairs_per_step": self._train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.accelerator.num_processes,
+            "processes": self.accelerator.num_processes,
+            "parts": {name: part.state() for name, part in self.run_parts.items()},
+        }
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`run_state` returned."""
+        for name, part in self.run_parts.items():
+            part.load(state["parts"][name])
+
+    def _restore_run_state(self, folder: Path) -> None:
+        """Reads this process's :meth:`run_state`, if the run is the one that wrote it."""
+        own = folder / run_state_name(self.accelerator.process_index)
+        first = folder / run_state_name(0)
+        if not first.is_file():
+            logger.warning("%s was not written by tdpo: the log after resuming starts from zero", folder)
+            return
+        state = json.loads((own if own.is_file() else first).read_text(encoding="utf-8"))
+        if self.args.auto_find_batch_size:  # transformers takes the batch size that was found from there, but later
+            found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
+            self._train_batch_size = found or self._train_batch_size
+        now = self.run_state()
+        for name, what in (("pairs", "pairs of training data"), ("pairs_per_step", "pairs per optimizer step")):
+            if state[name] != now[name] and not self.args.ignore_data_skip:
+                raise UserError(
+                    f"{folder} was written with {state[name]} {what}, now there are {now[name]}: its place in the data "
+                    "would be another. Use the same data, and the same product of processes, "
+                    "--per_device_train_batch_size and --gradient_accumulation_steps; --ignore_data_skip starts the "
+                    "data from its beginning"
+                )
+        if state["processes"] != now["processes"]:
+            logger.warning(
+                "%s was written by %d processes, now there are %d: random numbers and the first log will differ",
+                folder, state["processes"], now["processes"],
+            )  # fmt: skip
+        elif own.is_file():
+            self.load_run_state(state)
+
+    @override
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    @override
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._partial is None:  # not before the checkpoint has its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes the Trainer's checkpoint to a temporary folder, seals and renames it.
+
+        The Trainer writes into ``_get_output_dir()/checkpoint-N``; only that folder is another one meanwhile, for every
+        kind of sharding.
+        """
+        output_dir = Path(str(self.args.output_dir))
+        final = output_dir / f"checkpoint-{self.state.global_step}"
+        partial = final.with_name(final.name + PARTIAL)
+        written = partial / final.name
+        with write_errors(final.name, partial, output_dir):
+            self._partial = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._partial = None
+            self._complete(written, final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(written)
+                publish(written, final)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_local_main_process and written.is_dir():  # this machine has a disk of its own
+                seal(written)
+                publish(written, final)
+            shutil.rmtree(partial, ignore_errors=True)
+        if self.args.should_save:
+            rotate(output_dir, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _complete(self, written: Path, final: Path) -> None:
+        """Adds this process's state to a checkpoint, and its final name where the Trainer noted the temporary one."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        if self.args.save_only_model:
+            return
+        name = run_state_name(self.accelerator.process_index)
+        (written / name).write_text(json.dumps(self.run_state()), encoding="utf-8")
+        if self.args.should_save:
+            for file in self.checkpoint_files:
+                file.save(written)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model as the Trainer does; every file appears complete or not at all."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        partial = folder / f"model{PARTIAL}"
+        if self.is_fsdp_enabled:  # sharded state dicts are for resuming; a model is saved in one piece
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        with write_errors("the model", partial, folder):
+            super().save_model(str(partial), _internal_call=True)
+            if self.args.should_save:
+                move_into(partial, folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes a tied weight, which a gathered state dict holds under two names, once.
+
+        A multimodal model named without its processor keeps the processor's files.
+        """
+        model: Any = self.model
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        if state_dict:
+            state_dict = {name: weight for name, weight in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
+        folder = output_dir or str(self.args.output_dir)
+        if self.args.should_save and not isinstance(self.processing_class, ProcessorMixin):
+            copy_processor(model, Path(folder))
+        if self.args.should_save and has_adapter(model) and model.get_base_model().can_generate():
+            # The end tokens of the trained model; `tdpo merge` and every command that loads the adapter read them.
+            model.get_base_model().generation_config.save_pretrained(folder)
+
+    def _load_best_model(self) -> None:
+        """Loads the best checkpoint, also of an adapter with a name, which has a folder of its own there."""
+        best, model = self.state.best_model_checkpoint, self.model
+        if has_adapter(model):
+            own = Path(str(best)) / str(model.active_adapters[0])  # type: ignore[union-attr,index]
+            self.state.best_model_checkpoint = str(own) if (own / ADAPTER_CONFIG_NAME).is_file() else best
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = best
+
+    @override
+    def save_state(self) -> None:
+        if self.args.should_save:
+            path = Path(str(self.args.output_dir)) / TRAINER_STATE_NAME
+            partial = path.with_name(path.name + PARTIAL)
+            self.state.save_to_json(str(partial))
+            partial.replace(path)
+
+    @override
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        together = folder / "all_results.json"
+        files = {folder / f"{split}_results.json": metrics}
+        if combined:
+            earlier = json.loads(together.read_text(encoding="utf-8")) if together.is_file() else {}
+            files[together] = {**earlier, **metrics}
+        for path, content in files.items():
+            write_whole(path, json.dumps(content, indent=4, sort_keys=True) + "\n")

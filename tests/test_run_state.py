@@ -1,0 +1,77 @@
+"""What a checkpoint keeps beside the Trainer's own state, part by part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, preference_rows
+from peft import LoraConfig
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer
+from tdpo.train.metrics import RouterLossMean
+from tdpo.train.step import LossSinceLog
+
+ALONE: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda tensor: tensor)
+OPTIONS: dict[str, Any] = {
+    "use_cpu": True, "disable_tqdm": True, "max_length": 96, "per_device_train_batch_size": 4, "max_steps": 4,
+    "logging_steps": 2, "logging_first_step": False, "save_steps": 1, "report_to": "none",
+}  # fmt: skip
+
+
+def test_the_mean_loss_of_a_log_is_over_the_steps_since_the_last() -> None:
+    before = LossSinceLog()
+    before.add(torch.tensor(2.0))
+    before.add(torch.tensor(4.0))
+    after = LossSinceLog()
+    after.load(json.loads(json.dumps(before.state())))
+    after.add(torch.tensor(3.0))
+    assert after.take(3, ALONE) == 3.0
+    assert after.take(3, ALONE) is None, "no step since"
+    after.add(torch.tensor(5.0))
+    assert after.take(5, ALONE) == 2.5
+
+
+def test_router_losses_are_averaged_over_batches_that_count() -> None:
+    before, after = RouterLossMean(), RouterLossMean()
+    before.add(torch.tensor(1.0))
+    before.add(torch.tensor(float("nan")), 0.0)
+    after.load(json.loads(json.dumps(before.state())))
+    after.add(torch.tensor(4.0))
+    assert after.take(ALONE) == {"aux_loss": 2.5} and after.take(ALONE) == {}
+
+
+def test_a_checkpoint_holds_every_part(tmp_path: Path, tokenizer: Any) -> None:
+    args = TDPOConfig(output_dir=str(tmp_path), **OPTIONS)
+    trainer = TDPOTrainer(make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer)
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-1" / "run_state_0.json").read_text())
+    assert set(state["parts"]) == set(trainer.run_parts) == {"loss", "metrics", "displacement"}
+    assert state["parts"]["metrics"]["pairs"] == 4 and state["parts"]["loss"]["step"] == 0
+    assert state["pairs_per_step"] == 4 and state["processes"] == 1
+
+
+def test_the_router_loss_of_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_path: Path, tokenizer: Any) -> None:
+    def trainer(folder: Path) -> SFTTrainer:
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+            output_router_logits=True, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        args = SFTConfig(output_dir=str(folder), **OPTIONS)
+        return SFTTrainer(MixtralForCausalLM(config), args, preference_rows(), None, tokenizer, peft_config=lora)
+
+    def logged(made: Any) -> list[float]:
+        return [log["aux_loss"] for log in made.state.log_history if "aux_loss" in log]
+
+    whole, resumed = trainer(tmp_path), trainer(tmp_path)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert logged(resumed) == pytest.approx(logged(whole), rel=1e-6) and len(logged(whole)) == 2
