@@ -39,6 +39,7 @@ OPEN, CLOSE = "\ue000", "\ue001"
 RESPONSE = "\ue002"
 """Stands for a response's content where only its place is wanted."""
 ADVICE = "give another template with --chat_template_path, or convert the row"
+REFUSES = "the chat template refuses a chat"
 OMITS_TOOLS = "the chat template leaves out the tools"
 ASKS_IF_DEFINED = re.compile(r"(?<![\w.])([A-Za-z_]\w*) is (?:not )?defined")
 """How templates look for arguments that need not be given."""
@@ -270,7 +271,7 @@ class ChatRenderer:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise RowError(f"the chat template refuses a chat with the roles {roles}: {error}") from error
+            raise RowError(f"{REFUSES} with the roles {roles}: {error}") from error
 
     def _before_content(self, asking: Chat, role: str, arguments: dict[str, Any]) -> str:
         """Returns the rendering up to where a response's first words would stand."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
-from tdpo.data.chat import ChatRenderer, Piece
+from tdpo.data.chat import REFUSES, ChatRenderer, Piece
 from tdpo.data.continuation import ContinuationEncoder
 from tdpo.data.encode import TextEncoder
 from tdpo.data.formats import ROWS_NAMED, DataReport, OnBadRow, Placed, RowError
@@ -256,7 +256,8 @@ class Tokeniser:
             for what in noticed:
                 report.notice(turn.place, what)
         if bad and on_bad_row == "error":
-            raise UserError(_named(bad, REFUSED_ADVICE))
+            refused_by_template = any(REFUSES in message for message in bad)
+            raise UserError(_named(bad, REFUSED_ADVICE if refused_by_template else BAD_ROW_ADVICE))
         encoded = self._encode_pieces([part for _, parts, _ in jobs for part in parts])
         end = [self.tokenizer.eos_token_id]
         for turn, parts, noticed in jobs:
