@@ -168,7 +168,8 @@ def test_a_records_own_truncation_wins_over_the_runs() -> None:
 
 def test_half_a_mark_that_a_template_leaves_is_no_token() -> None:
     tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content[:1] }}"))
-    rendered = ChatRenderer(tokenizer).prompt([{"role": "user", "content": "<|im_end|> hi"}])
-    assert [piece.text for piece in ChatRenderer(tokenizer).pieces(rendered)] == [
+    renderer = ChatRenderer(tokenizer)
+    rendered = renderer.prompt([{"role": "user", "content": "<|im_end|> hi"}])
+    assert [piece.text for piece in renderer.special.pieces(rendered)] == [
         "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
     ]

@@ -1,8 +1,7 @@
-"""Word by word gives what the tokenizer gives, for any text; where that cannot be known, the tokenizer does it."""
+"""A text encoder gives the tokenizer's own ids for any text, whatever the tokenizer's settings."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from test_tokenise import sentencepiece_like
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tdpo.data import encode
-from tdpo.data.encode import TextEncoder, word_pattern
+from tdpo.data.encode import TextEncoder
 
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -62,38 +60,16 @@ def test_ids_are_the_tokenizers_own(make: object, literal: bool) -> None:
     want = tokenizer(given, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
     encoder = TextEncoder(make())
     assert encoder(given, literal) == want
-    assert encoder(given[::-1], literal) == want[::-1]  # from memory
+    assert encoder([]) == []
 
 
 @pytest.mark.parametrize("name", ["tokenizers/gpt2", "tokenizers/gpt_neox"])
-def test_real_tokenizers_are_encoded_word_by_word_and_agree(shared: Path, name: str) -> None:
+def test_real_tokenizers_agree(shared: Path, name: str) -> None:
     tokenizer, given = AutoTokenizer.from_pretrained(shared / "data" / name), texts(3000)
     encoder = TextEncoder(tokenizer)
     for literal in (True, False):
         want = tokenizer(given, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
         assert encoder(given, literal) == want
-    assert sum(encoder._words.encode(text, True) is not None for text in given) > 1500
-
-
-def test_a_tokenizer_that_joins_words_is_noticed_and_encoded_whole(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(encode, "word_pattern", lambda spec: r"\S|\s")  # not how this tokenizer cuts
-    monkeypatch.setattr(encode._Words, "_same_class", lambda self, character: True)
-    tokenizer = make_tokenizer()
-    given = ["The river sees, the garden.", "a"]
-    assert TextEncoder(tokenizer)(given) == tokenizer(given, add_special_tokens=False)["input_ids"]
-    assert "texts are encoded whole" in caplog.text
-
-
-def test_unknown_ways_of_cutting_are_left_to_the_tokenizer() -> None:
-    spec = json.loads(make_tokenizer().backend_tokenizer.to_str())
-    assert word_pattern(spec) == encode.GPT2_WORDS
-    prefixed = {**spec["pre_tokenizer"], "add_prefix_space": True}
-    assert word_pattern({**spec, "pre_tokenizer": prefixed}) is None
-    assert word_pattern({**spec, "normalizer": {"type": "Lowercase"}}) is None
-    assert word_pattern({**spec, "model": {**spec["model"], "dropout": 0.1}}) is None
-    assert word_pattern({**spec, "pre_tokenizer": None}) is None
 
 
 def test_the_users_tokenizer_keeps_its_settings_and_cuts_nothing_here() -> None:
@@ -102,13 +78,3 @@ def test_the_users_tokenizer_keeps_its_settings_and_cuts_nothing_here() -> None:
     tokenizer.backend_tokenizer.enable_padding(length=50)
     assert [len(ids) for ids in TextEncoder(tokenizer)(["a b c d e f", ""])] == [11, 0]
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 3
-
-
-def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "WORDS_KEPT", 50)
-    tokenizer = make_tokenizer()
-    encoder = TextEncoder(tokenizer)
-    given = [f"word {number} " + "x" * 100 for number in range(200)]
-    assert encoder(given) == tokenizer(given, add_special_tokens=False)["input_ids"]
-    assert len(encoder._words._ids) <= 50
-    assert max(map(len, encoder._words._ids)) <= encode.LONG_WORD

@@ -262,7 +262,7 @@ def test_one_that_was_given_does_not(tmp_path: Path) -> None:
 
 
 def test_without_a_limit_nothing_is_cut(tmp_path: Path, tokenizer: Any) -> None:
-    long = {"prompt": "The river is near. " * 7, "chosen": " Yes." * 8, "rejected": " No." * 6}
+    long = {"prompt": "The river is near. " * 7, "chosen": "Yes." * 8, "rejected": "No." * 6}
     trainer = made(tmp_path, tokenizer, [long] * 4, max_length=None, max_prompt_length=None)
     assert not any(trainer.train_dataset.report.truncated.values())
     assert sum(trainer.train_dataset.lengths()) // 4 > 96

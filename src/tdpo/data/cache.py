@@ -1,13 +1,12 @@
-"""Tokenised pairs on disk, found again by what they were made of, and made by one process while others wait.
+"""Keeps tokenised pairs on disk under a key of all they depend on; one process makes them while others wait.
 
 A cache entry is two files, the pairs as an Arrow file and a JSON file beside it with their report, size and checksum.
-Both appear whole or not at all, and whatever does not match is made anew. Entries can be deleted at any time.
+Both are written atomically, and an entry that does not match is made again. Entries can be deleted at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -24,7 +23,7 @@ import tokenizers
 import transformers
 
 from tdpo.data.formats import DataReport
-from tdpo.data.sources import SourceRow
+from tdpo.data.sources import SourceRow, groups_of
 from tdpo.data.table import SCHEMA, PairTable
 from tdpo.files import write_whole
 from tdpo.types import PreferenceRecord
@@ -35,7 +34,7 @@ VERSION = 3
 """Raised whenever the same data and options would become other ids."""
 FOLDER_VARIABLE = "TDPO_CACHE"
 Build = Callable[[], tuple[DataReport, Iterable[Any]]]
-"""Starts tokenising anew: the report, which is complete once the record batches are read."""
+"""Starts to tokenise: the report, which is complete once the record batches are read."""
 
 
 class PairCache:
@@ -77,10 +76,10 @@ class PairCache:
         if not about.is_file():
             return None
         try:
-            told = json.loads(about.read_text(encoding="utf-8"))
-            if (told["bytes"], told["crc32"]) != _size_and_checksum(pairs):
+            entry = json.loads(about.read_text(encoding="utf-8"))
+            if (entry["bytes"], entry["crc32"]) != _size_and_checksum(pairs):
                 raise ValueError("its checksum is another")
-            return PairTable.mapped(pairs), _report(told["report"])
+            return PairTable.mapped(pairs), _report(entry["report"])
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             if not quiet:
                 logger.warning("%s is damaged (%s); the pairs are tokenised again", pairs, error)
@@ -90,12 +89,17 @@ class PairCache:
         partial = self._pairs(key).with_suffix(".partial")
         try:
             report, batches = build()
-            with _writing(), pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-                for batch in _reading(batches):
+            with _writing():
+                sink = pa.OSFile(str(partial), "wb")
+                writer = pa.ipc.new_file(sink, SCHEMA)
+            for batch in batches:  # an error of the iterator is the source's
+                with _writing():
                     writer.write_batch(batch)
             with _writing():
+                writer.close()
+                sink.close()
                 size, checksum = _size_and_checksum(partial)
-                about = {"source": report.source, "bytes": size, "crc32": checksum, "report": _fields(report)}
+                about = {"source": report.source, "bytes": size, "crc32": checksum, "report": vars(report)}
                 partial.replace(self._pairs(key))
                 write_whole(self._about(key), json.dumps(about, indent=1) + "\n")
                 return PairTable.mapped(self._pairs(key)), report
@@ -156,13 +160,15 @@ def rows_fingerprint(rows: Iterable[Any]) -> str | None:
     """Fingerprint of rows by their content; None if JSON has no form for it, or code of the user's reads them."""
     digest = hashlib.sha256()
     try:
-        for row in rows:
-            fields: Any = vars(row) if isinstance(row, PreferenceRecord) else row
-            if isinstance(row, SourceRow):
-                if row.reading is not None and ":" in row.reading.format:
-                    return None
-                fields = [row.source, row.row, row.fields, row.error, repr(row.reading)]
-            digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
+        for reading, group in groups_of(rows):
+            if reading is not None and ":" in reading.format:
+                return None
+            digest.update(repr(reading).encode() + b"\n")
+            for row in group:
+                fields: Any = vars(row) if isinstance(row, PreferenceRecord) else row
+                if isinstance(row, SourceRow):
+                    fields = [row.source, row.row, row.fields, row.error]
+                digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
     except (TypeError, ValueError, RecursionError):
         return None
     return digest.hexdigest()
@@ -172,26 +178,13 @@ class _NotWritten(Exception):
     """The folder cannot be written; the message is the reason."""
 
 
-class _Reading(Exception):
-    """Carries an error of the source through the writing of pairs, which it has nothing to do with."""
-
-
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """Says of errors that the system raises that they are about the cache's folder."""
+    """Marks errors that the system raises as errors of the cache's folder."""
     try:
         yield
     except (OSError, NotImplementedError) as error:
         raise _NotWritten(getattr(error, "strerror", None) or str(error)) from error
-    except _Reading as carrier:
-        raise carrier.args[0] from None
-
-
-def _reading(batches: Iterable[Any]) -> Iterator[Any]:
-    try:
-        yield from batches
-    except (OSError, NotImplementedError) as error:
-        raise _Reading(error) from error
 
 
 def _size_and_checksum(path: Path) -> tuple[int, int]:
@@ -202,13 +195,6 @@ def _size_and_checksum(path: Path) -> tuple[int, int]:
     return size, checksum
 
 
-def _fields(report: DataReport) -> dict[str, Any]:
-    return {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
-
-
 def _report(fields: dict[str, Any]) -> DataReport:
-    """Inverse of :func:`_fields`."""
-    values: dict[str, Any] = {
-        name: defaultdict(list, value) if isinstance(value, dict) else value for name, value in fields.items()
-    }
+    values: Any = {name: defaultdict(list, v) if isinstance(v, dict) else v for name, v in fields.items()}
     return DataReport(**values)

@@ -1,4 +1,4 @@
-"""What a preference dataset is like, before a run is paid for it: by the very code that prepares it for training."""
+"""Checks a preference dataset before a run, with the code that prepares it for training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tdpo.types import Message, PreferenceRecord, Text, TokenisedPair
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 MEASURES = ("prompt", "chosen", "rejected", "sequence")
-"""What lengths are told of; a sequence is the prompt with the longer of its responses."""
+"""Columns of the lengths; a sequence is the prompt with the longer of its responses."""
 BIASED = 0.6
 """Share of longer chosen responses, or of shorter ones, from which length alone is worth a word."""
 
@@ -71,7 +71,7 @@ class DataCheck:
         }
 
     def length_bias(self) -> dict[str, float]:
-        """How far length alone tells chosen from rejected: shares of pairs, and mean tokens of each side."""
+        """Returns how far length alone predicts the preference: shares of pairs, and mean tokens of each side."""
         if not len(self.lengths):
             return {}
         chosen, rejected = self.lengths[:, 1], self.lengths[:, 2]
@@ -83,20 +83,20 @@ class DataCheck:
         }
 
     def hints(self) -> list[str]:
-        """What may be wrong with the labels, in words."""
-        bias, told = self.length_bias(), []
+        """Describes what may be wrong with the labels."""
+        bias, hints = self.length_bias(), []
         for word in ("longer", "shorter") if len(self.lengths) >= 50 else ():
             share = bias[f"chosen_{word}"]
             if share >= BIASED:
-                told.append(
+                hints.append(
                     f"chosen is the {word} response in {share:.0%} of pairs ({bias['chosen_mean']:.0f} against "
                     f"{bias['rejected_mean']:.0f} tokens on average): length alone would predict the preference"
                 )
         if self.contradicted:
-            told.append(f"{len(self.contradicted)} rows contradict another row of the same prompt")
+            hints.append(f"{len(self.contradicted)} rows contradict another row of the same prompt")
         if self.alike:
-            told.append(f"in {len(self.alike)} rows chosen and rejected differ in white space and case alone")
-        return told
+            hints.append(f"in {len(self.alike)} rows chosen and rejected differ in white space and case alone")
+        return hints
 
     def as_json(self) -> dict[str, Any]:
         """All of it for ``--json``."""
@@ -205,7 +205,7 @@ def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[Preferenc
         if chosen == rejected:
             found.alike.append(record.row)
         as_tokens = isinstance(record.prompt, str) and tokeniser.rendering.special_tokens == "tokens"
-        if not as_tokens and any(token in text for text in _texts(record) for token in tokeniser.chats.special):
+        if not as_tokens and any(token in text for text in _texts(record) for token in tokeniser.chats.special.texts):
             found.special.append(record.row)
         seen.add(whole_pair)
         prompts.add(prompt)
@@ -252,13 +252,15 @@ def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairTable, tokeniser: 
     """The records that became pairs: both are in the order of the source, and some records were dropped between."""
     rows = pairs.rows().tolist()
     made, became = Counter(record.row for record in records), Counter(rows)
-    # Of a row that made several records and fewer pairs, tokenising shows which of them.
-    left = (r for r in records if made[r.row] == became[r.row] or (r.row in became and _becomes_a_pair(r, tokeniser)))
+
+    def becomes_a_pair(record: PreferenceRecord) -> bool:
+        if made[record.row] == became[record.row]:
+            return True
+        # Of a row that made several records and fewer pairs, tokenising shows which of them.
+        return record.row in became and bool(tokeniser.pairs([record], DataReport(record.source), "drop"))
+
+    left = filter(becomes_a_pair, records)
     return [next(record for record in left if record.row == row) for row in rows]
-
-
-def _becomes_a_pair(record: PreferenceRecord, tokeniser: Tokeniser) -> bool:
-    return bool(tokeniser.pairs([record], DataReport(record.source), "drop"))
 
 
 def _whole_lengths(prepared: Prepared, tokeniser: Tokeniser) -> np.ndarray:
@@ -273,7 +275,7 @@ def _whole_lengths(prepared: Prepared, tokeniser: Tokeniser) -> np.ndarray:
 
 
 def _without_end(pairs: PairTable, tokeniser: Tokeniser) -> list[int]:
-    """Rows of pairs with a response whose last token is no special one."""
+    """Returns the rows of pairs with a response whose last token is not a special one."""
     ends = set(tokeniser.tokenizer.all_special_ids)
     ends |= {number for number, token in tokeniser.tokenizer.added_tokens_decoder.items() if token.special}
     return [p.row for p in pairs if p.chosen_ids[-1] not in ends or p.rejected_ids[-1] not in ends]

@@ -1,4 +1,4 @@
-"""From whatever the user hands over to a dataset of tokenised pairs and a report of what became of it."""
+"""Turns data in any form the user passes into a dataset of tokenised pairs with a report on its rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
@@ -20,16 +20,17 @@ from tdpo.data.workers import batches_made_here, batches_of_workers
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
 
+Example = TypeVar("Example")
 TOKENISED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CHUNK = 2048
 """Records tokenised at a time: what bounds the memory that text and lists of ids take on their way."""
 
 
 class NoPairLeft(UserError):
-    """A dataset of which nothing can be trained on.
+    """A dataset without a pair to train on.
 
     Attributes:
-        report: What became of its rows.
+        report: The report on its rows.
     """
 
     def __init__(self, report: DataReport) -> None:
@@ -37,27 +38,34 @@ class NoPairLeft(UserError):
         self.report = report
 
 
-class PairDataset(Dataset[TokenisedPair]):
-    """Tokenised pairs with the report of how they came about.
+class ExampleDataset(Dataset[Example]):
+    """Examples in their order with the report on their rows."""
 
-    Attributes:
-        pairs: The pairs in their order: a :class:`~tdpo.data.table.PairTable`, unless they were given as pairs.
-        report: Counts and row numbers.
-    """
+    def __init__(self, examples: Sequence[Example], report: DataReport) -> None:
+        self.examples, self.report = examples, report
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+
+class PairDataset(ExampleDataset[TokenisedPair]):
+    """Tokenised pairs with the report on their rows."""
 
     def __init__(self, pairs: Sequence[TokenisedPair], report: DataReport) -> None:
         if not len(pairs):
             raise NoPairLeft(report)
-        self.pairs, self.report = pairs, report
+        super().__init__(pairs, report)
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> TokenisedPair:
-        return self.pairs[index]
-
-    def __iter__(self) -> Iterator[TokenisedPair]:
-        return iter(self.pairs)
+    @property
+    def pairs(self) -> Sequence[TokenisedPair]:
+        """The pairs in their order: a :class:`~tdpo.data.table.PairTable`, unless they were given as pairs."""
+        return self.examples
 
     def lengths(self) -> list[int]:
         """Tokens of each pair, its prompt counted once."""
@@ -119,7 +127,7 @@ def prepare_pairs(
 
 
 def _rows(data: Iterable[Any], name: str) -> list[Any]:
-    """The data's rows, whatever they are; dictionaries get their numbers."""
+    """Returns the rows of the data; dictionaries get their numbers."""
     rows = list(data)
     if not rows:
         raise UserError(f"{name}: no rows in it")
@@ -129,7 +137,7 @@ def _rows(data: Iterable[Any], name: str) -> list[Any]:
 def _fetched(
     rows: Source | list[Any], tokeniser: Tokeniser, reading: Reading, on_bad_row: OnBadRow, cache: PairCache | None
 ) -> tuple[PairTable, DataReport]:
-    """The pairs from the cache where there is one and it can be told what they are of, else made in memory."""
+    """Returns the pairs from the cache if the rows have a fingerprint, and otherwise makes them in memory."""
 
     def build() -> tuple[DataReport, Iterator[Any]]:
         return _build(rows, tokeniser, reading, on_bad_row)
@@ -159,7 +167,7 @@ def _fetched(
 def _build(
     rows: Source | list[Any], tokeniser: Tokeniser, reading: Reading, on_bad_row: OnBadRow
 ) -> tuple[DataReport, Iterator[Any]]:
-    """The report, and the record batches during whose making it is filled; text is read as it is tokenised."""
+    """Returns the report, and the record batches whose iteration fills it; text is read as it is tokenised."""
     first = next(iter(rows), None)
     if _is_tokenised(first):
         found = list(rows)
@@ -178,18 +186,13 @@ def _build(
 def _batches(
     records: Iterable[PreferenceRecord], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
 ) -> Iterator[Any]:
-    kept = 0
+    left, kept = iter(records), 0
+    chunks = iter(lambda: list(itertools.islice(left, CHUNK)), [])
     make = batches_of_workers if tokeniser.processes > 1 else batches_made_here
-    for batch in make(_chunks(records), tokeniser, report, on_bad_row):
+    for batch in make(chunks, tokeniser, report, on_bad_row):
         kept += len(batch)
         yield batch
     report.kept = kept
-
-
-def _chunks(records: Iterable[PreferenceRecord]) -> Iterator[list[PreferenceRecord]]:
-    left = iter(records)
-    while chunk := list(itertools.islice(left, CHUNK)):
-        yield chunk
 
 
 def _is_tokenised(row: Any) -> bool:
@@ -235,15 +238,21 @@ def check_fits(
     for number, pair in enumerate(pairs, 1):
         ids = (*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
         length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-        stray = max(ids) if vocab_size is not None and max(ids) >= vocab_size else min(ids)
-        place = f"{source}, row {pair.row or number}"
-        if positions is not None and length > positions:
-            raise UserError(
-                f"{place}: {length} tokens, but the model has {positions} positions; set --max_length to at most "
-                f"{positions}"
-            )
-        if vocab_size is not None and not 0 <= stray < vocab_size:
-            raise UserError(f"{place}: {outside_vocabulary(stray, vocab_size, tokens)}")
+        check_limits(f"{source}, row {pair.row or number}", ids, length, vocab_size, positions, tokens)
+
+
+def check_limits(
+    where: str, ids: Sequence[int], length: int, vocab_size: int | None, positions: int | None, tokens: int | None
+) -> None:
+    """Refuses one example with more tokens than positions or an id outside the vocabulary; see :func:`check_fits`."""
+    if positions is not None and length > positions:
+        raise UserError(
+            f"{where}: {length} tokens, but the model has {positions} positions; set --max_length to at most "
+            f"{positions}"
+        )
+    stray = max(ids) if vocab_size is not None and max(ids) >= vocab_size else min(ids)
+    if vocab_size is not None and not 0 <= stray < vocab_size:
+        raise UserError(f"{where}: {outside_vocabulary(stray, vocab_size, tokens)}")
 
 
 def _table_fits(table: PairTable, vocab_size: int | None, positions: int | None) -> bool:

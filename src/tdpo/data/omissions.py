@@ -19,7 +19,8 @@ WORD = re.compile(r"\S+")
 SENTINEL = "qz{}kv"
 """A word that no text holds; letters and digits alone, so that no template changes it."""
 Part = tuple[int, Kind, str]
-Render = Callable[[list[Message], Any], str]
+ADVICE = "give another template with --chat_template_path, or convert the row"
+OMITS = "the chat template leaves out"
 
 
 class Leaf(NamedTuple):
@@ -82,14 +83,67 @@ class OmissionFinder:
     """Finds what a template leaves out; what it does with a kind of chat is found out once.
 
     Args:
-        render: Renders messages and tools through the template.
+        render: Renders a chat with some arguments through the template.
+        without_marks: Returns a text of a chat as the user wrote it.
     """
 
-    def __init__(self, render: Callable[..., str]) -> None:
-        self._render = render
+    def __init__(self, render: Callable[[Chat, Any], str], without_marks: Callable[[str], str]) -> None:
+        self._render, self._without_marks = render, without_marks
         self._known: dict[Hashable, frozenset[Part]] = {}
 
-    def find(
+    def describe(
+        self,
+        asking: Chat,
+        chats: Sequence[Chat],
+        rendered: Sequence[str],
+        start: int,
+        arguments: Any,
+        names: Sequence[str],
+    ) -> list[str]:
+        """Lists in words what the template leaves out of a prompt and the responses to it.
+
+        Args:
+            asking: The prompt.
+            chats: The prompt with each response.
+            rendered: Their renderings.
+            start: Where the responses begin in them.
+            arguments: Further arguments of the template.
+            names: Names of the responses in messages.
+
+        Raises:
+            RowError: if that is what the preference rests on.
+        """
+        first = len(asking.messages)
+        asked = [*leaves_of_tools(asking.tools), *leaves_of(asking.messages)]
+        found: dict[str, None] = {}
+        for number, (chat, whole, name) in enumerate(zip(chats, rendered, names, strict=True)):
+            answered = leaves_of(chat.messages[first:], first)
+            # The prompt is the same before every response.
+            lost = self._find(chat, asked, answered, whole, start, arguments, both=number == 0)
+            found |= {self._omission(leaf, chat, first, name): None for leaf in lost}
+        if f"{OMITS} the tools" in found:
+            found.pop(f"{OMITS} 'description' of the tools", None)
+        return list(found)
+
+    def _omission(self, leaf: Leaf, chat: Chat, first: int, name: str) -> str:
+        """Describes a text that is left out; raises where a response or what it answers is not what the row says."""
+        text = self._without_marks(str(leaf.text))
+        shown = repr(text if len(text) <= 40 else text[:40] + "...")
+        field, role = leaf.path[0], chat.messages[leaf.message]["role"]
+        if leaf.message >= first and leaf.kind in (CALLS, CONTENT):
+            raise RowError(f"{OMITS} {field!r} of {name} ({shown}); {ADVICE}")
+        if leaf.message == first - 1 and leaf.kind == CONTENT:
+            raise RowError(f"{OMITS} the turn of role {role!r} that is answered ({shown}); {ADVICE}")
+        part = {
+            TOOLS: "the tools" if leaf.path[-1] == "name" else f"{leaf.path[-1]!r} of the tools",
+            CALLS: f"{field!r} of earlier turns",
+            CONTENT: f"turns of role {role!r}",
+            NAMES: "names of speakers ('name')",
+            THOUGHTS: f"thoughts ({field!r}) of {'the response' if leaf.message >= first else 'earlier turns'}",
+        }
+        return f"{OMITS} {part[leaf.kind]}"
+
+    def _find(
         self,
         chat: Chat,
         asked: Sequence[Leaf],
@@ -99,17 +153,7 @@ class OmissionFinder:
         arguments: Any,
         both: bool,
     ) -> list[Leaf]:
-        """Returns the leaves that a rendering does not show, one of each part.
-
-        Args:
-            chat: What was rendered.
-            asked: Leaves of the prompt.
-            answered: Leaves of the response.
-            rendered: The rendering.
-            start: Where the response begins in it.
-            arguments: Further arguments of the template.
-            both: Whether to look for the prompt's leaves too.
-        """
+        """Returns the leaves that a rendering does not show, one of each part; of the prompt only with ``both``."""
         key = (
             tuple([message["role"] for message in chat.messages]),
             tuple([leaf.part for leaf in asked]),
@@ -163,7 +207,7 @@ class OmissionFinder:
 
     def _attempt(self, chat: Chat, arguments: Any) -> str | None:
         try:
-            return self._render(chat.messages, chat.tools, arguments)
+            return self._render(chat, arguments)
         except RowError:  # a template may refuse the changed chat, which then says nothing
             return None
 
@@ -188,28 +232,23 @@ def leaves_of(messages: Sequence[Message], first: int = 0) -> list[Leaf]:
     found: list[Leaf] = []
     for number, message in enumerate(messages, first):
         content, path = message.get("content"), ("content",)
-        if len(message) == 2 and isinstance(content, str) and THOUGHT_END not in content:  # most are plain
-            stripped = content.strip()
-            if stripped:
-                found.append(Leaf((number, CONTENT, "content"), path, stripped, content.index(stripped)))
-            continue
         if isinstance(content, list) and len(content) == 1:  # a text as the only part
             content, path = content[0].get("text"), ("content", 0, "text")  # type: ignore[assignment]
         if isinstance(content, str):
             end = content.rfind(THOUGHT_END) if message["role"] == "assistant" else -1
             if end >= 0:
                 begin = content.find("<think>") + len("<think>") if content.find("<think>", 0, end) >= 0 else 0
-                _add(found, THOUGHTS, number, path, content[begin:end], begin)
+                found += _leaf(THOUGHTS, number, path, content[begin:end], begin)
                 end += len(THOUGHT_END)
-                _add(found, CONTENT, number, path, content[end:], end)
+                found += _leaf(CONTENT, number, path, content[end:], end)
             else:
-                _add(found, CONTENT, number, path, content)
+                found += _leaf(CONTENT, number, path, content)
         if len(message) > 2:
             for name in THOUGHT_FIELDS:
                 if isinstance(message.get(name), str):
-                    _add(found, THOUGHTS, number, (name,), message[name])
+                    found += _leaf(THOUGHTS, number, (name,), message[name])
             if isinstance(message.get("name"), str) and message["role"] != "tool":
-                _add(found, NAMES, number, ("name",), message["name"])
+                found += _leaf(NAMES, number, ("name",), message["name"])
             found += _leaves_of_calls(message, number)
     return found
 
@@ -222,15 +261,15 @@ def leaves_of_tools(tools: Any) -> list[Leaf]:
         described = tool["function"] if len(inside) > 1 else tool
         for name in ("name", "description"):
             if isinstance(described.get(name), str):
-                _add(found, TOOLS, -1, (*inside, name), described[name])
+                found += _leaf(TOOLS, -1, (*inside, name), described[name])
     return found
 
 
-def _add(found: list[Leaf], kind: Kind, message: int, path: tuple[Any, ...], text: str, start: int = 0) -> None:
+def _leaf(kind: Kind, message: int, path: tuple[Any, ...], text: str, start: int = 0) -> list[Leaf]:
+    """Returns the leaf of a text, or none for white space."""
     stripped = text.strip()
-    if stripped:
-        field = path[0] if message >= 0 and kind != CALLS else "arguments" if "arguments" in path else path[-1]
-        found.append(Leaf((message, kind, field), path, stripped, start + text.index(stripped)))
+    field = path[0] if message >= 0 and kind != CALLS else "arguments" if "arguments" in path else path[-1]
+    return [Leaf((message, kind, field), path, stripped, start + text.index(stripped))] if stripped else []
 
 
 def _leaves_of_calls(message: Message, number: int) -> Iterator[Leaf]:
@@ -244,12 +283,8 @@ def _leaves_of_calls(message: Message, number: int) -> Iterator[Leaf]:
                 path, call = (*path, "function"), call["function"]
             for key in ("name", "arguments"):
                 for inner, value in _scalars(call.get(key), (*path, key)):
-                    found: list[Leaf] = []
-                    if isinstance(value, str):
-                        _add(found, CALLS, number, inner, value)
-                        yield from found
-                    else:
-                        yield Leaf((number, CALLS, "arguments"), inner, value)
+                    number_leaf = Leaf((number, CALLS, "arguments"), inner, value)
+                    yield from _leaf(CALLS, number, inner, value) if isinstance(value, str) else [number_leaf]
 
 
 def _scalars(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -34,7 +34,7 @@ class Unreadable(str):
 
 
 def kind_of(path: Path) -> str:
-    """What a file's name says it holds, compression aside: ``"jsonl"`` for ``pairs.jsonl.gz``."""
+    """Returns the suffix of a file's name without that of compression: ``"jsonl"`` for ``pairs.jsonl.gz``."""
     name = path.name.lower()
     for suffix in SUFFIXES:
         name = name.removesuffix("." + suffix)
@@ -71,9 +71,9 @@ def read_values(path: Path, shown: str | None = None, split: str | None = None) 
                 raise UserError(f"{shown}: it is {foreign}")
             yield from read(file, shown)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{shown}: not {NAMES.get(kind, kind)}: {_first_line(error)}") from error
+        raise UserError(f"{shown}: not {NAMES.get(kind, kind)}: {first_line(error)}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError, pyarrow.ArrowException) as error:
-        raise UserError(f"{shown}: cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{shown}: cannot be read: {first_line(error)}") from error
 
 
 def table_values(batches: Iterator[Any]) -> Rows:
@@ -93,7 +93,8 @@ def _foreign_hint(path: Path) -> str:
     return f" (it is {found})" if found else ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 

@@ -105,10 +105,7 @@ def parse_columns(columns: str | Mapping[str, str] | None) -> tuple[tuple[str, s
     content: Any = columns
     if isinstance(columns, str):
         if columns.lstrip().startswith("{"):
-            try:
-                content = json.loads(columns)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"--columns {columns}: not valid JSON: {error}") from error
+            content = parse_json(columns, f"--columns {columns}:", UserError)
         else:
             parts = [part.partition("=") for part in columns.split(",") if part.strip()]
             if not all(name.strip() and equals and column.strip() for name, equals, column in parts):
@@ -136,16 +133,21 @@ def parse_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     """
     content: Any = names
     if isinstance(names, str) and names.lstrip().startswith("["):
-        try:
-            content = json.loads(names)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"--ignore_columns {names}: not valid JSON: {error}") from error
+        content = parse_json(names, f"--ignore_columns {names}:", UserError)
         if isinstance(content, list) and all(isinstance(name, str) for name in content):
             return tuple(content)
     content = [content] if isinstance(content, str) else [] if content is None else content
     if not isinstance(content, list | tuple) or not all(isinstance(name, str) for name in content):
         raise UserError(f"--ignore_columns {names}: expected column names, name,name,...")
     return tuple(name.strip() for part in content for name in part.split(",") if name.strip())
+
+
+def parse_json(text: str, what: str, error_type: type[Exception]) -> Any:
+    """Parses JSON; an error's message is ``what``, followed by "not valid JSON" and the reason."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise error_type(f"{what} not valid JSON: {error}") from error
 
 
 def _plain(text: Text) -> str:

@@ -9,16 +9,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import Dataset
 
+from tdpo.data.dataset import ExampleDataset, check_limits
 from tdpo.data.formats import AUTO, DataReport, OnBadRow, convert, name_of
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.reading import Reading
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.supervised import SFT_FORMATS, Exchange
-from tdpo.data.tokenise import Ids, Tokeniser, Turns, outside_vocabulary
+from tdpo.data.tokenise import Ids, Tokeniser, Turns
 from tdpo.errors import UserError
-from tdpo.types import PackedBatch, Text
+from tdpo.types import PackedBatch
 
 TrainOn = Literal["every_turn", "last_turn"]
 MASKED = -100
@@ -73,22 +73,13 @@ class SFTReport(DataReport):
         return lines
 
 
-class SFTDataset(Dataset[SFTExample]):
-    """Examples with the report of how they came about."""
+class SFTDataset(ExampleDataset[SFTExample]):
+    """Supervised examples with the report on their rows."""
 
     def __init__(self, examples: Sequence[SFTExample], report: DataReport) -> None:
         if not examples:
             raise UserError(f"{report.source}: no example is left. " + "; ".join(report.lines()))
-        self.examples, self.report = examples, report
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> SFTExample:
-        return self.examples[index]
-
-    def __iter__(self) -> Iterator[SFTExample]:
-        return iter(self.examples)
+        super().__init__(examples, report)
 
     def lengths(self) -> list[int]:
         """Tokens of each example."""
@@ -154,14 +145,13 @@ def prepare_sft(
     """
     if isinstance(data, SFTDataset):
         return data
-    rows: Source | list[SourceRow]
-    if isinstance(data, Source):
-        rows = data
-    else:
-        given = list(data)
-        rows = given if given and isinstance(given[0], SourceRow) else from_memory(given, name)
+    rows: Source | list[Any] = data if isinstance(data, Source) else list(data)
+    if isinstance(rows, list) and not (rows and isinstance(rows[0], SourceRow)):
+        rows = from_memory(rows, name)
     report = SFTReport(name_of(rows), train_on=train_on)
-    exchanges = _exchanges(rows, reading, on_bad_row, report)
+    exchanges: list[Exchange] = list(
+        convert(rows, reading, on_bad_row, report, SFT_FORMATS, lambda exchange: exchange.prompt or exchange.response)
+    )
     if tokeniser.rendering.special_tokens is None:
         exchanges = list(tokeniser.texts.refuse_unless_chosen(exchanges, lambda e: (e.prompt, e.response)))
     examples: list[SFTExample] = []
@@ -186,25 +176,8 @@ def check_lengths(
         UserError: naming the row.
     """
     for example, length in zip(dataset.examples, dataset.lengths(), strict=True):
-        if positions is not None and length > positions:
-            raise UserError(
-                f"{dataset.report.source}, row {example.row}: {length} tokens, but the model has {positions} "
-                f"positions; set --max_length to at most {positions}"
-            )
-        largest = max((*example.prompt_ids, *example.response_ids))
-        if vocab_size is not None and largest >= vocab_size:
-            raise UserError(
-                f"{dataset.report.source}, row {example.row}: {outside_vocabulary(largest, vocab_size, tokens)}"
-            )
-
-
-def _exchanges(
-    rows: Iterable[SourceRow], reading: str | Reading, on_bad_row: OnBadRow, report: DataReport
-) -> list[Exchange]:
-    def key(exchange: Exchange) -> Text:
-        return exchange.prompt or exchange.response
-
-    return list(convert(rows, reading, on_bad_row, report, SFT_FORMATS, key))
+        ids = (*example.prompt_ids, *example.response_ids)
+        check_limits(f"{dataset.report.source}, row {example.row}", ids, length, vocab_size, positions, tokens)
 
 
 def _encode(
@@ -229,8 +202,8 @@ def _turns(exchange: Exchange, train_on: TrainOn) -> list[Turns]:
 
 def _count(sequences: Iterable[Ids], turns: Sequence[Ids], report: SFTReport) -> list[Ids]:
     """Counts the sequences of a conversation in the report, and returns them."""
-    found, exchange = list(sequences), turns[0].place
-    assert isinstance(exchange, Exchange)
+    found = list(sequences)
+    exchange: Exchange = turns[0].place  # type: ignore[assignment]
     for note in exchange.notes + ((SEPARATE,) if len(found) > 1 else ()):
         report.notice(exchange, note)
     if exchange.earlier:

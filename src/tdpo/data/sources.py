@@ -1,11 +1,11 @@
-"""Where rows come from: files, folders, globs, standard input, the hub, or a mixture. Every row keeps its number."""
+"""Opens sources of rows: files, folders, globs, standard input, the hub, or a mixture. Every row keeps its number."""
 
 from __future__ import annotations
 
 import functools
 import glob
 import hashlib
-import json
+import itertools
 import os
 import re
 import shutil
@@ -18,8 +18,8 @@ from typing import Any
 
 from tdpo.counterparts import ENTRY_SPELLINGS, hint
 from tdpo.data.dialects import SPLITS
-from tdpo.data.readers import READERS, Unreadable, kind_of, read_values, table_values
-from tdpo.data.reading import Reading, parse_columns, parse_names
+from tdpo.data.readers import READERS, Unreadable, first_line, kind_of, read_values, table_values
+from tdpo.data.reading import Reading, parse_columns, parse_json, parse_names
 from tdpo.errors import UserError
 
 STDIN = "-"
@@ -34,7 +34,6 @@ class SourceRow:
         row: Number of the row, from 1: the line of a JSONL file, the data row of a table.
         fields: The row's columns by name.
         error: What made the row unreadable (then ``fields`` is empty), or an empty text.
-        reading: How it becomes records, where its source says so; None leaves it to whoever converts it.
         notes: What a format leaves out of the row while it uses the rest, for the report.
     """
 
@@ -42,7 +41,6 @@ class SourceRow:
     row: int
     fields: dict[str, Any]
     error: str = ""
-    reading: Reading | None = None
     notes: list[str] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -53,11 +51,11 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of a dataset, read anew whenever they are asked for and never all held.
+    """Rows of a dataset, read again by every iteration and never all in memory.
 
     Attributes:
-        name: What messages call it.
-        parts: What gives its rows, one part after the other.
+        name: Its name in messages.
+        parts: The files or datasets that hold its rows, in their order.
     """
 
     name: str
@@ -65,18 +63,14 @@ class Source:
 
     def __iter__(self) -> Iterator[SourceRow]:
         for part in self.parts:
-            for row in part.read():
-                yield row if part.reading is None else replace(row, reading=part.reading)
+            yield from part.read()
 
     def read_by(self, reading: Reading) -> Source:
-        """The same rows, each carrying its reading."""
+        """Returns the same rows, to be converted by one reading."""
         return Source(self.name, tuple(replace(part, reading=reading) for part in self.parts))
 
     def fingerprint(self) -> str | None:
-        """What tells these rows, read in this way, from any others: a hash of files and readings.
-
-        None where that is not known beforehand: for the hub, and where code of the user's reads the rows.
-        """
+        """Hashes the files and readings; None for the hub, and where code of the user's converts the rows."""
         digest = hashlib.sha256(self.name.encode("utf-8", "surrogatepass"))
         for part in self.parts:
             if not part.files or (part.reading is not None and ":" in part.reading.format):
@@ -99,7 +93,7 @@ class Part:
     Attributes:
         read: Reads them.
         files: All that they depend on; none where that is not known.
-        reading: How they become records; None leaves it to whoever converts them.
+        reading: How they become records; None leaves it to the caller of the conversion.
         split: The split that is read of files that may hold several.
     """
 
@@ -141,17 +135,10 @@ class MixedDataset:
 
     def reading(self, seed: int) -> Reading:
         """How its rows become records."""
-        return Reading(
-            format=self.format,
-            columns=parse_columns(self.columns),
-            ignore_columns=parse_names(self.ignore_columns),
-            pairs_from=self.pairs_from,
-            min_margin=self.min_margin,
-            min_score_ratio=self.min_score_ratio,
-            weight=self.weight,
-            seed=seed,
-            truncation_mode=self.truncation_mode,
-        )
+        names = {item.name for item in fields(Reading)} & vars(self).keys()
+        columns, ignored = parse_columns(self.columns), parse_names(self.ignore_columns)
+        given = {name: getattr(self, name) for name in names}
+        return Reading(**{**given, "columns": columns, "ignore_columns": ignored, "seed": seed})
 
 
 def open_source(name: str, split: str, config: str | None = None) -> Source:
@@ -177,7 +164,10 @@ def open_source(name: str, split: str, config: str | None = None) -> Source:
 
 def _open(name: str, split: str, config: str | None) -> Source:
     if name == STDIN:
-        return Source("standard input", (_file_part(_spooled_input(), "standard input", split),))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("standard input cannot be read by several processes; write it to a file first")
+        path = Path(_copied_input().name) / "standard-input.json"
+        return Source("standard input", (_file_part(path, "standard input", split),))
     saved = _saved_folder(Path(name).expanduser(), split)
     if saved is not None:
         files = tuple(sorted(path for path in saved.rglob("*") if path.is_file()))
@@ -186,13 +176,24 @@ def _open(name: str, split: str, config: str | None) -> Source:
     if paths is None:
         return Source(f"{name} ({split})", (Part(functools.partial(_hub_rows, name, split, config)),))
     for path in paths:
-        _check_kind(path)
+        if path.is_file() and kind_of(path) not in READERS:
+            next(read_values(path))  # raises, naming the known kinds
     shown = str(paths[0]) if len(paths) == 1 else name
     return Source(shown, tuple(_file_part(path, str(path), split) for path in paths))
 
 
+def groups_of(rows: Iterable[Any]) -> Iterator[tuple[Reading | None, Iterable[Any]]]:
+    """Yields the rows that share a reading, with it; None where a source names none, and for rows in memory."""
+    if not isinstance(rows, Source):
+        yield None, rows
+        return
+    for _, parts in itertools.groupby(rows.parts, key=lambda part: id(part.reading)):
+        together = tuple(parts)
+        yield together[0].reading, Source(rows.name, together)
+
+
 def read_source(name: str, split: str, config: str | None = None) -> list[SourceRow]:
-    """All rows of a dataset at once; see :func:`open_source`.
+    """Reads all rows of a dataset at once; see :func:`open_source`.
 
     Raises:
         UserError: also if there are none.
@@ -204,13 +205,13 @@ def read_source(name: str, split: str, config: str | None = None) -> list[Source
 
 
 def open_mixture(datasets: Sequence[Any], split: str, readings: Callable[[Reading], Reading], seed: int) -> Source:
-    """Several datasets one after the other, each read in its own way.
+    """Opens several datasets as one source, each with its own reading.
 
     Args:
         datasets: Mappings with the fields of :class:`MixedDataset`, or texts: a JSON object, or
             ``name,field=value,...``.
         split: Split of those that name none.
-        readings: What is done to the reading of each, such as taking one side of a split.
+        readings: Changes the reading of each, such as taking one side of a split.
         seed: Seed of weights that are not whole numbers.
 
     Raises:
@@ -231,7 +232,7 @@ def open_mixture(datasets: Sequence[Any], split: str, readings: Callable[[Readin
 
 
 def mixed_dataset(entry: Any, place: int) -> MixedDataset:
-    """One entry of the option ``datasets``.
+    """Parses one entry of the option ``datasets``.
 
     Example:
         >>> mixed_dataset("pairs.jsonl,weight=0.5,format=hh", 1).weight
@@ -262,7 +263,7 @@ def from_memory(rows: Iterable[Any], source: str) -> list[SourceRow]:
 
 
 def describe(value: Any) -> str:
-    """A short name of a value's type and content for messages.
+    """Describes a value's type and content in a few words for messages.
 
     Example:
         >>> describe(17), describe(None), describe("x" * 60)
@@ -291,11 +292,7 @@ def _entry_fields(entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(entry, str):
         raise UserError(f"{where}: expected an object or a text, found {describe(entry)}")
     if entry.lstrip().startswith("{"):
-        try:
-            content = json.loads(entry)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from error
-        return dict(content)
+        return dict(parse_json(entry, f"{where}:", UserError))
     name, *rest = entry.split(",")
     parts = [part.partition("=") for part in rest]
     for key, equals, _ in parts:
@@ -315,13 +312,8 @@ def _entry_number(value: Any, what: str) -> float:
         raise UserError(f"{what} must be a number, found {describe(value)}") from error
 
 
-def _check_kind(path: Path) -> None:
-    if path.is_file() and kind_of(path) not in READERS:
-        next(read_values(path))
-
-
 def _local_paths(name: str, split: str) -> list[Path] | None:
-    """The files ``name`` means, or None if it can only be a hub name."""
+    """Returns the files that ``name`` means, or None if it can only be a hub name."""
     path = Path(name).expanduser()
     if path.is_dir():
         return _files_of_folder(path, split)
@@ -363,29 +355,17 @@ def _file_rows(path: Path, shown: str, split: str) -> Iterator[SourceRow]:
     return (_source_row(shown, number, value) for number, value in read_values(path, shown, split))
 
 
-def _spooled_input() -> Path:
-    """Standard input as a file, because rows may be read more than once. It goes when the process ends."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("standard input cannot be read by several processes; write it to a file first")
-    return _spool()
-
-
 @functools.cache
-def _spool() -> Path:
+def _copied_input() -> tempfile.TemporaryDirectory[str]:
+    """Copies standard input to a file, because rows may be read more than once; it lasts as long as the process."""
     folder = tempfile.TemporaryDirectory()
-    _KEPT.append(folder)
-    path = Path(folder.name) / "standard-input.json"
-    with open(path, "wb") as file:
+    with open(Path(folder.name) / "standard-input.json", "wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
-    return path
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Folders that last as long as the process."""
+    return folder
 
 
 def _saved_folder(folder: Path, split: str) -> Path | None:
-    """The folder of a split as ``datasets`` saves it to disk, or None if this is none of those."""
+    """Returns the folder of a split as ``datasets`` saves it to disk, or None if this is another folder."""
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return folder
     if not (folder / "dataset_dict.json").is_file():
@@ -402,7 +382,7 @@ def _saved_rows(folder: Path) -> Iterator[SourceRow]:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises many kinds, all of them about what is in the folder
-        raise UserError(f"{folder}: cannot be read as a saved dataset: {_reason(error)}") from error
+        raise UserError(f"{folder}: cannot be read as a saved dataset: {first_line(error)}") from error
     yield from _dataset_rows(loaded, str(folder))
 
 
@@ -413,7 +393,7 @@ def _hub_rows(name: str, split: str, config: str | None) -> Iterator[SourceRow]:
         loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises many kinds, all of them about the user's name, split or network
         raise UserError(
-            f"dataset {name!r}: neither a local file nor loadable from the hub: {_reason(error)}"
+            f"dataset {name!r}: neither a local file nor loadable from the hub: {first_line(error)}"
         ) from error
     yield from _dataset_rows(loaded, f"{name} ({split})")
 
@@ -422,10 +402,6 @@ def _dataset_rows(loaded: Any, shown: str) -> Iterator[SourceRow]:
     """Rows of a ``datasets.Dataset``, which stays on disk; its batches are Arrow's, not its own decoded columns."""
     tables = loaded.with_format("arrow").iter(1000)
     return (_source_row(shown, number, value) for number, value in table_values(tables))
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _source_row(source: str, number: int, value: Any) -> SourceRow:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tdpo.data.formats import FORMATS, DataReport, Format, RowDropped, RowError, chat_options, is_empty, text_of
+from tdpo.data.formats import FORMATS, Format, RowDropped, RowError, chat_options, is_empty, text_of
 from tdpo.data.formats.fields import is_chat, plain_text
 from tdpo.data.formats.prompts import QUESTIONS, SYSTEMS, history_messages, read_turns
 from tdpo.data.formats.refused import LABELS
-from tdpo.data.reading import Reading
+from tdpo.data.reading import Reading, parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
@@ -128,20 +127,17 @@ def chosen_of(known: Format) -> Format:
     def best(reading: Reading) -> Reading:
         return reading if reading.pairs_from else replace(reading, pairs_from="best_worst")
 
-    def responses(records: Iterable[PreferenceRecord]) -> Iterator[Exchange]:
-        for record in records:
-            kept = ("source", "row", "tools", "chat_template_kwargs")
-            yield Exchange(record.prompt, record.chosen, **{name: getattr(record, name) for name in kept})
+    def responses(records: Iterable[PreferenceRecord]) -> list[Exchange]:
+        return [Exchange(r.prompt, r.chosen, r.source, r.row, r.tools, r.chat_template_kwargs) for r in records]
 
-    def convert_row(row: SourceRow, reading: Reading) -> list[Any]:
-        made = known.convert(row, best(reading))
-        return list(made if known.join else responses(made))
-
-    def join(made: Sequence[Any], reading: Reading, report: DataReport) -> Iterator[Exchange]:
-        assert known.join is not None
-        return responses(known.join(made, best(reading), report))
-
-    return replace(known, convert=convert_row, join=join if known.join else None)
+    join = known.join
+    if join is None:
+        return replace(known, convert=lambda row, reading: responses(known.convert(row, best(reading))))
+    return replace(
+        known,
+        convert=lambda row, reading: known.convert(row, best(reading)),
+        join=lambda made, reading, report: responses(join(made, best(reading), report)),
+    )
 
 
 def or_chosen(plain: Format, pairs: Format) -> Format:
@@ -272,10 +268,8 @@ def _parsed(row: SourceRow, name: str) -> SourceRow:
     value = row.fields.get(name)
     if not (isinstance(value, str) and value.lstrip().startswith("[")):
         return row
-    try:
-        return replace(row, fields={**row.fields, name: json.loads(value)})
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"field {name!r} is a list of turns as text and not valid JSON: {error}") from error
+    turns = parse_json(value, f"field {name!r} is a list of turns as text and", RowError)
+    return replace(row, fields={**row.fields, name: turns})
 
 
 def _system(row: SourceRow) -> list[Message]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tdpo.data.chat import REFUSES, ChatRenderer, Piece
+from tdpo.data.chat import ChatRenderer
 from tdpo.data.continuation import ContinuationEncoder
 from tdpo.data.encode import TextEncoder
-from tdpo.data.formats import ROWS_NAMED, DataReport, OnBadRow, Placed, RowError
+from tdpo.data.formats import BAD_ROW_ADVICE, BadRows, DataReport, OnBadRow, Placed, RowError
 from tdpo.data.rendered import RenderedTexts
 from tdpo.data.sources import SourceRow
+from tdpo.data.special_tokens import Piece
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
-BAD_ROW_ADVICE = "--on_bad_row drop leaves such rows out"
+if TYPE_CHECKING:
+    from tdpo.data.supervised import Exchange
+
 REFUSED_ADVICE = (
     f"{BAD_ROW_ADVICE}, --chat_template_path gives another template, --ignore_columns leaves out a column such as "
     "'system'"
@@ -81,26 +84,6 @@ class Part(NamedTuple):
     add_end: bool = False
 
 
-class Asked(Placed, Protocol):
-    """A prompt as it was read: what records of pairs and of single responses share."""
-
-    @property
-    def prompt(self) -> Text:
-        """Plain text, or chat messages."""
-
-    @property
-    def tools(self) -> list[Any] | None:
-        """Tools the chat template shows the model."""
-
-    @property
-    def chat_template_kwargs(self) -> dict[str, Any] | None:
-        """Further arguments of the chat template."""
-
-    @property
-    def truncation_mode(self) -> TruncationMode | None:
-        """Which part of the prompt stays when it is cut; None is that of :class:`Lengths`."""
-
-
 class Turns(NamedTuple):
     """A prompt and the responses to it, as they are tokenised together.
 
@@ -126,7 +109,7 @@ class Turns(NamedTuple):
         return ("chosen", "rejected") if len(self.responses) == 2 else ("the response",) * len(self.responses)
 
     @classmethod
-    def of(cls, record: Asked, *responses: Text) -> Turns:
+    def of(cls, record: PreferenceRecord | Exchange, *responses: Text) -> Turns:
         """A record's prompt with some responses to it."""
         return cls(record.prompt, responses, record, record.tools, record.chat_template_kwargs, record.truncation_mode)
 
@@ -155,7 +138,7 @@ class Tokeniser:
     Args:
         tokenizer: The tokenizer of the policy.
         lengths: Truncation.
-        encode: The encoder of another ``Tokeniser`` with the same tokenizer, to share what it has learnt.
+        encode: The encoder of another ``Tokeniser`` with the same tokenizer, to share it.
         processes: Processes that a whole dataset is tokenised in; see :mod:`tdpo.data.workers`.
         rendering: Arguments of the chat template, and what special-token text in plain texts is.
 
@@ -180,7 +163,7 @@ class Tokeniser:
                 "the tokenizer has no end-of-sequence token, so no response could ever end; name one with --eos_token"
             )
         self.chats = ChatRenderer(tokenizer, self.rendering.template_arguments)
-        self.texts = RenderedTexts(tokenizer, self.chats.special)
+        self.texts = RenderedTexts(tokenizer, self.chats.special.texts)
         if encode is not None:
             self.encode = encode
 
@@ -210,7 +193,7 @@ class Tokeniser:
         return unknown if any(unknown in ids for ids in rare) else None
 
     def unlimited(self) -> Tokeniser:
-        """Returns a tokeniser that cuts nothing and shares what this one has learnt."""
+        """Returns a tokeniser that cuts nothing and shares the encoder of this one."""
         limits = Lengths(max_length=2**31, max_prompt_length=2**30)
         return Tokeniser(self.tokenizer, limits, self.encode, rendering=self.rendering)
 
@@ -241,7 +224,7 @@ class Tokeniser:
     def encode_turns(self, turns: Sequence[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
         """Encodes prompts and responses of any length, in order. Of a place that is refused, the turns behind too."""
         jobs: list[tuple[Turns, list[Part], Sequence[str]]] = []
-        bad, refused = [], None
+        bad, refused = BadRows(report, on_bad_row), None
         for turn in turns:
             if turn.place is refused:
                 continue
@@ -249,23 +232,18 @@ class Tokeniser:
                 parts, noticed = self._pieces(turn)
             except RowError as error:
                 refused = turn.place
-                bad.append(f"{turn.place.source}, row {turn.place.row}: {error}")
-                report.drop(turn.place, f"bad row ({error})")
+                bad.add(turn.place, error)
                 continue
             jobs.append((turn, parts, noticed))
             for what in noticed:
                 report.notice(turn.place, what)
-        if bad and on_bad_row == "error":
-            refused_by_template = any(REFUSES in message for message in bad)
-            raise UserError(_named(bad, REFUSED_ADVICE if refused_by_template else BAD_ROW_ADVICE))
+        bad.raise_error(REFUSED_ADVICE)
         encoded = self._encode_pieces([part for _, parts, _ in jobs for part in parts])
         end = [self.tokenizer.eos_token_id]
         for turn, parts, noticed in jobs:
             prompt, *responses = (next(encoded) for _ in parts)
             if not all(responses):
-                empty = f"the tokenizer leaves nothing of {turn.names[responses.index([])]}"
-                bad.append(f"{turn.place.source}, row {turn.place.row}: {empty}")
-                report.drop(turn.place, f"bad row ({empty})")
+                bad.add(turn.place, f"the tokenizer leaves nothing of {turn.names[responses.index([])]}")
                 continue
             if self._unknown is not None and any(self._unknown in ids for ids in (prompt, *responses)):
                 report.notice(turn.place, f"text that the tokenizer does not know becomes {self.tokenizer.unk_token!r}")
@@ -276,23 +254,21 @@ class Tokeniser:
             if len(responses) > 1 and responses[0] == responses[1]:
                 found = found._replace(reason_identical=_reason_identical(turn, noticed))
             yield found
-        if bad and on_bad_row == "error":
-            raise UserError(_named(bad, BAD_ROW_ADVICE))
+        bad.raise_error(BAD_ROW_ADVICE)
 
     def within_limits(self, encoded: Iterable[Ids], report: DataReport) -> Iterator[Ids]:
         """Cuts, drops or refuses what is overlong, as :class:`Lengths` says; whatever is cut or dropped is counted."""
-        overlong = []
+        overlong = BadRows(report)
         for ids in encoded:
             try:
                 fitted = self.fit(ids.prompt, ids.responses, ids.place, report, ids.truncation_mode)
             except RowError as error:
-                overlong.append(f"{ids.place.source}, row {ids.place.row}: {error}")
+                overlong.add(ids.place, error)
                 continue
             if fitted is not None:
                 prompt, responses = fitted
                 yield ids._replace(prompt=prompt, responses=responses)
-        if overlong:
-            raise UserError(_named(overlong, "--on_overlong truncate or drop would go on"))
+        overlong.raise_error("--on_overlong truncate or drop would go on")
 
     def prompts(self, asked: Sequence[Text | Turns]) -> list[list[int]]:
         """Ids of prompts, of any length: as training has them before responses, or as they are asked alone.
@@ -336,21 +312,21 @@ class Tokeniser:
             return self._pieces_of_texts(turn.prompt, [str(response) for response in turn.responses])
         if not turn.responses:
             prompt = self.chats.prompt(turn.prompt, turn.tools, turn.arguments)
-            return [Part(self.chats.pieces(prompt))], ()
+            return [Part(self.chats.special.pieces(prompt))], ()
         chat = self.chats.chat(turn.prompt, turn.responses, turn.tools, turn.arguments, turn.names)  # type: ignore[arg-type]
         responses = [
-            Part(self.chats.pieces(response, continues=True), add_end=not ended)
+            Part(self.chats.special.pieces(response, continues=True), add_end=not ended)
             for response, ended in zip(chat.responses, chat.ended, strict=True)
         ]
         chosen = self.rendering.special_tokens is not None
         ends = () if chosen else self.texts.notices_of_turns(turn.responses)  # type: ignore[arg-type]
-        return [Part(self.chats.pieces(chat.prompt)), *responses], (*chat.left_out, *ends)
+        return [Part(self.chats.special.pieces(chat.prompt)), *responses], (*chat.left_out, *ends)
 
     def _pieces_of_texts(self, prompt: str, responses: Sequence[str]) -> tuple[list[Part], Sequence[str]]:
         noticed = tuple(self.texts.notices(prompt, responses, chosen=self.rendering.special_tokens is not None))
         if self.rendering.special_tokens != "tokens":
             return [Part([Piece(prompt)]), *(Part([Piece(r, continues=True)], True) for r in responses)], noticed
-        cut = [self.chats.through_end(response) for response in responses]
+        cut = [self.chats.special.through_end(response) for response in responses]
         ended = [Part([Piece(text, literal=False, continues=True)], not ended) for text, ended in cut]
         return [Part([Piece(prompt, literal=False)]), *ended], noticed
 
@@ -436,9 +412,3 @@ def outside_vocabulary(token: int, vocab_size: int, tokens: int | None) -> str:
         f"token id {token} is outside the model's vocabulary of {vocab_size}; tokenizer and model do not belong "
         "together" + (f" ({sizes}; --tokenizer_name_or_path names another tokenizer)" if sizes else "")
     )
-
-
-def _named(messages: Sequence[str], advice: str) -> str:
-    """One message of many, each about a row: the first ten, how many more, and what could be done."""
-    more = f"\n... and {len(messages) - ROWS_NAMED} more" if len(messages) > ROWS_NAMED else ""
-    return "\n".join(messages[:ROWS_NAMED]) + f"{more}\n({advice})"

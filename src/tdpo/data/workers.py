@@ -1,12 +1,11 @@
-"""Chunks of records to record batches, here or in several processes, which give them back in their order.
+"""Tokenises chunks of records to record batches, in this process or in several, in the order of the chunks.
 
-A process starts anew, imports the package and gets the tokenizer, which takes seconds before its first row; so it is
-asked for (``--dataset_num_proc``) and pays from some hundred thousand pairs on.
+A new process imports the package and receives the tokenizer, which takes seconds before its first row; so processes
+are optional (``--dataset_num_proc``) and pay from some hundred thousand pairs on.
 """
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -31,20 +30,20 @@ _tokeniser: Tokeniser | None = None
 def batches_made_here(
     chunks: Iterable[list[PreferenceRecord]], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
 ) -> Iterator[Any]:
-    """A record batch per chunk, made in this process; see :func:`batches_of_workers`."""
+    """Yields a record batch per chunk, made in this process; see :func:`batches_of_workers`."""
     for chunk in chunks:
-        yield _batch(chunk, tokeniser, report, on_bad_row)
+        yield record_batch(tokeniser.pairs(chunk, report, on_bad_row))
 
 
 def batches_of_workers(
     chunks: Iterable[list[PreferenceRecord]], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
 ) -> Iterator[Any]:
-    """A record batch per chunk, as one process would make it, in ``tokeniser.processes`` processes.
+    """Yields a record batch per chunk, as one process would make it, in ``tokeniser.processes`` processes.
 
     Args:
         chunks: Records, read as they are handed out.
         tokeniser: Its tokenizer and limits go to every process.
-        report: Gets what every chunk's report says, in the order of the chunks.
+        report: The reports of the chunks are added to it, in their order.
         on_bad_row: ``"error"`` or ``"drop"``.
 
     Raises:
@@ -77,31 +76,18 @@ def batches_of_workers(
 
 
 def _collected(future: Future[tuple[Any, DataReport]], report: DataReport) -> Any:
-    batch, told = future.result()
-    report.add(told)
+    batch, part = future.result()
+    report.add(part)
     return batch
 
 
 def _begin(tokenizer: Any, lengths: Lengths, rendering: Rendering) -> None:
-    """Makes this process's tokeniser."""
     global _tokeniser
     _tokeniser = Tokeniser(tokenizer, lengths, rendering=rendering)
 
 
 def _tokenised(records: list[PreferenceRecord], source: str, on_bad_row: OnBadRow) -> tuple[Any, DataReport]:
-    """A chunk's record batch, and what there is to report of it."""
     if _tokeniser is None:
         raise RuntimeError("this process has no tokeniser; it was not started by batches_of_workers")
     report = DataReport(source)
-    return _batch(records, _tokeniser, report, on_bad_row), report
-
-
-def _batch(records: list[PreferenceRecord], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow) -> Any:
-    """Holds the garbage collector back: a chunk makes many lists and no cycles; looking for some doubles its time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        return record_batch(tokeniser.pairs(records, report, on_bad_row))
-    finally:
-        if was_on:
-            gc.enable()
+    return record_batch(_tokeniser.pairs(records, report, on_bad_row)), report

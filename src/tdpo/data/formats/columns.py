@@ -10,6 +10,7 @@ from typing import Any
 
 from tdpo.data.formats.answers import ANSWER_KEYS, LISTS
 from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, parsed_chat
+from tdpo.data.formats.preference import common_prefix
 from tdpo.data.formats.prompts import PROMPTS, SYSTEMS, holds_turns
 from tdpo.data.formats.report import REASONS_KEPT, DataReport
 from tdpo.data.sources import SourceRow
@@ -59,7 +60,6 @@ class UnusedColumns:
         self.name, self.report = name, report
         self._always = {use for use in uses if isinstance(use, str)}
         self._groups = [[alternative.split("+") for alternative in use] for use in uses if not isinstance(use, str)]
-        self._suspects: dict[tuple[str, ...], list[str]] = {}
         self._named: set[str] = set()
 
     def check_head(self, head: Sequence[SourceRow]) -> None:
@@ -82,21 +82,12 @@ class UnusedColumns:
         Raises:
             UserError: naming a column that may be the prompt.
         """
-        fields = row.fields
-        names = tuple(fields)
-        if names not in self._suspects:
-            if len(self._suspects) > 1000:  # rows that hardly share their columns
-                self._suspects.clear()
-            self._suspects[names] = [name for name in names if not self._settled(name)]
-        suspects = [name for name in self._suspects[names] if not isinstance(fields[name], SCALARS)]
-        if suspects:
-            used = {name: fields[name] for name in self._used(fields) & fields.keys()}
-            prompts = [value for name, value in used.items() if isinstance(value, str) and not _is_answer(name)]
-            suspects = [name for name in suspects if not _repeats(fields[name], used.values(), prompts)]
-        if suspects:
-            stopping = self._stopping(row, suspects)
-            if stopping:
-                raise UserError(self._message(dict.fromkeys(stopping, row)))
+        values = [(name, value) for name, value in row.fields.items() if not isinstance(value, SCALARS)]
+        suspects = [(name, value) for name, value in values if not self._settled(name)]
+        used = [row.fields.get(name) for name in self._used(row.fields)] if suspects else []
+        stopping = self._stopping(row, [name for name, value in suspects if value not in used])
+        if stopping:
+            raise UserError(self._message(dict.fromkeys(stopping, row)))
 
     def _notice_keys(self, row: SourceRow) -> None:
         """Reports keys of listed answers that hold text and are not used, such as a critique, once for each."""
@@ -133,7 +124,6 @@ class UnusedColumns:
                 shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
                 self.report.unused.setdefault(shown, row.row)
                 self._named.add(name)
-                self._suspects.clear()
         return stopping
 
     def _used(self, fields: dict[str, Any]) -> set[str]:
@@ -206,13 +196,6 @@ class SystemColumn:
         return name == "prompt" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
 
 
-def _repeats(value: Any, used: Iterable[Any], prompts: Sequence[str]) -> bool:
-    """Returns whether a column is equal to a used one or a part of a prompt, the two cheap ways of repeating it."""
-    if isinstance(value, str):
-        return value in used or _within(value, prompts)
-    return isinstance(value, list | dict) and value in used
-
-
 class _Contents:
     """Holds all texts of the columns of a row that are used.
 
@@ -227,7 +210,7 @@ class _Contents:
         self._all = {text.strip() for text in (*self._answers, *self._prompts)}
         pair = [fields.get(name) for name in ("chosen", "rejected")]
         if all(isinstance(text, str) and not CHAT_AS_TEXT.match(text) for text in pair):
-            self._prompts.append(_common_prefix(*pair))  # type: ignore[arg-type]
+            self._prompts.append(pair[0][: common_prefix(*pair)])  # type: ignore[index, arg-type]
 
     def of_prompt(self, value: Any) -> bool:
         """Returns whether each text of a value is a text of the row, or a part of its prompt."""
@@ -240,6 +223,7 @@ class _Contents:
         )
 
 
+@functools.lru_cache(1 << 14)
 def is_metadata(name: str) -> bool:
     """Returns whether a name is known to be that of metadata.
 
@@ -323,7 +307,7 @@ def _is_binary(part: Any) -> bool:
     return bool(part) if isinstance(part, bytes) else hasattr(part, "mode") and hasattr(part, "size")
 
 
-@functools.cache
+@functools.lru_cache(1 << 14)
 def _is_answer(name: str) -> bool:
     return ANSWERS.search(name) is not None
 
@@ -341,8 +325,3 @@ def _plain_name(name: object) -> str:
 def _within(text: str, others: Sequence[str]) -> bool:
     text = text.strip()
     return any(text in other for other in others)
-
-
-def _common_prefix(one: str, other: str) -> str:
-    end = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
-    return one[:end] if end is not None else min(one, other, key=len)

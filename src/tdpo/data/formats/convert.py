@@ -1,4 +1,4 @@
-"""Rows to records: formats told from the rows, and one place that decides what a bad row means."""
+"""Converts rows to records: recognises their format, and drops or refuses bad rows."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from tdpo.data.formats.columns import SystemColumn, UnusedColumns
 from tdpo.data.formats.fields import renamed
 from tdpo.data.formats.prompts import SYSTEMS
 from tdpo.data.formats.refused import refusal
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recognise
-from tdpo.data.formats.report import ROWS_NAMED, DataReport, Placed, RowDropped, RowError
+from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, RowDropped, RowError
 from tdpo.data.reading import Reading
-from tdpo.data.sources import SourceRow
+from tdpo.data.sources import SourceRow, groups_of
 from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord, Text
 
-OnBadRow = Literal["error", "drop"]
-Made = TypeVar("Made")
+BAD_ROW_ADVICE = "--on_bad_row drop leaves such rows out"
 PAIRS_BY_NAME = (
     ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"), ("preferred", "dispreferred"),
     ("positive", "negative"), ("pos", "neg"), ("pos_resp", "neg_resp"), ("winner", "loser"), ("better", "worse"),
@@ -49,7 +48,7 @@ def iter_records(
     """Gives the records of rows one after the other, without holding them.
 
     Args:
-        rows: Rows of one source or several; one that carries a reading of its own is read by it.
+        rows: Rows in memory, or a :class:`~tdpo.data.sources.Source`, whose parts may have readings of their own.
         reading: The reading of all others; a text is the name of a format.
         on_bad_row: ``"error"`` raises after reading all rows and names up to ten bad ones; ``"drop"`` leaves them out.
         report: Where all of it is counted.
@@ -58,11 +57,7 @@ def iter_records(
         UserError: for no rows, an unknown format, columns that fit no format, options a format does not have, or bad
             rows.
     """
-
-    def prompt(record: PreferenceRecord) -> Text:
-        return record.prompt or record.chosen
-
-    yield from convert(rows, reading, on_bad_row, report, FORMATS, prompt)
+    yield from convert(rows, reading, on_bad_row, report, FORMATS, lambda record: record.prompt or record.chosen)
 
 
 def convert(
@@ -77,84 +72,52 @@ def convert(
 
     Args:
         rows: The rows.
-        reading: Reading of the rows that carry none.
+        reading: Reading of the rows whose source names none.
         on_bad_row: What happens to bad ones.
         report: Where all of it is counted.
         formats: The known formats.
         key: What decides of a record on which side of a split it is.
     """
     default = Reading(reading) if isinstance(reading, str) else reading
-    account = _Account(report, on_bad_row)
-    for _, group in itertools.groupby(rows, key=lambda row: id(row.reading)):
-        yield from _convert_source(group, default, account, formats, key)
+    bad = BadRows(report, on_bad_row)
+    recognised: dict[str, str] = {}
+    for own, group in groups_of(rows):
+        yield from _convert_group(group, own or default, bad, recognised, formats, key)
     if not report.read:
         raise UserError(f"{report.source}: no rows in it")
-    account.settle()
+    read = " and ".join(f"{name} ({columns})" for name, columns in recognised.items())
+    read = f"; by their columns they were read as {read}, --dataset_format names another format" if read else ""
+    bad.raise_error(BAD_ROW_ADVICE + read)
 
 
 def name_of(rows: Iterable[SourceRow]) -> str:
     """What messages call these rows: the name of their source, or of the first row's."""
-    name = getattr(rows, "name", None)
-    if name is None and isinstance(rows, list):
-        name = rows[0].source if rows else None
-    return name or "dataset"
+    first = rows[0].source if isinstance(rows, list) and rows else None
+    return getattr(rows, "name", first) or "dataset"
 
 
-class _Account:
-    """Keeps account of rows that were read and of those that failed, in bounded memory."""
-
-    def __init__(self, report: DataReport, on_bad_row: OnBadRow) -> None:
-        self.report, self.on_bad_row = report, on_bad_row
-        self._named: list[str] = []
-        self._bad = 0
-        self.recognised: dict[str, str] = {}
-
-    @property
-    def lost(self) -> bool:
-        """Whether the run will end in an error, so that no record is needed any more."""
-        return self._bad > 0 and self.on_bad_row == "error"
-
-    def bad(self, row: Placed, error: object) -> None:
-        """A row that cannot be used."""
-        self._bad += 1
-        if len(self._named) < ROWS_NAMED:
-            self._named.append(f"{row.source}, row {row.row}: {error}")
-        if self.on_bad_row == "drop":
-            self.report.drop(row, f"bad row ({error})")
-
-    def settle(self) -> None:
-        """Raises what there is to raise."""
-        if self.lost:
-            more = f"\n... and {self._bad - len(self._named)} more" if self._bad > len(self._named) else ""
-            read = " and ".join(f"{name} ({columns})" for name, columns in self.recognised.items())
-            read = f"; by their columns they were read as {read}, --dataset_format names another format" if read else ""
-            raise UserError("\n".join(self._named) + more + f"\n(--on_bad_row drop leaves such rows out{read})")
-
-
-def _convert_source(
+def _convert_group(
     rows: Iterable[SourceRow],
-    default: Reading,
-    account: _Account,
+    reading: Reading,
+    bad: BadRows,
+    recognised: dict[str, str],
     formats: Mapping[str, Format],
     key: Callable[[Any], Text],
 ) -> Iterator[Any]:
-    """Records of rows that are read alike."""
-    rows = iter(rows)
-    first = next(rows)
-    reading = first.reading or default
-    usable = _usable(itertools.chain([first], rows), reading, account)
+    """Yields the records of rows that share a reading."""
+    usable = _usable(rows, reading, bad)
     head = list(itertools.islice(usable, LOOKED_AT))
     if not head:
         return
     name = _format_name(head, formats) if reading.format == AUTO else reading.format
     found = find_format(name, formats)
     _check_options(name, found, reading, formats)
-    report = account.report
+    report = bad.report
     if reading.format == AUTO:
-        account.recognised[name] = found.columns
+        recognised[name] = found.columns
     if name not in report.format.split(", "):
         report.format = f"{report.format}, {name}" if report.format else name
-    made = _convert_rows(_checked_rows(name, found, head, usable, report), found, reading, account)
+    made = _convert_rows(_checked_rows(name, found, head, usable, report), found, reading, bad)
     records = made if found.join is None else found.join(list(made), reading, report)
     for number, record in enumerate(records):
         if reading.side is not None and not reading.side.holds(key(record)):
@@ -162,7 +125,7 @@ def _convert_source(
             continue
         copies = reading.copies(number, key(record))
         report.kept += copies
-        if copies and not account.lost:
+        if copies and not bad.stop:
             if reading.truncation_mode is not None:
                 record = replace(record, truncation_mode=reading.truncation_mode)
             yield from itertools.repeat(record, copies)
@@ -185,16 +148,16 @@ def _checked_rows(
         yield systems.fill(row) if systems else row
 
 
-def _usable(rows: Iterable[SourceRow], reading: Reading, account: _Account) -> Iterator[SourceRow]:
+def _usable(rows: Iterable[SourceRow], reading: Reading, bad: BadRows) -> Iterator[SourceRow]:
     """Rows that could be read, without the columns to ignore and with the others renamed.
 
     Raises:
         UserError: if a column to ignore is in none of them.
     """
     ignored, columns = set(reading.ignore_columns), {name for name, _ in reading.columns}
-    pending, names = set(ignored), dict[str, None]()
+    pending, names, before = set(ignored), dict[str, None](), bad.report.read
     for row in rows:
-        account.report.read += 1
+        bad.report.read += 1
         if pending:
             pending -= row.fields.keys()
             names.update(dict.fromkeys(row.fields))
@@ -205,33 +168,33 @@ def _usable(rows: Iterable[SourceRow], reading: Reading, account: _Account) -> I
                 raise RowError(row.error)
             found = renamed(row, reading.columns)
         except RowError as error:
-            account.bad(row, error)
+            bad.add(row, error)
             continue
         for name in columns and columns & row.fields.keys():
             if found.fields.get(name) is not row.fields[name]:
-                account.report.unused.setdefault(name, row.row)
+                bad.report.unused.setdefault(name, row.row)
         yield found
-    if pending:
+    if pending and bad.report.read > before:
         missing = sorted(pending)[0]
         listed = ", ".join(map(repr, names)) or "none"
         hint = nearest(missing, names)
         raise UserError(f"--ignore_columns: there is no column {missing!r}; found the columns {listed}.{hint}")
 
 
-def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: Reading, account: _Account) -> Iterator[Any]:
+def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: Reading, bad: BadRows) -> Iterator[Any]:
     for row in rows:
         try:
             made = found.convert(row, reading)
         except RowDropped as reason:
-            account.report.drop(row, str(reason))
+            bad.report.drop(row, str(reason))
         except RowError as error:
-            account.bad(row, error)
+            bad.add(row, error)
         except RecursionError:
-            account.bad(row, "it is nested too deeply")
+            bad.add(row, "it is nested too deeply")
         else:
             yield from made
         for note in row.notes:
-            account.report.notice(row, note)
+            bad.report.notice(row, note)
         row.notes.clear()
 
 

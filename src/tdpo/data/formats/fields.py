@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any, TypeGuard
 
 from tdpo.data.formats.report import RowDropped, RowError
+from tdpo.data.reading import parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.errors import UserError
 from tdpo.types import Message, PreferenceRecord, Text
@@ -82,7 +83,13 @@ def as_text(value: Any, what: str) -> Text:
         what: What messages call it.
     """
     if isinstance(value, str) and CHAT_AS_TEXT.match(value):
-        value = _chat_in_text(value, what)
+        try:
+            value = parsed_chat(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(
+                f"{what} looks like a chat as text and is not valid JSON: {error}. Write it with json.dumps, or the "
+                "table as Parquet or JSONL"
+            ) from error
     if isinstance(value, str):
         return encodable(value, what)
     if isinstance(value, dict) and ("role" in value or "from" in value):
@@ -169,7 +176,7 @@ def chat_options(row: SourceRow, prompt: Text) -> dict[str, Any]:
     for name, kind, meaning in (("tools", list, "a list of tools"), ("chat_template_kwargs", dict, "an object")):
         value = row.fields.get(name)
         if isinstance(value, str) and value.strip():
-            value = _parsed(value, name)
+            value = parse_json(value, f"field {name!r} is", RowError)
         if not value:  # null, an empty text of a table, an empty list
             continue
         if not isinstance(value, kind):
@@ -276,16 +283,6 @@ def _moved(entry: dict[str, Any], column: str, name: str) -> dict[str, Any]:
     return {**kept, name: entry[column]} if column in entry else kept
 
 
-def _chat_in_text(text: str, what: str) -> Any:
-    try:
-        return parsed_chat(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(
-            f"{what} looks like a chat as text and is not valid JSON: {error}. Write it with json.dumps, or the table "
-            "as Parquet or JSONL"
-        ) from error
-
-
 def parsed_chat(text: str) -> Any:
     """Parses a chat that a table of texts holds as JSON, or as Python prints a list.
 
@@ -344,19 +341,9 @@ def _json_like(value: Any, what: str) -> Any:
     return value
 
 
-def _parsed(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"field {name!r} is not valid JSON: {error}") from error
-
-
 def _calls(text: str, what: str, speaker: str) -> list[dict[str, Any]]:
     """The calls of a turn of :data:`CALLERS`: JSON of one object with name and arguments, or of a list of them."""
-    try:
-        calls = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{what} is from {speaker} and not valid JSON: {error}") from error
+    calls = parse_json(text, f"{what} is from {speaker} and", RowError)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise RowError(f"{what} is from {speaker} and names no function: {describe(text)}")

@@ -6,12 +6,21 @@ from typing import Any
 
 import regex
 
-from tdpo.data.formats.fields import ASKING_ROLES, chat_options, check_kinds, checked, first_of, text_of
-from tdpo.data.formats.prompts import CHAT_OPTIONS, PROMPT_USES, PROMPTS, SYSTEMS, pair_record, prompt_of, shared_turns
+from tdpo.data.formats.fields import ASKING_ROLES, check_kinds, first_of, text_of
+from tdpo.data.formats.prompts import (
+    CHAT_OPTIONS,
+    PROMPT_USES,
+    PROMPTS,
+    SYSTEMS,
+    pair_record,
+    prompt_of,
+    record_of,
+    shared_turns,
+)
 from tdpo.data.formats.report import RowDropped, RowError
 from tdpo.data.reading import Reading
 from tdpo.data.sources import SourceRow, describe
-from tdpo.types import PreferenceRecord, Text
+from tdpo.types import PreferenceRecord
 
 PREFERENCE_USES = (*PROMPT_USES, "chosen", "rejected")
 IMPLICIT_USES = ("chosen", "rejected", SYSTEMS, *CHAT_OPTIONS)
@@ -54,7 +63,7 @@ def implicit(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
         end = _rendered_prompt(chosen, rejected) or common_words(chosen, rejected)
         if not chosen[:end].strip():
             raise RowError("there is no field 'prompt', and chosen and rejected do not begin with the same words")
-        return [_record(row, chosen[:end], chosen[end:], rejected[end:])]
+        return [record_of(row, chosen[:end], chosen[end:], rejected[end:])]
     turns: Any = (chosen, rejected)
     prompt = shared_turns(*turns)
     if not prompt:
@@ -72,7 +81,7 @@ def hh(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
         raise RowDropped("the two dialogues do not share their prompt")
     if not (chosen.strip() and rejected.strip()):
         raise RowDropped("a dialogue ends without a response")
-    return [_record(row, prompt, chosen, rejected)]
+    return [record_of(row, prompt, chosen, rejected)]
 
 
 def has_explicit_prompt(fields: dict[str, Any]) -> bool:
@@ -108,7 +117,7 @@ def common_words(one: str, other: str) -> int:
         'The sky is'
     """
     last = min(len(one.rstrip()), len(other.rstrip())) - 1
-    end = min(_common_prefix(one, other), max(last, 0))
+    end = min(common_prefix(one, other), max(last, 0))
     while end > 0 and not all(BOUNDARY.match(text, end) for text in (one, other)):
         end -= 1
     while end > 0 and one[end - 1] == " ":
@@ -123,15 +132,15 @@ def _rendered_prompt(one: str, other: str) -> int:
         RowDropped: if the chats part before their last turn.
     """
     last, others = ([found.end() for found in ANSWER_HEADER.finditer(text)] for text in (one, other))
-    common = _common_prefix(one, other)
+    common = common_prefix(one, other)
     shared = max((end for end in last if end <= common), default=0)
     if shared and not last[-1] == others[-1] == shared:
         raise RowDropped("the two chats do not share their prompt")
     return shared
 
 
-def _common_prefix(one: str, other: str) -> int:
-    """Length of the common prefix of two texts, by halving."""
+def common_prefix(one: str, other: str) -> int:
+    """Returns the length of the common prefix of two texts, by halving."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -148,9 +157,3 @@ def _split_dialogue(text: Any, name: str) -> tuple[str, str]:
         raise RowError(f"field {name!r} must be a dialogue with an 'Assistant:' turn, found {describe(text)}")
     end = text.rindex(DIALOGUE_TURN) + len(DIALOGUE_TURN)
     return text[:end], text[end:]
-
-
-def _record(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> PreferenceRecord:
-    check_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
-    record = PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt))
-    return checked(record)

@@ -169,11 +169,16 @@ def pair_record(row: SourceRow, prompt: Text | None, chosen: Text, rejected: Tex
     if prompt is None:
         raise RowError("there is no prompt, and the responses are not chats that begin with one")
     prompt, chosen, rejected = with_system(row, prompt, chosen, rejected)
-    check_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
     check_placeholders(prompt)
-    record = checked(PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt)))
+    record = record_of(row, prompt, chosen, rejected)
     row.notes.extend(_notes(prompt, chosen, rejected))
     return record
+
+
+def record_of(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> PreferenceRecord:
+    """Makes the record of a row whose texts are complete; see :func:`pair_record` for the errors."""
+    check_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
+    return checked(PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt)))
 
 
 def shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:

@@ -26,32 +26,8 @@ def _is_unpaired(fields: dict[str, Any]) -> bool:
     return _answered(fields) and (isinstance(label, bool) or label in (0, 1) or str(label).lower() in ("true", "false"))
 
 
-def _is_stepwise(fields: dict[str, Any]) -> bool:
-    return isinstance(fields.get("completions"), list) and isinstance(fields.get("labels"), list)
-
-
-def _is_arena(fields: dict[str, Any]) -> bool:
-    return {"winner_model_a", "winner_model_b"} <= fields.keys()
-
-
-def _is_webgpt(fields: dict[str, Any]) -> bool:
-    return isinstance(fields.get("question"), dict) and {"answer_0", "answer_1"} <= fields.keys()
-
-
-def _is_comparison(fields: dict[str, Any]) -> bool:
-    return {"info", "summaries", "choice"} <= fields.keys()
-
-
 def _numbers(fields: dict[str, Any]) -> list[str]:
     return [name for name, value in fields.items() if isinstance(value, int | float) and not isinstance(value, bool)]
-
-
-def _is_rated(fields: dict[str, Any]) -> bool:
-    return _answered(fields) and bool(_numbers(fields))
-
-
-def _is_supervised(fields: dict[str, Any]) -> bool:
-    return "messages" in fields or _answered(fields)
 
 
 def _pair_unpaired(fields: dict[str, Any]) -> str:
@@ -60,28 +36,6 @@ def _pair_unpaired(fields: dict[str, Any]) -> str:
     return (
         "a pair needs a good and a bad response to one prompt: write the label as a number, 1 or 0, in a column "
         "'reward' beside 'prompt' and 'completion' (the format scored), which pairs the responses of each prompt"
-    )
-
-
-def _pair_arena(fields: dict[str, Any]) -> str:
-    return _function(
-        "p, a, b = (json.loads(row[name])[-1] for name in ('prompt', 'response_a', 'response_b')); "
-        "return None if row['winner_tie'] else {'prompt': p, 'response_a': a, 'response_b': b, "
-        "'winner': 'a' if row['winner_model_a'] else 'b'}"
-    )
-
-
-def _pair_webgpt(fields: dict[str, Any]) -> str:
-    return _function(
-        "return {**{name: row[name] for name in ('answer_0', 'answer_1', 'score_0', 'score_1')}, "
-        "'question': row['question']['full_text']}"
-    )
-
-
-def _pair_comparison(fields: dict[str, Any]) -> str:
-    return _function(
-        "two = [s['text'] for s in row['summaries']]; return {'prompt': row['info']['post'] + '\\n\\nTL;DR:', "
-        "'chosen': two[row['choice']], 'rejected': two[1 - row['choice']]}"
     )
 
 
@@ -97,21 +51,47 @@ def _renamed(fields: dict[str, Any], rating: str) -> str:
     return f"--columns reward={rating}" + ("" if answer in ANSWERS[:2] else f",completion={answer}")
 
 
-def _function(code: str) -> str:
-    return f"--dataset_format module:function converts them, with def function(row): {code}"
-
-
+FUNCTION = "--dataset_format module:function converts them, with def function(row): "
+PAIR_ARENA = (
+    "p, a, b = (json.loads(row[name])[-1] for name in ('prompt', 'response_a', 'response_b')); "
+    "return None if row['winner_tie'] else {'prompt': p, 'response_a': a, 'response_b': b, "
+    "'winner': 'a' if row['winner_model_a'] else 'b'}"
+)
+PAIR_WEBGPT = (
+    "return {**{name: row[name] for name in ('answer_0', 'answer_1', 'score_0', 'score_1')}, "
+    "'question': row['question']['full_text']}"
+)
+PAIR_COMPARISON = (
+    "two = [s['text'] for s in row['summaries']]; return {'prompt': row['info']['post'] + '\\n\\nTL;DR:', "
+    "'chosen': two[row['choice']], 'rejected': two[1 - row['choice']]}"
+)
 KINDS: tuple[tuple[str, Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], str]], ...] = (
-    ("votes between two conversations (lmsys arena) with turns as JSON", _is_arena, _pair_arena),
-    ("comparisons of answers to questions that are objects (webgpt_comparisons)", _is_webgpt, _pair_webgpt),
-    ("comparisons of summaries (summarize_from_feedback)", _is_comparison, _pair_comparison),
+    (
+        "votes between two conversations (lmsys arena) with turns as JSON",
+        lambda fields: {"winner_model_a", "winner_model_b"} <= fields.keys(),
+        lambda fields: FUNCTION + PAIR_ARENA,
+    ),
+    (
+        "comparisons of answers to questions that are objects (webgpt_comparisons)",
+        lambda fields: isinstance(fields.get("question"), dict) and {"answer_0", "answer_1"} <= fields.keys(),
+        lambda fields: FUNCTION + PAIR_WEBGPT,
+    ),
+    (
+        "comparisons of summaries (summarize_from_feedback)",
+        lambda fields: {"info", "summaries", "choice"} <= fields.keys(),
+        lambda fields: FUNCTION + PAIR_COMPARISON,
+    ),
     (
         "labels of single steps (stepwise supervision)",
-        _is_stepwise,
+        lambda fields: all(isinstance(fields.get(name), list) for name in ("completions", "labels")),
         lambda fields: "there are no two responses to pair",
     ),
     ("unpaired labels (KTO): one response a row, good or bad", _is_unpaired, _pair_unpaired),
-    ("ratings of single responses", _is_rated, _pair_rated),
-    ("supervised rows without a rejected response", _is_supervised, lambda fields: "tdpo sft trains on them"),
+    ("ratings of single responses", lambda fields: _answered(fields) and bool(_numbers(fields)), _pair_rated),
+    (
+        "supervised rows without a rejected response",
+        lambda fields: "messages" in fields or _answered(fields),
+        lambda fields: "tdpo sft trains on them",
+    ),
 )
 """Each kind with how it is recognised and the way to pairs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Format:
     recognises: Callable[[dict[str, Any]], bool]
     convert: Callable[[SourceRow, Reading], Sequence[Any]]
     options: tuple[str, ...] = ()
-    join: Callable[[Sequence[Any], Reading, DataReport], Iterator[Any]] | None = None
+    join: Callable[[Sequence[Any], Reading, DataReport], Iterable[Any]] | None = None
     uses: tuple[str | tuple[str, ...], ...] = ()
 
 

@@ -1,16 +1,19 @@
-"""What became of rows: the two ways a row is not used, and the account of all of them."""
+"""Reports on rows: the two ways a row is not used, and counts with row numbers of all of them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
+from tdpo.errors import UserError
+
+OnBadRow = Literal["error", "drop"]
 ROWS_NAMED = 10
 """How many rows one message names, and how many reasons a report."""
 
 REASONS_KEPT = 1000
-"""How many reasons are told apart; a million bad rows may each have one of its own."""
+"""How many reasons are kept apart; a million bad rows may each have one of its own."""
 OTHER_REASONS = "other reasons"
 
 
@@ -63,28 +66,21 @@ class DataReport:
 
     def notice(self, place: Placed, what: str) -> None:
         """Counts a row that is used under what the user should know of it."""
-        known = what in self.noticed or len(self.noticed) < REASONS_KEPT
-        rows = self.noticed[what if known else OTHER_REASONS]
+        rows = _rows_of(self.noticed, what)
         if rows[-1:] != [place.row]:
             rows.append(place.row)
 
     def drop(self, place: Placed, reason: str) -> None:
         """Counts a row as dropped."""
         reason = reason if place.source == self.source else f"{reason} ({place.source})"
-        if reason not in self.dropped and len(self.dropped) >= REASONS_KEPT:
-            reason = OTHER_REASONS
-        self.dropped[reason].append(place.row)
+        _rows_of(self.dropped, reason).append(place.row)
 
     def add(self, part: DataReport) -> None:
-        """Takes over what the report of a part of the source says of dropped and cut rows."""
-        for reason, rows in part.dropped.items():
-            known = reason in self.dropped or len(self.dropped) < REASONS_KEPT
-            self.dropped[reason if known else OTHER_REASONS] += rows
-        for what, rows in part.truncated.items():
-            self.truncated[what] += rows
-        for what, rows in part.noticed.items():
-            known = what in self.noticed or len(self.noticed) < REASONS_KEPT
-            self.noticed[what if known else OTHER_REASONS] += rows
+        """Adds the dropped, truncated and noticed rows of a report on a part of the source."""
+        for name in ("dropped", "truncated", "noticed"):
+            rows_by_reason = getattr(self, name)
+            for reason, rows in getattr(part, name).items():
+                _rows_of(rows_by_reason, reason).extend(rows)
 
     def lines(self) -> list[str]:
         """The report in words, one line each.
@@ -97,8 +93,8 @@ class DataReport:
         """
         several = self.kept + self.elsewhere > self.read
         kept = f"{self.kept} {self.item} of them" if several else f"{self.kept} kept"
-        told = f"{self.source} ({self.format}): {self.read} rows, {kept}"
-        lines = [told + (f", {self.elsewhere} on the other side of the split" if self.elsewhere else "")]
+        counts = f"{self.source} ({self.format}): {self.read} rows, {kept}"
+        lines = [counts + (f", {self.elsewhere} on the other side of the split" if self.elsewhere else "")]
         reasons = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
         lines += [f"dropped {len(rows)}, {why}: {row_list(rows)}" for why, rows in reasons[:ROWS_NAMED]]
         if len(reasons) > ROWS_NAMED:
@@ -118,6 +114,44 @@ class DataReport:
             f"columns that hold text and are not used: {', '.join(shown)}{more}; --columns takes one for a field, "
             "--ignore_columns says that it is not needed"
         )
+
+
+class BadRows:
+    """Counts rows that cannot be used and keeps the messages of the first of them.
+
+    Args:
+        report: Counts them as dropped under ``on_bad_row: drop``.
+        on_bad_row: ``"error"`` or ``"drop"``.
+    """
+
+    def __init__(self, report: DataReport, on_bad_row: OnBadRow = "error") -> None:
+        self.report, self.on_bad_row = report, on_bad_row
+        self._count = 0
+        self._named: list[str] = []
+
+    @property
+    def stop(self) -> bool:
+        """Whether the run will end in an error, so that no record is needed any more."""
+        return self._count > 0 and self.on_bad_row == "error"
+
+    def add(self, row: Placed, error: object) -> None:
+        """Adds a row."""
+        self._count += 1
+        if len(self._named) < ROWS_NAMED:
+            self._named.append(f"{row.source}, row {row.row}: {error}")
+        if self.on_bad_row == "drop":
+            self.report.drop(row, f"bad row ({error})")
+
+    def raise_error(self, advice: str) -> None:
+        """Raises one message for all of them, with what could be done, unless they are dropped."""
+        if self.stop:
+            more = f"\n... and {self._count - len(self._named)} more" if self._count > len(self._named) else ""
+            raise UserError("\n".join(self._named) + f"{more}\n({advice})")
+
+
+def _rows_of(rows_by_reason: dict[str, list[int]], reason: str) -> list[int]:
+    known = reason in rows_by_reason or len(rows_by_reason) < REASONS_KEPT
+    return rows_by_reason[reason if known else OTHER_REASONS]
 
 
 def row_list(rows: list[int]) -> str:
