@@ -30,7 +30,7 @@ from tdpo.types import PreferenceRecord
 
 logger = logging.getLogger("tdpo")
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the same data and options would become other ids."""
 FOLDER_VARIABLE = "TDPO_CACHE"
 Build = Callable[[], tuple[DataReport, Iterable[Any]]]
