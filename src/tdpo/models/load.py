@@ -70,6 +70,21 @@ def load_model(
     return adapted
 
 
+def load_weights(model: Any, folder: str) -> None:
+    """Loads the weights of a checkpoint into a model through the model's class, which knows its names on disk.
+
+    Classes of mixture-of-experts and multimodal models save other names and shapes than those of their modules.
+
+    Raises:
+        UserError: if the checkpoint lacks weights of the model.
+    """
+    saved, told = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    missing = sorted([*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])])
+    if missing:
+        raise UserError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}")
+    model.load_state_dict(saved.state_dict())
+
+
 def adapter_base(name: str, revision: str = "main") -> str | None:
     """The base of an adapter as its config names it; None if ``name`` is a model, or nothing.
 

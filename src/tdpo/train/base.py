@@ -24,6 +24,7 @@ from tdpo.files import PARTIAL, check_writable, write_whole
 from tdpo.models import sharding
 from tdpo.models.adapters import has_adapter
 from tdpo.models.compiling import compile_layers
+from tdpo.models.load import load_weights
 from tdpo.models.multimodal import copy_processor
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpoints, preflight
@@ -70,6 +71,7 @@ class BatchMeanTrainer(Trainer):
     _aside: Path | None = None
     _agreed: Tensor | int = 0
     _begun = False
+    _loading = ""
     _start: RunStart | None = None
 
     def __init__(self, *, args: RunOptions, callbacks: Iterable[TrainerCallback] | None = None, **kwargs: Any) -> None:
@@ -531,9 +533,21 @@ class BatchMeanTrainer(Trainer):
             # The end tokens of the trained model; `tdpo merge` and every command that loads the adapter read them.
             model.get_base_model().generation_config.save_pretrained(output_dir or str(self.args.output_dir))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As the Trainer's, also where the names of weights on disk are not those of the model's modules."""
+        self._loading = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Loads what the Trainer did not find by name; a tied weight is saved once and lacks nothing."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if load_result.unexpected_keys or set(load_result.missing_keys) - set(tied):
+            load_weights(self.model, self._loading)
+
     def _load_best_model(self) -> None:
         """Loads the best checkpoint, also of an adapter with a name, which has a folder of its own there."""
         best, model = self.state.best_model_checkpoint, self.model
+        self._loading = str(best)
         if has_adapter(model):
             own = Path(str(best)) / str(model.active_adapters[0])  # type: ignore[union-attr,index]
             self.state.best_model_checkpoint = str(own) if (own / ADAPTER_CONFIG_NAME).is_file() else best
