@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -78,7 +79,8 @@ def load_weights(model: Any, folder: str) -> None:
     Raises:
         UserError: if the checkpoint lacks weights of the model.
     """
-    saved, told = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    config = copy.deepcopy(model.config)
+    saved, told = type(model).from_pretrained(folder, config=config, dtype=model.dtype, output_loading_info=True)
     missing = sorted([*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])])
     if missing:
         raise UserError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}")
