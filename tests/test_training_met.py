@@ -17,6 +17,7 @@ from test_multimodal import build, vision_tokenizer
 from test_own_loss import mixtral, qwen3_moe
 from tiny_models import tiny_model
 from torch import Tensor, nn
+from transformers.integrations.integration_utils import is_tensorboard_available
 
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, score_pairs
 from tdpo.models.own_loss import find_router_loss
@@ -190,3 +191,48 @@ def test_a_coefficient_that_no_forward_uses_is_not_offered(caplog: pytest.LogCap
 def test_old_arguments_of_trls_trainer_name_their_counterpart(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_keywords({name: 1}, TDPOConfig, inspect.signature(TDPOTrainer).parameters)
+
+
+# --- what a run cannot use is named before it starts ------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("no-such-tracker", r"^--report_to: no-such-tracker is not supported, only "),
+        ("tensorboard", "^--report_to: .*installed"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_one_message(tmp_path: Path, tokenizer: Any, wanted: str, message: str) -> None:
+    if wanted == "tensorboard" and is_tensorboard_available():
+        pytest.skip("tensorboard is installed")
+    for kind, trainer in ((TDPOConfig, TDPOTrainer), (SFTConfig, SFTTrainer)):
+        with pytest.raises(UserError, match=message):
+            trainer(
+                make_model(len(tokenizer)), args=options(tmp_path, kind, report_to=[wanted]),
+                train_dataset=preference_rows(4), processing_class=tokenizer,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("collator", [hf.default_data_collator, lambda rows: rows[0].nothing])
+def test_a_collator_of_another_trainer_is_named(tmp_path: Path, tokenizer: Any, collator: Any) -> None:
+    model = make_model(len(tokenizer))
+    with pytest.raises(UserError, match=r"^data_collator: .* does not make batches to train on"):
+        TDPOTrainer(model, None, options(tmp_path), collator, preference_rows(4), None, tokenizer)
+
+
+@pytest.mark.parametrize("reference", ["frozen", "cached"])
+def test_a_head_whose_weight_is_computed_is_trained(tmp_path: Path, tokenizer: Any, reference: str) -> None:
+    def normalised() -> Any:
+        model = make_model(len(tokenizer))
+        model.lm_head = nn.Linear(32, len(tokenizer), bias=False)
+        model.lm_head.weight.data = model.model.embed_tokens.weight.detach().clone()
+        nn.utils.parametrizations.weight_norm(model.lm_head)
+        return model
+
+    losses = []
+    for folder, more in (("fused", {"reference": reference}), ("naive", {"backend": "naive"})):
+        args = options(tmp_path / folder, max_steps=2, **more)
+        trainer = TDPOTrainer(normalised(), None, args, None, preference_rows(8), None, tokenizer)
+        trainer.train()
+        losses.append(logged(trainer))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0][0] == pytest.approx(0.693147, abs=1e-6) and losses[0][1] < 0.6

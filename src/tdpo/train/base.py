@@ -78,6 +78,7 @@ class BatchMeanTrainer(Trainer):
         if args.should_save:
             check_writable(Path(str(args.output_dir)))
         preflight.check_held_out(args, kwargs.get("eval_dataset") is not None)
+        preflight.check_reporting(args)
         super().__init__(args=args, callbacks=list(callbacks or []), **kwargs)
         if args.n_gpu > 1:
             raise UserError(
@@ -108,6 +109,7 @@ class BatchMeanTrainer(Trainer):
         model: Any = self.model
         dataset: Any = self.train_dataset
         preflight.check_trains(model, self.optimizer, self.args, len(dataset), self.accelerator.num_processes)
+        preflight.check_collator(self.data_collator, dataset)
         preflight.check_evaluation(self.args, self.eval_dataset, self.metric_names())
         preflight.add_end_of_responses(model, self.processing_class, dataset)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.trainer_utils import IntervalStrategy
 
@@ -55,6 +56,37 @@ def check_trains(model: Any, optimizer: Any, args: RunOptions, items: int, proce
             "optimizers: the optimizer has no parameter of the model that is trained; make it from the parameters of "
             "the model you pass, after its adapter is put on"
         )
+
+
+def check_reporting(args: RunOptions) -> None:
+    """Refuses a tracker that transformers does not know, or whose package is not installed.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"--report_to: {error}") from error
+
+
+def check_collator(collator: Any, dataset: Any) -> None:
+    """Refuses a data collator whose batches are not those that are trained on.
+
+    Raises:
+        UserError: naming its type.
+    """
+    reason = "its batches have no 'pair_rows'"
+    try:
+        if "pair_rows" in collator([dataset[0]]):
+            return
+    except Exception as error:  # whatever a collator for other rows may raise
+        reason = f"{type(error).__name__}: {error}"
+    raise UserError(
+        f"data_collator: {getattr(collator, '__name__', type(collator).__name__)} does not make batches to train on "
+        f"({reason}); leave it out, or return what tdpo.data.dataset.Collator returns"
+    )
 
 
 def check_evaluation(args: RunOptions, eval_dataset: Any, names: Iterable[str]) -> None:
