@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from conftest import make_model, preference_rows
 from numeric_worlds import random_pairs
+from peft import LoraConfig
 from test_multimodal import build, vision_tokenizer
 from test_own_loss import mixtral, qwen3_moe
 from tiny_models import tiny_model
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers.integrations.integration_utils import is_tensorboard_available
 
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, score_pairs
+from tdpo.models.adapters import with_adapter
 from tdpo.models.own_loss import find_router_loss
 from tdpo.models.policy import body_of, head_of
 from tdpo.train.inputs import check_keywords
@@ -236,3 +238,38 @@ def test_a_head_whose_weight_is_computed_is_trained(tmp_path: Path, tokenizer: A
         losses.append(logged(trainer))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0][0] == pytest.approx(0.693147, abs=1e-6) and losses[0][1] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"decay": 1}}, "linear: .*unexpected .*'decay'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr: .*min_lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay: .*'num_decay_steps'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_named_before_training(
+    tmp_path: Path, tokenizer: Any, given: dict[str, Any], message: str
+) -> None:
+    model, rows = make_model(len(tokenizer)), preference_rows(4)
+    with pytest.raises(UserError, match=rf"^--lr_scheduler_type {message}.*--lr_scheduler_kwargs"):
+        TDPOTrainer(model, None, options(tmp_path, **given), None, rows, None, tokenizer)
+    needed = {"cosine_with_min_lr": {"min_lr": 1e-3}, "warmup_stable_decay": {"num_decay_steps": 2}}
+    args = options(tmp_path, **given | {"lr_scheduler_kwargs": needed.get(given["lr_scheduler_type"])})
+    TDPOTrainer(model, None, args, None, rows, None, tokenizer).train()
+
+
+def test_a_negative_amount_of_noise_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--neftune_noise_alpha must be at least 0, got -5"):
+        options(tmp_path, neftune_noise_alpha=-5)
+
+
+def test_names_that_an_adapter_passes_over_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="tdpo"):
+        with_adapter(make_model(50), LoraConfig(target_modules=["q_proj", "mlp.up_proj"], modules_to_save=["lm_head"]))
+        assert caplog.text == ""
+        with_adapter(make_model(50), LoraConfig(target_modules=["q_proj", "up_porj"], modules_to_save=["score"]))
+    assert [record.getMessage() for record in caplog.records] == [
+        "target_modules: LlamaForCausalLM has no module up_porj",
+        "modules_to_save: LlamaForCausalLM has no module score",
+    ]

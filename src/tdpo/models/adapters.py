@@ -47,7 +47,19 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
             f"peft_config: {error} (for a model of type {kind}; --lora_target_modules names layers, or all-linear)"
         ) from error
     check_tunes_weights(adapted)
+    _warn_of_lost_names(adapted, peft_config)
     return adapted
+
+
+def _warn_of_lost_names(adapted: Any, peft_config: Any) -> None:
+    """Warns of names in a list that no module has, which peft passes over as long as another one is found."""
+    known = [f".{name}" for name, _ in adapted.named_modules()]
+    for option in ("target_modules", "modules_to_save"):
+        asked = getattr(peft_config, option, None)
+        names = sorted(asked) if isinstance(asked, list | tuple | set) else []
+        lost = [name for name in names if not any(module.endswith(f".{name}") for module in known)]
+        if lost:
+            logger.warning("%s: %s has no module %s", option, type(causal_lm(adapted)).__name__, ", ".join(lost))
 
 
 def check_tunes_weights(model: Any) -> None:

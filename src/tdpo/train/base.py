@@ -109,6 +109,8 @@ class BatchMeanTrainer(Trainer):
         model: Any = self.model
         dataset: Any = self.train_dataset
         preflight.check_trains(model, self.optimizer, self.args, len(dataset), self.accelerator.num_processes)
+        if self.lr_scheduler is None:
+            preflight.check_schedule(self.args)
         preflight.check_collator(self.data_collator, dataset)
         preflight.check_evaluation(self.args, self.eval_dataset, self.metric_names())
         preflight.add_end_of_responses(model, self.processing_class, dataset)
@@ -534,6 +536,14 @@ class BatchMeanTrainer(Trainer):
         if has_adapter(model) and self.args.should_save and model.get_base_model().can_generate():
             # The end tokens of the trained model; `tdpo merge` and every command that loads the adapter read them.
             model.get_base_model().generation_config.save_pretrained(output_dir or str(self.args.output_dir))
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """As the Trainer's; without network or login there is one message."""
+        try:
+            super().init_hf_repo(token)
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise UserError(f"--push_to_hub: no repository can be made: {type(error).__name__}: {reason}") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """As the Trainer's, also where the names of weights on disk are not those of the model's modules."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.trainer_utils import IntervalStrategy
@@ -69,6 +69,22 @@ def check_reporting(args: RunOptions) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"--report_to: {error}") from error
+
+
+def check_schedule(args: RunOptions) -> None:
+    """Refuses arguments that the learning rate's schedule does not take, and a schedule that lacks some.
+
+    Raises:
+        UserError: with what is wrong about them.
+    """
+    optimizer, kwargs = torch.optim.SGD([torch.zeros(1)]), args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(kwargs) if kwargs else None)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}: {error}; its arguments are "
+            f"--lr_scheduler_kwargs, now {kwargs or 'none'}"
+        ) from error
 
 
 def check_collator(collator: Any, dataset: Any) -> None:
