@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from conftest import make_model, preference_rows
 from numeric_worlds import random_pairs
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_multimodal import build, vision_tokenizer
 from test_own_loss import mixtral, qwen3_moe
 from tiny_models import tiny_model
@@ -273,3 +273,37 @@ def test_names_that_an_adapter_passes_over_are_warned_of(caplog: pytest.LogCaptu
         "target_modules: LlamaForCausalLM has no module up_porj",
         "modules_to_save: LlamaForCausalLM has no module score",
     ]
+
+
+def test_an_adapter_that_would_not_be_trained_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    rows = preference_rows(4)
+    merged = get_peft_model(make_model(len(tokenizer)), LoraConfig(target_modules=["q_proj"]))
+    merged.merge_adapter()
+    invoked = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    cases = [
+        (merged, None, r"^the adapter is merged into the base \(merge_adapter\)"),
+        (make_model(len(tokenizer)), invoked, r"^peft_config: alora_invocation_tokens is not available"),
+    ]
+    for model, adapter, message in cases:
+        for reference in ("auto", "frozen"):
+            args = options(tmp_path, reference=reference)
+            with pytest.raises(UserError, match=message):
+                TDPOTrainer(model, None, args, None, rows, None, tokenizer, peft_config=adapter)
+        with pytest.raises(UserError, match=message):
+            SFTTrainer(model, options(tmp_path, SFTConfig), rows, None, tokenizer, peft_config=adapter)
+    merged.unmerge_adapter()
+    trainer = TDPOTrainer(merged, None, options(tmp_path, max_steps=2), None, rows, None, tokenizer)
+    trainer.train()
+    assert logged(trainer)[1] < logged(trainer)[0] - 0.01
+
+
+def test_a_repository_that_cannot_be_made_is_one_message(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("no network\nand more lines")
+
+    monkeypatch.setattr(hf.Trainer, "init_hf_repo", offline)
+    model, args = make_model(len(tokenizer)), options(tmp_path, push_to_hub=True, hub_model_id="me/mine")
+    with pytest.raises(UserError, match=r"^--push_to_hub: no repository can be made: ConnectionError: no network$"):
+        TDPOTrainer(model, None, args, None, preference_rows(4), None, tokenizer)

@@ -63,16 +63,28 @@ def _warn_of_lost_names(adapted: Any, peft_config: Any) -> None:
 
 
 def check_tunes_weights(model: Any) -> None:
-    """Refuses an adapter that adds to the prompt instead of changing weights: such a prompt would be left out.
+    """Refuses an adapter that training would leave out: one of the prompt, of some tokens alone, or a merged one.
 
     Raises:
-        UserError: naming the adapter's kind.
+        UserError: naming what kind of adapter it is.
     """
     from peft.tuners.tuners_utils import BaseTuner
 
-    if has_adapter(model) and not isinstance(model.base_model, BaseTuner):
+    if not has_adapter(model):
+        return
+    if not isinstance(model.base_model, BaseTuner):
         kind = type(model.active_peft_config).__name__
         raise UserError(f"peft_config: {kind} changes the prompt; use LoRA or another tuner of weights")
+    if any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()):
+        raise UserError(
+            "peft_config: alora_invocation_tokens is not available: peft looks for these tokens in its own forward, "
+            "so the adapter would never be trained; leave it out"
+        )
+    if any(getattr(layer, "merged", False) for layer in adapter_layers(model)):
+        raise UserError(
+            "the adapter is merged into the base (merge_adapter), so it would not be trained: call "
+            "model.unmerge_adapter() first"
+        )
 
 
 def tell_of_dropout(peft_config: Any) -> None:

@@ -171,8 +171,11 @@ def prove_head(model: nn.Module) -> None:
     """
     lm = causal_lm(model)
     head = _plain_head(lm)
-    if head.weight.is_meta and not hasattr(lm.get_output_embeddings(), "_hf_hook"):  # accelerate's, which loads it
-        raise UserError(f"{type(lm).__name__} is on the meta device and has no weights: load or initialise them first")
+    if head.weight.is_meta:
+        raise UserError(
+            f"{type(lm).__name__} is on the meta device and has no weights there: load or initialise it first, without "
+            "offloading"
+        )
     keep_gradients(lm)
     state = _state_of(lm)
     if lm in _proven and _proven[lm].state == state:

@@ -537,10 +537,10 @@ class BatchMeanTrainer(Trainer):
             # The end tokens of the trained model; `tdpo merge` and every command that loads the adapter read them.
             model.get_base_model().generation_config.save_pretrained(output_dir or str(self.args.output_dir))
 
-    def init_hf_repo(self, token: str | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As the Trainer's; without network or login there is one message."""
         try:
-            super().init_hf_repo(token)
+            super().init_hf_repo(token, private)
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
             raise UserError(f"--push_to_hub: no repository can be made: {type(error).__name__}: {reason}") from error

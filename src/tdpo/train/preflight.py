@@ -77,7 +77,8 @@ def check_schedule(args: RunOptions) -> None:
     Raises:
         UserError: with what is wrong about them.
     """
-    optimizer, kwargs = torch.optim.SGD([torch.zeros(1)]), args.lr_scheduler_kwargs
+    kwargs: Any = args.lr_scheduler_kwargs
+    optimizer = torch.optim.SGD([torch.zeros(1)])
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(kwargs) if kwargs else None)
     except (TypeError, ValueError) as error:
