@@ -307,3 +307,17 @@ def test_a_repository_that_cannot_be_made_is_one_message(
     model, args = make_model(len(tokenizer)), options(tmp_path, push_to_hub=True, hub_model_id="me/mine")
     with pytest.raises(UserError, match=r"^--push_to_hub: no repository can be made: ConnectionError: no network$"):
         TDPOTrainer(model, None, args, None, preference_rows(4), None, tokenizer)
+
+
+def test_an_interrupted_run_leaves_no_noise_on_the_model(tmp_path: Path, tokenizer: Any) -> None:
+    class Interrupt(hf.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model, rows = make_model(len(tokenizer)), preference_rows(8)
+    noisy = options(tmp_path, neftune_noise_alpha=50.0)
+    with pytest.raises(KeyboardInterrupt):
+        TDPOTrainer(model, None, noisy, None, rows, None, tokenizer, callbacks=[Interrupt()]).train()
+    trainer = TDPOTrainer(model, None, options(tmp_path, max_steps=1), None, rows, None, tokenizer)
+    trainer.train()
+    assert logged(trainer) == pytest.approx([0.693147], abs=1e-6) and logged(trainer, "kl/chosen") == [0.0]

@@ -350,6 +350,8 @@ class BatchMeanTrainer(Trainer):
         finally:
             self._start = None
             self.close_progress()
+            if hasattr(self, "neftune_hook_handle"):  # an interrupted run would leave its noise on the model
+                self.neftune_hook_handle.remove()
 
     def close_progress(self) -> None:
         """Closes the progress bar, if there is one."""
