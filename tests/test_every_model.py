@@ -21,6 +21,7 @@ from numeric_worlds import assert_same_gradients, gradients, moved, plain_pair_l
 from tiny_models import VOCAB, model_types, tiny_model
 
 from tdpo import TDPOConfig, TDPOTrainer, TokenisedPair, UserError, objectives, score_pairs
+from tdpo.models.modes import prepare_training_mode
 from tdpo.models.trees import tree_plan
 
 PAGE = REPOSITORY / "docs" / "models.md"
@@ -53,6 +54,7 @@ def verdict(name: str) -> tuple[str, str]:
     policy = moved(reference).eval()
     pairs = random_pairs(3)
     try:
+        prepare_training_mode(policy, disable=True)
         scores = score_pairs(policy, reference, pairs, objectives.tdpo1(BETA))
     except UserError as error:
         return "no", str(error)

@@ -91,7 +91,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
         check_at_least(
             self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
         )
-        check_at_least(self, 0, "learning_rate", "router_aux_loss_coef")
+        check_at_least(self, 0, "learning_rate", "router_aux_loss_coef", "neftune_noise_alpha")
         if self.max_steps == 0:
             raise UserError("--max_steps 0 trains nothing: give a number of steps, or -1 to train --num_train_epochs")
         if self.max_steps < 0 and not self.num_train_epochs > 0:

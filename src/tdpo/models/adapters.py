@@ -47,20 +47,44 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
             f"peft_config: {error} (for a model of type {kind}; --lora_target_modules names layers, or all-linear)"
         ) from error
     check_tunes_weights(adapted)
+    _warn_of_lost_names(adapted, peft_config)
     return adapted
 
 
+def _warn_of_lost_names(adapted: Any, peft_config: Any) -> None:
+    """Warns of names in a list that no module has, which peft passes over as long as another one is found."""
+    known = [f".{name}" for name, _ in adapted.named_modules()]
+    for option in ("target_modules", "modules_to_save"):
+        asked = getattr(peft_config, option, None)
+        names = sorted(asked) if isinstance(asked, list | tuple | set) else []
+        lost = [name for name in names if not any(module.endswith(f".{name}") for module in known)]
+        if lost:
+            logger.warning("%s: %s has no module %s", option, type(causal_lm(adapted)).__name__, ", ".join(lost))
+
+
 def check_tunes_weights(model: Any) -> None:
-    """Refuses an adapter that adds to the prompt instead of changing weights: such a prompt would be left out.
+    """Refuses an adapter that training would leave out: one of the prompt, of some tokens alone, or a merged one.
 
     Raises:
-        UserError: naming the adapter's kind.
+        UserError: naming what kind of adapter it is.
     """
     from peft.tuners.tuners_utils import BaseTuner
 
-    if has_adapter(model) and not isinstance(model.base_model, BaseTuner):
+    if not has_adapter(model):
+        return
+    if not isinstance(model.base_model, BaseTuner):
         kind = type(model.active_peft_config).__name__
         raise UserError(f"peft_config: {kind} changes the prompt; use LoRA or another tuner of weights")
+    if any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()):
+        raise UserError(
+            "peft_config: alora_invocation_tokens is not available: peft looks for these tokens in its own forward, "
+            "so the adapter would never be trained; leave it out"
+        )
+    if any(getattr(layer, "merged", False) for layer in adapter_layers(model)):
+        raise UserError(
+            "the adapter is merged into the base (merge_adapter), so it would not be trained: call "
+            "model.unmerge_adapter() first"
+        )
 
 
 def tell_of_dropout(peft_config: Any) -> None:

@@ -49,8 +49,9 @@ def run_in_head(model: nn.Module, states: Tensor, function: Callable[[Tensor], R
     """
     head_of(model)  # proves the model, once, by a forward that has to find its head as it is
     head = causal_lm(model).get_output_embeddings()
-    for module in reversed(list(head.modules())):  # a head that an adapter saves whole is a wrapper around two
-        if type(module).forward is nn.Module.forward:  # a container of modules or of trained tokens
+    for name, module in reversed(list(head.named_modules())):  # an adapter that saves a head whole wraps two
+        # Containers of modules or of trained tokens have no forward; a parametrisation's computes the weight.
+        if type(module).forward is nn.Module.forward or "parametrizations" in name.split("."):
             continue
         function = partial(_as_forward, module, function)
     return function(states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -68,6 +69,22 @@ def load_model(
         raise UserError(f"adapter {name!r} cannot be put on {base!r}: {_first_line(error)}") from error
     adopt_generation_config(adapted, name)
     return adapted
+
+
+def load_weights(model: Any, folder: str) -> None:
+    """Loads the weights of a checkpoint into a model through the model's class, which knows its names on disk.
+
+    Classes of mixture-of-experts and multimodal models save other names and shapes than those of their modules.
+
+    Raises:
+        UserError: if the checkpoint lacks weights of the model.
+    """
+    config = copy.deepcopy(model.config)
+    saved, told = type(model).from_pretrained(folder, config=config, dtype=model.dtype, output_loading_info=True)
+    missing = sorted([*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])])
+    if missing:
+        raise UserError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}")
+    model.load_state_dict(saved.state_dict())
 
 
 def adapter_base(name: str, revision: str = "main") -> str | None:

@@ -26,11 +26,13 @@ from tdpo.models.policy import (
     disable_dropout,
     evaluating,
     position_limit,
+    probing,
     relative_difference,
 )
 
 logger = logging.getLogger("tdpo")
-PROBED_TOKENS = 64
+PROBED_TOKENS = 61
+"""A prime number, since some models take only multiples of a chunk in training mode (Reformer)."""
 MANY_ROWS = 16
 """Sequences run where random numbers are drawn without an effect on one, as for experts that are nearly equal."""
 
@@ -191,7 +193,7 @@ def measure_modes(model: nn.Module) -> ModeGap:
     """
     lm = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(lm):
+    with probing(lm), torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(lm):
         quiet = [_states(lm), _states(lm)]
         _set_mode(lm, True)
         loud, drawn = [_states(lm), _states(lm)], _random_state(device)

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from tdpo.errors import UserError
-from tdpo.models.policy import body_states, causal_lm, evaluating
+from tdpo.models.policy import body_states, causal_lm, evaluating, probing
 
 logger = logging.getLogger("tdpo")
 PROCESSOR_FILES = (
@@ -119,7 +119,7 @@ def idle_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
     handles = [module.register_forward_hook(ran) for module in lm.modules()]
     try:
-        with evaluating(lm), torch.enable_grad():
+        with probing(lm), evaluating(lm), torch.enable_grad():
             for parameter in frozen:  # the graph holds trainable weights alone
                 parameter.requires_grad_(parameter.is_floating_point())
             ids = torch.tensor([[3, 4, 5]], device=head.weight.device)

@@ -18,11 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from tdpo.data.pack import as_padded
-from tdpo.models.policy import HALF, body_states, causal_lm, evaluating, position_limit, relative_difference
+from tdpo.models.policy import (
+    HALF,
+    body_states,
+    causal_lm,
+    evaluating,
+    position_limit,
+    probing,
+    relative_difference,
+)
 from tdpo.types import PackedBatch
 
 PROBED_TOKENS = 8
-PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 LONGEST = 1 << 20
 """The longest sequence tried where the config does not say how many positions there are."""
 
@@ -74,7 +81,8 @@ def neighbour_plan(model: nn.Module) -> NeighbourPlan:
     lm = causal_lm(model)
     dtype = next(lm.parameters()).dtype
     if lm not in _plans or _plans[lm][0] != dtype:
-        with evaluating(lm), torch.no_grad(), torch.autocast(next(lm.parameters()).device.type, enabled=False):
+        device = next(lm.parameters()).device.type
+        with probing(lm), evaluating(lm), torch.no_grad(), torch.autocast(device, enabled=False):
             _plans[lm] = dtype, _measure(lm)
     return _plans[lm][1]
 
@@ -229,7 +237,7 @@ def _switch(call: _Call, near: Tensor, limit: int) -> int | None:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if _differs(call, near, near.shape[1], middle) else (middle, high)
-    except PROBE_ERRORS:  # it does something else with its second argument
+    except Exception:  # it does something else with its second argument
         return None
     return low
 

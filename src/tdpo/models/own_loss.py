@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdpo.errors import UserError
-from tdpo.models.policy import causal_lm, evaluating, head_of
+from tdpo.models.policy import body_of, causal_lm, evaluating, head_of
 from tdpo.types import PackedBatch
 
 logger = logging.getLogger("tdpo")
@@ -27,8 +27,6 @@ BALANCING = "load_balancing_loss_func"
 """What transformers calls the function in the module of every such model."""
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 """What configs call the coefficient."""
-FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError)
-"""What models raise that cannot compute a loss of their own from these inputs."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class RouterLoss:
 @contextmanager
 def collect_router_logits(model: nn.Module) -> Iterator[list[tuple[Tensor, ...]]]:
     """Collects the router logits of every pass through the model's body, the latest last."""
-    body = causal_lm(model).base_model
+    body = body_of(model)
     collected: list[Any] = []
 
     def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -86,7 +84,7 @@ def find_router_loss(model: nn.Module, coefficient: float | None = None) -> Rout
     text = lm.config.get_text_config()
     own, asked = _own_coefficient(text), getattr(text, "output_router_logits", None)
     if coefficient == 0 or (coefficient is None and not (own and asked)):
-        if coefficient is None and own and asked is False:
+        if coefficient is None and own and asked is False and _has_balance(lm):
             logger.warning(
                 "%s: the load-balancing loss of its routers is left out, since output_router_logits is off in its "
                 "config; --router_aux_loss_coef %g adds it with the config's coefficient, as TRL does, and 0 leaves it "
@@ -120,7 +118,7 @@ def _prove_balance(lm: Any) -> Callable[[tuple[Tensor, ...], Tensor], Tensor] | 
             output = type(lm).forward(
                 lm, input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False
             )
-        except FORWARD_ERRORS as error:
+        except Exception as error:  # whatever a model may raise that cannot compute one from these inputs
             raise _unknown(lm) from error
     theirs = getattr(output, "aux_loss", None)
     if theirs is None:
@@ -134,6 +132,14 @@ def _prove_balance(lm: Any) -> Callable[[tuple[Tensor, ...], Tensor], Tensor] | 
         if torch.allclose(balance(collected[-1], mask), theirs, rtol=1e-3):
             return balance
     raise _unknown(lm)
+
+
+def _has_balance(lm: Any) -> bool:
+    """Whether the option could add the term; some configs have a coefficient that no forward uses (Llama 4)."""
+    try:
+        return _prove_balance(lm) is not None
+    except UserError:
+        return False
 
 
 def _unknown(lm: Any) -> UserError:
@@ -177,7 +183,7 @@ def warn_of_other_terms(model: nn.Module) -> None:
     with _training(lm), torch.no_grad(), torch.random.fork_rng(devices):
         try:
             output = type(lm).forward(lm, input_ids=ids, labels=ids, use_cache=False)
-        except FORWARD_ERRORS:
+        except Exception:
             return
     if not isinstance(output.loss, Tensor) or output.logits.shape[:2] != ids.shape:
         return

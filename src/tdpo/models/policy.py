@@ -116,16 +116,46 @@ def _plain_head(lm: Any, scale: float = 1.0, soft_cap: float | None = None) -> H
     return Head(output.weight, getattr(output, "bias", None), scale, soft_cap)
 
 
+def body_of(model: nn.Module) -> Any:
+    """Returns the module that computes the final hidden states: the model without its head.
+
+    It is the ``base_model`` of transformers. Where the class names none, it is the part that holds the embedding but
+    not the head.
+
+    Raises:
+        UserError: for a model that has no such part.
+    """
+    lm: Any = causal_lm(model)
+    if lm.base_model is not lm:
+        return lm.base_model
+    body, embedding, head = lm, lm.get_input_embeddings(), lm.get_output_embeddings()
+    while body is not None and head in body.modules():
+        parts = (part for part in body.children() if part is not embedding and embedding in part.modules())
+        body = next(parts, None)
+    if body is None:
+        raise UserError(f"{type(lm).__name__} does not keep its body apart from its head; tdpo cannot run it")
+    return body
+
+
 def body_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Hidden states after the final norm, ``[R, T, D]``: the model without its head."""
-    lm = causal_lm(model)
-    body: Any = lm.base_model
-    if body is lm:  # some multimodal models hold a complete causal language model
-        inner = lm.get_decoder()
-        body = inner.base_model if inner.base_model is not inner else getattr(inner, "model", None)
-    if body is None or body is lm:
-        raise UserError(f"{type(lm).__name__} does not keep its body apart from its head; tdpo cannot run it")
-    return body(use_cache=False, **inputs).last_hidden_state
+    return body_of(model)(use_cache=False, **inputs).last_hidden_state
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Raises whatever a model raises on a probe as one message that names the model.
+
+    Raises:
+        UserError: with the first line of the error.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        name, line = type(causal_lm(model)).__name__, next(iter(str(error).splitlines()), "")
+        raise UserError(f"{name} fails on a short probe: {type(error).__name__}: {line}") from error
 
 
 def prove_head(model: nn.Module) -> None:
@@ -141,6 +171,11 @@ def prove_head(model: nn.Module) -> None:
     """
     lm = causal_lm(model)
     head = _plain_head(lm)
+    if head.weight.is_meta:
+        raise UserError(
+            f"{type(lm).__name__} is on the meta device and has no weights there: load or initialise it first, without "
+            "offloading"
+        )
     keep_gradients(lm)
     state = _state_of(lm)
     if lm in _proven and _proven[lm].state == state:
@@ -148,7 +183,8 @@ def prove_head(model: nn.Module) -> None:
     ids = (torch.arange(len(PROBE_SIZES), device=head.weight.device) + 3)[None] % head.vocab_size
     probe = torch.tensor(PROBE_SIZES)[:, None] * torch.cos(2.4 * torch.arange(head.vocab_size))
     # Past whatever an earlier trainer wrapped around the forward (autocast, say), body and head are compared.
-    with evaluating(lm), torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
+    device = head.weight.device.type
+    with probing(lm), evaluating(lm), torch.no_grad(), torch.autocast(device, enabled=False):
         tolerance, leak = (5e-2, 5e-2) if head.weight.dtype in HALF else (1e-3, 1e-4)
         states = _causal_states(lm, ids, head.vocab_size, leak)
         if states.shape[-1] != head.weight.shape[-1]:
@@ -268,12 +304,17 @@ def _observed_forward(lm: Any, ids: Tensor, probe: Tensor) -> tuple[dict[str, tu
         output["last_hidden_state"] = resized
         return output
 
+    def receive(layer: nn.Module, inputs: Any) -> None:
+        received.append(inputs[0][0])  # before hooks of the head change it, which run in a forward of their own too
+
     def swap(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        seen.setdefault("head", (inputs[0][0], output[0]))
+        seen.setdefault("head", (received[0], output[0]))
         return probe.to(output, copy=True)[None]  # some models write into their logits
 
+    received: list[Tensor] = []
     handles = [
-        lm.base_model.register_forward_hook(resize),
+        body_of(lm).register_forward_hook(resize),
+        lm.get_output_embeddings().register_forward_pre_hook(receive, prepend=True),
         lm.get_output_embeddings().register_forward_hook(swap),
     ]
     try:

@@ -20,7 +20,7 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_layers, frozen_base, moves_its_base, switched_off
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import reference_mode
-from tdpo.models.policy import causal_lm, head_of, prove_head, unwrapped
+from tdpo.models.policy import body_of, causal_lm, head_of, prove_head, unwrapped
 from tdpo.models.sharding import narrow, narrow_dtype, shard_frozen
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
@@ -116,7 +116,7 @@ class FrozenCopy:
         if dtype is not None:
             self.narrowed(dtype)
         head = head_of(self.model).map(torch.detach)  # the parameter itself is emptied
-        if shard_frozen(causal_lm(self.model).base_model, accelerator):
+        if shard_frozen(body_of(self.model), accelerator):
             self._head = head.map(lambda tensor: tensor.to(accelerator.device))
         else:
             self.to(accelerator.device)

@@ -87,6 +87,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         if args.should_save:
             check_writable(Path(str(args.output_dir)))
         preflight.check_held_out(args, held_out is not None)
+        preflight.check_reporting(args)
         super().__init__(
             args=args, train_dataset=train_dataset, eval_dataset=held_out, callbacks=list(callbacks or []), **kwargs
         )
@@ -160,6 +161,8 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         finally:
             self._start = None
             progress.close_bars(self.callback_handler.callbacks)
+            if hasattr(self, "neftune_hook_handle"):  # an interrupted run would leave its noise on the model
+                self.neftune_hook_handle.remove()
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Runs the loop; a further attempt under ``auto_find_batch_size`` starts from where the first did."""

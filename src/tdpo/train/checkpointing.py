@@ -25,6 +25,7 @@ from tdpo.config import RunOptions
 from tdpo.errors import UserError
 from tdpo.files import PARTIAL, flush, write_whole
 from tdpo.models.adapters import has_adapter
+from tdpo.models.load import load_weights
 from tdpo.models.multimodal import copy_processor
 
 logger = logging.getLogger("tdpo")
@@ -209,6 +210,7 @@ class CheckpointingTrainer(Trainer):
     checkpoint_files: list[Any]
     """What keeps a file of its own in each checkpoint; each has ``save(folder)`` and ``load(folder)``."""
     _partial: Path | None = None
+    _loading = ""
 
     def run_state(self) -> dict[str, Any]:
         """Returns what this process remembers beside the Trainer's own state, as JSON: it makes resumed logs exact."""
@@ -342,9 +344,29 @@ class CheckpointingTrainer(Trainer):
             # The end tokens of the trained model; `tdpo merge` and every command that loads the adapter read them.
             model.get_base_model().generation_config.save_pretrained(folder)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Creates the repository; without network or login there is one message."""
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise UserError(f"--push_to_hub: no repository can be made: {type(error).__name__}: {reason}") from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Remembers the folder, for weights whose names on disk are not those of the model's modules."""
+        self._loading = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Loads what the Trainer did not find by name; a tied weight is saved once and lacks nothing."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if load_result.unexpected_keys or set(load_result.missing_keys) - set(tied):
+            load_weights(self.model, self._loading)
+
     def _load_best_model(self) -> None:
         """Loads the best checkpoint, also of an adapter with a name, which has a folder of its own there."""
         best, model = self.state.best_model_checkpoint, self.model
+        self._loading = str(best)
         if has_adapter(model):
             own = Path(str(best)) / str(model.active_adapters[0])  # type: ignore[union-attr,index]
             self.state.best_model_checkpoint = str(own) if (own / ADAPTER_CONFIG_NAME).is_file() else best

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tdpo.config import RunOptions
+from tdpo.counterparts import OPTIONS, Counterpart, hint
 from tdpo.data.sources import Source
-from tdpo.errors import UserError, nearest
+from tdpo.errors import UserError
 
 logger = logging.getLogger("tdpo")
 RENAMED = {"tokenizer": "processing_class", "processor": "processing_class", "eval_datasets": "eval_dataset"}
@@ -21,6 +22,7 @@ UNAVAILABLE = {
     "subclass adds others in end_evaluation",
     "preprocess_logits_for_metrics": "logits are never kept; see compute_metrics",
     "compute_loss_func": "the loss is that of args.objective; a subclass adds a term in compute_loss",
+    "force_use_ref_model": "a ref_model that is passed is always used; leave it out",
     "model_init": "the reference belongs to one model; pass model",
     "quantization_config": "load the model with it (AutoModelForCausalLM.from_pretrained(..., "
     "quantization_config=...)) and pass the model",
@@ -55,7 +57,10 @@ def check_keywords(unknown: Mapping[str, Any], options: type[RunOptions], known:
         elif name in options.__dataclass_fields__:
             raise UserError(f"{name} is a field of {options.__name__}: pass args={options.__name__}({name}=...)")
         else:
-            raise UserError(f"unknown argument {name!r}.{nearest(name, known)}")
+            fields, option = options.__dataclass_fields__, OPTIONS.get(name, Counterpart()).option
+            place = f" It is a field of {options.__name__}: pass args={options.__name__}({option}=...)."
+            advice = hint(name, [*known, *fields])
+            raise UserError(f"unknown argument {name!r}.{advice}{place if option in fields else ''}")
 
 
 def check_types(options: type[RunOptions], args: Any, processing_class: Any, **models: Any) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, SchedulerType, TrainerCallback, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.trainer_utils import IntervalStrategy
 from typing_extensions import override
@@ -91,9 +92,59 @@ def check_training(trainer: Any, sharded: bool) -> None:
     """
     model, args, dataset = trainer.model, trainer.args, trainer.train_dataset
     check_trains(model, trainer.optimizer, args, len(dataset), args.world_size)
+    if trainer.lr_scheduler is None:
+        check_schedule(args)
+    check_collator(trainer.data_collator, dataset)
     check_evaluation(args, trainer.eval_dataset, trainer.metric_names())
     add_end_of_responses(model, trainer.processing_class, dataset)
     check_saving(model, trainer.processing_class, args, whole=not sharded)
+
+
+def check_reporting(args: RunOptions) -> None:
+    """Refuses a tracker that transformers does not know, or whose package is not installed.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"--report_to: {error}") from error
+
+
+def check_schedule(args: RunOptions) -> None:
+    """Refuses arguments that the learning rate's schedule does not take, and a schedule that lacks some.
+
+    Raises:
+        UserError: with what is wrong about them.
+    """
+    optimizer, kwargs = torch.optim.SGD([torch.zeros(1)]), args.lr_scheduler_kwargs
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(kwargs) if isinstance(kwargs, dict) else None)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}: {error}; its arguments are "
+            f"--lr_scheduler_kwargs, now {kwargs or 'none'}"
+        ) from error
+
+
+def check_collator(collator: Any, dataset: Any) -> None:
+    """Refuses a data collator whose batches are not those that are trained on.
+
+    Raises:
+        UserError: naming its type.
+    """
+    reason = "its batches have no 'pair_rows'"
+    try:
+        if "pair_rows" in collator([dataset[0]]):
+            return
+    except Exception as error:  # whatever a collator for other rows may raise
+        reason = f"{type(error).__name__}: {error}"
+    raise UserError(
+        f"data_collator: {getattr(collator, '__name__', type(collator).__name__)} does not make batches to train on "
+        f"({reason}); leave it out, or return what tdpo.data.dataset.Collator returns"
+    )
 
 
 def check_evaluation(args: RunOptions, eval_dataset: Any, names: Iterable[str]) -> None:
