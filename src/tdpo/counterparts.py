@@ -272,7 +272,7 @@ def hint(name: str, known: Iterable[str], counterparts: Mapping[str, Counterpart
         >>> hint("torch_dtype", ["dtype", "beta"]), hint("bta", ["dtype", "beta"])
         (" Use 'dtype'.", " Did you mean 'beta'?")
         >>> hint("discopop_tau", ["dtype", "beta"])
-        ' It is not available: DiscoPOP belongs to a loss that is not available; leave it out.'
+        ' It is not available: it belongs to a loss that is not available either; leave it out.'
     """
     known = list(known)
     found = counterparts.get(name)
