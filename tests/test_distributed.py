@@ -195,7 +195,7 @@ def ways(*quick: str, slow: tuple[str, ...] = ()) -> list[Any]:
 
 @pytest.mark.parametrize(
     "way",
-    ways("accumulated 2", "accumulated 4", "cached", "ddp", "fsdp2", "zero2", "zero3", slow=("fsdp2, accumulated 2",)),
+    ways("accumulated 2", "accumulated 4", "cached", "ddp", "fsdp2", "zero3", slow=("fsdp2, accumulated 2", "zero2")),
 )
 def test_the_trajectory_is_that_of_one_process(trajectories: Runs, way: str) -> None:
     assert_same_trajectory(trajectories[way], trajectories["one"])
