@@ -255,3 +255,17 @@ def test_ids_are_checked_without_a_vocabulary_or_positions_too() -> None:
         UserError, match=r"pairs, row 5: token id 9 is outside the model's vocabulary of 9; .* \(the to"
     ):
         check_fits(pairs, 9, None, tokens=12)
+
+
+def test_a_model_that_cannot_be_read_is_refused_by_both(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "unknown"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text('{"model_type": "unheard-of"}', encoding="utf-8")
+    named = ["--model_name_or_path", str(folder), "--dataset_name", str(pairs_file)]
+    for words in (["check-data", *named], ["train", *named, "--output_dir", str(tmp_path / "out")]):
+        assert main(words) == 2
+        assert "unheard-of" in capsys.readouterr().err, words[0]

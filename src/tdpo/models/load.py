@@ -228,15 +228,17 @@ def model_limits(config: ModelConfig) -> tuple[int | None, int | None]:
     An adapter has those of its base.
 
     Raises:
-        UserError: for an adapter that does not name its base.
+        UserError: for an adapter that does not name its base, and a config that cannot be read.
     """
     name, revision = config.model_name_or_path, config.model_revision
     base = adapter_base(name, revision)
     name, revision = (name, revision) if base is None else (base, "main")
     try:
         found = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-    except Exception:  # a tokenizer without a model beside it is enough to look at data
-        return None, None
+    except Exception as error:  # whatever a broken config or the network may raise, it is about the name
+        if (Path(name).expanduser() / "config.json").is_file():
+            raise UserError(f"model {name!r}: its config.json cannot be read: {_first_line(error)}") from error
+        return None, None  # a tokenizer without a model beside it is enough to look at data
     text = found.get_text_config()
     vocab_size, positions = (getattr(text, key, None) for key in ("vocab_size", "max_position_embeddings"))
     return vocab_size, positions if isinstance(positions, int) and positions > 0 else None
