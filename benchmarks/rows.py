@@ -1,4 +1,4 @@
-"""Reading a large JSONL file with ten bad rows: time against parsing its lines alone, and memory.
+"""RowSpec a large JSONL file with ten bad rows: time against parsing its lines alone, and memory.
 
 python benchmarks/rows.py --rows 1000000
 """

@@ -22,7 +22,7 @@ from tdpo.data.dataset import prepare_pairs
 from tdpo.data.formats import to_records
 from tdpo.data.formats.columns import is_metadata, texts_in
 from tdpo.data.formats.report import DataReport
-from tdpo.data.reading import Reading, parse_columns, parse_names
+from tdpo.data.row_spec import RowSpec, parse_columns, parse_names
 from tdpo.data.sources import from_memory, open_mixture, open_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 
@@ -36,11 +36,11 @@ BINARIZED = {
 }  # fmt: skip
 
 
-def records_of(rows: list[Any], reading: str | Reading = "auto") -> tuple[list[PreferenceRecord], DataReport]:
+def records_of(rows: list[Any], reading: str | RowSpec = "auto") -> tuple[list[PreferenceRecord], DataReport]:
     return to_records(from_memory(rows, "pairs.jsonl"), reading)
 
 
-def stopped(rows: list[Any], reading: str | Reading = "auto") -> str:
+def stopped(rows: list[Any], reading: str | RowSpec = "auto") -> str:
     with pytest.raises(UserError) as raised:
         records_of(rows, reading)
     message = str(raised.value)
@@ -62,7 +62,7 @@ def test_messages_beside_a_pair_are_silent_only_if_the_pair_holds_them() -> None
         "prompt or a part of it; --columns prompt=messages takes 'messages' as the prompt instead, --ignore_columns "
         "messages leaves it out, --dataset_format module:function converts rows in any other way"
     )
-    records, report = records_of([{**BINARIZED, "messages": [preamble]}], Reading(ignore_columns=("messages",)))
+    records, report = records_of([{**BINARIZED, "messages": [preamble]}], RowSpec(ignore_columns=("messages",)))
     assert records[0].prompt == [ASKED] and report.unused == {}
     as_json = {**BINARIZED, "messages": json.dumps([ASKED, SAID])}
     assert records_of([as_json])[1].unused == {}, "also where a table of texts holds them"
@@ -76,7 +76,7 @@ def test_a_column_that_may_be_the_prompt_stops_the_run(name: str) -> None:
     rows = [PLAIN, {**PLAIN, name: "Which planet?"}]
     message = stopped(rows)
     assert message.startswith(f"pairs.jsonl, row 2: the column '{name}' holds what") and f"prompt={name} " in message
-    assert len(records_of(rows, Reading(ignore_columns=(name,)))[0]) == 2
+    assert len(records_of(rows, RowSpec(ignore_columns=(name,)))[0]) == 2
     assert len(records_of([{**PLAIN, name: "Where is the moon?"}])[0]) == 1, "what the prompt is already"
     assert len(records_of([{**PLAIN, name: "the moon"}])[0]) == 1, "what the prompt holds already"
     assert stopped([{**PLAIN, name: "sky"}]), "a word of an answer is not a prompt"
@@ -94,7 +94,7 @@ def test_all_columns_of_the_first_rows_that_stop_are_named_at_once() -> None:
 def test_a_context_may_be_the_input_of_an_instruction() -> None:
     row = {"instruction": "Name the river.", "context": "The Tana flows.", "chosen": "Tana", "rejected": "Nile"}
     assert "--columns input=context takes 'context' as the input, --ignore_columns context" in stopped([row])
-    assert one(row, Reading(columns=(("input", "context"),))).prompt == [
+    assert one(row, RowSpec(columns=(("input", "context"),))).prompt == [
         {"role": "user", "content": "Name the river.\nThe Tana flows."}
     ]
 
@@ -116,7 +116,7 @@ def test_other_texts_are_named_once_with_their_first_row() -> None:
         "columns that hold text and are not used: 'notes' (row 2), 'more' (row 2), 'late' (row 3); --columns takes one "
         "for a field, --ignore_columns says that it is not needed"
     )
-    assert records_of(rows, Reading(ignore_columns=("notes", "more", "late")))[1].unused == {}
+    assert records_of(rows, RowSpec(ignore_columns=("notes", "more", "late")))[1].unused == {}
     assert records_of([{**PLAIN, "notes": "In the sky"}])[1].unused == {}, "a part of an answer"
 
 
@@ -157,8 +157,8 @@ def test_pairs_under_other_names_are_recognised_in_the_message() -> None:
     with pytest.raises(UserError, match=r"""--columns '\{"chosen": " chosen", "rejected": " rejected"\}' renames"""):
         records_of([spaced])
     given = parse_columns('{"chosen": " chosen", "rejected": " rejected"}')
-    assert records_of([spaced], Reading(columns=given))[0][0].chosen == "A."
-    (record,), _ = records_of([row], Reading(columns=parse_columns("chosen=pos_resp,rejected=neg_resp")))
+    assert records_of([spaced], RowSpec(columns=given))[0][0].chosen == "A."
+    (record,), _ = records_of([row], RowSpec(columns=parse_columns("chosen=pos_resp,rejected=neg_resp")))
     assert (record.prompt, record.chosen, record.rejected) == ("如何?", "好。", "不。")
 
 
@@ -179,7 +179,7 @@ def test_a_prompt_is_not_guessed_beside_a_column_that_may_be_it() -> None:
     for name in ("asked", "topic_text", "context", "document"):
         message = stopped([{**pair, name: "Is the sun a star?"}])
         assert f"the column '{name}' holds" in message and f"--columns prompt={name} takes" in message
-        assert one({**pair, name: "Is the sun a star?"}, Reading(columns=(("prompt", name),))).prompt == (
+        assert one({**pair, name: "Is the sun a star?"}, RowSpec(columns=(("prompt", name),))).prompt == (
             "Is the sun a star?"
         )
     assert told({**pair, "system": "Be brief."}) == (
@@ -228,7 +228,7 @@ def test_a_system_prompt_makes_texts_chats() -> None:
     assert one({**PLAIN, "system_prompt": "You are a pirate."}).prompt == [turn, asked]
     late = stopped([*[PLAIN] * 120, {**PLAIN, "system": "You are a pirate."}])
     assert late.startswith("pairs.jsonl, row 121: field 'system' holds a system prompt, and none of the first 100 rows")
-    assert one({**PLAIN, "system": "x"}, Reading(ignore_columns=("system",))).prompt == "Where is the moon?"
+    assert one({**PLAIN, "system": "x"}, RowSpec(ignore_columns=("system",))).prompt == "Where is the moon?"
 
 
 def test_a_system_prompt_comes_before_chats_that_have_none() -> None:
@@ -253,32 +253,32 @@ def test_columns_to_ignore_must_be_there() -> None:
     assert FormatOptions(ignore_columns=["a,b", "c"]).reading().ignore_columns == ("a", "b", "c")
     with pytest.raises(UserError, match=r"--ignore_columns: expected column names|expected column names, name,name"):
         parse_names([3])  # type: ignore[list-item]
-    message = stopped([{**PLAIN, "notes": "x"}], Reading(ignore_columns=("note",)))
+    message = stopped([{**PLAIN, "notes": "x"}], RowSpec(ignore_columns=("note",)))
     assert message == (
         "--ignore_columns: there is no column 'note'; found the columns 'prompt', 'chosen', 'rejected', 'notes'. Did "
         "you mean 'notes'?"
     )
-    assert records_of([PLAIN] * 200 + [{**PLAIN, "note": "x"}], Reading(ignore_columns=("note",)))[1].unused == {}
-    renamed = Reading(columns=parse_columns("prompt=question"), ignore_columns=("prompt",))
+    assert records_of([PLAIN] * 200 + [{**PLAIN, "note": "x"}], RowSpec(ignore_columns=("note",)))[1].unused == {}
+    renamed = RowSpec(columns=parse_columns("prompt=question"), ignore_columns=("prompt",))
     assert one({**PLAIN, "question": "Why?"}, renamed).prompt == "Why?"
 
 
 def test_columns_the_wrong_way_round_are_noticed() -> None:
     row = {"question": "Why?", "good": "Because.", "bad": "No."}
-    message = stopped([row], Reading(columns=parse_columns("question=prompt,good=chosen,bad=rejected")))
+    message = stopped([row], RowSpec(columns=parse_columns("question=prompt,good=chosen,bad=rejected")))
     assert message == (
         "--columns question=prompt is the wrong way round: the row has a column 'question', and 'prompt' is what "
         "formats call a field; --columns prompt=question takes the column 'question' for it (pairs.jsonl)"
     )
     both = {**PLAIN, "question": "Why?"}
-    assert "--columns prompt=question takes" in stopped([both], Reading(columns=(("question", "prompt"),)))
-    assert "--columns reward=points takes" in stopped([{"points": 3}], Reading(columns=(("points", "reward"),)))
-    swapped = one(PLAIN, Reading(columns=parse_columns("chosen=rejected,rejected=chosen")))
+    assert "--columns prompt=question takes" in stopped([both], RowSpec(columns=(("question", "prompt"),)))
+    assert "--columns reward=points takes" in stopped([{"points": 3}], RowSpec(columns=(("points", "reward"),)))
+    swapped = one(PLAIN, RowSpec(columns=parse_columns("chosen=rejected,rejected=chosen")))
     assert (swapped.chosen, swapped.rejected) == ("Near.", "In the sky."), "labels turned around on purpose"
 
 
 def test_a_column_that_another_replaces_is_named() -> None:
-    reading = Reading(columns=parse_columns("prompt=question,chosen=good,rejected=bad"))
+    reading = RowSpec(columns=parse_columns("prompt=question,chosen=good,rejected=bad"))
     records, report = records_of([{"question": "Why?", "good": " A.", "bad": " B.", "chosen": "another"}], reading)
     assert records[0].chosen == " A." and report.unused == {"chosen": 1}
 
@@ -294,7 +294,7 @@ def test_each_part_of_a_mixture_is_looked_at_by_its_own_reading(tmp_path: Path) 
         to_records(open_mixture([str(one_file), f"{other},ignore_columns=remark"], "train", lambda reading: reading, 0))
     config = EvalDataConfig(datasets=[str(other)])
     with pytest.raises(UserError, match="--ignore_columns and --datasets contradict each other"):
-        config.check_reading(Reading(ignore_columns=("a",)))
+        config.check_reading(RowSpec(ignore_columns=("a",)))
 
 
 def test_tables_fill_what_is_missing_with_null(tmp_path: Path) -> None:

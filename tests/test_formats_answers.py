@@ -16,13 +16,13 @@ from test_formats_pairs import ROWS, TEXTS, dropped, one, told
 from tdpo import UserError
 from tdpo.data.formats import to_records
 from tdpo.data.formats.markup import html_to_text
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import from_memory
 
 SCORES = [0.91, 0.13, 0.5, 0.5, 0.33]
 
 
-def texts(rows: list[Any], reading: Reading | str = "auto") -> list[tuple[str, str]]:
+def texts(rows: list[Any], reading: RowSpec | str = "auto") -> list[tuple[str, str]]:
     records, _ = to_records(from_memory(rows, "pairs.jsonl"), reading)
     return [(record.chosen, record.rejected) for record in records]
 
@@ -50,19 +50,19 @@ def test_scored_completions_in_any_script_and_of_any_length(text: str) -> None:
 
 
 def test_scored_completions_make_the_best_against_the_worst() -> None:
-    assert texts(completions(), Reading(pairs_from="best_worst")) == [(" was 0", " was 1")]
+    assert texts(completions(), RowSpec(pairs_from="best_worst")) == [(" was 0", " was 1")]
 
 
 @pytest.mark.parametrize(("margin", "count"), [(0.0, 9), (0.2, 7), (0.41, 4), (0.78, 1)])
 def test_scored_completions_make_pairs_by_a_margin(margin: float, count: int) -> None:
     differences = [abs(a - b) for a, b in itertools.combinations(SCORES, 2)]
     assert sum(d > 0 and d > margin - 1e-9 for d in differences) == count
-    assert len(texts(completions(), Reading(pairs_from="margin", min_margin=margin))) == count
+    assert len(texts(completions(), RowSpec(pairs_from="margin", min_margin=margin))) == count
 
 
 def test_a_margin_counts_decimals_not_binary_fractions() -> None:
     assert 0.3 - 0.1 < 0.2
-    assert len(texts(completions(scores=[0.3, 0.1]), Reading(pairs_from="margin", min_margin=0.2))) == 1
+    assert len(texts(completions(scores=[0.3, 0.1]), RowSpec(pairs_from="margin", min_margin=0.2))) == 1
 
 
 def test_completions_of_a_prompt_may_stand_anywhere() -> None:
@@ -127,9 +127,9 @@ def test_reviews_grouped_by_their_first_words_make_the_pairs_that_counting_gives
     assert several > 200
     numbered = from_memory(rows, "imdb")
     for reading, count in (
-        (Reading(), sum(d > 0 for d in differing)),
-        (Reading(pairs_from="best_worst"), several),
-        (Reading(pairs_from="margin", min_margin=5), sum(d >= 5 for d in differing)),
+        (RowSpec(), sum(d > 0 for d in differing)),
+        (RowSpec(pairs_from="best_worst"), several),
+        (RowSpec(pairs_from="margin", min_margin=5), sum(d >= 5 for d in differing)),
     ):
         records, report = to_records(numbered, reading)
         assert len(records) == report.kept == count
@@ -144,7 +144,7 @@ def test_ultrafeedback_rows_are_chats_and_prompts_stay_texts() -> None:
     assert (one(beside).prompt, one(beside).chosen) == ("Name a bird.", " A jay.")
     four = {"instruction": "x", "completions": [{"response": str(i), "overall_score": i // 2} for i in range(6)]}
     assert len(texts([four])) == 6 * 5 // 2 - 3
-    best_worst = texts([four], Reading(pairs_from="best_worst"))
+    best_worst = texts([four], RowSpec(pairs_from="best_worst"))
     assert [chosen[0]["content"] + rejected[0]["content"] for chosen, rejected in best_worst] == ["41"]
 
 
@@ -163,7 +163,7 @@ def test_ranked_lists_prefer_what_stands_higher() -> None:
     assert sorted(texts([nectar])) == [("a", "b"), ("a", "c"), ("b", "c")]
     in_order = {"prompt": "q", "responses": ["a", "b", "c"]}
     assert texts([in_order], "ranked") == [("a", "b"), ("a", "c"), ("b", "c")], "without ranks the best comes first"
-    apart = Reading("ranked", pairs_from="margin", min_margin=2)
+    apart = RowSpec("ranked", pairs_from="margin", min_margin=2)
     assert texts([in_order], apart) == [("a", "c")]
 
 
@@ -199,8 +199,8 @@ def test_shp_keeps_pairs_of_score_ratio_two() -> None:
     assert (record.chosen, record.rejected) == (" Should I? yes", " Should I? no")
     assert dropped({**row, "score_A": 7}) == "score ratio below 2"
     assert one({**row, "score_A": 6}), "exactly 2 is enough"
-    assert one({**row, "score_A": 7}, Reading(min_score_ratio=1.5))
-    assert dropped({**row, "score_A": 4}, Reading(min_score_ratio=4)) == "score ratio below 4"
+    assert one({**row, "score_A": 7}, RowSpec(min_score_ratio=1.5))
+    assert dropped({**row, "score_A": 4}, RowSpec(min_score_ratio=4)) == "score ratio below 4"
     assert one({**row, "score_A": 0}) and one({**row, "score_A": -2}), "beyond any ratio"
     assert dropped({**row, "score_A": 12}) == "both comments have one score"
     assert told({**row, "labels": 1}) == "field 'labels' and the scores contradict each other"
@@ -260,17 +260,17 @@ def test_markup_that_never_ends_takes_no_time() -> None:
 
 def test_options_belong_to_the_formats_that_have_them() -> None:
     with pytest.raises(UserError, match=r"--min_score_ratio: the format answers has no such option \(shp have\)"):
-        to_records(from_memory([ROWS["answers"]("q")], "x"), Reading(min_score_ratio=3))
+        to_records(from_memory([ROWS["answers"]("q")], "x"), RowSpec(min_score_ratio=3))
     with pytest.raises(UserError, match=r"--pairs_from: the format hh has no such option"):
-        to_records(from_memory([ROWS["hh"]("q")], "x"), Reading(pairs_from="all"))
+        to_records(from_memory([ROWS["hh"]("q")], "x"), RowSpec(pairs_from="all"))
     with pytest.raises(UserError, match="belong together"):
-        Reading(pairs_from="margin")
+        RowSpec(pairs_from="margin")
     with pytest.raises(UserError, match="belong together"):
-        Reading(min_margin=1.0)
+        RowSpec(min_margin=1.0)
     with pytest.raises(UserError, match="--min_margin must be at least 0, got -1"):
-        Reading(pairs_from="margin", min_margin=-1)
+        RowSpec(pairs_from="margin", min_margin=-1)
     with pytest.raises(UserError, match=r"--pairs_from some: there are all, best_worst, margin"):
-        Reading(pairs_from="some")  # type: ignore[arg-type]
+        RowSpec(pairs_from="some")  # type: ignore[arg-type]
 
 
 def test_hh_is_read_whole_and_its_odd_rows_are_named(shared: Path) -> None:

@@ -11,7 +11,7 @@ from test_formats_pairs import TOOL, dropped, one, told
 
 from tdpo import UserError
 from tdpo.data.formats import DataReport, convert, to_records
-from tdpo.data.reading import Reading, parse_columns
+from tdpo.data.row_spec import RowSpec, parse_columns
 from tdpo.data.sources import from_memory
 from tdpo.data.supervised import SFT_FORMATS
 
@@ -26,13 +26,13 @@ GOOD, BAD = said("assistant", "It will rain."), said("assistant", "No idea.")
 GREETED = [said("user", "Hi"), said("assistant", "Hello!")]
 
 
-def stops(row: Any, reading: Reading | str = "auto") -> str:
+def stops(row: Any, reading: RowSpec | str = "auto") -> str:
     with pytest.raises(UserError) as raised:
         to_records(from_memory([row], "pairs.jsonl"), reading)
     return str(raised.value)
 
 
-def sides(row: Any, reading: Reading | str = "auto") -> tuple[Any, Any, Any]:
+def sides(row: Any, reading: RowSpec | str = "auto") -> tuple[Any, Any, Any]:
     record = one(row, reading)
     return record.prompt, record.chosen, record.rejected
 
@@ -158,10 +158,10 @@ def test_what_makes_no_pairs_is_refused_by_its_name(row: dict[str, Any], message
 
 def test_the_ways_to_pairs_that_refusals_name_lead_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rated = [{"prompt": "Q:", "response": text, "helpfulness": n} for n, text in enumerate(("A", "B"))]
-    assert texts(rated, Reading(columns=parse_columns("reward=helpfulness"))) == [("B", "A")]
+    assert texts(rated, RowSpec(columns=parse_columns("reward=helpfulness"))) == [("B", "A")]
     unpaired = [{"prompt": "Q:", "answer": text, "label": n} for n, text in enumerate(("A", "B"))]
     assert "; --columns reward=label,completion=answer pairs the good with the bad" in stops(unpaired[0])
-    assert texts(unpaired, Reading(columns=parse_columns("reward=label,completion=answer"))) == [("B", "A")]
+    assert texts(unpaired, RowSpec(columns=parse_columns("reward=label,completion=answer"))) == [("B", "A")]
     arena = {"prompt": '["Q"]', "response_a": '["A"]', "response_b": '["B"]', "winner_model_a": 0, "winner_model_b": 1,
              "winner_tie": 0}  # fmt: skip
     summaries = {"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
@@ -188,7 +188,7 @@ def test_the_prompt_is_the_turns_that_chats_share() -> None:
         "the prompt, the text 'Another question', is none of the 3 turns that the chats 'chosen' and 'rejected' begin "
         "with; without the prompt (--ignore_columns) these turns are taken"
     )
-    assert sides({"prompt": "Another question", **chats}, Reading(ignore_columns=("prompt",)))[0] == [*GREETED, ASKED]
+    assert sides({"prompt": "Another question", **chats}, RowSpec(ignore_columns=("prompt",)))[0] == [*GREETED, ASKED]
 
 
 @pytest.mark.parametrize("name", ["question", "query", "problem", "input", "inputs", "instruction"])
@@ -209,7 +209,7 @@ def test_a_question_is_a_users_turn_in_pairs_and_in_supervised_rows(name: str) -
         lambda made: made.prompt,
     )  # fmt: skip
     assert (exchange.prompt, exchange.response) == pair[:2]
-    as_it_stands = Reading(columns=(("prompt", name),))
+    as_it_stands = RowSpec(columns=(("prompt", name),))
     assert sides({name: "Q:", "chosen": " A", "rejected": " B"}, as_it_stands) == ("Q:", " A", " B")
     assert told({name: " ", "chosen": "A.", "rejected": "B."}) == f"field {name!r} is empty"
     assert sides({"prompt": "Q:", "chosen": " A", "rejected": " B"}) == ("Q:", " A", " B")
@@ -285,7 +285,7 @@ def test_an_answer_without_a_rating_is_lost_alone(answers: list[Any], left: list
     listed = {"prompt": "Q:", "completions": [{"response": text, "overall_score": score} for text, score in answers]}
     beside = {"prompt": "Q:", "generations": [text for text, _ in answers], "ratings": [score for _, score in answers]}
     for row in (listed, beside):
-        for reading in (Reading(), Reading(pairs_from="best_worst")):
+        for reading in (RowSpec(), RowSpec(pairs_from="best_worst")):
             records, report = to_records(from_memory([{**row, "prompt": "P:"}, row], "pairs.jsonl"), reading)
             assert [(record.chosen, record.rejected) for record in records] == left * 2
             assert report.noticed == {note: [1, 2]} and f"warning, {note}: rows 1, 2" in report.lines()

@@ -12,7 +12,7 @@ from tdpo import PreferenceRecord, UserError
 from tdpo.data.formats import FORMATS, to_records
 from tdpo.data.formats.preference import common_words
 from tdpo.data.formats.report import DataReport
-from tdpo.data.reading import Reading, parse_columns
+from tdpo.data.row_spec import RowSpec, parse_columns
 from tdpo.data.sources import from_memory
 
 SYSTEM = {"role": "system", "content": "You are a librarian."}
@@ -30,12 +30,12 @@ TEXTS = {
 }
 
 
-def one(row: Any, reading: str | Reading = "auto") -> PreferenceRecord:
+def one(row: Any, reading: str | RowSpec = "auto") -> PreferenceRecord:
     (record,), _ = to_records(from_memory([row], "pairs.jsonl"), reading)
     return record
 
 
-def told(row: Any, reading: str | Reading = "auto") -> str:
+def told(row: Any, reading: str | RowSpec = "auto") -> str:
     with pytest.raises(UserError) as raised:
         to_records(from_memory([row], "pairs.jsonl"), reading)
     message = str(raised.value).splitlines()[0]
@@ -43,7 +43,7 @@ def told(row: Any, reading: str | Reading = "auto") -> str:
     return message.removeprefix("pairs.jsonl, row 1: ")
 
 
-def dropped(row: Any, reading: str | Reading = "auto") -> str:
+def dropped(row: Any, reading: str | RowSpec = "auto") -> str:
     records, report = to_records(from_memory([row], "pairs.jsonl"), reading)
     assert not records
     ((reason, rows),) = report.dropped.items()
@@ -321,13 +321,13 @@ def test_alpaca_rows_become_chats() -> None:
 
 
 def test_columns_stand_under_other_names() -> None:
-    reading = Reading(columns=parse_columns("prompt=question,chosen=good,rejected=bad"))
+    reading = RowSpec(columns=parse_columns("prompt=question,chosen=good,rejected=bad"))
     record = one({"question": "Why?", "good": " Because.", "bad": " No.", "chosen": "another column"}, reading)
     assert (record.prompt, record.chosen, record.rejected) == ("Why?", " Because.", " No.")
     assert told({"question": "Why?", "good": "x"}, reading) == (
         "field 'bad', which --columns takes for 'rejected', is missing"
     )
-    inside = Reading(columns=(("score", "fine-grained_score"),))
+    inside = RowSpec(columns=(("score", "fine-grained_score"),))
     row = {"prompt": "q", "completions": [{"text": t, "fine-grained_score": s} for t, s in (("a", 1), ("b", 2))]}
     assert one(row, inside).chosen == "b", "also in the objects of a list"
 

@@ -22,7 +22,7 @@ from tdpo import PreferenceRecord, UserError
 from tdpo.data.formats import FORMATS, DataReport, convert, to_records
 from tdpo.data.formats.markup import html_to_text
 from tdpo.data.formats.preference import common_words
-from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns
+from tdpo.data.row_spec import PAIRS_FROM, RowSpec, Side, parse_columns
 from tdpo.data.sft import SFT_FORMATS
 from tdpo.data.sources import SourceRow, from_memory, mixed_dataset, read_source
 
@@ -104,7 +104,7 @@ rows = st.one_of(
     st.lists(st.one_of(wild, st.sampled_from(MAKERS).flatmap(mutants)), max_size=5),
 )
 readings = st.builds(
-    Reading,
+    RowSpec,
     format=st.sampled_from(["auto"] * 30 + list(FORMATS)),
     columns=st.sampled_from([()] * 8 + [(("prompt", "question"),), (("score", "rank"), ("chosen", "text"))]),
     pairs_from=st.sampled_from([None] * 8 + ["all", "best_worst"]),
@@ -141,11 +141,11 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 @given(rows, readings)
-@example([{"prompt": "p", "completion": "c", "reward": 10**400}], Reading())
-@example([{"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}], Reading())
-@example([{"instruction": "a", "output": ["b", "c"], "history": [["a", None]]}], Reading())
-@example([{"question": "a", "answers": [{"text": "<", "pm_score": "1e999"}]}], Reading())
-def test_rows_end_in_records_or_in_a_message_that_names_them(found: list[Any], reading: Reading) -> None:
+@example([{"prompt": "p", "completion": "c", "reward": 10**400}], RowSpec())
+@example([{"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}], RowSpec())
+@example([{"instruction": "a", "output": ["b", "c"], "history": [["a", None]]}], RowSpec())
+@example([{"question": "a", "answers": [{"text": "<", "pm_score": "1e999"}]}], RowSpec())
+def test_rows_end_in_records_or_in_a_message_that_names_them(found: list[Any], reading: RowSpec) -> None:
     before = copy.deepcopy(found)
     numbered = from_memory(found, "any.jsonl")
     report = DataReport("any.jsonl")
@@ -286,7 +286,7 @@ def test_each_prompt_is_on_one_side(seed: int, fraction: float, prompts: list[st
 def test_pairs_prefer_the_higher_score(pairs_from: Any, scores: list[int]) -> None:
     margin = 2.0 if pairs_from == "margin" else None
     rows = [{"prompt": "p", "completion": str(i), "reward": score} for i, score in enumerate(scores)]
-    records, _ = to_records(from_memory(rows, "x"), Reading(pairs_from=pairs_from, min_margin=margin))
+    records, _ = to_records(from_memory(rows, "x"), RowSpec(pairs_from=pairs_from, min_margin=margin))
     apart = [scores[int(r.chosen)] - scores[int(r.rejected)] for r in records]
     ordered = [abs(a - b) for i, a in enumerate(scores) for b in scores[:i] if a != b]
     expected = {"all": len(ordered), "margin": sum(d >= 2 for d in ordered), "best_worst": int(len(set(scores)) > 1)}

@@ -25,7 +25,7 @@ from tdpo.data.pack import pack_padded
 from tdpo.models.fingerprint import config_hash
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import measure_modes, prepare_reference_mode, same_mode
-from tdpo.models.reference import AsItIs
+from tdpo.models.reference import LiveReference
 
 VOCAB = 400
 SIZES = {**LLAMA_LIKE, "vocab_size": VOCAB, "max_position_embeddings": 128}
@@ -244,7 +244,7 @@ def test_noise_on_the_embedding_stays_the_policys_alone(tmp_path: Path, tokenize
     model.get_input_embeddings().register_forward_hook(neftune_post_forward_hook)
     prepare_reference_mode(model, [model], cached=False, disable=True)
     model.train()
-    batch, reference = pack_padded(random_pairs(vocab=VOCAB)), AsItIs(model)
+    batch, reference = pack_padded(random_pairs(vocab=VOCAB)), LiveReference(model)
     with same_mode(model, reference):
         assert torch.equal(reference.states(batch), reference.states(batch))
     assert not torch.equal(response_states(model, batch), response_states(model, batch))

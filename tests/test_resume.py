@@ -87,9 +87,9 @@ def killed_at_random(words: list[str], out: Path, kills: int, processes: int, se
     """
     generator, left = random.Random(seed), []
     for _ in range(kills):
-        before = checkpointing.newest_whole(out)[0]
+        before = checkpointing.latest_complete(out)[0]
         run = start([*words, "--resume"], processes)
-        while checkpointing.newest_whole(out)[0] == before and run.poll() is None:
+        while checkpointing.latest_complete(out)[0] == before and run.poll() is None:
             time.sleep(0.001)
         time.sleep(generator.uniform(0, 0.15))
         told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True).stdout
@@ -114,7 +114,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     completed(train_words(dropout_folder, pairs_file, whole, *options), processes, timeout=300)
     words = train_words(dropout_folder, pairs_file, parts, *options)
     left = killed_at_random(words, parts, kills, processes, seed=kills)
-    newest, _ = checkpointing.newest_whole(parts)
+    newest, _ = checkpointing.latest_complete(parts)
     reached = checkpointing.step_of(newest) if newest else 0
     completed([*words, "--resume"], processes, timeout=300)
     print(

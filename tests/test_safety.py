@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.cli import main
-from tdpo.commands.common import told_in_words
+from tdpo.commands.common import user_errors
 from tdpo.config import seconds
 from tdpo.models.compiling import compile_layers
 from tdpo.models.policy import causal_lm
@@ -43,7 +43,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
     wait_for(lambda: checkpointing.checkpoints(out), run)
     left, told = interrupted(run, number)
     assert left == code if code else left != 0, told  # torchrun has a code of its own
-    newest, passed = checkpointing.newest_whole(out)
+    newest, passed = checkpointing.latest_complete(out)
     assert newest is not None and not passed
     step = checkpointing.step_of(newest)
     assert f"interrupted by {number.name} at step {step} of 100000: saved checkpoint-{step}" in told
@@ -75,7 +75,7 @@ def test_the_time_limit_saves_and_leaves_with_124(
 ) -> None:
     words = train_words(model_folder, pairs_file, tmp_path / "out", "--max_steps", "100000", "--max_time", "0.5s")
     assert main(words) == 124
-    newest, _ = checkpointing.newest_whole(tmp_path / "out")
+    newest, _ = checkpointing.latest_complete(tmp_path / "out")
     assert newest is not None
     assert f"out of time (--max_time) at step {checkpointing.step_of(newest)} of 100000" in capsys.readouterr().err
     assert main([*words[:-4], "--max_steps", str(checkpointing.step_of(newest) + 1), "--resume"]) == 0
@@ -105,14 +105,14 @@ def trainer(folder: Path, tokenizer: Any, peft_config: Any = None, **options: An
 
 def test_half_written_checkpoints_are_recognised_and_passed_over(tmp_path: Path, tokenizer: Any) -> None:
     trainer(tmp_path, tokenizer, save_steps=1).train()
-    newest, passed = checkpointing.newest_whole(tmp_path)
+    newest, passed = checkpointing.latest_complete(tmp_path)
     assert newest == tmp_path / "checkpoint-4" and passed == []
     size = (newest / "optimizer.pt").stat().st_size
     with (newest / "optimizer.pt").open("r+b") as file:
         file.truncate(size // 2)
     (tmp_path / "checkpoint-3" / "rng_state.pth").unlink()
     (tmp_path / "checkpoint-2" / "manifest.json").unlink()
-    newest, passed = checkpointing.newest_whole(tmp_path)
+    newest, passed = checkpointing.latest_complete(tmp_path)
     assert newest == tmp_path / "checkpoint-1"
     assert passed == [
         f"checkpoint-4 is not whole and is passed over: optimizer.pt has {size // 2} of {size} bytes",
@@ -122,7 +122,7 @@ def test_half_written_checkpoints_are_recognised_and_passed_over(tmp_path: Path,
     resumed = trainer(tmp_path, tokenizer)
     resumed.train(resume_from_checkpoint=True)
     assert resumed._initial_global_step == 1
-    assert checkpointing.newest_whole(tmp_path)[0] == tmp_path / "checkpoint-4", "written anew"
+    assert checkpointing.latest_complete(tmp_path)[0] == tmp_path / "checkpoint-4", "written anew"
 
 
 def test_rotation_never_removes_the_last_whole_checkpoint(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_full_disk_costs_nothing_that_was_written(
     words = train_words(model_folder, pairs_file, out, "--max_steps", "40", "--save_steps", "2")
     assert main(words) == 2
     told = capsys.readouterr().err
-    newest, passed = checkpointing.newest_whole(out)
+    newest, passed = checkpointing.latest_complete(out)
     assert newest is not None and not passed and not list(out.glob("*.partial"))
     step = checkpointing.step_of(newest)
     assert f"checkpoint-{step + 2} could not be written whole to {out}" in told and "MiB free" in told
@@ -178,7 +178,7 @@ def test_a_full_disk_costs_nothing_that_was_written(
     assert main([*words, "--resume", "--save_strategy", "no"]) == 2
     told = capsys.readouterr().err
     assert "No space left on device" in told and "Traceback" not in told
-    assert checkpointing.flaw(newest) == "", "resuming on a full disk leaves it as it was"
+    assert checkpointing.find_defect(newest) == "", "resuming on a full disk leaves it as it was"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_nothing_runs_that_a_checkpoint_brings_as_code(tmp_path: Path, tokenizer
             return (Path.touch, (tmp_path / "ran",))
 
     trainer(tmp_path / "out", tokenizer).train()
-    newest, _ = checkpointing.newest_whole(tmp_path / "out")
+    newest, _ = checkpointing.latest_complete(tmp_path / "out")
     assert newest is not None
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         kept = (newest / name).read_bytes()
@@ -242,7 +242,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_error(tmp_path: Path, model_fold
     code, told = finish(run)
     assert code != 0 and time.monotonic() - begun < 45
     assert "Signal 9 (SIGKILL)" in told
-    assert checkpointing.newest_whole(out)[0] is not None
+    assert checkpointing.latest_complete(out)[0] is not None
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path, tokenizer: Any) -> None:
@@ -275,7 +275,7 @@ def test_out_of_memory_over_the_logits_halves_their_budget_once(
     assert f"--logits_budget is {limit} bytes from here on, half of it" in caplog.text
     limit = 2**20
     told = r"out of memory: CUDA out of memory\. A lower --per_device_train_batch_size"
-    with pytest.raises(UserError, match=told), told_in_words():
+    with pytest.raises(UserError, match=told), user_errors():
         trainer(tmp_path / "b", tokenizer).train()
     assert asked[3:] == [None, default // 2], "not halved for ever"
 

@@ -13,7 +13,7 @@ import torch
 from conftest import make_model, preference_rows
 
 from tdpo import TDPOConfig, TDPOTrainer
-from tdpo.train.sampling import Filler, StepBatches, deal
+from tdpo.train.sampling import BalancedBatchSampler, DummyIndex, balance
 
 
 def lengths_of(seed: int, count: int) -> list[int]:
@@ -24,7 +24,7 @@ def lengths_of(seed: int, count: int) -> list[int]:
 def batches(count: int, micro: int = 4, accumulation: int = 4, processes: int = 1, **options: Any) -> list[list]:
     """The batches of every process for pairs of random lengths."""
     lengths, options = lengths_of(0, count), {"seed": None, **options}
-    return [list(StepBatches(lengths, micro, accumulation, **options, processes=processes, process=p))
+    return [list(BalancedBatchSampler(lengths, micro, accumulation, **options, processes=processes, process=p))
             for p in range(processes)]  # fmt: skip
 
 
@@ -32,17 +32,17 @@ def batches(count: int, micro: int = 4, accumulation: int = 4, processes: int = 
 @pytest.mark.parametrize(("processes", "seed"), [(1, None), (1, 3), (2, 3), (3, None), (5, 3)])
 def test_an_epoch_visits_every_pair_once(count: int, processes: int, seed: int | None) -> None:
     each = batches(count, accumulation=2, processes=processes, seed=seed)
-    taken = [index for process in each for batch in process for index in batch if not isinstance(index, Filler)]
+    taken = [index for process in each for batch in process for index in batch if not isinstance(index, DummyIndex)]
     assert sorted(taken) == list(range(count))
     assert {len(process) for process in each} == {math.ceil(count / (4 * processes))}, "all processes run as often"
-    assert len(StepBatches(lengths_of(0, count), 4, 2, None, processes)) == len(each[0])
+    assert len(BalancedBatchSampler(lengths_of(0, count), 4, 2, None, processes)) == len(each[0])
     assert all(0 < len(batch) <= 4 for process in each for batch in process)
 
 
 def test_only_processes_without_a_pair_get_a_filler() -> None:
     each = batches(10, micro=2, accumulation=1, processes=4)
     assert [len(process) for process in each] == [2, 2, 2, 2]
-    fillers = [[isinstance(i, Filler) for i in process[1]] for process in each]
+    fillers = [[isinstance(i, DummyIndex) for i in process[1]] for process in each]
     assert fillers == [[False], [False], [True], [True]]
 
 
@@ -58,17 +58,17 @@ def test_steps_keep_the_pairs_of_the_plain_order_however_they_are_shared() -> No
         each = batches(100, micro, accumulation, processes, seed=5)
         for number, pairs in enumerate(plain):
             share = [process[number * accumulation : (number + 1) * accumulation] for process in each]
-            ours = [int(i) for part in share for batch in part for i in batch if not isinstance(i, Filler)]
+            ours = [int(i) for part in share for batch in part for i in batch if not isinstance(i, DummyIndex)]
             assert sorted(ours) == sorted(pairs)
 
 
 def test_epochs_differ_and_are_reproducible() -> None:
-    first, again = (StepBatches(lengths_of(2, 50), 4, 2, seed=7) for _ in range(2))
+    first, again = (BalancedBatchSampler(lengths_of(2, 50), 4, 2, seed=7) for _ in range(2))
     zero = list(first)
     first.set_epoch(1)
     again.set_epoch(1)
     assert list(first) == list(again) != zero
-    assert list(chain(*StepBatches(lengths_of(2, 50), 4, 1, seed=None))) == list(range(50))
+    assert list(chain(*BalancedBatchSampler(lengths_of(2, 50), 4, 1, seed=None))) == list(range(50))
 
 
 def test_micro_batches_carry_more_equal_work_than_chance_gives() -> None:
@@ -82,14 +82,14 @@ def test_micro_batches_carry_more_equal_work_than_chance_gives() -> None:
         return sum(steps) / len(steps)
 
     lengths = lengths_of(3, 1024)
-    plain, balanced = (list(chain(*StepBatches(lengths, 8, n, seed=1))) for n in (1, 8))
+    plain, balanced = (list(chain(*BalancedBatchSampler(lengths, 8, n, seed=1))) for n in (1, 8))
     assert excess(plain, lengths) > 1.3
     assert excess(balanced, lengths) < 1.1
 
 
 def test_a_short_last_step_is_shared_evenly() -> None:
     lengths = [10] * 9 + [1] * 9
-    blocks = deal(range(18), lengths, count=4)
+    blocks = balance(range(18), lengths, count=4)
     assert sorted(chain(*blocks)) == list(range(18))
     assert [len(block) for block in blocks] == [5, 5, 4, 4]
     assert all(2 <= sum(lengths[i] == 10 for i in block) <= 3 for block in blocks)

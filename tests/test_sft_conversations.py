@@ -12,7 +12,7 @@ from conftest import END, make_model, make_tokenizer, write_jsonl
 
 from tdpo import SFTConfig, SFTTrainer, UserError
 from tdpo.cli import main
-from tdpo.data.reading import Reading, parse_columns
+from tdpo.data.row_spec import RowSpec, parse_columns
 from tdpo.data.sft import MASKED, SFTDataset, prepare_sft
 from tdpo.data.templates import CHATML
 from tdpo.data.tokenise import Lengths, Tokeniser
@@ -276,10 +276,10 @@ def test_what_cannot_be_learnt_is_named(row: dict[str, Any], message: str) -> No
 
 def test_a_named_column_decides_between_several_answers() -> None:
     both = {"question": "42?", "query": "The river?", "answer": "The garden."}
-    assert show([both], reading=Reading(columns=parse_columns("question=query"))) == [ONE_TURN]
+    assert show([both], reading=RowSpec(columns=parse_columns("question=query"))) == [ONE_TURN]
     row = {"question": "The river?", "answer": "42", "solution": "The garden."}
-    assert show([row], reading=Reading(columns=parse_columns("solution=solution"))) == [ONE_TURN]
-    assert show([row], reading=Reading(columns=parse_columns("response=solution"))) == [ONE_TURN]
+    assert show([row], reading=RowSpec(columns=parse_columns("solution=solution"))) == [ONE_TURN]
+    assert show([row], reading=RowSpec(columns=parse_columns("response=solution"))) == [ONE_TURN]
 
 
 def test_a_function_of_the_users_returns_any_supervised_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +322,7 @@ def test_a_conversation_the_template_refuses_is_dropped_once_and_whole() -> None
     dataset = prepared(rows, tokenizer, on_bad_row="drop")
     assert [example.row for example in dataset] == [1, 3]
     assert list(dataset.report.dropped.values()) == [[2]]
-    doubled = prepared(rows, tokenizer, on_bad_row="drop", reading=Reading(weight=2))
+    doubled = prepared(rows, tokenizer, on_bad_row="drop", reading=RowSpec(weight=2))
     assert [example.row for example in doubled] == [1, 1, 3, 3]
     with pytest.raises(UserError, match="rows, row 2: the chat template refuses"):
         prepared(rows, tokenizer)

@@ -25,7 +25,7 @@ from conftest import preference_rows, write_jsonl
 from tdpo import UserError
 from tdpo.config import EvalDataConfig
 from tdpo.data.formats import DataReport, iter_records, to_records
-from tdpo.data.reading import Reading, Side
+from tdpo.data.row_spec import RowSpec, Side
 from tdpo.data.sources import mixed_dataset, open_mixture, open_source, read_source
 
 ROWS = preference_rows(3)
@@ -298,7 +298,7 @@ def numbered_rows(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"question {i // 2}", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(count)]
 
 
-def chosen(source: Any, reading: Reading | str = "auto") -> list[str]:
+def chosen(source: Any, reading: RowSpec | str = "auto") -> list[str]:
     return [record.chosen for record in to_records(source, reading)[0]]
 
 
@@ -306,16 +306,16 @@ def test_a_split_has_each_prompt_on_one_side_and_does_not_depend_on_the_order(tm
     rows = numbered_rows(4000)
     random.Random(0).shuffle(rows)
     source = open_source(str(write_jsonl(tmp_path / "a.jsonl", rows)), "train")
-    test, train = (chosen(source.read_by(Reading(side=Side(0.05, 0, side)))) for side in (True, False))
+    test, train = (chosen(source.read_by(RowSpec(side=Side(0.05, 0, side)))) for side in (True, False))
     assert sorted(test + train) == sorted(row["chosen"] for row in rows)
     questions = [{int(text.split()[1]) // 2 for text in part} for part in (test, train)]
     assert not questions[0] & questions[1]
     assert abs(len(questions[0]) - 100) < 3 * (2000 * 0.05 * 0.95) ** 0.5, "a binomial number around 5% of 2,000"
     again = open_source(str(write_jsonl(tmp_path / "b.jsonl", rows[::-1])), "train")
-    assert set(chosen(again.read_by(Reading(side=Side(0.05, 0, True))))) == set(test)
-    other = set(chosen(source.read_by(Reading(side=Side(0.05, 1, True)))))
+    assert set(chosen(again.read_by(RowSpec(side=Side(0.05, 0, True))))) == set(test)
+    other = set(chosen(source.read_by(RowSpec(side=Side(0.05, 1, True)))))
     assert len(other & set(test)) < len(test) / 4, "another seed is another split"
-    _, report = to_records(source.read_by(Reading(side=Side(0.05, 0, True))))
+    _, report = to_records(source.read_by(RowSpec(side=Side(0.05, 0, True))))
     assert report.lines()[0].endswith(f"4000 rows, {len(test)} kept, {len(train)} on the other side of the split")
 
 
@@ -324,7 +324,7 @@ def test_processes_split_and_mix_alike(tmp_path: Path, monkeypatch: pytest.Monke
     code = (
         "from dataclasses import replace\n"
         "from tdpo.data.formats import to_records\n"
-        "from tdpo.data.reading import Side\n"
+        "from tdpo.data.row_spec import Side\n"
         "from tdpo.data.sources import open_mixture\n"
         "told = []\n"
         "for test in (False, True):\n"
@@ -411,24 +411,24 @@ def test_options_of_data_that_contradict_are_named() -> None:
         EvalDataConfig(dataset_name="a", test_fraction=1.5)
     mixed = EvalDataConfig(datasets=["a.jsonl"])
     with pytest.raises(UserError, match="--pairs_from, --dataset_format and --datasets contradict"):
-        mixed.check_reading(Reading("hh", pairs_from="all"))
+        mixed.check_reading(RowSpec("hh", pairs_from="all"))
 
 
 def test_a_fingerprint_changes_with_what_is_read_and_how(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     source = open_source(str(path), "train")
-    prints = [source.fingerprint(), source.read_by(Reading("preference")).fingerprint()]
-    prints.append(source.read_by(Reading(side=Side(0.1, 0, True))).fingerprint())
+    prints = [source.fingerprint(), source.read_by(RowSpec("preference")).fingerprint()]
+    prints.append(source.read_by(RowSpec(side=Side(0.1, 0, True))).fingerprint())
     assert open_source(str(path), "train").fingerprint() == prints[0]
     write_jsonl(path, ROWS[::-1])
     prints.append(source.fingerprint())
     assert None not in prints and len(set(prints)) == 4
-    assert source.read_by(Reading("module:function")).fingerprint() is None
+    assert source.read_by(RowSpec("module:function")).fingerprint() is None
     assert open_source("org/pairs", "train").fingerprint() is None
 
 
 def test_a_large_file_with_ten_bad_rows_names_them_in_bounded_memory(tmp_path: Path) -> None:
-    """Reading holds no rows: 20,000 of them take no more memory than a few."""
+    """RowSpec holds no rows: 20,000 of them take no more memory than a few."""
     bad = {2_000 * i + 777: line for i, line in enumerate([b"{", b"[1]", b'{"prompt": "p"}', b"\xff\xfe", b"null"] * 2)}
     line = json.dumps({"prompt": "p" * 400, "chosen": "c" * 400, "rejected": "r" * 400}).encode()
     with open(tmp_path / "a.jsonl", "wb") as file:

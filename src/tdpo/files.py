@@ -13,7 +13,7 @@ PARTIAL = ".partial"
 """Ends, or with a process's number ends, the name of what is being written and never read."""
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes a file aside, brings it to the disk and renames it; of processes that write at once the last one stays.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import check_writable, console, quieten, read_dataset, told_in_words
+from tdpo.commands.common import check_writable, console, quieten, read_dataset, user_errors
 from tdpo.commands.options import parse
 from tdpo.config import (
     CACHE_DTYPE,
@@ -86,7 +86,7 @@ def run(argv: Sequence[str]) -> None:
         autocast = partial(torch.autocast, device.type, dtype=dtypes[precision])
     how = FillOptions(device, options.per_device_eval_batch_size, options.reference_cache_dtype, precision, autocast)
     pairs = [pair for dataset in datasets for pair in dataset]
-    with told_in_words():
+    with user_errors():
         store = HiddenStore(folder, cache_key(reference, pack, how))
         computed = fill(store, reference, pairs, pack, how)
     console().print(

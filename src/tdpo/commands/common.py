@@ -25,7 +25,7 @@ from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
-from tdpo.files import check_writable, write_whole
+from tdpo.files import atomic_write, check_writable
 from tdpo.train.checkpointing import checkpoints
 
 Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
@@ -107,7 +107,7 @@ def clear_earlier_run(args: RunOptions) -> None:
 
 
 @contextmanager
-def told_in_words(trainer: Any = None) -> Iterator[None]:
+def user_errors(trainer: Any = None) -> Iterator[None]:
     """Raises :class:`UserError` for errors of transformers about options and of the file system.
 
     Args:
@@ -158,7 +158,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        atomic_write(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 

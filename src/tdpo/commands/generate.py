@@ -23,7 +23,7 @@ from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options,
 from tdpo.data.formats.convert import LOOKED_AT
 from tdpo.data.formats.prompts import PROMPTS, prompt_of, with_system
 from tdpo.data.formats.registry import recognise
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, open_source
 from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
@@ -161,14 +161,14 @@ def _records(options: GenerateOptions, report: DataReport) -> Iterator[Preferenc
             yield record
 
 
-def _renamed(row: SourceRow, reading: Reading) -> SourceRow:
+def _renamed(row: SourceRow, reading: RowSpec) -> SourceRow:
     try:
         return renamed(row, reading.columns)
     except RowError:
         return row
 
 
-def _holds_a_pair(row: SourceRow, reading: Reading) -> bool:
+def _holds_a_pair(row: SourceRow, reading: RowSpec) -> bool:
     """Whether the row alone makes records; scored completions, one a row, are asked row by row."""
     name = recognise(_renamed(row, reading).fields, FORMATS)
     return name is not None and FORMATS[name].join is None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tdpo.cli import COMMANDS
-from tdpo.commands.common import MODEL_FILES, check_writable, console, quieten, told_in_words
+from tdpo.commands.common import MODEL_FILES, check_writable, console, quieten, user_errors
 from tdpo.commands.options import parse
 from tdpo.config import ModelConfig
 from tdpo.errors import UserError
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     if base is None:
         raise UserError(f"{name}: is a model without an adapter, so there is nothing to merge")
     repair_generation_config(model.get_base_model())
-    with told_in_words():
+    with user_errors():
         merged(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         copy_processor(model, folder)

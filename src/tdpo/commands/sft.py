@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tdpo.commands.common import console, told_in_words
+from tdpo.commands.common import console, user_errors
 from tdpo.commands.training import ShardingCallback, run_training
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.models.load import load_model
@@ -22,7 +22,7 @@ def run(argv: Sequence[str]) -> None:
 def _make_trainer(options: tuple[Any, ...], datasets: tuple[Any, Any], tokenizer: Any) -> SFTTrainer:
     model_config, adapter, _, args = options
     model = load_model(model_config, trainable=True, quantization=adapter.quantization())
-    with told_in_words():
+    with user_errors():
         return SFTTrainer(model, args, *datasets, tokenizer, [ShardingCallback()], peft_config=adapter.peft_config())
 
 

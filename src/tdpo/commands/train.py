@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tdpo.commands.common import console, metric_table, told_in_words
+from tdpo.commands.common import console, metric_table, user_errors
 from tdpo.commands.training import ShardingCallback, run_training
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
 from tdpo.models.load import adapter_base, load_model, same_model
@@ -30,7 +30,7 @@ def _make_trainer(options: tuple[Any, ...], datasets: tuple[Any, Any], tokenizer
         args.reference, name = "adapter_off", None
     model = load_model(model_config, trainable=True, quantization=quantization)
     reference = load_model(model_config, name, quantization=quantization) if name else None
-    with told_in_words():
+    with user_errors():
         trainer = TDPOTrainer(
             model, reference, args, None, *datasets, tokenizer, [ShardingCallback()], peft_config=adapter.peft_config()
         )

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from tdpo.cli import COMMANDS
 from tdpo.commands import launch
-from tdpo.commands.common import check_output, clear_earlier_run, console, quieten, read_dataset, told_in_words
+from tdpo.commands.common import check_output, clear_earlier_run, console, quieten, read_dataset, user_errors
 from tdpo.commands.options import parse
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
@@ -75,12 +75,12 @@ def run_training(
     source = data.open_held_out(reading)
     held_out = None if source is None else read_dataset(source, prepare)
     trainer = make_trainer(options, (train, held_out), tokenizer)
-    with told_in_words(trainer), listening(trainer.stop_request):
+    with user_errors(trainer), listening(trainer.stop_request):
         clear_earlier_run(args)
         result = trainer.train()
     trainer.stop_request.raise_if_stopped(trainer.state)
 
-    with told_in_words(trainer):
+    with user_errors(trainer):
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
         if held_out is not None:

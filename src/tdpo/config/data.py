@@ -12,7 +12,7 @@ from tdpo.data.cache import PairCache
 from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.formats import AUTO, FORMATS, Format, find_format
 from tdpo.data.formats.fields import NOT_OF_A_ROW
-from tdpo.data.reading import PAIRS_FROM, Reading, Side, parse_columns, parse_names
+from tdpo.data.row_spec import PAIRS_FROM, RowSpec, Side, parse_columns, parse_names
 from tdpo.data.sources import Source, open_mixture, open_source
 from tdpo.data.tokenise import Lengths, Rendering, Tokeniser
 from tdpo.errors import UserError
@@ -69,7 +69,7 @@ class DataConfig(SplitOptions):
             raise UserError("give either --dataset_name or --datasets, which names several")
         self.side(True)
 
-    def open_training(self, reading: Reading) -> Source:
+    def open_training(self, reading: RowSpec) -> Source:
         """Opens the rows to train on, each with the options it is read by.
 
         Args:
@@ -77,7 +77,7 @@ class DataConfig(SplitOptions):
         """
         return self._open(reading, self.dataset_train_split, self.side(False))
 
-    def _open(self, reading: Reading, split: str, side: Side | None) -> Source:
+    def _open(self, reading: RowSpec, split: str, side: Side | None) -> Source:
         if self.dataset_name:
             return open_source(self.dataset_name, split, self.dataset_config).read_by(replace(reading, side=side))
         return open_mixture(self.datasets, split, lambda own: replace(own, side=side), self.split_seed)
@@ -97,13 +97,13 @@ class EvalDataConfig(DataConfig):
         if self.eval_dataset_name and self.test_fraction is not None:
             raise UserError("--eval_dataset_name and --test_fraction contradict each other: both name held-out data")
 
-    def open_held_out(self, reading: Reading) -> Source | None:
+    def open_held_out(self, reading: RowSpec) -> Source | None:
         """Opens the rows of ``eval_dataset_name``, or those that ``test_fraction`` holds out; None without either."""
         if self.eval_dataset_name:
             return open_source(self.eval_dataset_name, self.dataset_test_split, self.dataset_config).read_by(reading)
         return None if self.test_fraction is None else self._open(reading, self.dataset_train_split, self.side(True))
 
-    def check_reading(self, reading: Reading) -> None:
+    def check_reading(self, reading: RowSpec) -> None:
         """Refuses format options of a single dataset with ``datasets``, which have their own.
 
         Raises:
@@ -143,13 +143,13 @@ class FormatOptions:
     min_margin: float | None = option(None, "Least difference of scores under --pairs_from margin.")
     min_score_ratio: float | None = option(None, "Least ratio of scores in the format shp, 2 by default.")
 
-    def reading(self) -> Reading:
+    def reading(self) -> RowSpec:
         """Returns how rows are read under these options.
 
         Raises:
             UserError: for an unknown format and options that contradict.
         """
-        return Reading(
+        return RowSpec(
             self.dataset_format,
             parse_columns(self.columns),
             self.pairs_from,  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from tdpo.config.checks import check_at_least, option, seconds
 from tdpo.config.models import LoadingOptions, ModelConfig
 from tdpo.counterparts import hint
 from tdpo.errors import UserError
-from tdpo.models.sharding import load_whole
+from tdpo.models.sharding import load_without_sharding
 
 APPLIED = "TDPO_ACCELERATE_CONFIG"
 """Environment variable that says which ``--accelerate_config`` has been applied to this process."""
@@ -107,7 +107,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
             raise UserError(
                 "--accelerator_config: batches are distributed by tdpo; split, dispatch and even have no use"
             )
-        load_whole(self.deepspeed_plugin is not None)
+        load_without_sharding(self.deepspeed_plugin is not None)
 
     def model_config(self, model: Any) -> ModelConfig:
         """Describes how a trainer loads a model by its name.

@@ -25,7 +25,7 @@ import transformers
 from tdpo.data.formats import DataReport
 from tdpo.data.sources import SourceRow, groups_of
 from tdpo.data.table import SCHEMA, PairTable
-from tdpo.files import write_whole
+from tdpo.files import atomic_write
 from tdpo.types import PreferenceRecord
 
 logger = logging.getLogger("tdpo")
@@ -101,7 +101,7 @@ class PairCache:
                 size, checksum = _size_and_checksum(partial)
                 about = {"source": report.source, "bytes": size, "crc32": checksum, "report": vars(report)}
                 partial.replace(self._pairs(key))
-                write_whole(self._about(key), json.dumps(about, indent=1) + "\n")
+                atomic_write(self._about(key), json.dumps(about, indent=1) + "\n")
                 return PairTable.mapped(self._pairs(key)), report
         finally:
             with contextlib.suppress(OSError):

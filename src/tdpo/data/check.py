@@ -15,7 +15,7 @@ from tdpo.data.cache import PairCache
 from tdpo.data.calls import as_object, map_arguments, without_nulls
 from tdpo.data.dataset import NoPairLeft, check_fits, prepare_pairs
 from tdpo.data.formats import DataReport, OnBadRow, RowError, to_records
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import Source
 from tdpo.data.table import PairTable
 from tdpo.data.tokenise import Tokeniser, Turns
@@ -135,7 +135,7 @@ class Prepared:
 def prepare(
     rows: Source,
     tokeniser: Tokeniser,
-    reading: Reading,
+    reading: RowSpec,
     on_bad_row: OnBadRow,
     cache: PairCache | None,
     limits: tuple[int | None, int | None] = (None, None),

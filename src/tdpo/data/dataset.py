@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from tdpo.data.cache import PairCache, cache_key, in_memory, rows_fingerprint
 from tdpo.data.formats import DataReport, OnBadRow, iter_records, name_of
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.table import PairTable, record_batch
 from tdpo.data.tokenise import Tokeniser, outside_vocabulary
@@ -92,7 +92,7 @@ class Collator:
 def prepare_pairs(
     data: Iterable[Any],
     tokeniser: Tokeniser | None,
-    format_name: str | Reading = "auto",
+    format_name: str | RowSpec = "auto",
     on_bad_row: OnBadRow = "error",
     name: str = "dataset",
     cache: PairCache | None = None,
@@ -115,7 +115,7 @@ def prepare_pairs(
     """
     if isinstance(data, PairDataset):
         return data
-    reading = Reading(format_name) if isinstance(format_name, str) else format_name
+    reading = RowSpec(format_name) if isinstance(format_name, str) else format_name
     rows = data if isinstance(data, Source) and tokeniser is not None else _rows(data, name)
     if isinstance(rows, list) and isinstance(rows[0], TokenisedPair):
         return PairDataset(rows, DataReport(name, "tokenised", len(rows), len(rows)))
@@ -135,7 +135,7 @@ def _rows(data: Iterable[Any], name: str) -> list[Any]:
 
 
 def _fetched(
-    rows: Source | list[Any], tokeniser: Tokeniser, reading: Reading, on_bad_row: OnBadRow, cache: PairCache | None
+    rows: Source | list[Any], tokeniser: Tokeniser, reading: RowSpec, on_bad_row: OnBadRow, cache: PairCache | None
 ) -> tuple[PairTable, DataReport]:
     """Returns the pairs from the cache if the rows have a fingerprint, and otherwise makes them in memory."""
 
@@ -165,7 +165,7 @@ def _fetched(
 
 
 def _build(
-    rows: Source | list[Any], tokeniser: Tokeniser, reading: Reading, on_bad_row: OnBadRow
+    rows: Source | list[Any], tokeniser: Tokeniser, reading: RowSpec, on_bad_row: OnBadRow
 ) -> tuple[DataReport, Iterator[Any]]:
     """Returns the report, and the record batches whose iteration fills it; text is read as it is tokenised."""
     first = next(iter(rows), None)

@@ -13,7 +13,7 @@ import torch
 from tdpo.data.dataset import ExampleDataset, check_limits
 from tdpo.data.formats import AUTO, DataReport, OnBadRow, convert, name_of
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.supervised import SFT_FORMATS, Exchange
 from tdpo.data.tokenise import Ids, Tokeniser, Turns
@@ -125,7 +125,7 @@ def _with_labels(batch: PackedBatch, labels: Sequence[list[int]]) -> PackedBatch
 def prepare_sft(
     data: Iterable[Any],
     tokeniser: Tokeniser,
-    reading: str | Reading = AUTO,
+    reading: str | RowSpec = AUTO,
     on_bad_row: OnBadRow = "error",
     name: str = "dataset",
     train_on: TrainOn = "every_turn",

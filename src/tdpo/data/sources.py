@@ -19,7 +19,7 @@ from typing import Any
 from tdpo.counterparts import ENTRY_SPELLINGS, hint
 from tdpo.data.dialects import SPLITS
 from tdpo.data.readers import READERS, Unreadable, first_line, kind_of, read_values, table_values
-from tdpo.data.reading import Reading, parse_columns, parse_json, parse_names
+from tdpo.data.row_spec import RowSpec, parse_columns, parse_json, parse_names
 from tdpo.errors import UserError
 
 STDIN = "-"
@@ -65,7 +65,7 @@ class Source:
         for part in self.parts:
             yield from part.read()
 
-    def read_by(self, reading: Reading) -> Source:
+    def read_by(self, reading: RowSpec) -> Source:
         """Returns the same rows, to be converted by one reading."""
         return Source(self.name, tuple(replace(part, reading=reading) for part in self.parts))
 
@@ -99,7 +99,7 @@ class Part:
 
     read: Callable[[], Iterator[SourceRow]]
     files: tuple[Path, ...] = ()
-    reading: Reading | None = None
+    reading: RowSpec | None = None
     split: str | None = None
 
 
@@ -133,12 +133,12 @@ class MixedDataset:
     min_score_ratio: float | None = None
     truncation_mode: Any = None
 
-    def reading(self, seed: int) -> Reading:
+    def reading(self, seed: int) -> RowSpec:
         """How its rows become records."""
-        names = {item.name for item in fields(Reading)} & vars(self).keys()
+        names = {item.name for item in fields(RowSpec)} & vars(self).keys()
         columns, ignored = parse_columns(self.columns), parse_names(self.ignore_columns)
         given = {name: getattr(self, name) for name in names}
-        return Reading(**{**given, "columns": columns, "ignore_columns": ignored, "seed": seed})
+        return RowSpec(**{**given, "columns": columns, "ignore_columns": ignored, "seed": seed})
 
 
 def open_source(name: str, split: str, config: str | None = None) -> Source:
@@ -182,7 +182,7 @@ def _open(name: str, split: str, config: str | None) -> Source:
     return Source(shown, tuple(_file_part(path, str(path), split) for path in paths))
 
 
-def groups_of(rows: Iterable[Any]) -> Iterator[tuple[Reading | None, Iterable[Any]]]:
+def groups_of(rows: Iterable[Any]) -> Iterator[tuple[RowSpec | None, Iterable[Any]]]:
     """Yields the rows that share a reading, with it; None where a source names none, and for rows in memory."""
     if not isinstance(rows, Source):
         yield None, rows
@@ -204,7 +204,7 @@ def read_source(name: str, split: str, config: str | None = None) -> list[Source
     return rows
 
 
-def open_mixture(datasets: Sequence[Any], split: str, readings: Callable[[Reading], Reading], seed: int) -> Source:
+def open_mixture(datasets: Sequence[Any], split: str, readings: Callable[[RowSpec], RowSpec], seed: int) -> Source:
     """Opens several datasets as one source, each with its own reading.
 
     Args:

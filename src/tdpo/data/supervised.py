@@ -10,7 +10,7 @@ from tdpo.data.formats import FORMATS, Format, RowDropped, RowError, chat_option
 from tdpo.data.formats.fields import is_chat, plain_text
 from tdpo.data.formats.prompts import QUESTIONS, SYSTEMS, history_messages, read_turns
 from tdpo.data.formats.refused import LABELS
-from tdpo.data.reading import Reading, parse_json
+from tdpo.data.row_spec import RowSpec, parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
@@ -51,7 +51,7 @@ class Exchange:
     notes: tuple[str, ...] = ()
 
 
-def text(row: SourceRow, reading: Reading) -> list[Exchange]:
+def text(row: SourceRow, reading: RowSpec) -> list[Exchange]:
     """Reads ``text``, all of which is learnt."""
     content = text_of(row, "text")
     if not isinstance(content, str):
@@ -59,18 +59,18 @@ def text(row: SourceRow, reading: Reading) -> list[Exchange]:
     return _exchange(row, "", content, "text")
 
 
-def completion(row: SourceRow, reading: Reading) -> list[Exchange]:
+def completion(row: SourceRow, reading: RowSpec) -> list[Exchange]:
     """Reads ``prompt`` and ``completion``, both texts or both messages; of the messages the completion is learnt."""
     return _answered(row, "prompt", "completion")
 
 
-def answer(row: SourceRow, reading: Reading) -> list[Exchange]:
+def answer(row: SourceRow, reading: RowSpec) -> list[Exchange]:
     """Reads a prompt or a question with its answer, under any of their usual names."""
     asked = "prompt" if "prompt" in row.fields else _only(row, reading, QUESTIONS, "question")
     return _answered(row, asked, _only(row, reading, RESPONSES, "response"))
 
 
-def alpaca(row: SourceRow, reading: Reading) -> list[Exchange]:
+def alpaca(row: SourceRow, reading: RowSpec) -> list[Exchange]:
     """Reads ``instruction``, perhaps ``input``, ``history`` and ``system``, and ``output``."""
     parts = [(name, row.fields.get(name)) for name in ("instruction", "input", "context")]
     question = "\n".join(plain_text(part, f"field {name!r}") for name, part in parts if part not in (None, ""))
@@ -78,13 +78,13 @@ def alpaca(row: SourceRow, reading: Reading) -> list[Exchange]:
     return _answered(asked, "instruction", _only(row, reading, RESPONSES, "response"))
 
 
-def messages(row: SourceRow, reading: Reading) -> list[Exchange]:
+def messages(row: SourceRow, reading: RowSpec) -> list[Exchange]:
     """Reads a conversation in ``messages``."""
     row = _parsed(row, "messages")
     return _conversation(row, read_turns(row, "messages"), "messages", _flags(row.fields["messages"], "messages"))
 
 
-def sharegpt(row: SourceRow, reading: Reading) -> list[Exchange]:
+def sharegpt(row: SourceRow, reading: RowSpec) -> list[Exchange]:
     """Reads a conversation in ``conversations`` or ``conversation``, in ShareGPT's turns or in messages."""
     name = next((name for name in CONVERSATIONS if name in row.fields), CONVERSATIONS[0])
     row = _parsed(row, name)
@@ -124,7 +124,7 @@ def has_conversation(fields: Mapping[str, Any]) -> bool:
 def chosen_of(known: Format) -> Format:
     """Makes a format of responses from one of preferences: the chosen ones, and of several answers the best."""
 
-    def best(reading: Reading) -> Reading:
+    def best(reading: RowSpec) -> RowSpec:
         return reading if reading.pairs_from else replace(reading, pairs_from="best_worst")
 
     def responses(records: Iterable[PreferenceRecord]) -> list[Exchange]:
@@ -144,7 +144,7 @@ def or_chosen(plain: Format, pairs: Format) -> Format:
     """Combines a format of responses with one of preferences, of which the chosen responses are learnt."""
     chosen = chosen_of(pairs)
 
-    def convert(row: SourceRow, reading: Reading) -> Sequence[Any]:
+    def convert(row: SourceRow, reading: RowSpec) -> Sequence[Any]:
         return (chosen if pairs.recognises(row.fields) else plain).convert(row, reading)
 
     return replace(
@@ -277,7 +277,7 @@ def _system(row: SourceRow) -> list[Message]:
     return [] if name is None else [{"role": "system", "content": plain_text(row.fields[name], f"field {name!r}")}]
 
 
-def _only(row: SourceRow, reading: Reading, names: Sequence[str], field: str) -> str:
+def _only(row: SourceRow, reading: RowSpec, names: Sequence[str], field: str) -> str:
     """Finds the one of some columns that the row has; ``--columns`` decides between several."""
     there = [name for name in names if row.fields.get(name) is not None]
     there = [name for name, _ in reading.columns if name in there] or there

@@ -87,7 +87,7 @@ def check_tunes_weights(model: Any) -> None:
         )
 
 
-def tell_of_dropout(peft_config: Any) -> None:
+def warn_of_dropout(peft_config: Any) -> None:
     """Says that the dropout an adapter's configuration asks for is off like the model's own."""
     dropout = getattr(peft_config, "lora_dropout", 0.0)
     if dropout:

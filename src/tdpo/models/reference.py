@@ -1,7 +1,7 @@
 """The reference: where its hidden states come from.
 
 :class:`FrozenCopy` is a second model, or a second adapter over the policy's base; :class:`AdapterOff` the policy
-without its adapter; :class:`CachedHidden` reads what one of them gave once. :class:`AsItIs` is any model at this
+without its adapter; :class:`CachedHidden` reads what one of them gave once. :class:`LiveReference` is any model at this
 moment: one that is only scored, or the policy before its first step. Which one a run takes is decided in
 :mod:`tdpo.train.references`.
 """
@@ -21,7 +21,7 @@ from tdpo.models.adapters import adapter_layers, frozen_base, moves_its_base, sw
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import reference_mode
 from tdpo.models.policy import body_of, causal_lm, head_of, prove_head, unwrapped
-from tdpo.models.sharding import narrow, narrow_dtype, shard_frozen
+from tdpo.models.sharding import cast_weights, frozen_weights_dtype, shard_frozen
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
 
@@ -41,10 +41,10 @@ class Reference(Protocol):
     def to(self, device: torch.device | str) -> None:
         """Moves what is the reference's own; the policy's place is the trainer's business."""
 
-    def narrowed(self, dtype: torch.dtype) -> Reference:
+    def cast_weights(self, dtype: torch.dtype) -> Reference:
         """The same reference with weights of fewer bits; a policy it reads from stays as it is."""
 
-    def place(self, accelerator: Any) -> None:
+    def prepare(self, accelerator: Any) -> None:
         """Brings what is the reference's own to its device, shared out between processes where the policy will be."""
 
 
@@ -85,10 +85,10 @@ class FrozenCopy:
         if self.copied[0].device != torch.device(device):
             self.model.to(device)
 
-    def narrowed(self, dtype: torch.dtype) -> FrozenCopy:
-        """This one, narrowed."""
+    def cast_weights(self, dtype: torch.dtype) -> FrozenCopy:
+        """Casts this reference in place."""
         self._unshare()
-        narrow(self.model, dtype)
+        cast_weights(self.model, dtype)
         return self
 
     def _unshare(self) -> None:
@@ -105,16 +105,16 @@ class FrozenCopy:
         """Whether this process holds but a part of the body."""
         return self._head is not None
 
-    def place(self, accelerator: Any) -> None:
+    def prepare(self, accelerator: Any) -> None:
         """Shards the body where weights are sharded; the head, which every step reads whole, stays whole.
 
         Under mixed precision it gets the policy's, so that equal models give equal states.
         """
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             self._unshare()  # these engines replace or empty the policy's weights
-        dtype = narrow_dtype(accelerator)
+        dtype = frozen_weights_dtype(accelerator)
         if dtype is not None:
-            self.narrowed(dtype)
+            self.cast_weights(dtype)
         head = head_of(self.model).map(torch.detach)  # the parameter itself is emptied
         if shard_frozen(body_of(self.model), accelerator):
             self._head = head.map(lambda tensor: tensor.to(accelerator.device))
@@ -173,11 +173,11 @@ class AdapterOff:
     def to(self, device: torch.device | str) -> None:
         """Nothing here is the reference's own."""
 
-    def narrowed(self, dtype: torch.dtype) -> AdapterOff:
-        """A narrowed copy."""
-        return AdapterOff(narrow(copy.deepcopy(self.policy), dtype))
+    def cast_weights(self, dtype: torch.dtype) -> AdapterOff:
+        """Returns a copy with its weights cast."""
+        return AdapterOff(cast_weights(copy.deepcopy(self.policy), dtype))
 
-    def place(self, accelerator: Any) -> None:
+    def prepare(self, accelerator: Any) -> None:
         """Nothing here is the reference's own."""
 
     def states(self, batch: PackedBatch) -> Tensor:
@@ -191,7 +191,7 @@ class AdapterOff:
             return head_of(self.policy)
 
 
-class AsItIs:
+class LiveReference:
     """A model as it is at this moment, left as it is; a policy is no reference any more after its first step."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -204,11 +204,11 @@ class AsItIs:
     def to(self, device: torch.device | str) -> None:
         """Nothing here is the reference's own."""
 
-    def narrowed(self, dtype: torch.dtype) -> AsItIs:
-        """A narrowed copy."""
-        return AsItIs(narrow(copy.deepcopy(self.model), dtype))
+    def cast_weights(self, dtype: torch.dtype) -> LiveReference:
+        """Returns a copy with its weights cast."""
+        return LiveReference(cast_weights(copy.deepcopy(self.model), dtype))
 
-    def place(self, accelerator: Any) -> None:
+    def prepare(self, accelerator: Any) -> None:
         """Nothing here is the reference's own."""
 
     def states(self, batch: PackedBatch) -> Tensor:
@@ -240,11 +240,11 @@ class CachedHidden:
         """Moves the head; states follow their batch."""
         self._head = self._head.map(lambda tensor: tensor.to(device))
 
-    def narrowed(self, dtype: torch.dtype) -> CachedHidden:
+    def cast_weights(self, dtype: torch.dtype) -> CachedHidden:
         """This one: its states have the dtype they were kept in."""
         return self
 
-    def place(self, accelerator: Any) -> None:
+    def prepare(self, accelerator: Any) -> None:
         """Moves the head."""
         self.to(accelerator.device)
 
@@ -259,14 +259,14 @@ class CachedHidden:
             UserError: naming the rows of pairs the cache does not hold.
         """
         states = self.store.states(batch.pair_keys, batch.lengths, batch.pair_rows)
-        # A cache of fewer bits than the head is widened, never the head narrowed.
+        # A cache of fewer bits than the head is widened, and the head is never cast to fewer bits.
         dtype = torch.promote_types(states.dtype, self._head.weight.dtype)
         return states.to(batch.input_ids.device, dtype)
 
 
 def as_reference(reference: nn.Module | Reference) -> Reference:
     """A reference strategy as it is; a model as one."""
-    return AsItIs(reference) if isinstance(reference, nn.Module) else reference
+    return LiveReference(reference) if isinstance(reference, nn.Module) else reference
 
 
 def reference_hidden(reference: nn.Module | Reference, batch: PackedBatch) -> Hidden:

@@ -23,7 +23,7 @@ logger = logging.getLogger("tdpo")
 LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
-def load_whole(deepspeed: bool) -> None:
+def load_without_sharding(deepspeed: bool) -> None:
     """Makes every process load whole weights from here on, whatever the launcher's settings say.
 
     Args:
@@ -77,7 +77,7 @@ def settle_fsdp_on_cpus(accelerator: Any) -> None:
         plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
 
 
-def settle(accelerator: Any) -> None:
+def override_engine_settings(accelerator: Any) -> None:
     """Changes what in an engine's settings would cost digits or weights.
 
     FSDP2 rounds what a forward returns to the precision of its weights, and ours returns the loss. ZeRO stage 3 saves
@@ -100,7 +100,7 @@ def _is_zero3(accelerator: Any) -> bool:
     return is_deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3
 
 
-def narrow_dtype(accelerator: Any) -> torch.dtype | None:
+def frozen_weights_dtype(accelerator: Any) -> torch.dtype | None:
     """What FSDP2 and DeepSpeed make of a policy's weights under mixed precision, where others leave them and autocast.
 
     None where weights stay as they are.
@@ -110,7 +110,7 @@ def narrow_dtype(accelerator: Any) -> torch.dtype | None:
     return dtype if narrows else None
 
 
-def narrow(model: Any, dtype: torch.dtype) -> Any:
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
     """Narrows the weights of a model that is not trained, in place, and leaves its buffers, as the engines do."""
     for parameter in model.parameters():
         if parameter.is_floating_point():

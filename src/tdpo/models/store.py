@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tdpo.errors import UserError
-from tdpo.files import PARTIAL, write_whole
+from tdpo.files import PARTIAL, atomic_write
 from tdpo.models.fingerprint import bytes_hash
 from tdpo.types import TokenisedPair
 
@@ -134,7 +134,7 @@ class HiddenStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(f"*{PARTIAL}-*"):
                 left.unlink(missing_ok=True)
-            write_whole(self.folder / MANIFEST, json.dumps(content, indent=2) + "\n")
+            atomic_write(self.folder / MANIFEST, json.dumps(content, indent=2) + "\n")
 
     def add(self, pairs: Sequence[TokenisedPair], states_ND: Tensor) -> None:
         """Writes one shard.
@@ -159,7 +159,7 @@ class HiddenStore:
         told = {"key": self.key.digest, "content": _content_hash(tensors)}
         name = f"hidden-{told['content'][:24]}.safetensors"
         with _told_in_words(self.folder):
-            write_whole(self.folder / name, save(tensors, metadata=told))
+            atomic_write(self.folder / name, save(tensors, metadata=told))
 
     def refresh(self) -> None:
         """Looks at the folder again: shards that other processes wrote are found."""

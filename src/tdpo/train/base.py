@@ -17,7 +17,7 @@ from tdpo.config import RunOptions, seconds
 from tdpo.errors import UserError
 from tdpo.files import check_writable
 from tdpo.models import sharding
-from tdpo.models.adapters import tell_of_dropout
+from tdpo.models.adapters import warn_of_dropout
 from tdpo.models.compiling import compile_layers
 from tdpo.models.inside import open_forward
 from tdpo.models.multimodal import freeze_idle_parts
@@ -42,7 +42,7 @@ def prepare_policy(policy: nn.Module, args: RunOptions, peft_config: Any) -> Rou
         UserError: as :func:`~tdpo.models.own_loss.find_router_loss`, and where its gradient would be lost.
     """
     if args.disable_dropout:
-        tell_of_dropout(peft_config)
+        warn_of_dropout(peft_config)
     freeze_idle_parts(policy)
     router = find_router_loss(policy, args.router_aux_loss_coef)
     checkpointing: Any = args.activation_checkpointing_kwargs or args.gradient_checkpointing_kwargs or {}
@@ -119,7 +119,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         super().create_accelerator_and_postprocess()
         if on_cpus:
             sharding.settle_fsdp_on_cpus(self.accelerator)
-        sharding.settle(self.accelerator)
+        sharding.override_engine_settings(self.accelerator)
 
     def get_train_dataloader(self) -> Any:
         """Returns the batches of this process; those of a step carry equal work, and no row is repeated to fill one."""

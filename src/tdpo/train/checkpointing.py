@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from tdpo.config import RunOptions
 from tdpo.errors import UserError
-from tdpo.files import PARTIAL, flush, write_whole
+from tdpo.files import PARTIAL, atomic_write, flush
 from tdpo.models.adapters import has_adapter
 from tdpo.models.load import load_weights
 from tdpo.models.multimodal import copy_processor
@@ -58,7 +58,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def flaw(folder: str | Path) -> str:
+def find_defect(folder: str | Path) -> str:
     """Describes what is wrong with a checkpoint; empty if it is complete."""
     folder = Path(folder)
     try:
@@ -74,11 +74,11 @@ def flaw(folder: str | Path) -> str:
     return ""
 
 
-def newest_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+def latest_complete(output_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Finds the newest complete checkpoint, and returns a line for each newer one that was passed over."""
     passed: list[str] = []
     for folder in reversed(checkpoints(output_dir)):
-        wrong = flaw(folder) or ("" if (folder / run_state_name(0)).is_file() else "it has the model alone")
+        wrong = find_defect(folder) or ("" if (folder / run_state_name(0)).is_file() else "it has the model alone")
         if not wrong:
             return folder, passed
         passed.append(f"{folder.name} is not whole and is passed over: {wrong}")
@@ -102,9 +102,9 @@ def rotate(output_dir: str | Path, keep: int | None, written: Path, best: str | 
         written: The one just written. It is complete, so one that can be resumed from always stays.
         best: The best by the metric, or None.
     """
-    if not keep or keep < 0 or flaw(written):
+    if not keep or keep < 0 or find_defect(written):
         return
-    whole = [path for path in checkpoints(output_dir) if not flaw(path)]
+    whole = [path for path in checkpoints(output_dir) if not find_defect(path)]
     # By age, not by step: after resuming from an earlier checkpoint, later steps of the abandoned run are the old ones.
     whole.sort(key=lambda path: (path.stat().st_mtime_ns, step_of(path)))
     protected = {written.resolve()} | ({Path(best).resolve()} if best else set())
@@ -126,7 +126,7 @@ def find_checkpoint(args: RunOptions, resume: str | bool | None) -> Path | None:
     resume = args.resume_from_checkpoint if resume is None else resume
     if resume is not True and (resume is not None or not args.resume):
         return Path(resume) if resume else None
-    newest, passed = newest_whole(str(args.output_dir))
+    newest, passed = latest_complete(str(args.output_dir))
     if newest is None and resume:
         raise UserError("; ".join([f"{args.output_dir}: no whole checkpoint to resume from", *passed]))
     if newest is None:
@@ -156,7 +156,7 @@ def seal(folder: Path) -> None:
         flush(inner)
 
 
-def publish(sealed: Path, final: Path) -> None:
+def commit(sealed: Path, final: Path) -> None:
     """Renames a sealed checkpoint to its final name, in place of one that may have it."""
     if final.exists():
         remove(final)
@@ -193,7 +193,7 @@ def write_errors(what: str, partial: Path, output_dir: str | Path) -> Iterator[N
             raise
         free = shutil.disk_usage(Path(output_dir)).free
         shutil.rmtree(partial, ignore_errors=True)
-        whole, _ = newest_whole(output_dir)
+        whole, _ = latest_complete(output_dir)
         stays = f"{whole.name} stays whole, --resume continues from it" if whole else "no earlier checkpoint is there"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -285,11 +285,11 @@ class CheckpointingTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 seal(written)
-                publish(written, final)
+                commit(written, final)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_local_main_process and written.is_dir():  # this machine has a disk of its own
                 seal(written)
-                publish(written, final)
+                commit(written, final)
             shutil.rmtree(partial, ignore_errors=True)
         if self.args.should_save:
             rotate(output_dir, self.args.save_total_limit, final, self.state.best_model_checkpoint)
@@ -394,4 +394,4 @@ class CheckpointingTrainer(Trainer):
             earlier = json.loads(together.read_text(encoding="utf-8")) if together.is_file() else {}
             files[together] = {**earlier, **metrics}
         for path, content in files.items():
-            write_whole(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
+            atomic_write(path, json.dumps(content, indent=4, sort_keys=True) + "\n")

@@ -29,7 +29,7 @@ from tdpo.models.adapters import KEEPING_INITS, changes_nothing, check_tunes_wei
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
 from tdpo.models.neighbours import neighbour_plan
 from tdpo.models.policy import causal_lm, evaluating, prove_head
-from tdpo.models.reference import AdapterOff, AsItIs, CachedHidden, FrozenCopy, Reference, check_comparable
+from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, LiveReference, Reference, check_comparable
 from tdpo.models.sharding import held
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
 from tdpo.train.progress import bar
@@ -91,7 +91,7 @@ def prepare_models(policy: Any, ref_model: nn.Module | None, peft_config: Any, a
     elif strategy == "adapter_off" or peft_config is not None:
         reference = AdapterOff(policy)
     else:
-        reference = AsItIs(policy)
+        reference = LiveReference(policy)
     return Models(policy, reference, f"reference: {strategy} ({why})", cache)
 
 

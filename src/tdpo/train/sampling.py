@@ -21,17 +21,17 @@ FILLER = "filler"
 """Key of a batch that only keeps a process busy while other processes work; it counts for nothing."""
 
 
-class Filler(int):
+class DummyIndex(int):
     """Index of an item that is only run so that a process has a batch; another process may train on the item."""
 
 
-class StepBatches(Sampler[list[int]]):
+class BalancedBatchSampler(Sampler[list[int]]):
     """Samples the micro-batches of one process, such that those of a step have about the same number of tokens.
 
     The pairs of a step are those of the plain order; only which micro-batch, and so which process, takes them differs.
     Since the loss is a mean over the whole step, the result does not: accumulation and processes wait less, and the
     largest micro-batch, which sets the memory, is smaller. Every process gets the same number of batches and no pair
-    twice: where a last step has too few pairs, a process gets a single :class:`Filler`.
+    twice: where a last step has too few pairs, a process gets a single :class:`DummyIndex`.
 
     Args:
         lengths: Tokens of each pair.
@@ -81,20 +81,20 @@ class StepBatches(Sampler[list[int]]):
         step = self._round * self.accumulation
         for start in range(0, len(order), step):
             pairs = order[start : start + step]
-            blocks = deal(pairs, self.lengths, -(-len(pairs) // self._round) * self.processes)
+            blocks = balance(pairs, self.lengths, -(-len(pairs) // self._round) * self.processes)
             for block in blocks[self.process :: self.processes]:
-                yield block or [Filler(pairs[0])]
+                yield block or [DummyIndex(pairs[0])]
 
 
-def deal(items: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+def balance(items: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
     """Splits items into ``count`` blocks of equal size (one less in the last ones) and about equal total length.
 
     The longest item left goes to the lightest block that has room.
 
     Example:
-        >>> deal([0, 1, 2, 3], lengths=[9, 8, 2, 1], count=2)
+        >>> balance([0, 1, 2, 3], lengths=[9, 8, 2, 1], count=2)
         [[0, 3], [1, 2]]
-        >>> deal([2, 0], lengths=[1, 1, 5], count=3)
+        >>> balance([2, 0], lengths=[1, 1, 5], count=3)
         [[2], [0], []]
     """
     if count == 1:
@@ -120,7 +120,7 @@ class _Marked(Dataset[Any]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Any, bool]:
-        return self.items[index], isinstance(index, Filler)
+        return self.items[index], isinstance(index, DummyIndex)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def make_loader(
     drop_last: bool = False,
 ) -> DataLoader[Any]:
     """Makes the loader of this process; its batches are chosen already, so accelerate only moves them to the device."""
-    batches = StepBatches(
+    batches = BalancedBatchSampler(
         dataset.lengths(), batch_size, accumulation, seed, args.world_size, args.process_index, drop_last
     )
     workers = args.dataloader_num_workers

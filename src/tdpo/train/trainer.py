@@ -31,7 +31,7 @@ from tdpo.models.modes import prepare_reference_mode
 from tdpo.models.multimodal import tokenizer_of
 from tdpo.models.policy import head_of, position_limit, unwrapped
 from tdpo.models.reference import FrozenCopy, Reference
-from tdpo.models.sharding import narrow_dtype
+from tdpo.models.sharding import frozen_weights_dtype
 from tdpo.objectives import Objective
 from tdpo.ops.budget import LogitsBudget
 from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
@@ -140,7 +140,7 @@ class TDPOTrainer(BatchMeanTrainer):
         args, policy = self.args, self.model
         if isinstance(self.reference, FrozenCopy):
             compile_models(args, self.reference.model)
-        self.reference.place(self.accelerator)
+        self.reference.prepare(self.accelerator)
         self.reference_line += references.describe_copy(self.reference)
         if own:
             references.warn_of_second_model(self.reference, policy, args)
@@ -167,14 +167,14 @@ class TDPOTrainer(BatchMeanTrainer):
         device = next(policy.parameters()).device  # an engine that shards wants it back on this one
         if device != self.args.device:
             policy.to(self.args.device)
-        dtype = narrow_dtype(self.accelerator)
+        dtype = frozen_weights_dtype(self.accelerator)
         if dtype is not None:
-            models = replace(models, reference=models.reference.narrowed(dtype))
-            run = replace(run, precision="no")  # the weights are narrow, and nothing is cast on the way
+            models = replace(models, reference=models.reference.cast_weights(dtype))
+            run = replace(run, precision="no")  # the weights are cast_weights, and nothing is cast on the way
         self.reference = references.cached(models, folder, pairs, pack, run)
         if device != self.args.device:
             policy.to(device)
-        self.reference.place(self.accelerator)
+        self.reference.prepare(self.accelerator)
         store = self.reference.store
         self.reference_line += (
             f"; {len(store)} different pairs in {store.folder}, {store.bytes_per_token()} bytes a token"

@@ -30,7 +30,7 @@ from tdpo.data.formats.prompts import (
     with_system,
 )
 from tdpo.data.formats.report import DataReport, RowDropped, RowError
-from tdpo.data.reading import SHP_SCORE_RATIO, Reading
+from tdpo.data.row_spec import SHP_SCORE_RATIO, RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord, Text
 
@@ -64,17 +64,17 @@ class Completion(Answer):
     options: dict[str, Any]
 
 
-def answers(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def answers(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """UltraFeedback's shape: a prompt and a list of answers with scores, in objects or in a list beside it."""
     return _ranked_records(row, prompt_of(row), _listed(row, SCORES, "score", lambda score: score), reading)
 
 
-def ranked(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def ranked(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """A prompt and a list of answers with ranks from 1, the best, or without any, and then the best first."""
     return _ranked_records(row, prompt_of(row), _listed(row, RANKS, "rank", lambda rank: -rank), reading)
 
 
-def stackexchange(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def stackexchange(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """StackExchange preferences: ``question`` and ``answers`` with ``text`` and ``pm_score``, all of it HTML.
 
     They become dialogues in the words of HH, as in the DPO and TDPO authors' code; code stays as it is.
@@ -97,7 +97,7 @@ def stackexchange(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     return pairs(dialogue(question), _any_left(found, row), reading)
 
 
-def shp(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def shp(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """Stanford Human Preferences: a post in ``history`` and two comments with the scores Reddit gave them.
 
     Only pairs whose scores stand at least 2 to 1 (``min_score_ratio``) are kept, as in the DPO and TDPO authors' code.
@@ -119,7 +119,7 @@ def shp(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     return [checked(PreferenceRecord(dialogue(history), chosen, rejected, row.source, row.row))]
 
 
-def completion(row: SourceRow, reading: Reading) -> list[Completion]:
+def completion(row: SourceRow, reading: RowSpec) -> list[Completion]:
     """One row of scored completions: ``prompt``, ``completion`` (or ``response``) and ``reward`` (or ``score``)."""
     prompt = prompt_of(row)
     text_name, score_name = (first_of(row.fields, names) for names in (("completion", "response"), ("reward", "score")))
@@ -137,7 +137,7 @@ def completion(row: SourceRow, reading: Reading) -> list[Completion]:
 
 
 def completion_pairs(
-    completions: Sequence[Completion], reading: Reading, report: DataReport
+    completions: Sequence[Completion], reading: RowSpec, report: DataReport
 ) -> Iterator[PreferenceRecord]:
     """Pairs of the completions that share their prompt, wherever in the source they stand.
 
@@ -155,7 +155,7 @@ def completion_pairs(
 
 
 def pairs(
-    prompt: Text, found: Sequence[Answer], reading: Reading, options: dict[str, Any] | None = None
+    prompt: Text, found: Sequence[Answer], reading: RowSpec, options: dict[str, Any] | None = None
 ) -> list[PreferenceRecord]:
     """The pairs of some answers to one prompt.
 
@@ -223,7 +223,7 @@ def has_completion(fields: dict[str, Any]) -> bool:
     )
 
 
-def _ranked_records(row: SourceRow, prompt: Text, found: list[Answer], reading: Reading) -> list[PreferenceRecord]:
+def _ranked_records(row: SourceRow, prompt: Text, found: list[Answer], reading: RowSpec) -> list[PreferenceRecord]:
     """Pairs of a row's answers; to a chat, an answer given as text is the assistant's turn."""
     prompt, *texts = with_system(row, prompt, *(answer.text for answer in _any_left(found, row)))
     if is_chat(prompt):

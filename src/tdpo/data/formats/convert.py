@@ -14,7 +14,7 @@ from tdpo.data.formats.prompts import SYSTEMS
 from tdpo.data.formats.refused import refusal
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recognise
 from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, RowDropped, RowError
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, groups_of
 from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord, Text
@@ -31,7 +31,7 @@ LOOKED_AT = 100
 
 
 def to_records(
-    rows: Iterable[SourceRow], reading: str | Reading = AUTO, on_bad_row: OnBadRow = "error"
+    rows: Iterable[SourceRow], reading: str | RowSpec = AUTO, on_bad_row: OnBadRow = "error"
 ) -> tuple[list[PreferenceRecord], DataReport]:
     """Converts rows to preference records; see :func:`iter_records`.
 
@@ -43,7 +43,7 @@ def to_records(
 
 
 def iter_records(
-    rows: Iterable[SourceRow], reading: str | Reading, on_bad_row: OnBadRow, report: DataReport
+    rows: Iterable[SourceRow], reading: str | RowSpec, on_bad_row: OnBadRow, report: DataReport
 ) -> Iterator[PreferenceRecord]:
     """Gives the records of rows one after the other, without holding them.
 
@@ -62,7 +62,7 @@ def iter_records(
 
 def convert(
     rows: Iterable[SourceRow],
-    reading: str | Reading,
+    reading: str | RowSpec,
     on_bad_row: OnBadRow,
     report: DataReport,
     formats: Mapping[str, Format],
@@ -72,13 +72,13 @@ def convert(
 
     Args:
         rows: The rows.
-        reading: Reading of the rows whose source names none.
+        reading: RowSpec of the rows whose source names none.
         on_bad_row: What happens to bad ones.
         report: Where all of it is counted.
         formats: The known formats.
         key: What decides of a record on which side of a split it is.
     """
-    default = Reading(reading) if isinstance(reading, str) else reading
+    default = RowSpec(reading) if isinstance(reading, str) else reading
     bad = BadRows(report, on_bad_row)
     recognised: dict[str, str] = {}
     for own, group in groups_of(rows):
@@ -98,7 +98,7 @@ def name_of(rows: Iterable[SourceRow]) -> str:
 
 def _convert_group(
     rows: Iterable[SourceRow],
-    reading: Reading,
+    reading: RowSpec,
     bad: BadRows,
     recognised: dict[str, str],
     formats: Mapping[str, Format],
@@ -148,7 +148,7 @@ def _checked_rows(
         yield systems.fill(row) if systems else row
 
 
-def _usable(rows: Iterable[SourceRow], reading: Reading, bad: BadRows) -> Iterator[SourceRow]:
+def _usable(rows: Iterable[SourceRow], reading: RowSpec, bad: BadRows) -> Iterator[SourceRow]:
     """Rows that could be read, without the columns to ignore and with the others renamed.
 
     Raises:
@@ -181,7 +181,7 @@ def _usable(rows: Iterable[SourceRow], reading: Reading, bad: BadRows) -> Iterat
         raise UserError(f"--ignore_columns: there is no column {missing!r}; found the columns {listed}.{hint}")
 
 
-def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: Reading, bad: BadRows) -> Iterator[Any]:
+def _convert_rows(rows: Iterable[SourceRow], found: Format, reading: RowSpec, bad: BadRows) -> Iterator[Any]:
     for row in rows:
         try:
             made = found.convert(row, reading)
@@ -232,7 +232,7 @@ def _suggested_columns(fields: Mapping[str, Any]) -> str:
     return ",".join(f"{field}={name}" for field, name in found.items()) or "prompt=question,..."
 
 
-def _check_options(name: str, found: Format, reading: Reading, formats: Mapping[str, Format]) -> None:
+def _check_options(name: str, found: Format, reading: RowSpec, formats: Mapping[str, Format]) -> None:
     for option in reading.given():
         if option not in found.options:
             having = ", ".join(other for other, known in formats.items() if option in known.options)

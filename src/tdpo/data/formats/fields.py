@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any, TypeGuard
 
 from tdpo.data.formats.report import RowDropped, RowError
-from tdpo.data.reading import parse_json
+from tdpo.data.row_spec import parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.errors import UserError
 from tdpo.types import Message, PreferenceRecord, Text

@@ -7,7 +7,7 @@ from typing import Any
 from tdpo.data.formats.fields import as_text, field_of, first_of, is_chat, number
 from tdpo.data.formats.prompts import PROMPT_USES, has_prompt, holds_turns, pair_record, prompt_of
 from tdpo.data.formats.report import RowDropped, RowError
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord
 
@@ -37,7 +37,7 @@ LABELLED_USES = (
 )
 
 
-def labelled(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def labelled(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """Reads two responses and what says which is better.
 
     ``better_response_id``, ``preference``, ``winner`` and ``choice`` name the better one by the end of its column's

@@ -18,7 +18,7 @@ from tdpo.data.formats.prompts import (
     shared_turns,
 )
 from tdpo.data.formats.report import RowDropped, RowError
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord
 
@@ -34,7 +34,7 @@ BOUNDARY = regex.compile(r"(?w)\b")
 """A word boundary as Unicode defines it (UAX 29): none in a number, an emoji, a flag or before a combining mark."""
 
 
-def preference(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def preference(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """TRL's explicit format: ``prompt``, ``chosen``, ``rejected``, texts or lists of chat messages.
 
     The prompt may have another name (see :func:`~tdpo.data.formats.prompts.prompt_of`), and ``system`` belongs to it.
@@ -46,7 +46,7 @@ def preference(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     return [pair_record(row, prompt, chosen, rejected)]
 
 
-def implicit(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def implicit(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """TRL's implicit format: ``chosen`` and ``rejected`` begin with the prompt, as texts or as chat messages.
 
     The prompt is the longest common prefix of whole turns, or of whole words; of texts that are rendered chats, all
@@ -74,7 +74,7 @@ def implicit(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     return [pair_record(row, None, *turns)]
 
 
-def hh(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def hh(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """Anthropic HH: two whole dialogues as text that share all up to the last ``Assistant:``."""
     (prompt, chosen), (other, rejected) = (_split_dialogue(text_of(row, name), name) for name in ("chosen", "rejected"))
     if prompt != other:

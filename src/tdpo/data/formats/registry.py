@@ -11,7 +11,7 @@ from typing import Any
 
 from tdpo.data.formats import answers, labelled, preference, turns
 from tdpo.data.formats.report import DataReport, RowError
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord
@@ -27,7 +27,7 @@ class Format:
         columns: Its columns in words, for messages.
         recognises: Whether a row of these columns is of this format.
         convert: What a row gives; raises :class:`RowError` or :class:`RowDropped`. Records, unless there is a ``join``.
-        options: Names of the fields of :class:`~tdpo.data.reading.Reading` that it looks at, of those that belong to
+        options: Names of the fields of :class:`~tdpo.data.row_spec.RowSpec` that it looks at, of those that belong to
             single formats.
         join: Makes records of what all rows gave, where rows belong together.
         uses: Columns that it reads: of a tuple the first that is there, and ``a+b`` are read together. All others are
@@ -36,9 +36,9 @@ class Format:
 
     columns: str
     recognises: Callable[[dict[str, Any]], bool]
-    convert: Callable[[SourceRow, Reading], Sequence[Any]]
+    convert: Callable[[SourceRow, RowSpec], Sequence[Any]]
     options: tuple[str, ...] = ()
-    join: Callable[[Sequence[Any], Reading, DataReport], Iterable[Any]] | None = None
+    join: Callable[[Sequence[Any], RowSpec, DataReport], Iterable[Any]] | None = None
     uses: tuple[str | tuple[str, ...], ...] = ()
 
 
@@ -149,7 +149,7 @@ def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
     if not callable(function):
         raise UserError(f"--dataset_format {name}: {describe(function)} is no function")
 
-    def convert(row: SourceRow, reading: Reading) -> list[Any]:
+    def convert(row: SourceRow, reading: RowSpec) -> list[Any]:
         try:
             made = function(dict(row.fields))
             many = list(made) if isinstance(made, list | tuple | Iterator) else [] if made is None else [made]
@@ -160,7 +160,7 @@ def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
     return Format("what the function takes", lambda fields: True, convert, (*PAIRING, "min_score_ratio"))
 
 
-def _records_of(made: Any, row: SourceRow, reading: Reading, name: str, formats: Mapping[str, Format]) -> Sequence[Any]:
+def _records_of(made: Any, row: SourceRow, reading: RowSpec, name: str, formats: Mapping[str, Format]) -> Sequence[Any]:
     """What a user's function returned, as records: it may be a row of any other format that stands alone."""
     if isinstance(made, PreferenceRecord):
         made = {field: getattr(made, field) for field in ("prompt", "chosen", "rejected", *_options_of(made))}

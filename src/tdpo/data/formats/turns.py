@@ -20,7 +20,7 @@ from tdpo.data.formats.prompts import (
 )
 from tdpo.data.formats.prompts import has_turns as has_prompt_turns
 from tdpo.data.formats.report import RowError
-from tdpo.data.reading import Reading
+from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord, Text
 
@@ -42,7 +42,7 @@ OPENAI_USES = ("input", "preferred_output", "non_preferred_output")
 OPENAI_OPTIONS = ("messages", "tools", "parallel_tool_calls")
 
 
-def sharegpt(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def sharegpt(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """``conversations`` of turns with ``from`` and ``value``, and a turn (or a text) ``chosen`` and ``rejected``.
 
     ``system`` and ``tools`` beside them are taken as LLaMA-Factory takes them.
@@ -55,7 +55,7 @@ def sharegpt(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     return [pair_record(row, prompt, chosen, rejected)]
 
 
-def alpaca(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def alpaca(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """``instruction``, perhaps ``input``, ``history`` and ``system``, with ``chosen`` and ``rejected``.
 
     Instead of the two, ``output`` may list them, the better one first.
@@ -67,7 +67,7 @@ def alpaca(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     return [pair_record(row, prompt, chosen, rejected)]
 
 
-def swift(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def swift(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """Reads ms-swift's rows: ``messages`` with ``rejected_response`` or ``rejected_messages``, or its older columns.
 
     These are ``query``, ``response``, ``rejected_response``, ``history`` and ``system``. All of them are chats.
@@ -88,7 +88,7 @@ def swift(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
     return [pair_record(row, messages[:-1], messages[-1:], rejected)]
 
 
-def openai(row: SourceRow, reading: Reading) -> list[PreferenceRecord]:
+def openai(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
     """Reads OpenAI's preference rows: ``input`` with ``messages`` and ``tools``, two outputs as lists of messages."""
     asked = field_of(row, "input")
     if not isinstance(asked, dict):

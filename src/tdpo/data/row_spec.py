@@ -42,7 +42,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Reading:
+class RowSpec:
     """How rows become records.
 
     Attributes:
