@@ -1,4 +1,4 @@
-# make install   everything pinned, into .venv          make demo   the embedded example, about four minutes
+# make install   everything pinned, into .venv          make demo   the embedded example, about three minutes
 # make test      the whole test suite                   make check  format, lint, types, doctests
 PYTHON ?= python3
 VENV := .venv
@@ -30,7 +30,8 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors src
+	$(BIN)/python tools/check_words.py
+	$(BIN)/python -m pytest --doctest-modules src
 
 bench: install
 	@test -n "$(PAIRS)" -a -n "$(TOKENIZER)" || { echo "usage: make bench PAIRS=pairs.jsonl TOKENIZER=name-or-folder"; exit 2; }

@@ -32,7 +32,16 @@ from tdpo.score import batch_loss
 from tdpo.types import PackedBatch, PairStats, TokenisedPair
 
 Step = Callable[[], Tensor]
-IMPLEMENTATIONS = ("tdpo2", "dpo", "dpo-without-kl", "tdpo2-padded", "tdpo2-padded-naive", "trl-dpo", "liger-dpo")
+IMPLEMENTATIONS = (
+    "tdpo2",
+    "dpo",
+    "dpo-without-kl",
+    "tdpo2-padded",
+    "tdpo2-padded-naive",
+    "trl-dpo",
+    "trl-dpo-compacted",
+    "liger-dpo",
+)
 
 
 def models(vocab_size: int, max_length: int) -> tuple[nn.Module, FrozenCopy]:
@@ -74,8 +83,8 @@ def authors_loss(policy: nn.Module, reference: nn.Module, batch: PackedBatch, be
 
 def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tokenizer: Any) -> Step:
     """The forward of one implementation's step, as a function that gives its mean loss."""
-    if name == "trl-dpo":
-        return trl_step(policy, reference, pairs, tokenizer)
+    if name.startswith("trl-dpo"):
+        return trl_step(policy, reference, pairs, tokenizer, compacted=name.endswith("compacted"))
     if name == "liger-dpo":
         return liger_step(policy, reference, pairs)
     if name == "tdpo2-padded-naive":
@@ -97,10 +106,18 @@ def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[Tokenised
     return lambda: batch_loss(policy, reference, pack(pairs), objective)[0] / len(pairs)
 
 
-def trl_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tokenizer: Any) -> Step:
-    """The loss of TRL's DPOTrainer on the same token ids, by its own collator and loss."""
+def trl_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tokenizer: Any, compacted: bool) -> Step:
+    """Returns the loss of TRL's DPOTrainer on the same token ids, by its own collator and loss.
+
+    On a GPU TRL multiplies only response tokens with the head, on a CPU every position. ``compacted`` switches the
+    former on anywhere.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+    from trl.trainer import utils
+
+    if compacted:
+        utils._use_triton = lambda device: True  # the choice of positions alone; kernels are chosen elsewhere
 
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [{column: list(getattr(pair, column)) for column in columns} for pair in pairs]
