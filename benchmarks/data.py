@@ -1,4 +1,4 @@
-"""Tokenising a preference dataset: this package and TRL's DPOTrainer on the same rows and cores.
+"""Tokenises a preference dataset: this package and TRL's DPOTrainer on the same rows and cores.
 
 Run it without --implementation to compare all, each in processes of its own that take turns:
 
@@ -38,10 +38,10 @@ Row = dict[str, str]
 
 
 def make_rows(options: argparse.Namespace) -> list[Row]:
-    """As many distinct rows as asked for, as long as those of the data.
+    """Returns the requested number of distinct rows, as long as those of the data.
 
-    Without --text prompts, chosen and rejected responses of different rows are combined, so that every text is there
-    several times; with it, each is as many words of new text as the data's has.
+    Without --text, prompts, chosen and rejected responses of different rows are combined, so every text occurs
+    several times; with it, each text is replaced by new words of the same number.
     """
     records, _ = to_records(read_source(options.pairs, "train"))
     sides = [[str(getattr(record, name)) for record in records] for name in ("prompt", "chosen", "rejected")]
@@ -56,7 +56,7 @@ def make_rows(options: argparse.Namespace) -> list[Row]:
         for side in sides:
             rng.shuffle(side)
     if not all(sides[2]):
-        raise SystemExit("--text has too few words for so many rows")
+        raise SystemExit("--text has too few words for that many rows")
     prompts, chosen, rejected = sides
     return [
         {"prompt": f"{p}:", "chosen": f" {c} 1", "rejected": f" {r} 2"}
@@ -75,7 +75,7 @@ def _words(names: list[str]) -> Iterator[str]:
 
 
 def tdpo(rows: list[Row], tokenizer: Any, folder: Path, processes: int = 1) -> Callable[[], tuple[float, int]]:
-    """Rows in memory to pairs in a cache file, and the tokens in them."""
+    """Prepares rows in memory as pairs in a cache file; returns seconds and tokens."""
     source = from_memory(rows, "rows")
     tokeniser = Tokeniser(tokenizer, Lengths(2**20, 2**19), processes=processes)
 
@@ -88,7 +88,7 @@ def tdpo(rows: list[Row], tokenizer: Any, folder: Path, processes: int = 1) -> C
 
 
 def tdpo_second_start(rows: list[Row], tokenizer: Any, folder: Path) -> Callable[[], tuple[float, int]]:
-    """A file whose pairs are in the cache to pairs."""
+    """Prepares a file whose pairs are in the cache already."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -107,7 +107,7 @@ def tdpo_second_start(rows: list[Row], tokenizer: Any, folder: Path) -> Callable
 
 
 def trl(rows: list[Row], tokenizer: Any, folder: Path, processes: int | None) -> Callable[[], tuple[float, int]]:
-    """A ``datasets.Dataset`` to the columns of token ids, by TRL's own preparation as its trainer calls it."""
+    """Prepares a ``datasets.Dataset`` by TRL's own preparation, as its trainer calls it."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
@@ -144,7 +144,7 @@ def trl(rows: list[Row], tokenizer: Any, folder: Path, processes: int | None) ->
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """One preparation: seconds, CPU seconds (with child processes), tokens, and memory above rows and tokenizer."""
+    """Measures one preparation: seconds, CPU seconds (with child processes), tokens, and memory above rows and tokenizer."""
     rows, tokenizer = make_rows(options), AutoTokenizer.from_pretrained(options.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         processes = (os.cpu_count() or 1) if options.implementation.endswith("-processes") else 1
@@ -155,7 +155,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         else:
             prepare = tdpo(rows, tokenizer, Path(folder), processes)
         before = resident(peak=False)
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         spent = sum(os.times()[:4])
         with contextlib.redirect_stdout(io.StringIO()):
             seconds, tokens = prepare()

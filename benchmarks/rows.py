@@ -1,4 +1,4 @@
-"""RowSpec a large JSONL file with ten bad rows: time against parsing its lines alone, and memory.
+"""Reads a large JSONL file with ten bad rows: time against parsing its lines alone, and memory.
 
 python benchmarks/rows.py --rows 1000000
 """
@@ -34,9 +34,9 @@ BAD = [
 
 
 def write_rows(path: Path, count: int) -> list[int]:
-    """Writes pairs of HH's length with ten bad ones among them; their numbers."""
+    """Writes pairs of HH's length with ten bad ones among them and returns their numbers."""
     words = "some words of a dialogue " * 8
-    bad = {(place * 2 + 1) * count // 20: line for place, line in enumerate(BAD)}
+    bad = {(index * 2 + 1) * count // 20: line for index, line in enumerate(BAD)}
     with open(path, "wb") as file:
         for number in range(1, count + 1):
             row = {"prompt": f"{number} {words}", "chosen": f" yes {words}", "rejected": f" no {words}"}

@@ -428,7 +428,7 @@ def test_a_fingerprint_changes_with_what_is_read_and_how(tmp_path: Path) -> None
 
 
 def test_a_large_file_with_ten_bad_rows_names_them_in_bounded_memory(tmp_path: Path) -> None:
-    """RowSpec holds no rows: 20,000 of them take no more memory than a few."""
+    """Reading holds no rows: 20,000 of them take no more memory than a few."""
     bad = {2_000 * i + 777: line for i, line in enumerate([b"{", b"[1]", b'{"prompt": "p"}', b"\xff\xfe", b"null"] * 2)}
     line = json.dumps({"prompt": "p" * 400, "chosen": "c" * 400, "rejected": "r" * 400}).encode()
     with open(tmp_path / "a.jsonl", "wb") as file:
