@@ -144,7 +144,7 @@ def trl(rows: list[Row], tokenizer: Any, folder: Path, processes: int | None) ->
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Measures one preparation: seconds, CPU seconds (with child processes), tokens, and memory above rows and tokenizer."""
+    """Measures one preparation: seconds, CPU seconds of all processes, tokens, and memory above the rows."""
     rows, tokenizer = make_rows(options), AutoTokenizer.from_pretrained(options.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         processes = (os.cpu_count() or 1) if options.implementation.endswith("-processes") else 1
