@@ -101,7 +101,10 @@ def test_scored_completions_may_be_chats_and_numbers_may_be_text() -> None:
         ({"reward": 1 + 2j}, "field 'reward' must be a finite number, found a complex"),
         ({"reward": "N/A"}, "field 'reward' must be a finite number, found the text 'N/A'"),
         ({"completion": " \n"}, "field 'completion' is an empty response"),
-        ({"completion": ["x"]}, "field 'completion', message 1 is no chat message with a role: the text 'x'"),
+        (
+            {"completion": ["x"]},
+            "field 'completion', message 1 must be a message with 'role' or a turn with 'from', found the text 'x'",
+        ),
         ({"prompt": 3}, "field 'prompt' must be a text or a list of chat messages, found the number 3"),
     ],
 )

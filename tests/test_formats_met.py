@@ -10,7 +10,7 @@ from test_formats_answers import texts
 from test_formats_pairs import TOOL, dropped, one, told
 
 from tdpo import UserError
-from tdpo.data.formats import DataReport, convert, to_records
+from tdpo.data.formats import DataReport, iter_records, to_records
 from tdpo.data.row_spec import RowSpec, parse_columns
 from tdpo.data.sources import from_memory
 from tdpo.data.supervised import SFT_FORMATS
@@ -204,10 +204,8 @@ def test_a_question_is_a_users_turn_in_pairs_and_in_supervised_rows(name: str) -
     scored = [{name: "Why?", "completion": "A.", "reward": 2}, {name: "Why?", "completion": "B.", "reward": 1}]
     (record,) = to_records(from_memory(scored, "pairs.jsonl"))[0]
     assert (record.prompt, record.chosen, record.rejected) == pair
-    (exchange,) = convert(
-        from_memory([{name: "Why?", "output": "A."}], "rows"), "auto", "error", DataReport("rows"), SFT_FORMATS,
-        lambda made: made.prompt,
-    )  # fmt: skip
+    answered = from_memory([{name: "Why?", "output": "A."}], "rows")
+    (exchange,) = iter_records(answered, "auto", "error", DataReport("rows"), SFT_FORMATS)
     assert (exchange.prompt, exchange.response) == pair[:2]
     as_it_stands = RowSpec(columns=(("prompt", name),))
     assert sides({name: "Q:", "chosen": " A", "rejected": " B"}, as_it_stands) == ("Q:", " A", " B")

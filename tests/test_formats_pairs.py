@@ -172,9 +172,7 @@ def test_content_in_parts_is_one_text_and_pictures_are_refused() -> None:
     parts = [{"type": "text", "text": "Wer schrieb "}, {"type": "text", "text": "„Momo“?"}]
     assert one(chat_pair(prompt=[{"role": "user", "content": parts}])).prompt == [ASKED]
     picture = [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}]
-    assert told(chat_pair(prompt=picture)) == (
-        "field 'prompt', message 1 holds a part that is no text: the text 'image'"
-    )
+    assert told(chat_pair(prompt=picture)) == ("field 'prompt', message 1 holds a part without text: the text 'image'")
 
 
 def test_a_chat_in_a_table_of_texts_is_that_chat() -> None:
@@ -293,7 +291,7 @@ def test_sharegpt_turns_become_messages_with_roles() -> None:
         ({"chosen": {"from": "gpt", "value": ""}}, "field 'chosen' is an empty response"),
         ({"chosen": {"from": "human", "value": "x"}}, "field 'chosen' begins with a message of role 'user'"),
         ({"rejected": []}, "field 'rejected' is an empty list of turns"),
-        ({"rejected": 7}, "field 'rejected' must be 'from' one of "),
+        ({"rejected": 7}, "field 'rejected' must be a message with 'role' or a turn with 'from'"),
     ],
 )
 def test_what_is_wrong_with_sharegpt_turns_is_named(change: dict[str, Any], message: str) -> None:
@@ -404,7 +402,7 @@ def test_a_function_of_the_users_converts_rows() -> None:
     ("name", "message"),
     [
         ("my_functions:none", "module my_functions has no none"),
-        ("my_functions:value", "the number 3 is no function"),
+        ("my_functions:value", "the number 3 is not a function"),
         ("my_nowhere:good", "ModuleNotFoundError: No module named 'my_nowhere'"),
         ("my_broken:good", "ZeroDivisionError: division by zero"),
         (":", "ValueError: Empty module name"),
@@ -424,7 +422,9 @@ def test_values_without_measure_are_named_too() -> None:
 
     row = ROWS["preference"]("Why?")
     assert told({**row, "chosen": 10**5000}).endswith("found a number of 16610 bits")
-    assert "message 1 is no chat message with a role: a list of 1" in told({**row, "chosen": deep()})
+    assert "message 1 must be a message with 'role' or a turn with 'from', found a list of 1" in told(
+        {**row, "chosen": deep()}
+    )
     nested = [[{"role": "assistant", "content": "x", "name": deep()}] for _ in range(2)]
     assert told(chat_pair(chosen=nested[0], rejected=nested[1])) == "it is nested too deeply"
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_formats_pairs import ROWS
 
 from tdpo import PreferenceRecord, UserError
-from tdpo.data.formats import FORMATS, DataReport, convert, to_records
+from tdpo.data.formats import FORMATS, DataReport, iter_records, to_records
 from tdpo.data.formats.markup import html_to_text
 from tdpo.data.formats.preference import common_words
 from tdpo.data.row_spec import PAIRS_FROM, RowSpec, Side, parse_columns
@@ -197,7 +197,7 @@ def test_supervised_rows_end_in_exchanges_or_in_a_message(found: list[Any], name
     with only_words():
         report = DataReport("any.jsonl")
         numbered = from_memory(found, "any.jsonl")
-        for exchange in convert(numbered, name, "drop", report, SFT_FORMATS, lambda e: e.prompt or e.response):
+        for exchange in iter_records(numbered, name, "drop", report, SFT_FORMATS):
             assert isinstance(exchange.prompt, str) == isinstance(exchange.response, str)
 
 
