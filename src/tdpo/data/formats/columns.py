@@ -54,7 +54,7 @@ class UnusedColumns:
     Attributes:
         name: Name of the format.
         uses: The columns that the format declares; of a tuple the first that is there, ``a+b`` are used together.
-        report: Where columns are named that hold text and are left out.
+        report: Names columns that hold text and are left out.
     """
 
     name: str
@@ -71,8 +71,8 @@ class UnusedColumns:
         stopping: dict[str, SourceRow] = {}
         for row in head:
             used = self._used(row.fields)
-            if lists := [name for name in LISTS if name in used]:
-                self._notice_keys(row, lists)
+            for column in (name for name in LISTS if name in used and isinstance(row.fields.get(name), list)):
+                self._notice_keys(row, column)
             if not row.fields.keys() <= used:
                 for name in self._stopping(row, used, row.fields):
                     stopping.setdefault(name, row)
@@ -85,16 +85,12 @@ class UnusedColumns:
         Raises:
             UserError: naming a column that may be the prompt.
         """
-        values = [(name, value) for name, value in row.fields.items() if not isinstance(value, SCALARS)]
-        suspects = [
-            (name, value)
-            for name, value in values
-            if not (name in self.uses or name in self.named or is_metadata(name))
-        ]
+        known = {name for name in row.fields if name in self.uses or name in self.named or is_metadata(name)}
+        suspects = [name for name, value in row.fields.items() if name not in known and not isinstance(value, SCALARS)]
         if suspects:
             used = self._used(row.fields)
             contents = [row.fields.get(name) for name in used]
-            stopping = self._stopping(row, used, [name for name, value in suspects if value not in contents])
+            stopping = self._stopping(row, used, [name for name in suspects if row.fields[name] not in contents])
             if stopping:
                 raise UserError(self._message(dict.fromkeys(stopping, row)))
 
@@ -108,23 +104,23 @@ class UnusedColumns:
             used.update(there.split("+") if there else ())
         return used
 
-    def _notice_keys(self, row: SourceRow, lists: Sequence[str]) -> None:
+    def _notice_keys(self, row: SourceRow, column: str) -> None:
         """Reports keys of listed answers that hold text and are not used, such as a critique, once for each."""
-        for column in lists:
-            answers = row.fields[column] if isinstance(row.fields.get(column), list) else []
-            objects = [answer for answer in answers if isinstance(answer, dict) and not _is_turns(answer)]
-            for key, value in (item for answer in objects for item in answer.items()):
-                name = f"{column}.{key}"
-                known = key in ANSWER_KEYS or name in self.named or is_metadata(key)
-                if not known and has_content(key, value):
-                    self.named.add(name)
-                    self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
+        objects = [answer for answer in row.fields[column] if isinstance(answer, dict) and not _is_turns(answer)]
+        for key, value in (item for answer in objects for item in answer.items()):
+            name = f"{column}.{key}"
+            if not (key in ANSWER_KEYS or name in self.named or is_metadata(key)) and has_content(key, value):
+                self.named.add(name)
+                self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
 
     def _stopping(self, row: SourceRow, used: set[str], names: Iterable[str]) -> list[str]:
         """Names columns that must not be left out, and reports those that are."""
-        left = {name: row.fields[name] for name in names if not (name in used or name in self.named)}
-        left = {name: value for name, value in left.items() if has_content(name, value)}
-        left = {name: value for name, value in left.items() if not (is_metadata(name) and is_descriptive(value))}
+        left = {
+            name: value
+            for name in names
+            if name not in used and name not in self.named and has_content(name, value := row.fields[name])
+            if not (is_metadata(name) and is_descriptive(value))
+        }
         if not left:
             return []
         prompts, answers = _texts_of(row.fields, used)
@@ -228,11 +224,10 @@ def holds_media(name: str, value: Any) -> bool:
 
 def has_content(name: str, value: Any) -> bool:
     """Returns whether a column holds text or an image; in one named after images or sounds anything is one."""
-    if _plain_name(name) in MEDIA and any(
-        part is not None and not isinstance(part, list | dict) for part in parts_in(value)
-    ):
+    parts = list(parts_in(value))
+    if _plain_name(name) in MEDIA and any(part is not None and not isinstance(part, list | dict) for part in parts):
         return value != ""
-    return any(_is_binary(part) or (isinstance(part, str) and bool(part.strip())) for part in parts_in(value))
+    return any(_is_binary(part) or (isinstance(part, str) and bool(part.strip())) for part in parts)
 
 
 def is_descriptive(value: Any) -> bool:

@@ -142,8 +142,9 @@ def recognise(fields: dict[str, Any], formats: Mapping[str, Format]) -> str | No
     kept = {"instruction"} if fields.get("input") is not None else set()
     pair = {name: fields.get(name) for name in PAIR}
     if any(value is not None for value in pair.values()):
-        hold_prompt = all(isinstance(value, list) for value in pair.values()) or preference.has_dialogues(pair)
-        kept |= {*pair} if hold_prompt else {*pair, "prompt"}
+        kept |= {*pair}
+        if fields.get("prompt") is None and not all(isinstance(value, list) for value in pair.values()):
+            kept |= set() if preference.has_dialogues(pair) else {"prompt"}
     fields = {name: value for name, value in fields.items() if value is not None or name in kept}
     return next((name for name, known in formats.items() if known.recognises(fields)), None)
 
