@@ -16,7 +16,7 @@ def records_of(rows: list, **options: str) -> tuple[list[PreferenceRecord], obje
     return to_records(from_memory(rows, "pairs.jsonl"), **options)
 
 
-def test_the_explicit_format_keeps_text_and_place() -> None:
+def test_the_explicit_format_keeps_text_and_row_number() -> None:
     records, report = records_of(GOOD[:2])
     assert records[1] == PreferenceRecord(**GOOD[1], source="pairs.jsonl", row=2)
     assert (report.format, report.read, report.kept) == ("preference", 2, 2)

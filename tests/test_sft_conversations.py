@@ -269,7 +269,7 @@ def test_a_conversation_that_begins_with_the_assistant_reads_that_turn() -> None
         ({"prompt": "x", "completion": TWO_TURNS[1:2]}, "one of 'prompt' and 'completion' is a text"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_learnt_is_named(row: dict[str, Any], message: str) -> None:
+def test_rows_without_a_turn_to_learn_are_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         show([row])
 
@@ -334,7 +334,7 @@ def test_overlong_conversations_are_all_named() -> None:
         prepare_sft([{"messages": TWO_TURNS}] * 2, strict)
 
 
-def test_the_command_says_which_turns_it_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_the_turns_it_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
