@@ -57,14 +57,30 @@ class Answer:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def scored_list(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
-    """Reads a prompt and a list of answers with scores, in objects (UltraFeedback) or in a list beside it."""
-    return _list_pairs(row, spec, SCORES, 1)
+def listed(row: SourceRow, spec: RowSpec, names: tuple[str, ...]) -> list[PreferenceRecord]:
+    """Reads a prompt and a list of answers with scores (UltraFeedback) or ranks, in objects or in a list beside it.
 
+    Ranks begin with 1, the best; without any the best is the first. To a chat, an answer as text is the assistant's.
 
-def ranked_list(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
-    """Reads a prompt and a list of answers with ranks from 1, the best; without ranks the best is the first."""
-    return _list_pairs(row, spec, RANKS, -1)
+    Args:
+        row: The row.
+        spec: The choice of pairs.
+        names: :data:`SCORES` or :data:`RANKS`.
+    """
+    prompt = prompt_of(row)
+    found = _read_list(row, names)
+    _check_left(row, found)
+    prompt, *texts = with_system(row, prompt, *(text for text, _ in found))
+    if not isinstance(prompt, str):
+        texts = [assistant_turn(text) for text in texts]
+    for text in texts:
+        check_kinds(prompt=prompt, answer=text)
+    check_placeholders(prompt)
+    options = chat_options(row, prompt)
+    scores = (-figure if names is RANKS else figure for _, figure in found)
+    return pairs(
+        [Answer(*pair, row.source, row.row, prompt, options) for pair in zip(texts, scores, strict=True)], spec
+    )
 
 
 def stackexchange(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
@@ -177,14 +193,14 @@ def dialogue(text: str) -> str:
     return f"\n\nHuman: {text}\n\nAssistant:"
 
 
-def has_scores(fields: dict[str, Any]) -> bool:
-    """Returns whether a row has a prompt and a list of answers with scores."""
-    return _has_list(fields, SCORES)
-
-
-def has_ranks(fields: dict[str, Any]) -> bool:
-    """Returns whether a row has a prompt and a list of answers with ranks."""
-    return _has_list(fields, RANKS)
+def has_list(fields: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Returns whether a row has a prompt, and answers with one of some figures, in objects or in a list beside them."""
+    answers = fields.get(first_of(fields, LISTS))
+    if not has_prompt(fields) or not isinstance(answers, list) or not answers:
+        return False
+    if isinstance(fields.get(first_of(fields, _plurals(names))), list):
+        return True
+    return isinstance(answers[0], dict) and any(name in answers[0] for name in names)
 
 
 def has_posts(fields: dict[str, Any]) -> bool:
@@ -197,34 +213,6 @@ def has_completion(fields: dict[str, Any]) -> bool:
     """Returns whether a row has a prompt, a completion and its score."""
     text = fields.get(first_of(fields, ("completion", "response")))
     return has_prompt(fields) and isinstance(text, str | list) and bool({"reward", "score"} & fields.keys())
-
-
-def _has_list(fields: dict[str, Any], names: tuple[str, ...]) -> bool:
-    """Returns whether a row has a prompt, and answers with one of some figures, in objects or in a list beside them."""
-    listed = fields.get(first_of(fields, LISTS))
-    if not has_prompt(fields) or not isinstance(listed, list) or not listed:
-        return False
-    if isinstance(fields.get(first_of(fields, _plurals(names))), list):
-        return True
-    return isinstance(listed[0], dict) and any(name in listed[0] for name in names)
-
-
-def _list_pairs(row: SourceRow, spec: RowSpec, names: tuple[str, ...], sign: int) -> list[PreferenceRecord]:
-    """Reads a prompt and the pairs of its listed answers; to a chat, an answer as text is the assistant's turn."""
-    prompt = prompt_of(row)
-    found = _read_list(row, names)
-    _check_left(row, found)
-    prompt, *texts = with_system(row, prompt, *(text for text, _ in found))
-    if not isinstance(prompt, str):
-        texts = [assistant_turn(text) for text in texts]
-    for text in texts:
-        check_kinds(prompt=prompt, answer=text)
-    check_placeholders(prompt)
-    options = chat_options(row, prompt)
-    scores = (sign * figure for _, figure in found)
-    return pairs(
-        [Answer(*pair, row.source, row.row, prompt, options) for pair in zip(texts, scores, strict=True)], spec
-    )
 
 
 def _read_list(row: SourceRow, names: tuple[str, ...]) -> list[tuple[Text, float]]:

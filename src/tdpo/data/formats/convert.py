@@ -69,9 +69,10 @@ def iter_records(
         yield from _convert_group(group, own or default, bad, recognised, formats)
     if not report.read:
         raise UserError(f"{report.source}: no rows in it")
-    found = " and ".join(f"{name} ({columns})" for name, columns in recognised.items())
-    found = f"; by their columns they were read as {found}, --dataset_format names another format" if found else ""
-    bad.raise_error(BAD_ROW_ADVICE + found)
+    if bad.stop:
+        found = " and ".join(f"{name} ({columns})" for name, columns in recognised.items())
+        found = f"; by their columns they were read as {found}, --dataset_format names another format" if found else ""
+        bad.raise_error(BAD_ROW_ADVICE + found)
 
 
 def name_of(rows: Iterable[SourceRow]) -> str:

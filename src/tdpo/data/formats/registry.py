@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tdpo.data.formats import answers, labelled, preference, turns
@@ -100,12 +101,12 @@ FORMATS: dict[str, Format] = {
         needs=("question", "answers"), matches=answers.has_posts, options=PAIRING,
     ),
     "answers": Format(
-        "prompt, completions: answers with scores", answers.scored_list, answers.ANSWERS_USES,
-        matches=answers.has_scores, options=PAIRING,
+        "prompt, completions: answers with scores", partial(answers.listed, names=answers.SCORES), answers.ANSWERS_USES,
+        matches=partial(answers.has_list, names=answers.SCORES), options=PAIRING,
     ),
     "ranked": Format(
-        "prompt, responses: answers with ranks", answers.ranked_list, answers.RANKED_USES,
-        matches=answers.has_ranks, options=PAIRING,
+        "prompt, responses: answers with ranks", partial(answers.listed, names=answers.RANKS), answers.RANKED_USES,
+        matches=partial(answers.has_list, names=answers.RANKS), options=PAIRING,
     ),
     "labelled": Format(
         "prompt, response_0, response_1 and which is better: better_response_id, preference, winner, two ratings",

@@ -123,21 +123,21 @@ class BadRows:
     Attributes:
         report: Counts them as dropped under ``on_bad_row: drop``.
         on_bad_row: ``"error"`` or ``"drop"``.
+        count: Bad rows so far.
+        messages: Messages of the first of them.
+        stop: Set where the run will end in an error, so that no record is needed any more.
     """
 
     report: DataReport
     on_bad_row: OnBadRow = "error"
     count: int = 0
     messages: list[str] = field(default_factory=list)
-
-    @property
-    def stop(self) -> bool:
-        """Whether the run will end in an error, so that no record is needed any more."""
-        return self.count > 0 and self.on_bad_row == "error"
+    stop: bool = False
 
     def add(self, row: Placed, error: object) -> None:
         """Adds a row."""
         self.count += 1
+        self.stop = self.on_bad_row == "error"
         if len(self.messages) < ROWS_NAMED:
             self.messages.append(f"{row.source}, row {row.row}: {error}")
         if self.on_bad_row == "drop":
