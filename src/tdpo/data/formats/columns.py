@@ -26,7 +26,7 @@ METADATA = re.compile(
 )
 """Last words of the names of columns that describe a row and are not a part of its texts."""
 SIDES = re.compile("[ab01234]|chosen|rejected|better|worse|safer|preferred|utc")
-"""Words that distinguish such columns of two responses, before or after that word."""
+"""Words at the end of such names that distinguish the columns of two responses."""
 DESCRIPTIVE = 200
 """Longest text that can be metadata; a name such as ``source`` may also be that of an article."""
 CONTEXT = re.compile(
