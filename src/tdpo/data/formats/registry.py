@@ -165,6 +165,7 @@ def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
         raise UserError(f"--dataset_format {name}: {describe(function)} is not a function")
 
     def convert(row: SourceRow, spec: RowSpec) -> list[Any]:
+        """Converts all that the function returns for a row."""
         try:
             made = function(dict(row.fields))
             many = list(made) if isinstance(made, list | tuple | Iterator) else [] if made is None else [made]
