@@ -12,7 +12,7 @@ import pytest
 from conftest import preference_rows, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_formats_pairs import BAD, ROWS, TOOL, one, told
+from test_formats_pairs import BAD, ROWS, TOOL, error_of, one
 
 from tdpo import PreferenceRecord, UserError
 from tdpo.cli import main
@@ -36,13 +36,13 @@ BINARIZED = {
 }  # fmt: skip
 
 
-def records_of(rows: list[Any], reading: str | RowSpec = "auto") -> tuple[list[PreferenceRecord], DataReport]:
-    return to_records(from_memory(rows, "pairs.jsonl"), reading)
+def records_of(rows: list[Any], spec: str | RowSpec = "auto") -> tuple[list[PreferenceRecord], DataReport]:
+    return to_records(from_memory(rows, "pairs.jsonl"), spec)
 
 
-def stopped(rows: list[Any], reading: str | RowSpec = "auto") -> str:
+def stopped(rows: list[Any], spec: str | RowSpec = "auto") -> str:
     with pytest.raises(UserError) as raised:
-        records_of(rows, reading)
+        records_of(rows, spec)
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -99,7 +99,7 @@ def test_a_context_may_be_the_input_of_an_instruction() -> None:
     ]
 
 
-def test_what_holds_messages_stops_under_any_name() -> None:
+def test_a_column_of_messages_stops_the_run_under_any_name() -> None:
     for value in ([ASKED], {"turns": [ASKED]}, [{"from": "human", "value": "Hi"}], str([ASKED])):
         assert "the column 'extra' holds" in stopped([{**PLAIN, "extra": value}])
 
@@ -134,7 +134,7 @@ def test_metadata_is_silent_as_long_as_it_is_short() -> None:
     assert "the column 'source' holds" in stopped([{**PLAIN, "source": [ASKED]}])
 
 
-def test_what_was_asked_of_those_who_compared_is_no_prompt() -> None:
+def test_instructions_to_annotators_are_not_a_prompt() -> None:
     row = {"input": "Why?", "chosen": "A.", "rejected": "B.", "labelling_prompt": [ASKED], "judge_messages": [ASKED]}
     records, report = records_of([row])
     assert records[0].prompt == [{"role": "user", "content": "Why?"}]
@@ -162,7 +162,7 @@ def test_pairs_under_other_names_are_recognised_in_the_message() -> None:
     assert (record.prompt, record.chosen, record.rejected) == ("如何?", "好。", "不。")
 
 
-def test_a_late_row_is_looked_at_too() -> None:
+def test_rows_after_the_first_hundred_are_checked() -> None:
     first = [{**PLAIN, "question": None, "notes": ""} for _ in range(150)]
     assert "row 151: the column 'question' holds" in stopped([*first, {**PLAIN, "question": "Why?"}])
     assert "row 152: the column 'images' holds images" in stopped([*first, PLAIN, {**PLAIN, "images": ["a.png"]}])
@@ -182,12 +182,12 @@ def test_a_prompt_is_not_guessed_beside_a_column_that_may_be_it() -> None:
         assert one({**pair, name: "Is the sun a star?"}, RowSpec(columns=(("prompt", name),))).prompt == (
             "Is the sun a star?"
         )
-    assert told({**pair, "system": "Be brief."}) == (
+    assert error_of({**pair, "system": "Be brief."}) == (
         "field 'system' is for a chat, and chosen and rejected are texts without a prompt beside"
     )
 
 
-def test_dialogues_stop_at_what_they_do_not_hold() -> None:
+def test_a_column_that_dialogues_do_not_hold_stops_the_run() -> None:
     row = ROWS["hh"]("Is the sun a star?")
     assert one({**row, "question": "Is the sun a star?"}).prompt == one(row).prompt
     assert "the column 'question' holds what the format hh does not use" in stopped([{**row, "question": "Why so?"}])
@@ -212,8 +212,8 @@ def test_images_are_refused_by_name() -> None:
     for empty in (None, [], "", [None]):
         assert one({**chat, "images": empty}).prompt == [ASKED]
     pictured = {"role": "user", "content": "<image>What is this?"}
-    assert told({**chat, "prompt": [pictured]}).startswith("the prompt has the placeholder <image> of image data")
-    assert told({**PLAIN, "prompt": "What is this? <video>\n"}).startswith("the prompt has the placeholder <video>")
+    assert error_of({**chat, "prompt": [pictured]}).startswith("the prompt has the placeholder <image> of image data")
+    assert error_of({**PLAIN, "prompt": "What is this? <video>\n"}).startswith("the prompt has the placeholder <video>")
     inside = "Explain the <video> element of HTML."
     assert one({**PLAIN, "prompt": inside}).prompt == inside
 
@@ -243,7 +243,7 @@ def test_a_system_prompt_comes_before_chats_that_have_none() -> None:
         assert (record.prompt, record.chosen, record.rejected) == ([turn, ASKED], [SAID], [OTHER])
     begun = {"prompt": [turn, ASKED], "chosen": [SAID], "rejected": [OTHER]}
     assert one({**begun, "system": "You are a geographer. "}).prompt == [turn, ASKED]
-    assert told({**begun, "system": "You are a pirate."}) == (
+    assert error_of({**begun, "system": "You are a pirate."}) == (
         "field 'system' and the system turn that the prompt begins with differ"
     )
 
@@ -278,20 +278,20 @@ def test_columns_the_wrong_way_round_are_noticed() -> None:
 
 
 def test_a_column_that_another_replaces_is_named() -> None:
-    reading = RowSpec(columns=parse_columns("prompt=question,chosen=good,rejected=bad"))
-    records, report = records_of([{"question": "Why?", "good": " A.", "bad": " B.", "chosen": "another"}], reading)
+    spec = RowSpec(columns=parse_columns("prompt=question,chosen=good,rejected=bad"))
+    records, report = records_of([{"question": "Why?", "good": " A.", "bad": " B.", "chosen": "another"}], spec)
     assert records[0].chosen == " A." and report.unused == {"chosen": 1}
 
 
-def test_each_part_of_a_mixture_is_looked_at_by_its_own_reading(tmp_path: Path) -> None:
+def test_each_part_of_a_mixture_is_checked_by_its_own_spec(tmp_path: Path) -> None:
     one_file = write_jsonl(tmp_path / "one.jsonl", [{**PLAIN, "question": "Why?"}])
     other = write_jsonl(tmp_path / "other.jsonl", [{**PLAIN, "remark": "fine"}, {**PLAIN, "system": None}])
     entries = [{"name": str(one_file), "ignore_columns": ["question"]}, str(other)]
-    mixture = open_mixture(entries, "train", lambda reading: reading, 0)
+    mixture = open_mixture(entries, "train", lambda spec: spec, 0)
     records, report = to_records(mixture)
     assert len(records) == 3 and report.unused == {f"remark ({other})": 1}
     with pytest.raises(UserError, match=r"one\.jsonl, row 1: the column 'question'"):
-        to_records(open_mixture([str(one_file), f"{other},ignore_columns=remark"], "train", lambda reading: reading, 0))
+        to_records(open_mixture([str(one_file), f"{other},ignore_columns=remark"], "train", lambda spec: spec, 0))
     config = EvalDataConfig(datasets=[str(other)])
     with pytest.raises(UserError, match="--ignore_columns and --datasets contradict each other"):
         config.check_reading(RowSpec(ignore_columns=("a",)))
@@ -314,7 +314,7 @@ def test_tables_fill_what_is_missing_with_null(tmp_path: Path) -> None:
     assert one(question).prompt == [{"role": "user", "content": "Why?"}]
     assert one({"prompt": None, "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]}).prompt == [ASKED]
     assert one({"prompt": None, **ROWS["hh"]("Why?")}).prompt == "\n\nHuman: Why?\n\nAssistant:"
-    assert "found null" in told({"prompt": None, "chosen": "Yes, A.", "rejected": "Yes, B."}), "never guessed"
+    assert "found null" in error_of({"prompt": None, "chosen": "Yes, A.", "rejected": "Yes, B."}), "never guessed"
     nothing = {"chosen": None, "rejected": None, "messages": None}
     for name in ("alpaca", "answers", "ranked", "labelled", "openai"):
         assert one({**nothing, **ROWS[name]("Why?")}) == one(ROWS[name]("Why?"))

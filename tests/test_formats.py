@@ -16,7 +16,7 @@ def records_of(rows: list, **options: str) -> tuple[list[PreferenceRecord], obje
     return to_records(from_memory(rows, "pairs.jsonl"), **options)
 
 
-def test_the_explicit_format_keeps_text_and_place() -> None:
+def test_the_explicit_format_keeps_text_and_row_number() -> None:
     records, report = records_of(GOOD[:2])
     assert records[1] == PreferenceRecord(**GOOD[1], source="pairs.jsonl", row=2)
     assert (report.format, report.read, report.kept) == ("preference", 2, 2)
@@ -69,7 +69,11 @@ def test_identical_responses_are_dropped_and_counted() -> None:
         ("rejected", "  ", "field 'rejected' is an empty response"),
         ("chosen", "half \ud83d", "field 'chosen' holds half a character (a lone surrogate) at position 5"),
         ("chosen", [], "field 'chosen' is an empty list of messages"),
-        ("chosen", [{"content": "x"}], "field 'chosen', message 1 is no chat message with a role: an object"),
+        (
+            "chosen",
+            [{"content": "x"}],
+            "field 'chosen', message 1 must be a message with 'role' or a turn with 'from', found an object",
+        ),
         ("chosen", [{"role": "assistant", "content": None}], "field 'chosen', message 1 has no text content: null"),
         ("chosen", [{"role": "assistant", "content": "x"}], "texts and chat messages are mixed"),
     ],
@@ -114,4 +118,4 @@ def test_unknown_columns_are_named_beside_the_known_ones() -> None:
         UserError,
         match=r"unknown dataset format 'hhh'; there are: auto, .* hh, .*, and module:function\. Did you mean",
     ):
-        records_of(GOOD[:1], reading="hhh")
+        records_of(GOOD[:1], spec="hhh")

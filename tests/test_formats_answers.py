@@ -1,4 +1,4 @@
-"""Answers with scores or ranks: how many pairs they make, which ones, and what is told of those that make none."""
+"""Answers with scores or ranks: how many pairs they make, which ones, and the messages about those that make none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_formats_pairs import ROWS, TEXTS, dropped, one, told
+from test_formats_pairs import ROWS, TEXTS, dropped, error_of, one
 
 from tdpo import UserError
 from tdpo.data.formats import to_records
@@ -22,8 +22,8 @@ from tdpo.data.sources import from_memory
 SCORES = [0.91, 0.13, 0.5, 0.5, 0.33]
 
 
-def texts(rows: list[Any], reading: RowSpec | str = "auto") -> list[tuple[str, str]]:
-    records, _ = to_records(from_memory(rows, "pairs.jsonl"), reading)
+def texts(rows: list[Any], spec: RowSpec | str = "auto") -> list[tuple[str, str]]:
+    records, _ = to_records(from_memory(rows, "pairs.jsonl"), spec)
     return [(record.chosen, record.rejected) for record in records]
 
 
@@ -65,7 +65,7 @@ def test_a_margin_counts_decimals_not_binary_fractions() -> None:
     assert len(texts(completions(scores=[0.3, 0.1]), RowSpec(pairs_from="margin", min_margin=0.2))) == 1
 
 
-def test_completions_of_a_prompt_may_stand_anywhere() -> None:
+def test_completions_of_a_prompt_are_paired_across_the_source() -> None:
     rows = [row for pair in zip(completions("A"), completions("B"), strict=True) for row in pair]
     records, report = to_records(from_memory(rows, "pairs.jsonl"))
     assert (report.read, report.kept, len(records)) == (10, 18, 18)
@@ -101,12 +101,15 @@ def test_scored_completions_may_be_chats_and_numbers_may_be_text() -> None:
         ({"reward": 1 + 2j}, "field 'reward' must be a finite number, found a complex"),
         ({"reward": "N/A"}, "field 'reward' must be a finite number, found the text 'N/A'"),
         ({"completion": " \n"}, "field 'completion' is an empty response"),
-        ({"completion": ["x"]}, "field 'completion', message 1 is no chat message with a role: the text 'x'"),
+        (
+            {"completion": ["x"]},
+            "field 'completion', message 1 must be a message with 'role' or a turn with 'from', found the text 'x'",
+        ),
         ({"prompt": 3}, "field 'prompt' must be a text or a list of chat messages, found the number 3"),
     ],
 )
-def test_what_is_wrong_with_a_scored_completion_is_named(change: dict[str, Any], message: str) -> None:
-    assert told({**completions()[0], **change}, "scored") == message
+def test_errors_in_a_scored_completion_are_named(change: dict[str, Any], message: str) -> None:
+    assert error_of({**completions()[0], **change}, "scored") == message
 
 
 def test_reviews_grouped_by_their_first_words_make_the_pairs_that_counting_gives(shared: Path) -> None:
@@ -126,12 +129,12 @@ def test_reviews_grouped_by_their_first_words_make_the_pairs_that_counting_gives
     several = sum(best[0] > worst[0] and best[1] != worst[1] for best, worst in ends)
     assert several > 200
     numbered = from_memory(rows, "imdb")
-    for reading, count in (
+    for spec, count in (
         (RowSpec(), sum(d > 0 for d in differing)),
         (RowSpec(pairs_from="best_worst"), several),
         (RowSpec(pairs_from="margin", min_margin=5), sum(d >= 5 for d in differing)),
     ):
-        records, report = to_records(numbered, reading)
+        records, report = to_records(numbered, spec)
         assert len(records) == report.kept == count
         assert report.read == len(rows)
 
@@ -153,12 +156,12 @@ def test_answers_to_a_chat_are_the_assistants_turns() -> None:
     answer = {"role": "assistant", "content": "A jay."}
     row = {"prompt": chat, "responses": ["A cat.", [answer]], "scores": [1, 5]}
     assert (one(row).chosen, one(row).rejected) == ([answer], [{**answer, "content": "A cat."}])
-    assert told({**row, "prompt": "Name a bird."}) == (
+    assert error_of({**row, "prompt": "Name a bird."}) == (
         "texts and chat messages are mixed: prompt text, answer messages"
     )
 
 
-def test_ranked_lists_prefer_what_stands_higher() -> None:
+def test_ranked_lists_prefer_the_lower_rank() -> None:
     nectar = {"prompt": "q", "answers": [{"answer": a, "rank": r} for a, r in (("c", 3.0), ("a", 1.0), ("b", 2.0))]}
     assert sorted(texts([nectar])) == [("a", "b"), ("a", "c"), ("b", "c")]
     in_order = {"prompt": "q", "responses": ["a", "b", "c"]}
@@ -188,8 +191,8 @@ def test_ranked_lists_prefer_what_stands_higher() -> None:
         ({"responses": [{"text": "a", "score": 1}]}, "field 'prompt' is missing"),
     ],
 )
-def test_what_is_wrong_with_a_list_of_answers_is_named(row: dict[str, Any], message: str) -> None:
-    assert message in told(row, "answers")
+def test_errors_in_a_list_of_answers_are_named(row: dict[str, Any], message: str) -> None:
+    assert message in error_of(row, "answers")
 
 
 def test_shp_keeps_pairs_of_score_ratio_two() -> None:
@@ -203,8 +206,8 @@ def test_shp_keeps_pairs_of_score_ratio_two() -> None:
     assert dropped({**row, "score_A": 4}, RowSpec(min_score_ratio=4)) == "score ratio below 4"
     assert one({**row, "score_A": 0}) and one({**row, "score_A": -2}), "beyond any ratio"
     assert dropped({**row, "score_A": 12}) == "both comments have one score"
-    assert told({**row, "labels": 1}) == "field 'labels' and the scores contradict each other"
-    assert told({**row, "labels": 2}).startswith("field 'labels' must be 1 (A is better) or 0")
+    assert error_of({**row, "labels": 1}) == "field 'labels' and the scores contradict each other"
+    assert error_of({**row, "labels": 2}).startswith("field 'labels' must be 1 (A is better) or 0")
     assert one({key: value for key, value in row.items() if key != "labels"}).chosen == " Should I? yes"
 
 
@@ -227,8 +230,8 @@ def test_stackexchange_posts_become_dialogues_with_their_code() -> None:
     assert dropped({"question": question, "answers": [{"text": "<p></p>", "pm_score": 1}]}) == (
         "fewer than two answers: an empty answer left out"
     )
-    assert told({"question": "<p></p>", "answers": answers}) == "field 'question' is empty"
-    assert told({"question": "x", "answers": [3]}, "stackexchange").endswith("must be an object, found the number 3")
+    assert error_of({"question": "<p></p>", "answers": answers}) == "field 'question' is empty"
+    assert error_of({"question": "x", "answers": [3]}, "stackexchange").endswith("object, found the number 3")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +254,7 @@ def test_html_becomes_the_text_a_reader_sees(html: str, text: str) -> None:
     assert html_to_text(html) == text
 
 
-def test_markup_that_never_ends_takes_no_time() -> None:
+def test_unclosed_markup_takes_linear_time() -> None:
     start = time.perf_counter()
     for piece in ("<a ", "<!--", "<a href='", "<", "<?x"):
         assert html_to_text(piece * 20_000 + "<p>end</p>").endswith("end")
@@ -273,7 +276,7 @@ def test_options_belong_to_the_formats_that_have_them() -> None:
         RowSpec(pairs_from="some")  # type: ignore[arg-type]
 
 
-def test_hh_is_read_whole_and_its_odd_rows_are_named(shared: Path) -> None:
+def test_every_hh_row_is_read_or_counted_as_dropped(shared: Path) -> None:
     from tdpo.data.sources import open_source
 
     source = open_source(str(shared / "data/hh/harmless-base_test.jsonl.gz"), "train")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from test_formats_answers import texts
-from test_formats_pairs import TOOL, dropped, one, told
+from test_formats_pairs import TOOL, dropped, error_of, one
 
 from tdpo import UserError
-from tdpo.data.formats import DataReport, convert, to_records
+from tdpo.data.formats import DataReport, iter_records, to_records
 from tdpo.data.row_spec import RowSpec, parse_columns
 from tdpo.data.sources import from_memory
 from tdpo.data.supervised import SFT_FORMATS
@@ -26,14 +26,14 @@ GOOD, BAD = said("assistant", "It will rain."), said("assistant", "No idea.")
 GREETED = [said("user", "Hi"), said("assistant", "Hello!")]
 
 
-def stops(row: Any, reading: RowSpec | str = "auto") -> str:
+def stops(row: Any, spec: RowSpec | str = "auto") -> str:
     with pytest.raises(UserError) as raised:
-        to_records(from_memory([row], "pairs.jsonl"), reading)
+        to_records(from_memory([row], "pairs.jsonl"), spec)
     return str(raised.value)
 
 
-def sides(row: Any, reading: RowSpec | str = "auto") -> tuple[Any, Any, Any]:
-    record = one(row, reading)
+def sides(row: Any, spec: RowSpec | str = "auto") -> tuple[Any, Any, Any]:
+    record = one(row, spec)
     return record.prompt, record.chosen, record.rejected
 
 
@@ -56,12 +56,12 @@ def test_rows_of_ms_swift(row: dict[str, Any]) -> None:
     assert sides(row) == ([DESK, *GREETED, question], [GOOD], [BAD])
 
 
-def test_rows_of_ms_swift_that_are_no_pairs_are_named() -> None:
-    assert told({"messages": [ASKED], "rejected_response": "x"}) == (
+def test_errors_in_rows_of_ms_swift_are_named() -> None:
+    assert error_of({"messages": [ASKED], "rejected_response": "x"}) == (
         "field 'messages' must end with the assistant's turn, to which 'rejected_response' is the worse one"
     )
     other = {"messages": [ASKED, GOOD], "rejected_messages": [said("user", "Else"), BAD]}
-    assert "begins with a message of role 'user'" in told(other)
+    assert "begins with a message of role 'user'" in error_of(other)
     assert one({"messages": [ASKED, GOOD], "rejected_response": "No idea.", "tools": [TOOL]}).tools == [TOOL]
 
 
@@ -70,10 +70,10 @@ def test_rows_of_openai() -> None:
     row = {"input": asked, "preferred_output": [GOOD], "non_preferred_output": [BAD]}
     assert sides(row) == ([DESK, ASKED], [GOOD], [BAD]) and one(row).tools == [TOOL]
     assert one({**row, "input": {**asked, "tools": [], "model": None}}).tools is None
-    assert told({**row, "input": {**asked, "instructions": "Be brief."}}).startswith(
+    assert error_of({**row, "input": {**asked, "instructions": "Be brief."}}).startswith(
         "field 'input' holds 'instructions', which is not used"
     )
-    assert told({**row, "input": "Hi"}) == "field 'input' must be an object with messages, found the text 'Hi'"
+    assert error_of({**row, "input": "Hi"}) == "field 'input' must be an object with messages, found the text 'Hi'"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_ties_are_dropped(label: Any) -> None:
 @pytest.mark.parametrize("label", [0, 3, 0.5, True, "second", None])
 def test_labels_that_name_neither_response_are_refused(label: Any) -> None:
     row = {"prompt": "Q:", "output_1": "A", "output_2": "B", "preference": label}
-    message = told(row, "labelled")
+    message = error_of(row, "labelled")
     if label is None:
         assert message.endswith("is missing, which says the better of 'output_1' and 'output_2'")
     else:
@@ -152,11 +152,11 @@ def test_a_label_of_conversations_and_of_instructions() -> None:
         ({"messages": [ASKED, GOOD]}, "supervised rows without a rejected response; tdpo sft trains on them"),
     ],
 )  # fmt: skip
-def test_what_makes_no_pairs_is_refused_by_its_name(row: dict[str, Any], message: str) -> None:
+def test_data_without_pairs_is_refused_by_its_kind(row: dict[str, Any], message: str) -> None:
     assert stops(row).startswith("pairs.jsonl: the rows are ") and message in stops(row)
 
 
-def test_the_ways_to_pairs_that_refusals_name_lead_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_conversions_that_refusals_suggest_make_pairs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rated = [{"prompt": "Q:", "response": text, "helpfulness": n} for n, text in enumerate(("A", "B"))]
     assert texts(rated, RowSpec(columns=parse_columns("reward=helpfulness"))) == [("B", "A")]
     unpaired = [{"prompt": "Q:", "answer": text, "label": n} for n, text in enumerate(("A", "B"))]
@@ -184,7 +184,7 @@ def test_the_prompt_is_the_turns_that_chats_share() -> None:
     assert sides({"prompt": [ASKED], **chats}) == ([*GREETED, ASKED], [GOOD], [BAD]), "the end of them"
     system = {"prompt": [ASKED], "chosen": [DESK, ASKED, GOOD], "rejected": [DESK, ASKED, BAD]}
     assert sides(system) == ([DESK, ASKED], [GOOD], [BAD])
-    assert told({"prompt": "Another question", **chats}) == (
+    assert error_of({"prompt": "Another question", **chats}) == (
         "the prompt, the text 'Another question', is none of the 3 turns that the chats 'chosen' and 'rejected' begin "
         "with; without the prompt (--ignore_columns) these turns are taken"
     )
@@ -204,14 +204,12 @@ def test_a_question_is_a_users_turn_in_pairs_and_in_supervised_rows(name: str) -
     scored = [{name: "Why?", "completion": "A.", "reward": 2}, {name: "Why?", "completion": "B.", "reward": 1}]
     (record,) = to_records(from_memory(scored, "pairs.jsonl"))[0]
     assert (record.prompt, record.chosen, record.rejected) == pair
-    (exchange,) = convert(
-        from_memory([{name: "Why?", "output": "A."}], "rows"), "auto", "error", DataReport("rows"), SFT_FORMATS,
-        lambda made: made.prompt,
-    )  # fmt: skip
+    answered = from_memory([{name: "Why?", "output": "A."}], "rows")
+    (exchange,) = iter_records(answered, "auto", "error", DataReport("rows"), SFT_FORMATS)
     assert (exchange.prompt, exchange.response) == pair[:2]
     as_it_stands = RowSpec(columns=(("prompt", name),))
     assert sides({name: "Q:", "chosen": " A", "rejected": " B"}, as_it_stands) == ("Q:", " A", " B")
-    assert told({name: " ", "chosen": "A.", "rejected": "B."}) == f"field {name!r} is empty"
+    assert error_of({name: " ", "chosen": "A.", "rejected": "B."}) == f"field {name!r} is empty"
     assert sides({"prompt": "Q:", "chosen": " A", "rejected": " B"}) == ("Q:", " A", " B")
 
 
@@ -239,14 +237,14 @@ def test_speakers_have_the_names_that_templates_know() -> None:
     made = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
     of_swift = [asked, said("tool_call", json.dumps(call)), said("tool_response", "8"), good]
     assert sides({"messages": of_swift, "rejected_response": "B."})[0] == [asked, made, said("tool", "8")]
-    assert told({"prompt": [asked], "chosen": [said("tool_call", "f(1)")], "rejected": [bad]}).startswith(
+    assert error_of({"prompt": [asked], "chosen": [said("tool_call", "f(1)")], "rejected": [bad]}).startswith(
         "field 'chosen', message 1 is from tool_call and not valid JSON"
     )
     other = said("critic", "B.")
     assert sides({"prompt": [asked], "chosen": [good], "rejected": [other]})[2] == [other], "a template may know it"
 
 
-def test_turns_that_may_be_meant_otherwise_are_named() -> None:
+def test_ambiguous_turns_are_reported() -> None:
     asked, good, bad = said("user", "Why?"), said("assistant", "A."), said("assistant", "B.")
     rows = [
         {"prompt": [asked, said("assistant", "Because")], "chosen": [good], "rejected": [bad]},
@@ -268,7 +266,7 @@ def test_an_empty_instruction_leaves_no_line_break() -> None:
     assert one({"instruction": "Name", "input": "a bird.", "output": ["Robin", "Trout"]}).prompt == [
         said("user", "Name\na bird.")
     ]
-    assert told({"instruction": "", "input": "", "chosen": "a", "rejected": "b"}) == "field 'instruction' is empty"
+    assert error_of({"instruction": "", "input": "", "chosen": "a", "rejected": "b"}) == "field 'instruction' is empty"
 
 
 @pytest.mark.parametrize(
@@ -281,12 +279,12 @@ def test_an_empty_instruction_leaves_no_line_break() -> None:
         ([("Garda", 8), (None, 9), ("Como", 5)], [("Garda", "Como")], "an empty answer left out"),
     ],
 )  # fmt: skip
-def test_an_answer_without_a_rating_is_lost_alone(answers: list[Any], left: list[Any], note: str) -> None:
+def test_only_an_answer_without_a_rating_is_left_out(answers: list[Any], left: list[Any], note: str) -> None:
     listed = {"prompt": "Q:", "completions": [{"response": text, "overall_score": score} for text, score in answers]}
     beside = {"prompt": "Q:", "generations": [text for text, _ in answers], "ratings": [score for _, score in answers]}
     for row in (listed, beside):
-        for reading in (RowSpec(), RowSpec(pairs_from="best_worst")):
-            records, report = to_records(from_memory([{**row, "prompt": "P:"}, row], "pairs.jsonl"), reading)
+        for spec in (RowSpec(), RowSpec(pairs_from="best_worst")):
+            records, report = to_records(from_memory([{**row, "prompt": "P:"}, row], "pairs.jsonl"), spec)
             assert [(record.chosen, record.rejected) for record in records] == left * 2
             assert report.noticed == {note: [1, 2]} and f"warning, {note}: rows 1, 2" in report.lines()
 
@@ -298,7 +296,7 @@ def test_a_row_with_too_few_answers_is_dropped_with_the_reason() -> None:
     assert not records and report.dropped == {"fewer than two answers: an answer left out, whose score is null": [1, 2]}
 
 
-def test_a_refused_row_says_which_format_was_assumed() -> None:
+def test_the_error_names_the_format_that_was_recognised() -> None:
     row = {"instruction": "Name a bird.", "chosen": 3, "rejected": "Trout"}
     assert stops(row).splitlines()[-1] == (
         "(--on_bad_row drop leaves such rows out; by their columns they were read as alpaca (instruction with chosen, "
@@ -315,7 +313,7 @@ def test_chats_beside_an_instruction() -> None:
     assert sides({**row, "chosen": [GOOD], "rejected": [BAD]}) == ([ASKED], [GOOD], [BAD])
 
 
-def test_what_answers_hold_beside_text_and_score_is_named_once() -> None:
+def test_unused_keys_of_answers_are_reported_once() -> None:
     listed = [{"response": text, "overall_score": n, "model": "m", "critique": "Fine."} for n, text in enumerate("ab")]
     row = {"instruction": "Name a bird.", "completions": listed}
     records, report = to_records(from_memory([row, row], "pairs.jsonl"))

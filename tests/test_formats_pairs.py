@@ -1,4 +1,4 @@
-"""TRL's shapes, ShareGPT and Alpaca pairs, and rows under other names: what each row becomes, and what it is told."""
+"""TRL's shapes, ShareGPT and Alpaca pairs, and rows under other names: their records and their errors."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ TEXTS = {
 }
 
 
-def one(row: Any, reading: str | RowSpec = "auto") -> PreferenceRecord:
-    (record,), _ = to_records(from_memory([row], "pairs.jsonl"), reading)
+def one(row: Any, spec: str | RowSpec = "auto") -> PreferenceRecord:
+    (record,), _ = to_records(from_memory([row], "pairs.jsonl"), spec)
     return record
 
 
-def told(row: Any, reading: str | RowSpec = "auto") -> str:
+def error_of(row: Any, spec: str | RowSpec = "auto") -> str:
     with pytest.raises(UserError) as raised:
-        to_records(from_memory([row], "pairs.jsonl"), reading)
+        to_records(from_memory([row], "pairs.jsonl"), spec)
     message = str(raised.value).splitlines()[0]
     assert message.startswith("pairs.jsonl, row 1: ")
     return message.removeprefix("pairs.jsonl, row 1: ")
 
 
-def dropped(row: Any, reading: str | RowSpec = "auto") -> str:
-    records, report = to_records(from_memory([row], "pairs.jsonl"), reading)
+def dropped(row: Any, spec: str | RowSpec = "auto") -> str:
+    records, report = to_records(from_memory([row], "pairs.jsonl"), spec)
     assert not records
     ((reason, rows),) = report.dropped.items()
     assert rows == [1]
@@ -124,11 +124,11 @@ def test_every_format_names_an_empty_answer(name: str) -> None:
     if name == "hh":
         assert dropped(row, name) == "a dialogue ends without a response"
     elif name == "shp":
-        assert told(row, name) == "field 'human_ref_B' is empty"
+        assert error_of(row, name) == "field 'human_ref_B' is empty"
     elif name in ("answers", "ranked", "stackexchange"):
         assert dropped(row, name) == "fewer than two answers: an empty answer left out"
     else:
-        assert "empty" in told(row, name)
+        assert "empty" in error_of(row, name)
 
 
 def test_every_format_has_a_row_here() -> None:
@@ -140,22 +140,22 @@ def test_tools_and_template_arguments_are_kept_as_objects_or_json() -> None:
         record = one(chat_pair(tools=tools, chat_template_kwargs=arguments))
         assert record.tools == [TOOL] and record.chat_template_kwargs == {"enable_thinking": False}
     assert one(chat_pair(tools=None, chat_template_kwargs={})).tools is None
-    assert told(chat_pair(tools=[TOOL], prompt="Hi", chosen="a", rejected="b")) == (
+    assert error_of(chat_pair(tools=[TOOL], prompt="Hi", chosen="a", rejected="b")) == (
         "field 'tools' is for chats, and the prompt is a text"
     )
-    assert told(chat_pair(tools="[")).startswith("field 'tools' is not valid JSON: ")
-    assert told(chat_pair(chat_template_kwargs=[1])).endswith("must be an object, found a list of 1")
-    assert told(chat_pair(tools=["search"])) == "field 'tools', tool 1 must be an object, found the text 'search'"
+    assert error_of(chat_pair(tools="[")).startswith("field 'tools' is not valid JSON: ")
+    assert error_of(chat_pair(chat_template_kwargs=[1])).endswith("must be an object, found a list of 1")
+    assert error_of(chat_pair(tools=["search"])) == "field 'tools', tool 1 must be an object, found the text 'search'"
     assert one(chat_pair(chat_template_kwargs={"enable_thinking": None})).chat_template_kwargs is None
-    assert told(chat_pair(chat_template_kwargs={"tokenize": True})) == (
+    assert error_of(chat_pair(chat_template_kwargs={"tokenize": True})) == (
         "field 'chat_template_kwargs' sets 'tokenize', which is not for the template"
     )
-    assert told(chat_pair(tools=[{"name": "\ud83d"}])) == (
+    assert error_of(chat_pair(tools=[{"name": "\ud83d"}])) == (
         "field 'tools' holds half a character (a lone surrogate) at position 0"
     )
 
 
-def test_a_response_may_call_a_tool_and_say_nothing() -> None:
+def test_a_response_may_be_a_tool_call_without_text() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "search", "arguments": {}}}]}
     record = one(chat_pair(chosen=[call]))
     assert record.chosen == [{**call, "content": ""}]
@@ -163,7 +163,7 @@ def test_a_response_may_call_a_tool_and_say_nothing() -> None:
     assert one(chat_pair(chosen=[call, result, GOOD])).chosen[1:] == [result, GOOD]
 
 
-def test_keys_that_a_table_filled_with_null_are_as_if_they_were_not_there() -> None:
+def test_keys_that_are_null_are_left_out() -> None:
     with_nulls = [{**message, "tool_calls": None, "name": None} for message in (SYSTEM, ASKED)]
     assert one(chat_pair(prompt=with_nulls)).prompt == [SYSTEM, ASKED]
 
@@ -172,8 +172,8 @@ def test_content_in_parts_is_one_text_and_pictures_are_refused() -> None:
     parts = [{"type": "text", "text": "Wer schrieb "}, {"type": "text", "text": "„Momo“?"}]
     assert one(chat_pair(prompt=[{"role": "user", "content": parts}])).prompt == [ASKED]
     picture = [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}]
-    assert told(chat_pair(prompt=picture)) == (
-        "field 'prompt', message 1 holds a part that is no text: the text 'image'"
+    assert error_of(chat_pair(prompt=picture)) == (
+        "field 'prompt', message 1 holds a part without text: the text 'image'"
     )
 
 
@@ -181,7 +181,7 @@ def test_a_chat_in_a_table_of_texts_is_that_chat() -> None:
     row = {name: json.dumps(value, indent=1) for name, value in chat_pair().items()}
     assert one(row) == one(chat_pair())
     assert one({**row, "chosen": str([GOOD])}) == one(chat_pair()), "as pandas writes a list to CSV"
-    assert told({**row, "chosen": f"[{GOOD}\n {GOOD}]"}) == (
+    assert error_of({**row, "chosen": f"[{GOOD}\n {GOOD}]"}) == (
         "field 'chosen' looks like a chat as text and is not valid JSON: Expecting property name enclosed in double "
         "quotes: line 1 column 3 (char 2). Write it with json.dumps, or the table as Parquet or JSONL"
     ), "as NumPy prints one"
@@ -189,7 +189,7 @@ def test_a_chat_in_a_table_of_texts_is_that_chat() -> None:
 
 
 def test_a_response_that_begins_with_a_question_is_refused() -> None:
-    assert told(chat_pair(chosen=[ASKED, ASKED, GOOD])) == (
+    assert error_of(chat_pair(chosen=[ASKED, ASKED, GOOD])) == (
         "field 'chosen' begins with a message of role 'user', and a response with the assistant's"
     )
 
@@ -200,8 +200,8 @@ def test_a_prompt_that_both_chats_repeat_is_taken_once() -> None:
         row = chat_pair(prompt=prompt, chosen=[SYSTEM, ASKED, GOOD], rejected=[SYSTEM, ASKED, BAD])
         assert one(row) == plain
     row = chat_pair(chosen=[SYSTEM, ASKED], rejected=[SYSTEM, ASKED, BAD])
-    assert "holds the prompt alone" in told(row) or "begins with" in told(row)
-    assert told(chat_pair(prompt="Another question")).startswith("texts and chat messages are mixed: prompt text")
+    assert "holds the prompt alone" in error_of(row) or "begins with" in error_of(row)
+    assert error_of(chat_pair(prompt="Another question")).startswith("texts and chat messages are mixed: prompt text")
 
 
 def test_an_implicit_prompt_is_whole_turns() -> None:
@@ -214,12 +214,12 @@ def test_an_implicit_prompt_is_whole_turns() -> None:
     assert (longer.prompt, longer.chosen) == ([ASKED], [GOOD]), "each keeps a response"
 
 
-def test_implicit_chats_without_a_common_prompt_are_told_apart() -> None:
+def test_implicit_chats_without_a_common_prompt_are_dropped_or_refused() -> None:
     other = {"role": "user", "content": "Und „Emil“?"}
     assert dropped({"chosen": [SYSTEM, ASKED, GOOD], "rejected": [SYSTEM, other, BAD]}) == (
         "the two chats do not share their prompt"
     )
-    assert told({"chosen": [ASKED, GOOD], "rejected": [other, BAD]}).endswith("do not begin with the same messages")
+    assert error_of({"chosen": [ASKED, GOOD], "rejected": [other, BAD]}).endswith("do not begin with the same messages")
     assert dropped({"chosen": [ASKED, GOOD], "rejected": [ASKED, GOOD]}) == "chosen and rejected are identical"
 
 
@@ -252,8 +252,8 @@ def test_implicit_texts_are_cut_at_the_words_they_share() -> None:
     record = one({"chosen": "The sky is blue.", "rejected": "The sky is green."})
     assert (record.prompt, record.chosen, record.rejected) == ("The sky is", " blue.", " green.")
     mixed = {"chosen": "Yes.", "rejected": [GOOD]}
-    assert told(mixed) == "texts and chat messages are mixed: chosen text, rejected messages"
-    assert told({"chosen": "Yes.", "rejected": "No."}) == (
+    assert error_of(mixed) == "texts and chat messages are mixed: chosen text, rejected messages"
+    assert error_of({"chosen": "Yes.", "rejected": "No."}) == (
         "there is no field 'prompt', and chosen and rejected do not begin with the same words"
     )
 
@@ -293,12 +293,12 @@ def test_sharegpt_turns_become_messages_with_roles() -> None:
         ({"chosen": {"from": "gpt", "value": ""}}, "field 'chosen' is an empty response"),
         ({"chosen": {"from": "human", "value": "x"}}, "field 'chosen' begins with a message of role 'user'"),
         ({"rejected": []}, "field 'rejected' is an empty list of turns"),
-        ({"rejected": 7}, "field 'rejected' must be 'from' one of "),
+        ({"rejected": 7}, "field 'rejected' must be a message with 'role' or a turn with 'from'"),
     ],
 )
-def test_what_is_wrong_with_sharegpt_turns_is_named(change: dict[str, Any], message: str) -> None:
+def test_errors_in_sharegpt_turns_are_named(change: dict[str, Any], message: str) -> None:
     row = ROWS["sharegpt"]("What now?")
-    assert message in told({**row, **change}, "sharegpt")
+    assert message in error_of({**row, **change}, "sharegpt")
 
 
 def test_an_empty_turn_of_a_person_is_kept() -> None:
@@ -313,18 +313,18 @@ def test_alpaca_rows_become_chats() -> None:
     assert [m["content"] for m in record.prompt] == ["Be brief.", "Hi", "Hello", "Translate\nguten Tag"]
     assert [m["role"] for m in record.prompt] == ["system", "user", "assistant", "user"]
     assert record.chosen == [{"role": "assistant", "content": "good day"}]
-    assert told({"instruction": "x", "output": ["a", "b", "c"]}) == (
+    assert error_of({"instruction": "x", "output": ["a", "b", "c"]}) == (
         "field 'output' must list two texts, the better one first, found a list of 3"
     )
-    assert told({**row, "history": ["x"]}).startswith("field 'history' must list pairs of question and answer")
-    assert told({**row, "input": 5}) == "field 'input' must be a text, found the number 5"
+    assert error_of({**row, "history": ["x"]}).startswith("field 'history' must list pairs of question and answer")
+    assert error_of({**row, "input": 5}) == "field 'input' must be a text, found the number 5"
 
 
 def test_columns_stand_under_other_names() -> None:
-    reading = RowSpec(columns=parse_columns("prompt=question,chosen=good,rejected=bad"))
-    record = one({"question": "Why?", "good": " Because.", "bad": " No.", "chosen": "another column"}, reading)
+    spec = RowSpec(columns=parse_columns("prompt=question,chosen=good,rejected=bad"))
+    record = one({"question": "Why?", "good": " Because.", "bad": " No.", "chosen": "another column"}, spec)
     assert (record.prompt, record.chosen, record.rejected) == ("Why?", " Because.", " No.")
-    assert told({"question": "Why?", "good": "x"}, reading) == (
+    assert error_of({"question": "Why?", "good": "x"}, spec) == (
         "field 'bad', which --columns takes for 'rejected', is missing"
     )
     inside = RowSpec(columns=(("score", "fine-grained_score"),))
@@ -343,7 +343,7 @@ def test_columns_stand_under_other_names() -> None:
         (["prompt"], "expected field names"),
     ],
 )
-def test_columns_that_say_nothing_are_refused(columns: Any, message: str) -> None:
+def test_malformed_column_options_are_refused(columns: Any, message: str) -> None:
     with pytest.raises(UserError, match="--columns") as raised:
         parse_columns(columns)
     assert message in str(raised.value)
@@ -394,9 +394,9 @@ def test_a_function_of_the_users_converts_rows() -> None:
     assert (report.read, report.kept, report.format) == (3, 3, "my_functions:good")
     assert one({"n": 1}, "my_functions:record") == PreferenceRecord("p", "c", "r", "pairs.jsonl", 1)
     assert len(to_records(from_memory([{}], "pairs.jsonl"), "my_functions:several")[0]) == 2
-    assert told({}, "my_functions:strange").endswith("with prompt, chosen and rejected, found the fields 'answer'")
-    assert told({}, "my_functions:number").endswith("with prompt, chosen and rejected, found the number 42")
-    assert told({}, "my_functions:broken") == "my_functions:broken raised KeyError: 'missing'"
+    assert error_of({}, "my_functions:strange").endswith("with prompt, chosen and rejected, found the fields 'answer'")
+    assert error_of({}, "my_functions:number").endswith("with prompt, chosen and rejected, found the number 42")
+    assert error_of({}, "my_functions:broken") == "my_functions:broken raised KeyError: 'missing'"
 
 
 @pytest.mark.usefixtures("functions")
@@ -404,18 +404,18 @@ def test_a_function_of_the_users_converts_rows() -> None:
     ("name", "message"),
     [
         ("my_functions:none", "module my_functions has no none"),
-        ("my_functions:value", "the number 3 is no function"),
+        ("my_functions:value", "the number 3 is not a function"),
         ("my_nowhere:good", "ModuleNotFoundError: No module named 'my_nowhere'"),
         ("my_broken:good", "ZeroDivisionError: division by zero"),
         (":", "ValueError: Empty module name"),
     ],
 )
-def test_a_function_that_cannot_be_had_is_named(name: str, message: str) -> None:
+def test_a_function_that_cannot_be_imported_is_named(name: str, message: str) -> None:
     with pytest.raises(UserError, match=f"--dataset_format {name}: {message}"):
         to_records(from_memory([{"n": 1}], "pairs.jsonl"), name)
 
 
-def test_values_without_measure_are_named_too() -> None:
+def test_huge_and_deeply_nested_values_are_named() -> None:
     def deep() -> list[Any]:
         inside: list[Any] = []
         for _ in range(100_000):
@@ -423,10 +423,12 @@ def test_values_without_measure_are_named_too() -> None:
         return inside
 
     row = ROWS["preference"]("Why?")
-    assert told({**row, "chosen": 10**5000}).endswith("found a number of 16610 bits")
-    assert "message 1 is no chat message with a role: a list of 1" in told({**row, "chosen": deep()})
+    assert error_of({**row, "chosen": 10**5000}).endswith("found a number of 16610 bits")
+    assert "message 1 must be a message with 'role' or a turn with 'from', found a list of 1" in error_of(
+        {**row, "chosen": deep()}
+    )
     nested = [[{"role": "assistant", "content": "x", "name": deep()}] for _ in range(2)]
-    assert told(chat_pair(chosen=nested[0], rejected=nested[1])) == "it is nested too deeply"
+    assert error_of(chat_pair(chosen=nested[0], rejected=nested[1])) == "it is nested too deeply"
 
 
 def test_the_first_row_of_a_known_format_decides() -> None:

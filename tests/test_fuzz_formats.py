@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_formats_pairs import ROWS
 
 from tdpo import PreferenceRecord, UserError
-from tdpo.data.formats import FORMATS, DataReport, convert, to_records
+from tdpo.data.formats import FORMATS, DataReport, iter_records, to_records
 from tdpo.data.formats.markup import html_to_text
 from tdpo.data.formats.preference import common_words
 from tdpo.data.row_spec import PAIRS_FROM, RowSpec, Side, parse_columns
@@ -103,7 +103,7 @@ rows = st.one_of(
     *(st.lists(mutants(make), min_size=1, max_size=5) for make in MAKERS),
     st.lists(st.one_of(wild, st.sampled_from(MAKERS).flatmap(mutants)), max_size=5),
 )
-readings = st.builds(
+specs = st.builds(
     RowSpec,
     format=st.sampled_from(["auto"] * 30 + list(FORMATS)),
     columns=st.sampled_from([()] * 8 + [(("prompt", "question"),), (("score", "rank"), ("chosen", "text"))]),
@@ -140,19 +140,19 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(inner)
 
 
-@given(rows, readings)
+@given(rows, specs)
 @example([{"prompt": "p", "completion": "c", "reward": 10**400}], RowSpec())
 @example([{"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}], RowSpec())
 @example([{"instruction": "a", "output": ["b", "c"], "history": [["a", None]]}], RowSpec())
 @example([{"question": "a", "answers": [{"text": "<", "pm_score": "1e999"}]}], RowSpec())
-def test_rows_end_in_records_or_in_a_message_that_names_them(found: list[Any], reading: RowSpec) -> None:
+def test_rows_end_in_records_or_in_a_message_that_names_them(found: list[Any], spec: RowSpec) -> None:
     before = copy.deepcopy(found)
     numbered = from_memory(found, "any.jsonl")
     report = DataReport("any.jsonl")
     with only_words() as messages:
-        records, report = to_records(numbered, reading, "drop")
+        records, report = to_records(numbered, spec, "drop")
         counted = {row for gone in report.dropped.values() for row in gone} | {record.row for record in records}
-        if reading.weight >= 1:
+        if spec.weight >= 1:
             assert counted >= set(range(1, len(found) + 1)) or report.format == "scored"
         for record in records:
             assert record.chosen != record.rejected and record.source == "any.jsonl"
@@ -164,7 +164,7 @@ def test_rows_end_in_records_or_in_a_message_that_names_them(found: list[Any], r
         options = messages[0].startswith("--")
         assert options or "any.jsonl" in messages[0] or "no rows" in messages[0], messages[0]
     with only_words() as strict:
-        to_records(numbered, reading, "error")
+        to_records(numbered, spec, "error")
     named = [re.match(r"any\.jsonl, row \d+: .", line) for line in strict[0].splitlines()] if strict else []
     bad = any(reason.startswith("bad row") for reason in report.dropped)
     if not messages and bad:
@@ -197,7 +197,7 @@ def test_supervised_rows_end_in_exchanges_or_in_a_message(found: list[Any], name
     with only_words():
         report = DataReport("any.jsonl")
         numbered = from_memory(found, "any.jsonl")
-        for exchange in convert(numbered, name, "drop", report, SFT_FORMATS, lambda e: e.prompt or e.response):
+        for exchange in iter_records(numbered, name, "drop", report, SFT_FORMATS):
             assert isinstance(exchange.prompt, str) == isinstance(exchange.response, str)
 
 

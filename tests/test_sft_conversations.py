@@ -260,7 +260,7 @@ def test_a_conversation_that_begins_with_the_assistant_reads_that_turn() -> None
         ({"messages": [user("x"), {"role": "critic", "content": "y"}]}, "roles: user, critic"),
         ({"messages": [user("x"), assistant(" "), user("y"), assistant("z")]}, "empty assistant turn, message 2 of 4"),
         ({"messages": [user("x"), assistant("y", weight=0.5)]}, "turn 2, 'weight' must be 0 or 1, found"),
-        ({"messages": [SYSTEM, *TWO_TURNS[:2]], "system": "Be long."}, "another system turn than the row's own column"),
+        ({"messages": [SYSTEM, *TWO_TURNS[:2]], "system": "Be long."}, "field 'system' and the system turn .* differ"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 must be 'from' one of human, user, gpt"),
         ({"question": "x", "answer": "y", "solution": "z"}, "may each be the response; .* --columns response=solution"),
         ({"question": "x", "query": "y", "answer": "z"}, "the column 'query' holds what .* --ignore_columns query "),
@@ -269,7 +269,7 @@ def test_a_conversation_that_begins_with_the_assistant_reads_that_turn() -> None
         ({"prompt": "x", "completion": TWO_TURNS[1:2]}, "one of 'prompt' and 'completion' is a text"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_learnt_is_named(row: dict[str, Any], message: str) -> None:
+def test_rows_without_a_turn_to_learn_are_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         show([row])
 
@@ -334,7 +334,7 @@ def test_overlong_conversations_are_all_named() -> None:
         prepare_sft([{"messages": TWO_TURNS}] * 2, strict)
 
 
-def test_the_command_says_which_turns_it_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_the_turns_it_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     make_model(len(tokenizer)).save_pretrained(tmp_path / "model")

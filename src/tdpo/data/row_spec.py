@@ -1,4 +1,4 @@
-"""How the rows of one source are read: their format, its options, and which records of it are taken, how often."""
+"""Specifies the rows of one source: their format, its options, and the records that are taken of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHP_SCORE_RATIO = 2.0
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a seeded split. A prompt is on one side with all its rows, on every machine and in every order.
+    """One side of a seeded split; a prompt is on one side with all its rows, on every machine and in every order.
 
     Attributes:
         fraction: Expected share of the test side, over prompts.
@@ -37,25 +37,25 @@ class Side:
             raise UserError(f"--test_fraction must be between 0 and 1, got {self.fraction}")
 
     def holds(self, text: Text) -> bool:
-        """Whether a prompt is on this side."""
+        """Returns whether a prompt is on this side."""
         return (_draw("split", self.seed, _plain(text)) < self.fraction) == self.test
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """How rows become records.
+    """Specification of rows of one source: their columns, format and share.
 
     Attributes:
         format: A name in :data:`tdpo.data.formats.FORMATS`, ``"module:function"``, or ``"auto"``.
         columns: Pairs of a field's name and the column it is found under.
         ignore_columns: Columns that are left out on purpose.
-        pairs_from: Which pairs are made of several answers; None is ``"all"``.
+        pairs_from: Pairs that are made of several answers; None is ``"all"``.
         min_margin: Least difference of scores under ``pairs_from: margin``.
         min_score_ratio: Least ratio of scores in SHP; None is 2.
-        weight: How often a record is seen in an epoch; 0.5 takes a seeded half of them.
+        weight: Times that a record is seen in an epoch; 0.5 takes a seeded half of them.
         seed: Seed of that half.
         side: One side of a split, or None for all of it.
-        truncation_mode: Which part of a prompt stays when it is cut; None leaves it to the run.
+        truncation_mode: The part of a prompt that stays when it is cut; None leaves it to the run.
     """
 
     format: str = "auto"
@@ -83,17 +83,17 @@ class RowSpec:
             raise UserError(f"truncation_mode {self.truncation_mode}: there are keep_end, keep_start")
 
     def given(self) -> list[str]:
-        """Names of the options of single formats that are set."""
+        """Lists the options of single formats that are set."""
         return [name for name in ("pairs_from", "min_margin", "min_score_ratio") if getattr(self, name) is not None]
 
-    def copies(self, number: int, text: Text) -> int:
-        """How often the record with this prompt, the source's ``number``-th, is taken in an epoch."""
+    def copies(self, index: int, text: Text) -> int:
+        """Returns the times that a record is taken in an epoch, by its index in the source and its prompt."""
         whole, rest = divmod(self.weight, 1)
-        return int(whole) + (rest > 0 and _draw("weight", self.seed, f"{number} {_plain(text)}") < rest)
+        return int(whole) + (rest > 0 and _draw("weight", self.seed, f"{index} {_plain(text)}") < rest)
 
 
 def parse_columns(columns: str | Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-    """Field names with the columns they are found under, from ``"prompt=question,chosen=good"``, JSON or a mapping.
+    """Parses field names with their columns: ``"prompt=question,chosen=good"``, JSON or a mapping.
 
     Example:
         >>> parse_columns("prompt=question, chosen=good")
@@ -122,7 +122,7 @@ def parse_columns(columns: str | Mapping[str, str] | None) -> tuple[tuple[str, s
 
 
 def parse_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Column names from ``"a,b"``, a JSON list or a list.
+    """Parses column names: ``"a,b"``, a JSON list or a list.
 
     Example:
         >>> parse_names("system, notes"), parse_names(["system,notes"])
@@ -151,13 +151,13 @@ def parse_json(text: str, what: str, error_type: type[Exception]) -> Any:
 
 
 def _plain(text: Text) -> str:
-    """A prompt as one text, whatever else its messages hold."""
+    """Returns a prompt as one text, of messages their roles and contents."""
     if isinstance(text, str):
         return text
     return "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in text)
 
 
 def _draw(purpose: str, seed: int, text: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
+    """Draws a number in [0, 1) that depends on nothing but its arguments."""
     content = f"{purpose}\x1f{seed}\x1f{text}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big") / 2**56

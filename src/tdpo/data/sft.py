@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from tdpo.data.dataset import ExampleDataset, check_limits
-from tdpo.data.formats import AUTO, DataReport, OnBadRow, convert, name_of
+from tdpo.data.formats import AUTO, DataReport, OnBadRow, iter_records, name_of
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
 from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import Source, SourceRow, from_memory
@@ -149,9 +149,7 @@ def prepare_sft(
     if isinstance(rows, list) and not (rows and isinstance(rows[0], SourceRow)):
         rows = from_memory(rows, name)
     report = SFTReport(name_of(rows), train_on=train_on)
-    exchanges: list[Exchange] = list(
-        convert(rows, reading, on_bad_row, report, SFT_FORMATS, lambda exchange: exchange.prompt or exchange.response)
-    )
+    exchanges: list[Exchange] = list(iter_records(rows, reading, on_bad_row, report, SFT_FORMATS))
     if tokeniser.rendering.special_tokens is None:
         exchanges = list(tokeniser.texts.refuse_unless_chosen(exchanges, lambda e: (e.prompt, e.response)))
     examples: list[SFTExample] = []

@@ -1,7 +1,7 @@
-"""From rows to records: a function and a line of :data:`FORMATS` for each shape of preference data."""
+"""Formats of preference data: each a function from a row to records, and an entry of :data:`FORMATS`."""
 
-from tdpo.data.formats.convert import BAD_ROW_ADVICE, convert, iter_records, name_of, to_records
-from tdpo.data.formats.fields import chat_options, is_empty, renamed, text_of
+from tdpo.data.formats.convert import BAD_ROW_ADVICE, iter_records, name_of, to_records
+from tdpo.data.formats.fields import chat_options, is_empty, renamed
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format
 from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, Placed, RowDropped, RowError
 
@@ -17,12 +17,10 @@ __all__ = [
     "RowDropped",
     "RowError",
     "chat_options",
-    "convert",
     "find_format",
     "is_empty",
     "iter_records",
     "name_of",
     "renamed",
-    "text_of",
     "to_records",
 ]

@@ -1,11 +1,11 @@
-"""Columns that a format does not use: known metadata, contents that a used column repeats, and what would be lost."""
+"""Finds columns that a format does not use: metadata, repeated texts, and texts that would be lost."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tdpo.data.formats.answers import ANSWER_KEYS, LISTS
@@ -24,9 +24,9 @@ METADATA = re.compile(
     "category|categories|domain|topics?|tags?|labels?|type|difficulty|level|status|name|seed|temperature|counts?|"
     "lengths?|num|tokens|metadata|meta|winner|preference|choice|unnamed"
 )
-"""Last words of the names of columns that describe a row and are no part of its texts."""
+"""Last words of the names of columns that describe a row and are not a part of its texts."""
 SIDES = re.compile("[ab01234]|chosen|rejected|better|worse|safer|preferred|utc")
-"""Words that tell such columns of two responses apart, before or behind."""
+"""Words at the end of such names that distinguish the columns of two responses."""
 DESCRIPTIVE = 200
 """Longest text that can be metadata; a name such as ``source`` may also be that of an article."""
 CONTEXT = re.compile(
@@ -37,105 +37,109 @@ CONTEXT = re.compile(
 ANNOTATION = re.compile(
     "label(l?ing|l?er)|judge?(ment)?|annotat(ion|or)|critique|critic|feedback|grad(er|ing)|evaluat(ion|or)"
 )
-"""Words in the names of columns that hold what was said to or by those who compared the responses."""
+"""Words in the names of columns that hold instructions to annotators, or their words."""
 SCALARS = (type(None), bool, int, float)
 MEDIA = ("image", "video", "audio")
 ANSWERS = re.compile(r"(chosen|rejected|response|completion|answer|generation|output|candidate|preferred)")
 UNSAID = ("role", "from", "type")
-"""Keys of messages whose values are no text."""
+"""Keys of messages whose values are not text."""
 MODEL = "model"
-"""Key of an answer in a list, for the name of who wrote it."""
+"""Key of an answer in a list, for the model that wrote it."""
 
 
+@dataclass
 class UnusedColumns:
-    """Finds columns of a source whose contents no record has.
+    """Finds columns of a source that no record uses.
 
-    Args:
+    Attributes:
         name: Name of the format.
         uses: The columns that the format declares; of a tuple the first that is there, ``a+b`` are used together.
-        report: Where columns are named that hold text and are left out.
+        report: Names columns that hold text and are left out.
     """
 
-    def __init__(self, name: str, uses: Uses, report: DataReport) -> None:
-        self.name, self.report = name, report
-        self._always = {use for use in uses if isinstance(use, str)}
-        self._groups = [[alternative.split("+") for alternative in use] for use in uses if not isinstance(use, str)]
-        self._named: set[str] = set()
+    name: str
+    uses: Uses
+    report: DataReport
+    named: set[str] = field(default_factory=set)
 
     def check_head(self, head: Sequence[SourceRow]) -> None:
-        """Looks at every column of the first rows.
+        """Checks every column of the first rows.
 
         Raises:
             UserError: naming all columns among them that may be the prompt, each with its first row.
         """
         stopping: dict[str, SourceRow] = {}
         for row in head:
-            self._notice_keys(row)
-            for column in self._stopping(row, row.fields):
-                stopping.setdefault(column, row)
+            used = self._used(row.fields)
+            for column in (name for name in LISTS if name in used and isinstance(row.fields.get(name), list)):
+                self._notice_keys(row, column)
+            if not row.fields.keys() <= used:
+                for name in self._stopping(row, used, row.fields):
+                    stopping.setdefault(name, row)
         if stopping:
             raise UserError(self._message(stopping))
 
     def check(self, row: SourceRow) -> None:
-        """Looks at the columns of a later row that were empty so far, or are not known as metadata.
+        """Checks the columns of a later row that were empty so far, or are not known as metadata.
 
         Raises:
             UserError: naming a column that may be the prompt.
         """
-        values = [(name, value) for name, value in row.fields.items() if not isinstance(value, SCALARS)]
-        suspects = [(name, value) for name, value in values if not self._settled(name)]
-        used = [row.fields.get(name) for name in self._used(row.fields)] if suspects else []
-        stopping = self._stopping(row, [name for name, value in suspects if value not in used])
-        if stopping:
-            raise UserError(self._message(dict.fromkeys(stopping, row)))
+        known = {name for name in row.fields if name in self.uses or name in self.named or is_metadata(name)}
+        suspects = [name for name, value in row.fields.items() if name not in known and not isinstance(value, SCALARS)]
+        if suspects:
+            used = self._used(row.fields)
+            contents = [row.fields.get(name) for name in used]
+            stopping = self._stopping(row, used, [name for name in suspects if row.fields[name] not in contents])
+            if stopping:
+                raise UserError(self._message(dict.fromkeys(stopping, row)))
 
-    def _notice_keys(self, row: SourceRow) -> None:
+    def _used(self, fields: dict[str, Any]) -> set[str]:
+        used = set()
+        for use in self.uses:
+            if isinstance(use, str):
+                used.add(use)
+                continue
+            there = next((names for names in use if fields.get(names.partition("+")[0]) is not None), "")
+            used.update(there.split("+") if there else ())
+        return used
+
+    def _notice_keys(self, row: SourceRow, column: str) -> None:
         """Reports keys of listed answers that hold text and are not used, such as a critique, once for each."""
-        lists = [name for name in LISTS if name in self._used(row.fields) and isinstance(row.fields.get(name), list)]
-        for column in lists:
-            answers = [answer for answer in row.fields[column] if isinstance(answer, dict) and not _is_turns(answer)]
-            for key, value in (item for answer in answers for item in answer.items()):
-                place = f"{column}.{key}"
-                known = key in ANSWER_KEYS or place in self._named or is_metadata(key)
-                if not known and has_content(key, value):
-                    self._named.add(place)
-                    self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
+        objects = [answer for answer in row.fields[column] if isinstance(answer, dict) and not _is_turns(answer)]
+        for key, value in (item for answer in objects for item in answer.items()):
+            name = f"{column}.{key}"
+            if not (key in ANSWER_KEYS or name in self.named or is_metadata(key)) and has_content(key, value):
+                self.named.add(name)
+                self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
 
-    def _settled(self, name: str) -> bool:
-        return name in self._always or name in self._named or is_metadata(name)
-
-    def _stopping(self, row: SourceRow, names: Iterable[str]) -> list[str]:
+    def _stopping(self, row: SourceRow, used: set[str], names: Iterable[str]) -> list[str]:
         """Names columns that must not be left out, and reports those that are."""
-        used = self._used(row.fields)
-        left = [name for name in names if not (name in used or name in self._named)]
-        left = [name for name in left if has_content(name, row.fields[name])]
-        left = [name for name in left if not (is_metadata(name) and is_descriptive(row.fields[name]))]
+        left = {
+            name: value
+            for name in names
+            if name not in used and name not in self.named and has_content(name, value := row.fields[name])
+            if not (is_metadata(name) and is_descriptive(value))
+        }
         if not left:
             return []
-        contents = _Contents(row.fields, used)
+        prompts, answers = _texts_of(row.fields, used)
+        # The prompt of the format implicit is guessed from texts, and any column beside them may be the real one.
+        guessed = self.name == "implicit" and isinstance(row.fields.get("chosen"), str)
         stopping = []
-        for name in left:
-            value = row.fields[name]
-            if may_be_prompt(name, value) or self._guesses(row.fields):
-                if holds_media(name, value) or not contents.of_prompt(value):
+        for name, value in left.items():
+            texts = [text.strip() for text in texts_in(value)]
+            if guessed or may_be_prompt(name, value):
+                whole = {text.strip() for text in (*prompts, *answers)}
+                repeated = all(text in whole or any(text in prompt for prompt in prompts) for text in texts)
+                if not repeated or holds_media(name, value):
                     stopping.append(name)
-            elif not contents.anywhere(value):
+            elif not all(any(text in other for other in (*prompts, *answers)) for text in texts):
                 shown = f"{name} ({row.source})" if row.source != self.report.source else name
                 shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
                 self.report.unused.setdefault(shown, row.row)
-                self._named.add(name)
+                self.named.add(name)
         return stopping
-
-    def _used(self, fields: dict[str, Any]) -> set[str]:
-        used = set(self._always)
-        for group in self._groups:
-            there = [names for names in group if fields.get(names[0]) is not None]
-            used.update(there[0] if there else ())
-        return used
-
-    def _guesses(self, fields: dict[str, Any]) -> bool:
-        """Returns whether the prompt is guessed from texts; any column beside them may be the real one."""
-        return self.name == "implicit" and isinstance(fields.get("chosen"), str)
 
     def _message(self, stopping: dict[str, SourceRow]) -> str:
         media = [name for name, row in stopping.items() if holds_media(name, row.fields[name])]
@@ -152,75 +156,37 @@ class UnusedColumns:
                 f"them, {function}"
             )
         name, them = names[0], "them" if names[1:] else "it"
-        field = "input" if self.name == "alpaca" and not first.fields.get("input") else "prompt"
-        instead = " instead" if first.fields.get(field) else ""
+        field_name = "input" if self.name == "alpaca" and not first.fields.get("input") else "prompt"
+        instead = " instead" if first.fields.get(field_name) else ""
         return (
             f"{where} what the format {self.name} does not use, and it may be the prompt or a part of it; --columns "
-            f"{field}={name} takes {name!r} as the {field}{instead}, {ignored} leaves {them} out, {function}"
+            f"{field_name}={name} takes {name!r} as the {field_name}{instead}, {ignored} leaves {them} out, {function}"
         )
 
 
-class SystemColumn:
-    """Makes all rows of a source chats, or all texts, whichever of them have a system prompt.
+def with_system_column(row: SourceRow, head: Sequence[SourceRow], chats: bool) -> SourceRow:
+    """Returns the row, with an empty system prompt if it has none and other rows have: all of a source are chats then.
 
     Args:
-        head: The first rows.
+        row: The row.
+        head: The first rows of its source.
+        chats: Whether one of these has a system prompt.
+
+    Raises:
+        UserError: if a row has one and the first rows, which had none, were read as texts.
     """
-
-    def __init__(self, head: Sequence[SourceRow]) -> None:
-        self.chats = any(row.fields.get(name) is not None for row in head for name in SYSTEMS)
-        self._count = len(head)
-
-    def fill(self, row: SourceRow) -> SourceRow:
-        """Returns the row, with an empty system prompt if it has none and other rows have.
-
-        Raises:
-            UserError: if a row has one and the first rows, which had none, were read as texts.
-        """
-        if self.chats:
-            filled = any(map(row.fields.get, SYSTEMS))
-            return row if filled else replace(row, fields={**row.fields, SYSTEMS[0]: ""})
-        if any(map(row.fields.get, SYSTEMS)) and self._is_text(row.fields):
-            name = next(name for name in SYSTEMS if row.fields.get(name))
-            raise UserError(
-                f"{row.source}, row {row.row}: field {name!r} holds a system prompt, and none of the first "
-                f"{self._count} rows does, which were read as plain texts; give {name!r} there too (an empty text will "
-                f"do), or leave it out with --ignore_columns {name}"
-            )
-        return row
-
-    def _is_text(self, fields: dict[str, Any]) -> bool:
-        """Returns whether the prompt would be a plain text without the system prompt."""
-        name = first_of(fields, ("prompt", "instruction", *PROMPTS))
-        value = fields.get(name)
-        return name == "prompt" and isinstance(value, str) and not CHAT_AS_TEXT.match(value)
-
-
-class _Contents:
-    """Holds all texts of the columns of a row that are used.
-
-    Args:
-        fields: The row.
-        used: Names of the columns.
-    """
-
-    def __init__(self, fields: dict[str, Any], used: set[str]) -> None:
-        self._answers = [text for name in used if _is_answer(name) for text in texts_in(fields.get(name))]
-        self._prompts = [text for name in used if not _is_answer(name) for text in texts_in(fields.get(name))]
-        self._all = {text.strip() for text in (*self._answers, *self._prompts)}
-        pair = [fields.get(name) for name in ("chosen", "rejected")]
-        if all(isinstance(text, str) and not CHAT_AS_TEXT.match(text) for text in pair):
-            self._prompts.append(pair[0][: common_prefix(*pair)])  # type: ignore[index, arg-type]
-
-    def of_prompt(self, value: Any) -> bool:
-        """Returns whether each text of a value is a text of the row, or a part of its prompt."""
-        return all(text.strip() in self._all or _within(text, self._prompts) for text in texts_in(value))
-
-    def anywhere(self, value: Any) -> bool:
-        """Returns whether each text of a value is a part of some text of the row."""
-        return self.of_prompt(value) or all(
-            _within(text, self._prompts) or _within(text, self._answers) for text in texts_in(value)
+    filled = next((name for name in SYSTEMS if row.fields.get(name)), None)
+    if chats:
+        return row if filled else replace(row, fields={**row.fields, SYSTEMS[0]: ""})
+    name = first_of(row.fields, ("prompt", "instruction", *PROMPTS)) if filled else ""
+    value = row.fields.get(name)
+    if name == "prompt" and isinstance(value, str) and not CHAT_AS_TEXT.match(value):
+        raise UserError(
+            f"{row.source}, row {row.row}: field {filled!r} holds a system prompt, and none of the first "
+            f"{len(head)} rows does, which were read as plain texts; give {filled!r} there too (an empty text will "
+            f"do), or leave it out with --ignore_columns {filled}"
         )
+    return row
 
 
 @functools.lru_cache(1 << 14)
@@ -240,8 +206,6 @@ def is_metadata(name: str) -> bool:
         return True
     while len(words) > 1 and SIDES.fullmatch(words[-1]):
         words.pop()
-    while len(words) > 1 and SIDES.fullmatch(words[0]):
-        words.pop(0)
     return METADATA.fullmatch(words[-1]) is not None
 
 
@@ -260,11 +224,10 @@ def holds_media(name: str, value: Any) -> bool:
 
 def has_content(name: str, value: Any) -> bool:
     """Returns whether a column holds text or an image; in one named after images or sounds anything is one."""
-    if _plain_name(name) in MEDIA and any(
-        part is not None and not isinstance(part, list | dict) for part in parts_in(value)
-    ):
+    parts = list(parts_in(value))
+    if _plain_name(name) in MEDIA and any(part is not None and not isinstance(part, list | dict) for part in parts):
         return value != ""
-    return any(_is_binary(part) or (isinstance(part, str) and bool(part.strip())) for part in parts_in(value))
+    return any(_is_binary(part) or (isinstance(part, str) and bool(part.strip())) for part in parts)
 
 
 def is_descriptive(value: Any) -> bool:
@@ -307,9 +270,16 @@ def _is_binary(part: Any) -> bool:
     return bool(part) if isinstance(part, bytes) else hasattr(part, "mode") and hasattr(part, "size")
 
 
-@functools.lru_cache(1 << 14)
-def _is_answer(name: str) -> bool:
-    return ANSWERS.search(name) is not None
+def _texts_of(fields: dict[str, Any], used: set[str]) -> tuple[list[str], list[str]]:
+    """Collects the texts of the columns that are used: those of the prompt, and those of the answers."""
+    prompts: list[str] = []
+    answers: list[str] = []
+    for name in used:
+        (answers if ANSWERS.search(name) else prompts).extend(texts_in(fields.get(name)))
+    pair = [fields.get(name) for name in ("chosen", "rejected")]
+    if all(isinstance(text, str) and not CHAT_AS_TEXT.match(text) for text in pair):
+        prompts.append(pair[0][: common_prefix(*pair)])  # type: ignore[index, arg-type]
+    return prompts, answers
 
 
 def _words(name: object) -> list[str]:
@@ -320,8 +290,3 @@ def _words(name: object) -> list[str]:
 def _plain_name(name: object) -> str:
     plain = re.sub(r"[^a-z0-9]", "", str(name).lower())
     return plain.removesuffix("s") or plain
-
-
-def _within(text: str, others: Sequence[str]) -> bool:
-    text = text.strip()
-    return any(text in other for other in others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tdpo.data.formats.fields import as_text, field_of, first_of, is_chat, number
+from tdpo.data.formats.fields import as_text, field_of, first_of, number
 from tdpo.data.formats.prompts import PROMPT_USES, has_prompt, holds_turns, pair_record, prompt_of
 from tdpo.data.formats.report import RowDropped, RowError
 from tdpo.data.row_spec import RowSpec
@@ -19,66 +19,50 @@ STRENGTHS = ("preference_strength", "overall_preference")
 """HelpSteer's columns: below zero the first response is better, above zero the second."""
 RATINGS = ("score", "rating", "reward")
 TIES = (
-    "tie",
-    "tie (bothbad)",
-    "tie (both bad)",
-    "bothbad",
-    "both_bad",
-    "both bad",
-    "both_good",
-    "both good",
-    "neither",
-)
-PAIRS = tuple((stem + first, stem + second) for stem in STEMS for first, second in SUFFIXES)
+    "tie", "tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad", "both_good", "both good", "neither",
+)  # fmt: skip
+PAIRS = tuple((stem, suffixes) for stem in STEMS for suffixes in SUFFIXES)
 LABELLED_USES = (
     *PROMPT_USES,
-    tuple("+".join(pair) for pair in PAIRS),
+    tuple(f"{stem}{a}+{stem}{b}" for stem, (a, b) in PAIRS),
     (*LABELS, *STRENGTHS, *(f"{name}{a}+{name}{b}" for name in RATINGS for a, b in SUFFIXES)),
 )
 
 
-def labelled(row: SourceRow, reading: RowSpec) -> list[PreferenceRecord]:
-    """Reads two responses and what says which is better.
+def labelled(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
+    """Reads two responses and which of them is better.
 
     ``better_response_id``, ``preference``, ``winner`` and ``choice`` name the better one by the end of its column's
     name (``0``, ``1``, ``a``), by the whole name, or as ``model_a``; ``preference_strength`` and ``overall_preference``
     are below zero where it is the first; of two ratings the larger one is better.
     """
-    names = _pair_names(row.fields) or (f"{STEMS[0]}{SUFFIXES[0][0]}", f"{STEMS[0]}{SUFFIXES[0][1]}")
-    first, second = (as_text(field_of(row, name), f"field {name!r}") for name in names)
-    chosen, rejected = (first, second) if _first_is_better(row, names) else (second, first)
-    chats = is_chat(first) and is_chat(second) and not has_prompt(row.fields)
+    stem, ends = _pair_of(row.fields) or PAIRS[0]
+    first, second = (field_of(row, stem + end, as_text) for end in ends)
+    chosen, rejected = (first, second) if _first_is_better(row, stem, ends) else (second, first)
+    chats = isinstance(first, list) and isinstance(second, list) and not has_prompt(row.fields)
     return [pair_record(row, None if chats else prompt_of(row), chosen, rejected)]
 
 
 def has_labelled_pair(fields: dict[str, Any]) -> bool:
-    """Returns whether a row is one of :func:`labelled`."""
-    names = _pair_names(fields)
-    if isinstance(fields.get("question"), dict):  # webgpt_comparisons
+    """Returns whether a row has two responses to a prompt and the better one's label."""
+    stem, ends = _pair_of(fields) or ("", ("", ""))
+    if not stem or isinstance(fields.get("question"), dict):  # as in webgpt_comparisons
         return False
-    if names is None or not (has_prompt(fields) or all(holds_turns(fields[name]) for name in names)):
-        return False
-    return (
-        any(fields.get(name) is not None for name in (*LABELS, *STRENGTHS)) or _rating_names(fields, names) is not None
-    )
+    prompted = has_prompt(fields) or all(holds_turns(fields[stem + end]) for end in ends)
+    labelled = any(fields.get(name) is not None for name in (*LABELS, *STRENGTHS))
+    return prompted and (labelled or _rating_of(fields, ends) is not None)
 
 
-def _pair_names(fields: dict[str, Any]) -> tuple[str, str] | None:
-    return next((pair for pair in PAIRS if pair[0] in fields and pair[1] in fields), None)
+def _pair_of(fields: dict[str, Any]) -> tuple[str, tuple[str, str]] | None:
+    """Finds two columns of responses, as the beginning and the two ends of their names."""
+    return next((pair for pair in PAIRS if all(pair[0] + end in fields for end in pair[1])), None)
 
 
-def _ends(names: tuple[str, str]) -> tuple[str, str]:
-    stem = next(stem for stem in STEMS if names[0].startswith(stem))
-    return names[0].removeprefix(stem), names[1].removeprefix(stem)
+def _rating_of(fields: dict[str, Any], ends: tuple[str, str]) -> str | None:
+    return next((name for name in RATINGS if all(name + end in fields for end in ends)), None)
 
 
-def _rating_names(fields: dict[str, Any], names: tuple[str, str]) -> tuple[str, str] | None:
-    ends = _ends(names)
-    found = [(f"{name}{ends[0]}", f"{name}{ends[1]}") for name in RATINGS]
-    return next((pair for pair in found if pair[0] in fields and pair[1] in fields), None)
-
-
-def _first_is_better(row: SourceRow, names: tuple[str, str]) -> bool:
+def _first_is_better(row: SourceRow, stem: str, ends: tuple[str, str]) -> bool:
     """Reads which response is better.
 
     Raises:
@@ -87,32 +71,33 @@ def _first_is_better(row: SourceRow, names: tuple[str, str]) -> bool:
     """
     label = first_of(row.fields, (*LABELS, *STRENGTHS))
     if row.fields.get(label) is None:
-        ratings = _rating_names(row.fields, names)
-        if ratings is None:
-            raise RowError(f"field {label!r} is missing, which says the better of {names[0]!r} and {names[1]!r}")
-        first, second = (number(field_of(row, name), f"field {name!r}") for name in ratings)
+        rating = _rating_of(row.fields, ends)
+        if rating is None:
+            names = " and ".join(repr(stem + end) for end in ends)
+            raise RowError(f"field {label!r} is missing, which says the better of {names}")
+        first, second = (field_of(row, rating + end, number) for end in ends)
         difference = first - second
     elif label in STRENGTHS:
-        difference = -number(row.fields[label], f"field {label!r}")
+        difference = -field_of(row, label, number)
     else:
-        return _named_side(row.fields[label], label, names) == 0
+        difference = _named_side(row.fields[label], label, stem, ends)
     if difference == 0:
         raise RowDropped("neither response is the better one")
     return difference > 0
 
 
-def _named_side(value: Any, label: str, names: tuple[str, str]) -> int:
-    """Returns which of two columns a label names: 0 or 1."""
-    ends = [end.strip("_").lower() for end in _ends(names)]
+def _named_side(value: Any, label: str, stem: str, ends: tuple[str, str]) -> int:
+    """Returns 1 where a label names the first of two columns, -1 for the second, and 0 for a tie."""
+    short = [end.strip("_").lower() for end in ends]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    said = "" if isinstance(value, bool) else str(value).strip().lower()
-    if said in TIES or (ends == ["1", "2"] and said == "1.5"):
-        raise RowDropped("neither response is the better one")
-    for side, (end, name) in enumerate(zip(ends, names, strict=True)):
-        if said in (end, name.lower(), f"model_{end}"):
-            return side
+    given = "" if isinstance(value, bool) else str(value).strip().lower()
+    if given in TIES or (short == ["1", "2"] and given == "1.5"):
+        return 0
+    for sign, end, suffix in zip((1, -1), short, ends, strict=True):
+        if given in (end, (stem + suffix).lower(), f"model_{end}"):
+            return sign
     raise RowError(
-        f"field {label!r} must name the better response: {ends[0]} for {names[0]!r}, {ends[1]} for {names[1]!r} "
-        f"or tie, found {describe(value)}"
+        f"field {label!r} must name the better response: {short[0]} for {stem + ends[0]!r}, {short[1]} for "
+        f"{stem + ends[1]!r} or tie, found {describe(value)}"
     )

@@ -5,14 +5,27 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-BLOCKS = {"p", "div", "blockquote", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "hr"}
-SILENT = {"script", "style"}
+from typing_extensions import override
+
+BLOCK, LINE, BREAK, VERBATIM = "\v", "\f", "\n", "\ud800"
+"""Marks in the text that is collected: a paragraph's border, a line's, a line break, and a text taken as it is.
+
+No text that can be encoded holds the last, a lone surrogate.
+"""
+BLOCKS = dict.fromkeys(
+    ("p", "div", "blockquote", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "hr"), BLOCK
+)
+STARTS = {**BLOCKS, "li": LINE + "- ", "tr": LINE, "br": BREAK, "code": "<code>"}
+ENDS = {**BLOCKS, "td": " ", "th": " "}
+NESTED = ("pre", "code", "script", "style")
 NO_TAG = re.compile("<(?![^<>]*>)")
-"""What begins no tag, since none ends before the next one begins; the parser would take quadratic time over it."""
+"""A ``<`` that begins no tag, since none ends before the next one begins; the parser would take quadratic time."""
 
 
 def html_to_text(html: str) -> str:
-    r"""Text of HTML: paragraphs apart by a blank line, list items by a dash, code as ``<code>...</code>``, unchanged.
+    r"""Returns the text of HTML: blank lines between paragraphs, a dash before list items, code in ``<code>`` tags.
+
+    Code stays as it is; other white space is what a browser shows.
 
     Example:
         >>> html_to_text("<p>Use <code>a &lt; b</code>:</p><pre><code>if a:\n    b</code></pre>")
@@ -21,84 +34,56 @@ def html_to_text(html: str) -> str:
     reader = _Reader()
     reader.feed(NO_TAG.sub("&lt;", html))
     reader.close()
-    return reader.text()
+    reader.close_tags(None)
+    verbatim = iter(reader.verbatim)
+    shown = re.sub(rf"[ {BLOCK}{LINE}{BREAK}]+", _white_space, "".join(reader.pieces))
+    return re.sub(VERBATIM, lambda _: next(verbatim), shown).strip()
 
 
 class _Reader(HTMLParser):
-    """Collects text; inside ``pre`` and ``code`` as it stands, elsewhere with white space as a browser shows it."""
+    """Collects text and marks, and the texts inside ``pre`` and ``code`` as they stand."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self._pieces: list[str] = []
-        self._verbatim: list[str] = []
-        self._silent = 0
+        self.pieces: list[str] = []
+        self.verbatim: list[str] = []
+        self.open_tags: list[str] = []
 
+    @override
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in SILENT:
-            self._silent += 1
-        elif tag in BLOCKS:
-            self._break(2)
-        elif tag == "li":
-            self._break(1)
-            self._pieces.append("- ")
-        elif tag == "br":
-            self._break(1, always=True)
-        elif tag == "tr":
-            self._break(1)
-        if tag in ("pre", "code"):
-            self._verbatim.append(tag)
-        if tag == "code":
-            self._pieces.append("<code>")
+        self.pieces.append(STARTS.get(tag, ""))
+        if tag in NESTED:
+            self.open_tags.append(tag)
 
+    @override
     def handle_endtag(self, tag: str) -> None:
-        if tag in SILENT:
-            self._silent = max(self._silent - 1, 0)
-        if tag in self._verbatim:
-            while self._verbatim:
-                closed = self._verbatim.pop()
-                if closed == "code":
-                    self._pieces.append("</code>")
-                if closed == tag:
-                    break
-        if tag in BLOCKS:
-            self._break(2)
-        elif tag in ("td", "th"):
-            self._pieces.append(" ")
+        if tag in self.open_tags:
+            self.close_tags(tag)
+        self.pieces.append(ENDS.get(tag, ""))
 
+    @override
     def handle_data(self, data: str) -> None:
-        if self._silent:
-            return
-        if self._verbatim:
-            self._pieces.append(data)
-            return
-        shown = " ".join(data.split())
-        if not shown:
-            shown = " " if data and self._inside_line() else ""
-        else:
-            shown = (" " if data[0].isspace() and self._inside_line() else "") + shown
-            shown += " " if data[-1].isspace() else ""
-        self._pieces.append(shown)
+        inner = self.open_tags[-1] if self.open_tags else ""
+        if inner in ("pre", "code"):
+            text = data if inner == "code" else data.rstrip("\n")
+            self.verbatim.append(text)
+            self.pieces.append(VERBATIM + BREAK * (len(data) - len(text)))
+        elif not inner:
+            self.pieces.append(re.sub(r"\s+", " ", data))
 
-    def text(self) -> str:
-        """All that was read."""
-        while self._verbatim:
-            if self._verbatim.pop() == "code":
-                self._pieces.append("</code>")
-        return "".join(self._pieces).strip()
+    def close_tags(self, tag: str | None) -> None:
+        """Closes the open tags up to one of a name; all of them for None."""
+        while self.open_tags:
+            closed = self.open_tags.pop()
+            if closed == "code":
+                self.pieces.append("</code>")
+            if closed == tag:
+                return
 
-    def _inside_line(self) -> bool:
-        last = next((piece for piece in reversed(self._pieces) if piece), "\n")
-        return not last[-1].isspace()
 
-    def _break(self, lines: int, always: bool = False) -> None:
-        """Ends the line, and leaves blank ones so that ``lines`` line ends stand here."""
-        while self._pieces and not self._verbatim:
-            shorter = self._pieces[-1].rstrip(" ")
-            if shorter:
-                self._pieces[-1] = shorter
-                break
-            self._pieces.pop()
-        tail = "".join(self._pieces[-3:])
-        standing = len(tail) - len(tail.rstrip("\n"))
-        if tail.rstrip("\n") or always:
-            self._pieces.append("\n" * (1 if always else max(lines - standing, 0)))
+def _white_space(marks: re.Match[str]) -> str:
+    """Returns the line ends that adjacent marks make together, or a space."""
+    lines = 0
+    for mark in marks[0].replace(" ", ""):
+        lines = lines + 1 if mark == BREAK else max(lines, 2 if mark == BLOCK else 1)
+    return "\n" * lines or " "

@@ -1,4 +1,4 @@
-"""The prompt of a pair: the columns it may be in, the system prompt before it, and the chats that repeat it."""
+"""Prompts of pairs: the columns they may be in, the system prompt before them, and the chats that repeat them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import Any
 from tdpo.data.formats.fields import (
     ASKING_ROLES,
     as_text,
+    assistant_turn,
     chat_options,
     check_kinds,
-    checked,
-    encodable,
     field_of,
     first_of,
-    is_chat,
+    is_empty,
     plain_text,
-    read_turn,
+    read_turns,
 )
-from tdpo.data.formats.report import RowError
+from tdpo.data.formats.report import Placed, RowDropped, RowError
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
@@ -28,30 +27,27 @@ PROMPTS = ("prompt", *QUESTIONS)
 TURNS = ("conversations", "messages", "conversation", "trajectory", "context")
 """Columns whose turns are a prompt."""
 CHAT_OPTIONS = ("tools", "chat_template_kwargs")
-PROMPT_USES = (("prompt", "instruction+input+history", *PROMPTS[1:], *TURNS), SYSTEMS, *CHAT_OPTIONS)
-"""What :func:`prompt_of`, :func:`with_system` and the record take of a row, as a format declares it."""
+CHAT_USES = (SYSTEMS, *CHAT_OPTIONS)
+PROMPT_USES = (("prompt", "instruction+input+history", *PROMPTS[1:], *TURNS), *CHAT_USES)
+"""Columns that :func:`prompt_of`, :func:`with_system` and the record use, as a format declares them."""
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
-"""What LLaMA-Factory and others put where an image, a video or a sound is."""
+"""Marks of LLaMA-Factory and others for an image, a video or a sound."""
 
 
 def has_prompt(fields: dict[str, Any]) -> bool:
     """Returns whether some column of a row may be the prompt of :func:`prompt_of`."""
-    return any(fields.get(name) is not None for name in ("instruction", *PROMPTS)) or has_turns(fields)
+    return any(fields.get(name) is not None for name in ("instruction", *PROMPTS)) or turns_column(fields) is not None
 
 
-def has_turns(fields: dict[str, Any]) -> bool:
-    """Returns whether a column of :data:`TURNS` holds turns."""
-    return any(holds_turns(fields.get(name)) for name in TURNS)
+def turns_column(fields: dict[str, Any]) -> str | None:
+    """Names the column of :data:`TURNS` that holds turns."""
+    return next((name for name in TURNS if holds_turns(fields.get(name))), None)
 
 
 def holds_turns(value: Any) -> bool:
     """Returns whether a value is a list of chat turns of either kind."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and isinstance(value[0], dict)
-        and ("role" in value[0] or "from" in value[0])
-    )
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
 def prompt_of(row: SourceRow) -> Text:
@@ -63,34 +59,24 @@ def prompt_of(row: SourceRow) -> Text:
     Raises:
         RowError: if there is none.
     """
-    fields = row.fields
-    name = first_of(fields, ("prompt", "instruction", *PROMPTS))
-    if fields.get(name) is None and has_turns(fields):
-        return read_turns(row, next(name for name in TURNS if holds_turns(fields.get(name))))
-    if name == "instruction":
-        return instruction_messages(row, name)
-    return as_text(field_of(row, name), f"field {name!r}")
+    name = first_of(row.fields, ("prompt", "instruction", *PROMPTS))
+    if row.fields.get(name) is None and (turns := turns_column(row.fields)) is not None:
+        return field_of(row, turns, read_turns)
+    return instruction_messages(row, name) if name == "instruction" else field_of(row, name, as_text)
 
 
 def instruction_messages(row: SourceRow, name: str) -> list[Message]:
     """Reads a question with its ``input`` and ``history`` as messages, joined as LLaMA-Factory joins them."""
-    parts = [(part, row.fields.get(part)) for part in (name, "input")]
-    question = "\n".join(plain_text(value, f"field {part!r}") for part, value in parts if value not in (None, ""))
+    question = joined_question(row, name, "input")
     if not question.strip():
         raise RowError(f"field {name!r} is empty")
     return [*history_messages(row), {"role": "user", "content": question}]
 
 
-def read_turns(row: SourceRow, name: str) -> list[Message]:
-    """Reads a column of turns, each with ``from`` and ``value`` or with ``role`` and ``content``.
-
-    Raises:
-        RowError: naming the turn that is neither.
-    """
-    turns = field_of(row, name)
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"field {name!r} must be a list of turns, found {describe(turns)}")
-    return [read_turn(turn, f"field {name!r}, turn {number}") for number, turn in enumerate(turns, 1)]
+def joined_question(row: SourceRow, *names: str) -> str:
+    """Joins the texts of those columns that a row has."""
+    parts = [(name, row.fields.get(name)) for name in names]
+    return "\n".join(plain_text(value, f"field {name!r}") for name, value in parts if value not in (None, ""))
 
 
 def history_messages(row: SourceRow) -> list[Message]:
@@ -98,26 +84,11 @@ def history_messages(row: SourceRow) -> list[Message]:
     rounds = row.fields.get("history") or []
     if not isinstance(rounds, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in rounds):
         raise RowError(f"field 'history' must list pairs of question and answer, found {describe(rounds)}")
-    messages = []
-    for place, (question, answer) in enumerate(rounds, 1):
-        messages.append({"role": "user", "content": plain_text(question, f"field 'history', question {place}")})
-        messages.append({"role": "assistant", "content": plain_text(answer, f"field 'history', answer {place}")})
-    return messages
-
-
-def read_answer(value: Any, what: str) -> list[Message]:
-    """Reads one turn, a list of turns or a text as messages of a response."""
-    if isinstance(value, str):
-        return assistant_turn(encodable(value, what))
-    turns = value if isinstance(value, list) else [value]
-    if not turns:
-        raise RowError(f"{what} is an empty list of turns")
-    return [read_turn(turn, what) for turn in turns]
-
-
-def assistant_turn(text: Text) -> list[Message]:
-    """Returns a text as the assistant's turn, and messages as they are."""
-    return [{"role": "assistant", "content": text}] if isinstance(text, str) else text
+    return [
+        {"role": role, "content": plain_text(text, f"field 'history', {what} {number}")}
+        for number, turns in enumerate(rounds, 1)
+        for role, what, text in zip(("user", "assistant"), ("question", "answer"), turns, strict=True)
+    ]
 
 
 def with_system(row: SourceRow, prompt: Text, *responses: Text) -> tuple[Text, ...]:
@@ -130,13 +101,14 @@ def with_system(row: SourceRow, prompt: Text, *responses: Text) -> tuple[Text, .
     """
     name = first_of(row.fields, SYSTEMS)
     value = row.fields.get(name)
-    asked = first_of(row.fields, PROMPTS)
-    texts = isinstance(prompt, str) and all(isinstance(response, str) for response in responses)
-    if isinstance(prompt, str) and (asked in QUESTIONS or (texts and value is not None)):
+    if isinstance(prompt, str):
+        asked = first_of(row.fields, PROMPTS)
+        texts = all(isinstance(response, str) for response in responses)
         if asked in QUESTIONS and not prompt.strip():
             raise RowError(f"field {asked!r} is empty")
-        prompt = [{"role": "user", "content": prompt}]
-        responses = tuple(assistant_turn(response) for response in responses)
+        if asked in QUESTIONS or (texts and value is not None):
+            prompt = [{"role": "user", "content": prompt}]
+            responses = tuple(assistant_turn(response) for response in responses)
     system = "" if value is None else plain_text(value, f"field {name!r}")
     if not system.strip():
         return prompt, *responses
@@ -159,26 +131,50 @@ def pair_record(row: SourceRow, prompt: Text | None, chosen: Text, rejected: Tex
         rejected: The other one.
 
     Raises:
-        RowError: naming what is wrong with it.
+        RowError: naming the field that is wrong.
         RowDropped: if the responses are identical.
     """
-    if prompt is not None and is_chat(prompt) and isinstance(chosen, str) and isinstance(rejected, str):
+    if isinstance(prompt, list) and isinstance(chosen, str) and isinstance(rejected, str):
         chosen, rejected = assistant_turn(chosen), assistant_turn(rejected)
-    if is_chat(chosen) and is_chat(rejected):
+    if isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = _without_prompt(prompt, chosen, rejected)
     if prompt is None:
         raise RowError("there is no prompt, and the responses are not chats that begin with one")
     prompt, chosen, rejected = with_system(row, prompt, chosen, rejected)
     check_placeholders(prompt)
-    record = record_of(row, prompt, chosen, rejected)
-    row.notes.extend(_notes(prompt, chosen, rejected))
+    record = make_record(row, prompt, chosen, rejected, chat_options(row, prompt))
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        row.notes.append("the prompt ends with the assistant's turn, which the responses follow and do not continue")
+    if any(isinstance(side, list) and any(m["role"] in ASKING_ROLES for m in side) for side in (chosen, rejected)):
+        row.notes.append("a response holds turns of other roles, which are trained on as a part of it")
     return record
 
 
-def record_of(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> PreferenceRecord:
-    """Makes the record of a row whose texts are complete; see :func:`pair_record` for the errors."""
+def make_record(item: Placed, prompt: Text, chosen: Text, rejected: Text, options: dict[str, Any]) -> PreferenceRecord:
+    """Makes the record of texts that are complete.
+
+    Args:
+        item: Row or answer that the record is from.
+        prompt: The prompt.
+        chosen: The preferred response.
+        rejected: The other one.
+        options: Further fields of the record.
+
+    Raises:
+        RowError: for an empty response, or one that begins with a question.
+        RowDropped: if the responses are identical.
+    """
     check_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
-    return checked(PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt)))
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
+        if is_empty(response):
+            raise RowError(f"field {name!r} is an empty response")
+        if isinstance(response, list) and (role := response[0]["role"]) in ASKING_ROLES:
+            raise RowError(
+                f"field {name!r} begins with a message of role {role!r}, and a response with the assistant's"
+            )
+    if chosen == rejected:
+        raise RowDropped("chosen and rejected are identical")
+    return PreferenceRecord(prompt, chosen, rejected, item.source, item.row, **options)
 
 
 def shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -203,16 +199,6 @@ def check_placeholders(prompt: Text) -> None:
             )
 
 
-def _notes(prompt: Text, *responses: Text) -> list[str]:
-    """Lists what a chat holds that its author may have meant otherwise."""
-    notes = []
-    if is_chat(prompt) and prompt[-1]["role"] == "assistant":
-        notes.append("the prompt ends with the assistant's turn, which the responses follow and do not continue")
-    if any(turn["role"] in ASKING_ROLES for response in responses if is_chat(response) for turn in response):
-        notes.append("a response holds turns of other roles, which are trained on as a part of it")
-    return notes
-
-
 def _without_prompt(
     prompt: Text | None, chosen: list[Message], rejected: list[Message]
 ) -> tuple[Text | None, list[Message], list[Message]]:
@@ -222,22 +208,21 @@ def _without_prompt(
     their end, or all of the chosen chat (``messages`` in ``ultrafeedback_binarized``).
     """
     shared = shared_turns(chosen, rejected)
-    if isinstance(prompt, str) or prompt is None:
-        if prompt is None or any(turn["content"].strip() == prompt.strip() for turn in shared):
-            if not shared:
-                raise RowError("there is no field 'prompt', and the two chats do not begin with the same messages")
-            return shared, chosen[len(shared) :], rejected[len(shared) :]
-        if all(turns[0]["role"] in ASKING_ROLES for turns in (chosen, rejected)):
+    count = len(shared)
+    if isinstance(prompt, list):
+        length = len(prompt)
+        if chosen[:length] == rejected[:length] == prompt:
+            if length in (len(chosen), len(rejected)):
+                raise RowError("a response is missing: chosen or rejected holds the prompt alone")
+            return prompt, chosen[length:], rejected[length:]
+        repeats = shared and (shared[-length:] == prompt or prompt in (chosen, rejected))
+    else:
+        repeats = prompt is None or any(turn["content"].strip() == prompt.strip() for turn in shared)
+        if repeats and not shared:
+            raise RowError("there is no field 'prompt', and the two chats do not begin with the same messages")
+        if not repeats and all(turns[0]["role"] in ASKING_ROLES for turns in (chosen, rejected)):
             raise RowError(
-                f"the prompt, {describe(prompt)}, is none of the {len(shared)} turns that the chats 'chosen' and "
+                f"the prompt, {describe(prompt)}, is none of the {count} turns that the chats 'chosen' and "
                 "'rejected' begin with; without the prompt (--ignore_columns) these turns are taken"
             )
-        return prompt, chosen, rejected
-    count = len(prompt)
-    if chosen[:count] == rejected[:count] == prompt:
-        chosen, rejected = chosen[count:], rejected[count:]
-        if not chosen or not rejected:
-            raise RowError("a response is missing: chosen or rejected holds the prompt alone")
-    elif shared and (shared[-count:] == prompt or prompt in (chosen, rejected)):
-        return shared, chosen[len(shared) :], rejected[len(shared) :]
-    return prompt, chosen, rejected
+    return (shared, chosen[count:], rejected[count:]) if repeats else (prompt, chosen, rejected)

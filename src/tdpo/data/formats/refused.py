@@ -1,4 +1,4 @@
-"""Data of other kinds than preference pairs: their names, and the way to pairs."""
+"""Recognises data of other kinds than preference pairs, for messages that say how to convert them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tdpo.data.formats.prompts import has_prompt
 
 ANSWERS = ("completion", "response", "output", "answer", "solution")
 LABELS = ("label", "kto_tag", "is_safe")
-"""Columns that say whether a single response is a good one: TRL's, LLaMA-Factory's and BeaverTails'."""
+"""Columns that label a single response as good or bad: TRL's, LLaMA-Factory's and BeaverTails'."""
 
 
 def refusal(fields: dict[str, Any]) -> str | None:
@@ -23,15 +23,15 @@ def _answered(fields: dict[str, Any]) -> bool:
 
 def _is_unpaired(fields: dict[str, Any]) -> bool:
     label = next((fields[name] for name in LABELS if name in fields), None)
-    return _answered(fields) and (isinstance(label, bool) or label in (0, 1) or str(label).lower() in ("true", "false"))
+    return _answered(fields) and (label in (0, 1) or str(label).lower() in ("true", "false"))
 
 
-def _numbers(fields: dict[str, Any]) -> list[str]:
-    return [name for name, value in fields.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _pair_unpaired(fields: dict[str, Any]) -> str:
-    if isinstance(fields.get("label"), int) and not isinstance(fields["label"], bool):
+    if _is_number(fields.get("label")):
         return f"{_renamed(fields, 'label')} pairs the good with the bad responses of each prompt"
     return (
         "a pair needs a good and a bad response to one prompt: write the label as a number, 1 or 0, in a column "
@@ -40,7 +40,7 @@ def _pair_unpaired(fields: dict[str, Any]) -> str:
 
 
 def _pair_rated(fields: dict[str, Any]) -> str:
-    names = _numbers(fields)
+    names = [name for name, value in fields.items() if _is_number(value)]
     others = f" (there are {', '.join(map(repr, names))})" if names[1:] else ""
     return f"{_renamed(fields, names[0])} pairs the responses of each prompt by the rating {names[0]!r}{others}"
 
@@ -87,11 +87,15 @@ KINDS: tuple[tuple[str, Callable[[dict[str, Any]], bool], Callable[[dict[str, An
         lambda fields: "there are no two responses to pair",
     ),
     ("unpaired labels (KTO): one response a row, good or bad", _is_unpaired, _pair_unpaired),
-    ("ratings of single responses", lambda fields: _answered(fields) and bool(_numbers(fields)), _pair_rated),
+    (
+        "ratings of single responses",
+        lambda fields: _answered(fields) and any(map(_is_number, fields.values())),
+        _pair_rated,
+    ),
     (
         "supervised rows without a rejected response",
         lambda fields: "messages" in fields or _answered(fields),
         lambda fields: "tdpo sft trains on them",
     ),
 )
-"""Each kind with how it is recognised and the way to pairs."""
+"""Each kind with its recognition and the way to make pairs of it."""

@@ -1,4 +1,4 @@
-"""Reports on rows: the two ways a row is not used, and counts with row numbers of all of them."""
+"""Errors of single rows, and the report that counts rows by what happened to them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tdpo.errors import UserError
 
 OnBadRow = Literal["error", "drop"]
 ROWS_NAMED = 10
-"""How many rows one message names, and how many reasons a report."""
+"""Rows that one message names at most, and reasons that a report lists."""
 
 REASONS_KEPT = 1000
-"""How many reasons are kept apart; a million bad rows may each have one of its own."""
+"""Reasons counted separately at most; a million bad rows may each have one of its own."""
 OTHER_REASONS = "other reasons"
 
 
 class Placed(Protocol):
-    """Anything that knows where it was read."""
+    """Anything with the location it was read from."""
 
     @property
     def source(self) -> str:
@@ -34,12 +34,12 @@ class RowError(Exception):
 
 
 class RowDropped(Exception):
-    """A row that says nothing and is left out with a count, whatever ``on_bad_row`` says; the message is the reason."""
+    """A row without a preference, left out and counted whatever ``on_bad_row`` is; the message is the reason."""
 
 
 @dataclass
 class DataReport:
-    """What became of a source's rows: counts and row numbers, for the log and for ``--json``.
+    """Counts and row numbers of a source's rows, used or not, for the log and for ``--json``.
 
     Attributes:
         source: The source, as messages name it.
@@ -49,7 +49,7 @@ class DataReport:
         elsewhere: Pairs on the other side of a split.
         dropped: Row numbers by reason; the reason names the file where the source has several.
         truncated: Row numbers by what was cut: ``"prompt"`` or ``"response"``.
-        noticed: Row numbers by what the user should know of rows that are used.
+        noticed: Row numbers by warnings about rows that are used.
         unused: Columns that hold text and are not used, each with the first row where they do.
     """
 
@@ -64,16 +64,16 @@ class DataReport:
     noticed: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     unused: dict[str, int] = field(default_factory=dict)
 
-    def notice(self, place: Placed, what: str) -> None:
-        """Counts a row that is used under what the user should know of it."""
+    def notice(self, item: Placed, what: str) -> None:
+        """Counts a row that is used under a warning."""
         rows = _rows_of(self.noticed, what)
-        if rows[-1:] != [place.row]:
-            rows.append(place.row)
+        if rows[-1:] != [item.row]:
+            rows.append(item.row)
 
-    def drop(self, place: Placed, reason: str) -> None:
+    def drop(self, item: Placed, reason: str) -> None:
         """Counts a row as dropped."""
-        reason = reason if place.source == self.source else f"{reason} ({place.source})"
-        _rows_of(self.dropped, reason).append(place.row)
+        reason = reason if item.source == self.source else f"{reason} ({item.source})"
+        _rows_of(self.dropped, reason).append(item.row)
 
     def add(self, part: DataReport) -> None:
         """Adds the dropped, truncated and noticed rows of a report on a part of the source."""
@@ -83,7 +83,7 @@ class DataReport:
                 _rows_of(rows_by_reason, reason).extend(rows)
 
     def lines(self) -> list[str]:
-        """The report in words, one line each.
+        """Returns the report as text, one line each.
 
         Example:
             >>> report = DataReport("pairs.jsonl", "preference", read=3, kept=2)
@@ -107,7 +107,7 @@ class DataReport:
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]  # file names may be any bytes
 
     def _unused_line(self) -> str:
-        """The columns that are not used."""
+        """Names the columns that are not used."""
         shown = [f"{name!r} (row {row})" for name, row in list(self.unused.items())[: 2 * ROWS_NAMED]]
         more = f" and {len(self.unused) - len(shown)} more" if len(self.unused) > len(shown) else ""
         return (
@@ -116,37 +116,38 @@ class DataReport:
         )
 
 
+@dataclass
 class BadRows:
-    """Counts rows that cannot be used and keeps the messages of the first of them.
+    """Rows that cannot be used, counted, with the messages of the first of them.
 
-    Args:
+    Attributes:
         report: Counts them as dropped under ``on_bad_row: drop``.
         on_bad_row: ``"error"`` or ``"drop"``.
+        count: Bad rows so far.
+        messages: Messages of the first of them.
+        stop: Set where the run will end in an error, so that no record is needed any more.
     """
 
-    def __init__(self, report: DataReport, on_bad_row: OnBadRow = "error") -> None:
-        self.report, self.on_bad_row = report, on_bad_row
-        self._count = 0
-        self._named: list[str] = []
-
-    @property
-    def stop(self) -> bool:
-        """Whether the run will end in an error, so that no record is needed any more."""
-        return self._count > 0 and self.on_bad_row == "error"
+    report: DataReport
+    on_bad_row: OnBadRow = "error"
+    count: int = 0
+    messages: list[str] = field(default_factory=list)
+    stop: bool = False
 
     def add(self, row: Placed, error: object) -> None:
         """Adds a row."""
-        self._count += 1
-        if len(self._named) < ROWS_NAMED:
-            self._named.append(f"{row.source}, row {row.row}: {error}")
+        self.count += 1
+        self.stop = self.on_bad_row == "error"
+        if len(self.messages) < ROWS_NAMED:
+            self.messages.append(f"{row.source}, row {row.row}: {error}")
         if self.on_bad_row == "drop":
             self.report.drop(row, f"bad row ({error})")
 
     def raise_error(self, advice: str) -> None:
-        """Raises one message for all of them, with what could be done, unless they are dropped."""
+        """Raises one message for all of them, with what to do, unless they are dropped."""
         if self.stop:
-            more = f"\n... and {self._count - len(self._named)} more" if self._count > len(self._named) else ""
-            raise UserError("\n".join(self._named) + f"{more}\n({advice})")
+            more = f"\n... and {self.count - len(self.messages)} more" if self.count > len(self.messages) else ""
+            raise UserError("\n".join(self.messages) + f"{more}\n({advice})")
 
 
 def _rows_of(rows_by_reason: dict[str, list[int]], reason: str) -> list[int]:
@@ -155,6 +156,6 @@ def _rows_of(rows_by_reason: dict[str, list[int]], reason: str) -> list[int]:
 
 
 def row_list(rows: list[int]) -> str:
-    """Up to ten row numbers in words."""
+    """Lists up to ten row numbers."""
     shown = ", ".join(str(row) for row in rows[:ROWS_NAMED])
     return f"row{'s' if len(rows) > 1 else ''} {shown}" + (", ..." if len(rows) > ROWS_NAMED else "")
