@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tdpo.ops.workspace import padded_vocab
+from tdpo.ops.heads import padded_vocab
 from tdpo.types import Head, Hidden, PairStats, TokenisedPair
 
 BACKENDS = ("naive", "chunked")

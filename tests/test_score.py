@@ -287,4 +287,4 @@ def test_a_token_outside_the_vocabulary_is_refused(part, stray):
 
 def test_all_backends_are_tested_here():
     """Triton, which takes no float64, has a module of its own: ``test_triton.py``."""
-    assert set(BACKENDS) | {"auto", "triton"} == set(ops.Backend.__args__)  # type: ignore[attr-defined]
+    assert set(BACKENDS) | {"auto", "triton"} == set(ops.BackendName.__args__)  # type: ignore[attr-defined]
