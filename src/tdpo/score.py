@@ -38,7 +38,9 @@ class PairScores:
     """The results of one pass over P pairs; see :class:`~tdpo.types.PairLoss` and :class:`~tdpo.types.PairStats`.
 
     Attributes:
-        outcome: Losses and rewards of the objective, ``[P]``.
+        loss: Loss of each pair, ``[P]``.
+        chosen_reward: The objective's implicit reward of each chosen response, ``[P]``.
+        rejected_reward: The same of each rejected response.
         stats: Sums over response tokens, ``[P]``, in nats.
         chosen_logp: ``[P]`` log-probability of the chosen response under the policy, in nats.
         rejected_logp: ``[P]``, the same of the rejected response.
@@ -48,28 +50,15 @@ class PairScores:
             loss.
     """
 
-    outcome: PairLoss
+    loss: Tensor
+    chosen_reward: Tensor
+    rejected_reward: Tensor
     stats: PairStats
     chosen_logp: Tensor
     rejected_logp: Tensor
     tokens: TokenStats
     batch: PackedBatch
     aux_loss: Tensor | None = None
-
-    @property
-    def loss(self) -> Tensor:
-        """Loss of each pair, ``[P]``."""
-        return self.outcome.loss
-
-    @property
-    def chosen_reward(self) -> Tensor:
-        """The objective's implicit reward of each chosen response, ``[P]``."""
-        return self.outcome.chosen_reward
-
-    @property
-    def rejected_reward(self) -> Tensor:
-        """The objective's implicit reward of each rejected response, ``[P]``."""
-        return self.outcome.rejected_reward
 
 
 def score_pairs(
@@ -265,8 +254,8 @@ def batch_loss(
     # A reference that runs in the policy's body runs before the policy: its logits are not the last.
     aux = router.of_batch(router_logits[-1], laid_out(policy, batch))
     term = router.coefficient * aux
-    outcome = replace(outcome, loss=outcome.loss + term.detach())
-    return total + batch.num_pairs * term, replace(scores, outcome=outcome, aux_loss=aux.detach())
+    scores = replace(scores, loss=scores.loss + term.detach(), aux_loss=aux.detach())
+    return total + batch.num_pairs * term, scores
 
 
 def score_batch(
@@ -294,7 +283,8 @@ def score_batch(
 
 def _scores(outcome: PairLoss, stats: PairStats, tokens: TokenStats, batch: PackedBatch) -> PairScores:
     logp = sum_responses(tokens.logp.detach(), batch.sequence_ids, batch.num_pairs)
-    return PairScores(outcome, stats, logp[0], logp[1], tokens, batch)
+    rewards = outcome.chosen_reward, outcome.rejected_reward
+    return PairScores(outcome.loss, *rewards, stats, logp[0], logp[1], tokens, batch)
 
 
 def token_counts(batch: PackedBatch) -> Any:

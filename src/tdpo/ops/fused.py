@@ -70,8 +70,8 @@ class _PairLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3] if with_gradient else (False, False, False)
         heads = BlockwiseHeads(policy, reference, logits_budget, needs)
         groups = [
-            _group_loss(heads, labels_N, start, group, objective, kernels)
-            for start, group in _groups(lengths, heads.block_rows)
+            _group_loss(heads, labels_N, group, blocks, objective, kernels)
+            for group, blocks in _groups(lengths, heads.block_rows)
         ]
         tokens_3N, pairs_7P = (torch.cat(parts, 1) for parts in zip(*groups, strict=True))
         sources = states_ND, weight_VD, bias_V
@@ -98,8 +98,8 @@ class _PairLoss(torch.autograd.Function):
 def _group_loss(
     heads: BlockwiseHeads,
     labels_N: Tensor,
-    start: int,
     lengths: Sequence[int],
+    blocks: list[slice],
     objective: Objective,
     kernels: ModuleType,
 ) -> tuple[Tensor, Tensor]:
@@ -107,10 +107,9 @@ def _group_loss(
 
     Gradients are added up in ``heads``.
     """
-    blocks, tokens = _blocks(start, lengths, heads.block_rows), slice(start, start + sum(lengths))
-    device = labels_N.device
+    start, device = blocks[0].start, labels_N.device
     counts = torch.tensor(lengths, device=device)
-    ids_n = torch.repeat_interleave(counts, output_size=tokens.stop - start)  # chosen 2p, rejected 2p + 1
+    ids_n = torch.repeat_interleave(counts, output_size=sum(lengths))  # chosen 2p, rejected 2p + 1
     sides = objective.chosen_kl_ratio, objective.rejected_kl_ratio
     c_n = torch.tensor(sides, dtype=heads.wide, device=device)[ids_n % 2]
     one_pass = heads.trains and (len(blocks) == 1 or not heads.trains_head)
@@ -124,9 +123,9 @@ def _group_loss(
     stats_5n = torch.cat(parts, 1)
     factor_n, pairs_7P = _objective_gradient(TokenStats(*stats_5n[:3]), ids_n, len(lengths) // 2, objective)
     if one_pass and len(blocks) == 1:
-        heads.carry_back(tokens, factor_n)
+        heads.carry_back(blocks[0], factor_n)
     elif one_pass and heads.grad_states is not None:
-        heads.grad_states[tokens].mul_(factor_n[:, None])
+        heads.grad_states[start : start + len(ids_n)].mul_(factor_n[:, None])
     elif heads.trains:
         for rows in blocks:  # of the only pair, which was too large, again
             local = slice(rows.start - start, rows.stop - start)
@@ -138,29 +137,23 @@ def _group_loss(
     return stats_5n[:3], pairs_7P
 
 
-def _groups(lengths: Sequence[int], rows: int) -> Iterator[tuple[int, Sequence[int]]]:
-    """Yields first token and lengths of consecutive pairs that fit ``rows`` together; too large a pair comes alone."""
-    start = size = first = 0
-    for index in range(0, len(lengths), 2):
-        pair = lengths[index] + lengths[index + 1]
-        if size and size + pair > rows:
-            yield start, lengths[first:index]
-            start, size, first = start + size, 0, index
-        size += pair
-    if size:
-        yield start, lengths[first:]
+def _groups(lengths: Sequence[int], limit: int) -> Iterator[tuple[Sequence[int], list[slice]]]:
+    """Yields the lengths of consecutive pairs that fit ``limit`` rows of logits, and their rows as one block.
 
-
-def _blocks(start: int, lengths: Sequence[int], rows: int) -> list[slice]:
-    """Returns the group's tokens in one block if they fit, otherwise in blocks of one response each."""
-    if sum(lengths) <= rows:
-        return [slice(start, start + sum(lengths))]
-    blocks: list[slice] = []
-    for length in lengths:
-        stop = start + length
-        blocks += [slice(first, min(first + rows, stop)) for first in range(start, stop, rows)]
-        start = stop
-    return blocks
+    A pair that does not fit is a group of its own, in blocks that each hold tokens of one response.
+    """
+    start = first = 0
+    for last in range(2, len(lengths) + 1, 2):
+        size = sum(lengths[first:last])
+        if last < len(lengths) and size + sum(lengths[last : last + 2]) <= limit:
+            continue
+        blocks = [slice(start, start + size)]
+        if size > limit:
+            middle = start + lengths[first]
+            sides = (start, middle), (middle, start + size)
+            blocks = [slice(row, min(row + limit, end)) for begin, end in sides for row in range(begin, end, limit)]
+        yield lengths[first:last], blocks
+        start, first = start + size, last
 
 
 def _objective_gradient(tokens: TokenStats, ids_n: Tensor, pairs: int, objective: Objective) -> tuple[Tensor, Tensor]:

@@ -19,22 +19,17 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def matmul_wide(left: Tensor, right: Tensor) -> Tensor:
-    """Computes ``left @ right``, accumulated *and returned* in the statistics dtype, also for half-precision operands.
+def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
+    """Computes the head's logits ``[N, V]`` in the statistics dtype, also from half precision; differentiable.
 
     Logits rounded to bfloat16 put the KL off by 170% at 5e-5 nats, so the product is never rounded.
     """
-    wide = statistics_dtype(left.dtype)
-    if left.dtype == right.dtype == wide:
-        return left @ right
-    if left.is_cuda and left.dtype == right.dtype and not (left.requires_grad or right.requires_grad):
-        return torch.mm(left, right, out_dtype=wide)
-    return left.to(wide) @ right.to(wide)
-
-
-def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
-    """Computes the head's logits ``[N, V]`` in the statistics dtype; differentiable."""
-    logits = matmul_wide(hidden_ND, head.weight.t())
+    wide, weight_DV = statistics_dtype(hidden_ND.dtype), head.weight.t()
+    constant = not (hidden_ND.requires_grad or weight_DV.requires_grad)
+    if hidden_ND.dtype != wide and hidden_ND.dtype == weight_DV.dtype and hidden_ND.is_cuda and constant:
+        logits = torch.mm(hidden_ND, weight_DV, out_dtype=wide)
+    else:
+        logits = hidden_ND.to(wide) @ weight_DV.to(wide)
     if head.bias is not None:
         logits = logits + head.bias
     return finish_logits(logits, head.scale, head.soft_cap)
