@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tdpo.ops.heads import BlockwiseHeads, default_logits_budget, padded_vocab
 from tdpo.ops.numerics import head_logits, statistics_dtype
-from tdpo.types import Head, Hidden, TokenStats
+from tdpo.types import Hidden, TokenStats
 
 LOGP_BUFFERS = 4
 """Logits of a block alive at once in :func:`response_logp`, where autograd keeps what a log-softmax is made of."""
@@ -55,18 +55,17 @@ def response_logp(policy: Hidden, labels_N: Tensor, logits_budget: int | None = 
 
 class _TokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: Head, reference: Hidden,
-        labels_N: Tensor, logits_budget: int | None, kernels: ModuleType,
-    ) -> Any:  # fmt: skip
+    def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *options: Any) -> Any:
+        """Computes the statistics block by block and keeps them for the backward."""
+        head, reference, labels_N, logits_budget, kernels = options
         policy = Hidden(states_ND, replace(head, weight=weight_VD, bias=bias_V))
         heads = BlockwiseHeads(policy, reference, logits_budget)
-        stats_5N = torch.cat(
-            [kernels.row_stats_(heads.logits(rows), heads.ref_logits(rows), labels_N[rows]) for rows in heads.blocks()],
-            1,
-        )
+        blocks = [
+            kernels.row_stats_(heads.logits(rows), heads.ref_logits(rows), labels_N[rows]) for rows in heads.blocks()
+        ]
+        stats_5N = torch.cat(blocks, 1)
         ctx.save_for_backward(states_ND, weight_VD, bias_V, stats_5N)
-        ctx.options = head, reference, labels_N, logits_budget, kernels
+        ctx.options = options
         logp, ref_logp, kl = (column.clone() for column in stats_5N[:3])
         ctx.mark_non_differentiable(ref_logp)
         ctx.set_materialize_grads(False)
@@ -75,6 +74,7 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None) -> Any:
+        """Recomputes each block's logits, writes the gradient over them and carries it back."""
         states_ND, weight_VD, bias_V, stats_5N = ctx.saved_tensors
         head, reference, labels_N, logits_budget, kernels = ctx.options
         a_N = torch.zeros_like(stats_5N[0]) if grad_logp is None else grad_logp
@@ -88,4 +88,4 @@ class _TokenStats(torch.autograd.Function):
             heads.carry_back(rows)
         sources = states_ND, weight_VD, bias_V
         gradients = [None if g is None else g.to(s.dtype) for g, s in zip(heads.gradients(), sources, strict=True)]
-        return *gradients, None, None, None, None, None
+        return *gradients, *[None] * 5  # for the options

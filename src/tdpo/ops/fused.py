@@ -29,7 +29,7 @@ from torch import Tensor
 from tdpo.objectives.base import Objective
 from tdpo.ops.heads import BlockwiseHeads
 from tdpo.ops.numerics import sum_pairs
-from tdpo.types import Head, Hidden, PairLoss, PairStats, TokenStats
+from tdpo.types import Hidden, PairLoss, PairStats, TokenStats
 
 
 def pair_loss(
@@ -61,11 +61,9 @@ def pair_loss(
 
 class _PairLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: Head, reference: Hidden,
-        labels_N: Tensor, lengths: Sequence[int], objective: Objective, logits_budget: int | None,
-        kernels: ModuleType, with_gradient: bool,
-    ) -> Any:  # fmt: skip
+    def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *options: Any) -> Any:
+        """Computes loss, statistics and the gradient of the loss, group by group."""
+        head, reference, labels_N, lengths, objective, logits_budget, kernels, with_gradient = options
         policy = Hidden(states_ND, replace(head, weight=weight_VD, bias=bias_V))
         needs = ctx.needs_input_grad[:3] if with_gradient else (False, False, False)
         heads = BlockwiseHeads(policy, reference, logits_budget, needs)
@@ -83,6 +81,7 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
+        """Scales the gradient that the forward computed."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the fused loss can be differentiated once; call it again for a second backward pass")
@@ -92,7 +91,7 @@ class _PairLoss(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(grad_total)
         cast = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return *cast, *[None] * 8
+        return *cast, *[None] * 8  # for the options
 
 
 def _group_loss(
