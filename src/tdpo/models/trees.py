@@ -120,7 +120,7 @@ def _candidates(lm: Any, implementation: str) -> list[Callable[[PackedBatch], Ma
 
 
 def dense_mask(batch: PackedBatch, window: int | None, additive: torch.dtype | None) -> Tensor:
-    """Builds the tree mask ``[R, 1, T, T]``: bool for sdpa; 0 and the lowest number for eager attention, which adds it."""
+    """Builds the mask ``[R, 1, T, T]``: bool for sdpa; 0 and the lowest number for eager attention, which adds it."""
     seen = batch.attends()
     if window is not None:
         seen = seen & (batch.position_ids[:, :, None] - batch.position_ids[:, None, :] < window)
