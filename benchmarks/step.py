@@ -153,15 +153,15 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     step = step_of(options.implementation, policy, reference, pairs, tokenizer)
     loss, norm = torch.zeros(()), torch.zeros(())
 
-    def whole() -> None:
+    def full_step() -> None:
         nonlocal loss, norm
         loss = step()
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm()
         policy.zero_grad()
 
-    mebibytes = peak_above(whole)
-    seconds = seconds_of(whole, options.repetitions)
+    mebibytes = peak_above(full_step)
+    seconds = seconds_of(full_step, options.repetitions)
     return {
         "seconds": statistics.median(seconds),
         "mebibytes": mebibytes,

@@ -26,7 +26,7 @@ def budget(rows: int, problem: HeadProblem) -> int:
 
 
 def specified(problem: HeadProblem, objective: objectives.Objective) -> tuple[torch.Tensor, PairStats, ops.TokenStats]:
-    """The naive statistics, summed by hand, and the objective's loss."""
+    """Computes the objective's loss and the naive statistics it is made of, summed by hand."""
     tokens = ops.response_stats(problem.policy, problem.reference, problem.labels, "naive")
 
     def sums(values: torch.Tensor) -> list[torch.Tensor]:

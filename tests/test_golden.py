@@ -33,7 +33,7 @@ def needs(*paths: Path) -> pytest.MarkDecorator:
 
 
 def cases(path: Path) -> list[Any]:
-    """The golden file's objectives as test parameters; one placeholder when the file is absent and the test skips."""
+    """Returns a golden file's objectives as test parameters; one placeholder where the file is absent."""
     if not path.exists():
         return [pytest.param(None, id="absent")]
     return [

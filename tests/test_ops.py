@@ -43,7 +43,7 @@ def stats_of(problem: HeadProblem, backend: BackendName = "naive", budget: int |
 
 
 def upstream(problem: HeadProblem, seed: int = 5) -> tuple[Tensor, Tensor]:
-    """Arbitrary weights of each token's log-probability and KL in a loss."""
+    """Draws arbitrary weights of each token's log-probability and KL in a loss."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, len(problem.labels), generator=generator, dtype=torch.float64).unbind()
 
@@ -55,7 +55,7 @@ def gradients_of(problem: HeadProblem, backend: BackendName = "naive", budget: i
 
 
 def true_stats(problem: HeadProblem) -> tuple[Tensor, Tensor, Tensor]:
-    """The definitions in float64 on the problem's (rounded) numbers."""
+    """Computes the definitions in float64 on the problem's (rounded) numbers."""
     exact = problem.cast(torch.float64)
     return plain_token_stats(plain_logits(exact.policy), plain_logits(exact.reference), problem.labels)
 
@@ -68,7 +68,7 @@ def true_gradients(problem: HeadProblem) -> list[Tensor]:
 
 
 def largest_error(ours: Tensor, truth: Tensor) -> float:
-    """Largest difference, relative to the largest true entry."""
+    """Returns the largest difference, relative to the largest true entry."""
     return ((ours.double() - truth).abs().max() / truth.abs().max()).item()
 
 

@@ -34,7 +34,7 @@ TDPO2 = objectives.tdpo2(beta=0.3, alpha=0.7)
 
 
 def all_values(scores: PairScores) -> dict[str, Tensor]:
-    """All values of each pair, by name."""
+    """Lists all values of each pair, by name."""
     stats = scores.stats
     return {
         "loss": scores.loss,

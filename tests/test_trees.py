@@ -162,7 +162,7 @@ def test_a_window_that_short_probes_cannot_show_is_refused() -> None:
     assert packer("auto", [model]) is pack_padded
 
 
-def test_another_attention_implementation_is_probed_anew() -> None:
+def test_another_attention_implementation_is_probed_again() -> None:
     model = build("llama", torch.float32)
     pairs, objective = random_pairs(seed=4, vocab=VOCAB), objectives.tdpo1(0.3)
     scores = []

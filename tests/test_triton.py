@@ -47,7 +47,7 @@ LENGTHS = [3, 5, 4, 4, 9, 1, 2, 2]
 
 @pytest.fixture(params=[8192, 256], ids=["one_block", "many_blocks"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The largest block of a program: as it is, and small enough for several even in a test."""
+    """Sets the largest block of a program: as it is, and small enough for several even in a test."""
     monkeypatch.setattr(triton_kernels, "MAX_BLOCK", request.param)
     return request.param
 
@@ -61,7 +61,7 @@ def logits(vocab: int, rows: int = 5, seed: int = 0, closeness: float | None = N
 
 
 def true_direction(z: Tensor, ref_z: Tensor, labels: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The gradient of ``sum(a logp + b kl)`` in the logits, by autograd in float64."""
+    """Computes the gradient of ``sum(a logp + b kl)`` in the logits, by autograd in float64."""
     leaf = z.double().requires_grad_()
     logp, _, kl = plain_token_stats(leaf, ref_z.double(), labels)
     return torch.autograd.grad((a.double() * logp + b.double() * kl).sum(), leaf)[0]
@@ -213,7 +213,7 @@ def test_a_label_outside_of_the_vocabulary_reads_nothing():
 
 
 def on_the_device(problem: HeadProblem) -> HeadProblem:
-    """The problem on the device of the kernels, its leaves anew."""
+    """Moves the problem to the device of the kernels, with new leaves."""
 
     def side(hidden: Hidden) -> Hidden:
         head = hidden.head
@@ -225,7 +225,7 @@ def on_the_device(problem: HeadProblem) -> HeadProblem:
 
 
 def assert_close_to(ours: list[Tensor], theirs: list[Tensor], rtol: float) -> None:
-    """Within ``rtol`` of each tensor's largest entry."""
+    """Asserts equality within ``rtol`` of each tensor's largest entry."""
     for our, their in zip(ours, theirs, strict=True):
         assert our.dtype == their.dtype
         assert (our - their).abs().max() <= rtol * their.abs().max()
