@@ -196,7 +196,7 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float) -> None:
-    """Asserts that gradients agree within ``rtol`` of each parameter's largest entry, and that they are not all zero."""
+    """Asserts that gradients agree within ``rtol`` of each parameter's largest entry, and that some is not zero."""
     assert ours.keys() == theirs.keys()
     largest = max(gradient.abs().max().item() for gradient in theirs.values())
     assert largest > 1e-6, "the comparison would be empty: no gradient at all"
