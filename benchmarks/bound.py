@@ -24,7 +24,7 @@ from step import draw_pairs, models, step_of
 from torch import Tensor, nn
 
 from tdpo.data.pack import pack_trees
-from tdpo.ops.workspace import padded_vocab
+from tdpo.ops.heads import padded_vocab
 from tdpo.types import PackedBatch
 
 Product = tuple[str, int, Callable[[], object]]
@@ -32,18 +32,18 @@ Product = tuple[str, int, Callable[[], object]]
 
 
 def aligned(rows: int, columns: int) -> Tensor:
-    """Memory for a matrix whose rows begin on cache lines."""
+    """Allocates a matrix whose rows begin on cache lines."""
     return torch.zeros(rows, padded_vocab(columns, torch.float32))[:, :columns]
 
 
 def product(rows: int, inner: int, columns: int) -> Callable[[], object]:
-    """``[rows, inner] @ [columns, inner].T``, as linear layers and heads have it."""
+    """Returns ``[rows, inner] @ [columns, inner].T``, as linear layers and heads have it."""
     left, right, out = torch.randn(rows, inner), torch.randn(columns, inner), aligned(rows, columns)
     return lambda: torch.mm(left, right.t(), out=out)
 
 
 def products(model: nn.Module, batch: PackedBatch) -> list[Product]:
-    """Everything a step has to multiply."""
+    """Lists everything a step has to multiply."""
     config: Any = model.config
     tokens, width = batch.input_ids.numel(), batch.input_ids.shape[1]
     shapes = Counter(
@@ -69,14 +69,14 @@ def products(model: nn.Module, batch: PackedBatch) -> list[Product]:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Measures the seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def compare(options: argparse.Namespace, seed: int) -> dict[str, float]:
-    """Step and bound on one draw of pairs, medians over turns."""
+    """Measures step and bound on one draw of pairs, medians over turns."""
     pairs, tokenizer = draw_pairs(options.pairs, options.tokenizer, options.rows, options.batch_size, seed)
     policy, reference = models(len(tokenizer), 512)
     loss = step_of("tdpo2", policy, reference, pairs, tokenizer)
@@ -93,8 +93,8 @@ def compare(options: argparse.Namespace, seed: int) -> dict[str, float]:
         once = [seconds(multiply) for _, _, multiply in parts]
         if turn:  # the first warms up
             step_seconds.append(timed)
-            for place, value in enumerate(once):
-                part_seconds[place].append(value)
+            for values, value in zip(part_seconds, once, strict=True):
+                values.append(value)
     total = {"body": 0.0, "head": 0.0}
     for (name, count, _), values in zip(parts, part_seconds, strict=True):
         total[name] += count * statistics.median(values)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: seconds, peak memory, what machine it was, and processes that take turns."""
+"""Functions the benchmarks share: seconds, peak memory, description of the machine, processes that take turns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEBIBYTE = 2**20
 
 
 def seconds_of(function: Callable[[], object], repetitions: int) -> list[float]:
-    """Seconds of each call, after one to warm up."""
+    """Measures the seconds of each call, after one to warm up."""
     seconds = []
     for _ in range(repetitions + 1):
         _finish()
@@ -33,7 +33,7 @@ def seconds_of(function: Callable[[], object], repetitions: int) -> list[float]:
 
 
 def peak_above(function: Callable[[], object]) -> float:
-    """MiB by which a call raises memory above what is allocated before it: resident on a CPU, allocated on a GPU."""
+    """Measures the MiB a call adds to the memory allocated before it: resident on a CPU, allocated on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -42,13 +42,13 @@ def peak_above(function: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
     before = resident(peak=False)
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     function()
     return (resident(peak=True) - before) / MEBIBYTE
 
 
 def resident(peak: bool) -> int:
-    """Resident bytes of this process now, or at their peak (Linux)."""
+    """Returns the resident bytes of this process now, or at their peak (Linux)."""
     field = "VmHWM:" if peak else "VmRSS:"
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
@@ -61,42 +61,42 @@ def in_turn(
 
     Args:
         script: File that prints one JSON object as its last line.
-        settings: Options of each process; what is measured under them is at the same place of the result.
+        settings: Options of each process; the result has its measurements in the same order.
         rounds: How often all settings are gone through; ``--seed`` is the round's number.
         arguments: Options of every process.
 
     Returns:
-        For each setting the objects of its rounds; none where a process failed, which is said on standard error.
+        For each setting the objects of its rounds; none where a process failed, which is reported on standard error.
     """
     results: list[list[dict[str, float]]] = [[] for _ in settings]
     for number in range(rounds):
-        for place, setting in enumerate(settings):
+        for setting, found in zip(settings, results, strict=True):
             options = [word for name, value in setting.items() for word in (f"--{name}", str(value))]
             words = [sys.executable, script, *arguments, *options, "--seed", str(number)]
-            told = subprocess.run(words, capture_output=True, text=True)
-            if told.returncode:
-                reason = (told.stderr.strip().splitlines() or [f"ended by signal {-told.returncode}"])[-1]
+            process = subprocess.run(words, capture_output=True, text=True)
+            if process.returncode:
+                reason = (process.stderr.strip().splitlines() or [f"ended by signal {-process.returncode}"])[-1]
                 print(f"{setting}: {reason}", file=sys.stderr)
                 continue
-            results[place].append(json.loads(told.stdout.strip().splitlines()[-1]))
-            print(f"round {number + 1}: {setting} {results[place][-1]}", file=sys.stderr, flush=True)
+            found.append(json.loads(process.stdout.strip().splitlines()[-1]))
+            print(f"round {number + 1}: {setting} {found[-1]}", file=sys.stderr, flush=True)
     return results
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Median, least and greatest of the ratios theirs over ours, round by round."""
-    found = sorted(their / our for our, their in zip(ours, theirs, strict=False))
-    return round(statistics.median(found), 2), round(found[0], 2), round(found[-1], 2)
+    """Returns median, least and greatest of the ratios theirs over ours, round by round."""
+    values = sorted(their / our for our, their in zip(ours, theirs, strict=False))
+    return round(statistics.median(values), 2), round(values[0], 2), round(values[-1], 2)
 
 
 def ratio_columns(figure: str, base: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """:func:`ratios` as three columns of a table, named after the figure and what it is divided by."""
+    """Returns :func:`ratios` as three columns of a table, named after the figure and what it is divided by."""
     ends = ("", "_min", "_max")
     return {f"{figure}_over_{base}{end}": value for end, value in zip(ends, ratios(ours, theirs), strict=True)}
 
 
 def pairs_parser(description: str | None, repetitions: int = 3, rounds: int = 3) -> argparse.ArgumentParser:
-    """The options of a benchmark on real pairs; :func:`words_of` hands them to its processes."""
+    """Builds the parser of a benchmark on real pairs; :func:`words_of` passes its options to its processes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", required=True, help="preference data, any format tdpo reads")
     parser.add_argument("--tokenizer", required=True, help="name or folder")
@@ -114,12 +114,12 @@ PAIRS_OPTIONS = ("pairs", "tokenizer", "rows", "batch_size", "repetitions", "thr
 
 
 def words_of(options: argparse.Namespace, names: Sequence[str] = PAIRS_OPTIONS) -> list[str]:
-    """Some options as words of a command line."""
+    """Returns some options as words of a command line."""
     return [word for name in names for word in (f"--{name}", str(getattr(options, name)))]
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures belong to."""
+    """Describes hardware and versions the figures were measured with."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),

@@ -37,7 +37,7 @@ LOGIT_BUFFERS_OF_PLAIN = {"autograd": 6, "naive": 18}
 
 
 def problem(tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> tuple[Hidden, Hidden, Tensor]:
-    """Hidden states and heads of a policy and of a reference near it, and labels."""
+    """Draws hidden states and heads of a policy and of a reference near it, and labels."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -55,14 +55,14 @@ def problem(tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str
 
 
 def loss_of(name: str, policy: Hidden, reference: Hidden, labels: Tensor, backend: Any) -> Callable[[], Tensor]:
-    """The summed loss of eight pairs of equal length under one implementation, as a function to call."""
+    """Returns the summed loss of eight pairs of equal length under one implementation, as a function to call."""
     objective = objectives.tdpo2(beta=0.1, alpha=0.5)
     if name == "liger-dpo":
         return liger_loss(policy, reference, labels)
     if name in ("fused", "fused-one-pair"):
         pairs = PAIRS if name == "fused" else 1
         lengths = [len(labels) // (2 * pairs)] * (2 * pairs)
-        return lambda: ops.pair_loss(policy, reference, labels, lengths, objective, backend=backend).total
+        return lambda: ops.pair_loss(policy, reference, labels, lengths, objective, backend=backend)[0]
 
     def by_token() -> Tensor:
         if name == "autograd":
@@ -77,7 +77,7 @@ def loss_of(name: str, policy: Hidden, reference: Hidden, labels: Tensor, backen
 
 
 def plain_stats(policy: Hidden, reference: Hidden, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three statistics by the textbook, in float32, whole logits under autograd."""
+    """Computes the three statistics by the textbook, in float32, whole logits under autograd."""
     logp = (policy.states @ policy.head.weight.t()).float().log_softmax(-1)
     ref_logp = (reference.states @ reference.head.weight.t()).float().log_softmax(-1)
     kl = (ref_logp.exp() * (ref_logp - logp)).sum(-1)
@@ -86,7 +86,7 @@ def plain_stats(policy: Hidden, reference: Hidden, labels: Tensor) -> tuple[Tens
 
 
 def liger_loss(policy: Hidden, reference: Hidden, labels: Tensor) -> Callable[[], Tensor]:
-    """Liger's fused DPO loss of the same pairs, summed as ours; compiled only where it is on a GPU."""
+    """Returns Liger's fused DPO loss of the same pairs, summed as ours; compiled only where it is on a GPU."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     compiled = policy.states.is_cuda
@@ -102,7 +102,7 @@ def liger_loss(policy: Hidden, reference: Hidden, labels: Tensor) -> Callable[[]
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds forward and backward, and the peak above inputs and outputs, of one implementation in this process."""
+    """Measures seconds forward and backward, and the peak above inputs and outputs, of one implementation."""
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vocab, tokens = options.vocabularies[0], options.tokens
@@ -132,13 +132,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def free_bytes() -> int:
-    """Memory the system could still give (Linux)."""
+    """Returns the memory that is free (Linux)."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
 
 
 def time_table(options: argparse.Namespace, arguments: list[str]) -> list[dict[str, Any]]:
-    """A row per vocabulary and implementation; ratios are to plain autograd's of the same round."""
+    """Measures a row per vocabulary and implementation; ratios are to plain autograd's of the same round."""
     rows = []
     for vocab in options.vocabularies:
         settings = [{"implementation": name, "vocabularies": vocab} for name in options.compare]
@@ -158,7 +158,7 @@ def time_table(options: argparse.Namespace, arguments: list[str]) -> list[dict[s
 
 
 def memory_table(options: argparse.Namespace, arguments: list[str]) -> list[dict[str, Any]]:
-    """Peak memory over two vocabularies and two numbers of tokens, and the bytes that one more logit costs."""
+    """Measures peak memory over two vocabularies and numbers of tokens, and the bytes that one more logit costs."""
     rows = []
     for name in ("autograd", "two-pass", "fused"):
         shapes = [(vocab, tokens) for vocab in (32_000, 64_000) for tokens in (1024, 2048)]

@@ -32,7 +32,7 @@ OPERATIONS = {
 
 
 def rows_of(path: Path) -> list[Row]:
-    """The rows of a CSV."""
+    """Reads the rows of a CSV."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

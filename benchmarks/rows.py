@@ -46,7 +46,7 @@ def write_rows(path: Path, count: int) -> list[int]:
 
 
 def parse_seconds(path: Path) -> float:
-    """CPU seconds of parsing the lines alone."""
+    """Measures the CPU seconds of parsing the lines alone."""
     start = time.process_time()
     with open(path, "rb") as file:
         for line in file:
@@ -58,7 +58,7 @@ def parse_seconds(path: Path) -> float:
 
 
 def read_seconds(path: Path, on_bad_row: str) -> tuple[float, int, list[int]]:
-    """CPU seconds, records, and the rows that were named."""
+    """Returns CPU seconds, number of records, and the rows that were named."""
     start, report, kept, named = time.process_time(), DataReport(str(path)), 0, []
     try:
         for _ in iter_records(open_source(str(path), "train"), "auto", on_bad_row, report):  # type: ignore[arg-type]

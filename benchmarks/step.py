@@ -16,41 +16,43 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import in_turn, machine, pairs_parser, peak_above, ratio_columns, seconds_of, words_of, write_csv
+from measure import (
+    PAIRS_OPTIONS,
+    in_turn,
+    machine,
+    pairs_parser,
+    peak_above,
+    ratio_columns,
+    seconds_of,
+    words_of,
+    write_csv,
+)
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tdpo import objectives, ops
+from tdpo import objectives
 from tdpo.data.dataset import prepare_pairs
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.data.sources import read_source
 from tdpo.data.tokenise import Lengths, Tokeniser
-from tdpo.models.hidden import response_hidden
-from tdpo.models.reference import FrozenCopy, reference_hidden
-from tdpo.models.tied import tied_gradient
+from tdpo.models.reference import FrozenCopy
 from tdpo.score import batch_loss
 from tdpo.types import PackedBatch, PairStats, TokenisedPair
 
 Step = Callable[[], Tensor]
-IMPLEMENTATIONS = (
-    "tdpo2",
-    "dpo",
-    "dpo-without-kl",
-    "tdpo2-padded",
-    "tdpo2-padded-naive",
-    "trl-dpo",
-    "trl-dpo-compacted",
-    "liger-dpo",
-)
+IMPLEMENTATIONS = ("tdpo2", "dpo", "tdpo2-padded", "tdpo2-padded-naive", "trl-dpo", "trl-dpo-compacted", "liger-dpo")
 
 
-def models(vocab_size: int, max_length: int) -> tuple[nn.Module, FrozenCopy]:
-    """A Llama of width 256 with 4 layers and a tied head, and a reference that differs a little."""
+STEP_OPTIONS = (*PAIRS_OPTIONS, "width")
+
+
+def models(vocab_size: int, max_length: int, width: int = 256) -> tuple[nn.Module, FrozenCopy]:
+    """Builds a Llama with 4 layers and a tied head, and a reference that differs a little."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=256,
-        intermediate_size=688,
+        hidden_size=width,
+        intermediate_size=688 * width // 256,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=max_length,
@@ -65,7 +67,7 @@ def models(vocab_size: int, max_length: int) -> tuple[nn.Module, FrozenCopy]:
 
 
 def authors_loss(policy: nn.Module, reference: nn.Module, batch: PackedBatch, beta: float, alpha: float) -> Tensor:
-    """Mean TDPO2 loss by the authors' arithmetic: whole [2P, T, V] logits of both models, every position."""
+    """Computes the mean TDPO2 loss by the authors' arithmetic: [2P, T, V] logits of both models, every position."""
     mask = (batch.tree_ids >= 0).long()
     logits = policy(input_ids=batch.input_ids, attention_mask=mask).logits.to(torch.float32)
     with torch.no_grad():
@@ -82,7 +84,7 @@ def authors_loss(policy: nn.Module, reference: nn.Module, batch: PackedBatch, be
 
 
 def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tokenizer: Any) -> Step:
-    """The forward of one implementation's step, as a function that gives its mean loss."""
+    """Returns the forward of one implementation's step, as a function that computes its mean loss."""
     if name.startswith("trl-dpo"):
         return trl_step(policy, reference, pairs, tokenizer, compacted=name.endswith("compacted"))
     if name == "liger-dpo":
@@ -92,17 +94,6 @@ def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[Tokenised
         return lambda: authors_loss(policy, reference.model, batch, 0.1, 0.5)
     objective = objectives.dpo(0.1) if name.startswith("dpo") else objectives.tdpo2(0.1, 0.5)
     pack = pack_padded if name.endswith("padded") else pack_trees
-    if name == "dpo-without-kl":
-
-        def without_kl() -> Tensor:
-            batch = pack(pairs)
-            with tied_gradient(policy, batch.input_ids.device) as tied:
-                hidden, ref_hidden = response_hidden(policy, batch), reference_hidden(reference, batch)
-            return ops.pair_loss(
-                hidden, ref_hidden, batch.labels, batch.lengths, objective, with_kl=False, tied=tied
-            ).total
-
-        return lambda: without_kl() / len(pairs)
     return lambda: batch_loss(policy, reference, pack(pairs), objective)[0] / len(pairs)
 
 
@@ -135,7 +126,7 @@ def trl_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tok
 
 
 def liger_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair]) -> Step:
-    """Liger's fused DPO loss on the hidden states of padded rows; compiled only where it is on a GPU."""
+    """Returns Liger's fused DPO loss on the hidden states of padded rows; compiled only where it is on a GPU."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     batch = pack_padded(pairs)
@@ -155,7 +146,7 @@ def liger_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair]) -
 
 
 def draw_pairs(data: str, tokenizer: str, rows: int, count: int, seed: int) -> tuple[list[TokenisedPair], Any]:
-    """Some pairs among the first rows of a dataset, at most 512 tokens a sequence, and the tokenizer."""
+    """Draws pairs among the first rows of a dataset, at most 512 tokens a sequence; returns them and the tokenizer."""
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     dataset = prepare_pairs(read_source(data, "train")[:rows], Tokeniser(loaded, Lengths(512, 256)))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -166,19 +157,19 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     """Times one implementation in this process: median seconds of a forward and backward, and memory above models."""
     torch.set_num_threads(options.threads)
     pairs, tokenizer = draw_pairs(options.pairs, options.tokenizer, options.rows, options.batch_size, options.seed)
-    policy, reference = models(len(tokenizer), 512)
+    policy, reference = models(len(tokenizer), 512, options.width)
     step = step_of(options.implementation, policy, reference, pairs, tokenizer)
     loss, norm = torch.zeros(()), torch.zeros(())
 
-    def whole() -> None:
+    def full_step() -> None:
         nonlocal loss, norm
         loss = step()
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm()
         policy.zero_grad()
 
-    mebibytes = peak_above(whole)
-    seconds = seconds_of(whole, options.repetitions)
+    mebibytes = peak_above(full_step)
+    seconds = seconds_of(full_step, options.repetitions)
     return {
         "seconds": statistics.median(seconds),
         "mebibytes": mebibytes,
@@ -189,15 +180,17 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs every implementation in turn, round after round with other pairs, and gives a row each."""
+    """Runs every implementation in turn, round after round with other pairs, and returns a row for each."""
     settings = [{"implementation": name} for name in options.compare]
-    results = dict(zip(options.compare, in_turn(__file__, settings, options.rounds, words_of(options)), strict=True))
+    results = dict(
+        zip(options.compare, in_turn(__file__, settings, options.rounds, words_of(options, STEP_OPTIONS)), strict=True)
+    )
     ours = results["tdpo2"]
     return [row(name, runs, ours) for name, runs in results.items() if runs]
 
 
 def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians over rounds, and the ratios to ours round by round."""
+    """Computes medians over rounds, and the ratios to ours round by round."""
     result: dict[str, Any] = {"implementation": name}
     for figure, digits in (("seconds", 3), ("mebibytes", 0)):
         values = [run[figure] for run in runs]
@@ -212,6 +205,7 @@ def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -
 def main() -> None:
     """Measures one implementation, or compares all and writes a CSV."""
     parser = pairs_parser(__doc__)
+    parser.add_argument("--width", type=int, default=256, help="of the model")
     parser.add_argument("--compare", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="measure this one here and print JSON")
     parser.add_argument("--csv", default="benchmarks/results/step.csv")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tdpo.ops.workspace import padded_vocab
+from tdpo.ops.heads import padded_vocab
 from tdpo.types import Head, Hidden, PairStats, TokenisedPair
 
 BACKENDS = ("naive", "chunked")
@@ -24,12 +24,12 @@ OBJECTIVE_PARAMETERS = [("dpo", {"beta": 0.3}), ("tdpo1", {"beta": 0.3}), ("tdpo
 
 
 def shared_folder() -> Path:
-    """The folder of shared data beside the repository, or where TDPO_SHARED says."""
+    """Returns the folder of shared data beside the repository, or TDPO_SHARED."""
     return Path(os.environ.get("TDPO_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
 
 def budget_for(rows: int, vocab: int, dtype: torch.dtype = torch.float64, buffers: int = 2) -> int:
-    """The byte budget under which so many rows of logits are alive in each buffer; a soft cap takes a third."""
+    """Returns the bytes that ``rows`` rows of logits take in two buffers; a soft cap takes a third."""
     return max(1, rows * padded_vocab(vocab, dtype) * dtype.itemsize * buffers)
 
 
@@ -48,7 +48,7 @@ class HeadProblem:
         return [self.policy.states, head.weight] + ([] if head.bias is None else [head.bias])
 
     def cast(self, dtype: torch.dtype) -> HeadProblem:
-        """The same values rounded to ``dtype``; fresh leaves that require gradients on the policy's side."""
+        """Rounds the values to ``dtype``; returns new leaves that require gradients on the policy's side."""
         return HeadProblem(_cast(self.policy, dtype, True), _cast(self.reference, dtype, False), self.labels)
 
 
@@ -74,7 +74,7 @@ def head_problem(
     spread: float = 1.0,
     closeness: float | None = None,
 ) -> HeadProblem:
-    """Random states and heads; with ``closeness`` the reference is the policy plus noise of that size."""
+    """Draws states and heads; with ``closeness`` the reference is the policy plus noise of that size."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -101,14 +101,14 @@ def head_problem(
 
 
 def plain_logits(hidden: Hidden) -> Tensor:
-    """Logits of a head in the dtype of its inputs, the way a model's own forward makes them."""
+    """Computes logits of a head in the dtype of its inputs, the way a model's own forward makes them."""
     head = hidden.head
     logits = head.scale * F.linear(hidden.states, head.weight, head.bias)
     return logits if head.soft_cap is None else head.soft_cap * torch.tanh(logits / head.soft_cap)
 
 
 def plain_token_stats(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, ref_logp, KL(reference || policy)) of the labels from logits, by the definitions."""
+    """Computes (logp, ref_logp, KL(reference || policy)) of the labels from logits, by the definitions."""
     logp, ref_logp = logits.log_softmax(-1), ref_logits.detach().log_softmax(-1)
     rows = torch.arange(len(labels))
     return (
@@ -119,7 +119,7 @@ def plain_token_stats(logits: Tensor, ref_logits: Tensor, labels: Tensor) -> tup
 
 
 def plain_pair_loss(name: str, stats: PairStats, beta: float, alpha: float = 0.0) -> Tensor:
-    """Loss of each pair by the papers' formulas: DPO eq. 7, TDPO eq. 15, TDPO eq. 17."""
+    """Computes the loss of each pair by the papers' formulas: DPO eq. 7, TDPO eq. 15, TDPO eq. 17."""
     score = stats.chosen_logratio - stats.rejected_logratio
     if name == "tdpo1":
         score = score - (stats.rejected_kl - stats.chosen_kl)
@@ -129,7 +129,7 @@ def plain_pair_loss(name: str, stats: PairStats, beta: float, alpha: float = 0.0
 
 
 def plain_pair_stats(policy: nn.Module, reference: nn.Module, pairs: Sequence[TokenisedPair]) -> PairStats:
-    """Pair statistics from the models' own ``.logits``, one unpadded sequence at a time."""
+    """Computes pair statistics from the models' own ``.logits``, one unpadded sequence at a time."""
     columns: list[list[Tensor]] = [[], [], [], []]
     for pair in pairs:
         for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
@@ -145,7 +145,7 @@ def plain_pair_stats(policy: nn.Module, reference: nn.Module, pairs: Sequence[To
 
 
 def random_pairs(seed: int = 0, count: int = 3, vocab: int = 50, longest: int = 7) -> list[TokenisedPair]:
-    """Pairs of random ids with uneven lengths, prompts from 1 to ``longest`` tokens."""
+    """Draws pairs of random ids with uneven lengths, prompts from 1 to ``longest`` tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids() -> list[int]:
@@ -156,7 +156,7 @@ def random_pairs(seed: int = 0, count: int = 3, vocab: int = 50, longest: int = 
 
 
 def tiny_llama(seed: int = 0, vocab: int = 50, dtype: torch.dtype = torch.float64, **overrides: object) -> nn.Module:
-    """A random Llama of two layers and width 16, in evaluation mode."""
+    """Builds a random Llama of two layers and width 16, in evaluation mode."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": vocab,
@@ -175,7 +175,7 @@ def tiny_llama(seed: int = 0, vocab: int = 50, dtype: torch.dtype = torch.float6
 
 
 def moved(model: nn.Module, seed: int = 1, step: float = 0.05) -> nn.Module:
-    """A copy of the model with noise on every parameter: a policy that has left its reference."""
+    """Returns a copy of the model with noise on every parameter: a policy that differs from its reference."""
     policy = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def moved(model: nn.Module, seed: int = 1, step: float = 0.05) -> nn.Module:
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    """Gradient of a scalar in every parameter by name; zeros where there is none."""
+    """Computes the gradient of a scalar in every parameter by name; zeros where there is none."""
     model.zero_grad(set_to_none=True)
     loss.backward()
     return {
@@ -196,7 +196,7 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float) -> None:
-    """Every parameter's gradient agrees within ``rtol`` of that parameter's largest entry, and some gradient moves."""
+    """Asserts that gradients agree within ``rtol`` of each parameter's largest entry, and that some is not zero."""
     assert ours.keys() == theirs.keys()
     largest = max(gradient.abs().max().item() for gradient in theirs.values())
     assert largest > 1e-6, "the comparison would be empty: no gradient at all"

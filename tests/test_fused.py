@@ -6,12 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from numeric_worlds import OBJECTIVE_PARAMETERS, HeadProblem, budget_for, head_problem
+from numeric_worlds import BACKENDS, OBJECTIVE_PARAMETERS, HeadProblem, budget_for, head_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo import objectives, ops
-from tdpo.ops import workspace
-from tdpo.ops.workspace import padded_vocab
+from tdpo.ops.heads import padded_vocab
 from tdpo.types import PairStats
 
 LENGTHS = [3, 5, 4, 4, 9, 1, 2, 2]
@@ -27,7 +26,7 @@ def budget(rows: int, problem: HeadProblem) -> int:
 
 
 def specified(problem: HeadProblem, objective: objectives.Objective) -> tuple[torch.Tensor, PairStats, ops.TokenStats]:
-    """The naive statistics, summed by hand, and the objective's loss."""
+    """Computes the objective's loss and the naive statistics it is made of, summed by hand."""
     tokens = ops.response_stats(problem.policy, problem.reference, problem.labels, "naive")
 
     def sums(values: torch.Tensor) -> list[torch.Tensor]:
@@ -44,19 +43,22 @@ def specified(problem: HeadProblem, objective: objectives.Objective) -> tuple[to
     "extras", [{}, {"bias": True, "scale": 0.7, "soft_cap": 3.0}, {"ref_width": 5}], ids=["plain", "finished", "width"]
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_values_and_gradients_are_the_specifications(dtype, extras, name, parameters, rows) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_and_gradients_are_the_specifications(backend, dtype, extras, name, parameters, rows) -> None:
     problem = head_problem(tokens=TOKENS, **extras).cast(dtype)
     objective = objectives.build(name, **parameters)
     loss, stats, tokens = specified(problem, objective)
-    fused = ops.pair_loss(problem.policy, problem.reference, problem.labels, LENGTHS, objective, budget(rows, problem))
+    total, outcome, sums, fused_tokens = ops.pair_loss(
+        problem.policy, problem.reference, problem.labels, LENGTHS, objective, budget(rows, problem), backend
+    )
     rtol = 1e-10 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(fused.outcome.loss, loss, rtol=rtol, atol=rtol)
-    torch.testing.assert_close(fused.total, loss.sum(), rtol=rtol, atol=rtol)
+    torch.testing.assert_close(outcome.loss, loss, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(total, loss.sum(), rtol=rtol, atol=rtol)
     for column in ("chosen_logratio", "rejected_logratio", "chosen_kl", "rejected_kl"):
-        torch.testing.assert_close(getattr(fused.stats, column), getattr(stats, column), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(getattr(sums, column), getattr(stats, column), rtol=rtol, atol=rtol)
     for column in ("logp", "ref_logp", "kl"):
-        torch.testing.assert_close(getattr(fused.tokens, column), getattr(tokens, column), rtol=rtol, atol=rtol)
-    ours = torch.autograd.grad(1.7 * fused.total, problem.leaves)
+        torch.testing.assert_close(getattr(fused_tokens, column), getattr(tokens, column), rtol=rtol, atol=rtol)
+    ours = torch.autograd.grad(1.7 * total, problem.leaves)
     theirs = torch.autograd.grad(1.7 * loss.sum(), problem.leaves)
     for our, their in zip(ours, theirs, strict=True):
         assert ((our - their).abs().max() / their.abs().max()) < 10 * rtol
@@ -91,9 +93,9 @@ def test_one_group_takes_the_fewest_products(trained: tuple[bool, bool], product
     for leaf, wanted in zip(problem.leaves[:2], trained, strict=True):
         leaf.requires_grad_(wanted)
     with Products(problem.policy.head.vocab_size) as counted:
-        fused = ops.pair_loss(problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo2())
+        total = ops.pair_loss(problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo2())[0]
         if any(trained):
-            fused.total.backward()
+            total.backward()
     assert counted.count == products
 
 
@@ -109,7 +111,7 @@ def test_a_pair_over_budget_is_gone_through_twice_only_for_a_trained_head(
     problem.policy.head.weight.requires_grad_(head_trained)
     with Products(problem.policy.head.vocab_size) as counted:
         arguments = problem.policy, problem.reference, problem.labels, [9, 9], objectives.build(name)
-        ops.pair_loss(*arguments, budget(3, problem)).total.backward()
+        ops.pair_loss(*arguments, budget(3, problem))[0].backward()
     assert counted.count == products_per_block * 6
 
 
@@ -128,41 +130,32 @@ def test_without_grad_mode_only_the_logits_are_made() -> None:
 
 
 def test_memory_is_that_of_a_group_not_of_all_tokens() -> None:
-    workspace.release()
+    """The largest tensor is a group's logits; the head's gradient is smaller."""
     problem = head_problem(tokens=TOKENS, vocab=3000).cast(torch.float32)
-    with Products(3000) as counted:
-        fused = ops.pair_loss(
-            problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo2(), budget(10, problem)
-        )
-        fused.total.backward()
-    assert counted.largest <= 10 * padded_vocab(3000, torch.float32) < TOKENS * 3000
-    weight = problem.policy.head.weight.numel()
-    assert weight < 10 * 3000 or counted.largest == weight
+    group = 10 * padded_vocab(3000, torch.float32)
+    assert problem.policy.head.weight.numel() < group < TOKENS * 3000
+    largest = {}
+    for backend in BACKENDS:
+        with Products(3000) as counted:
+            ops.pair_loss(
+                problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo2(), budget(10, problem),
+                backend,
+            )[0].backward()  # fmt: skip
+        largest[backend] = counted.largest
+    assert largest == {"naive": TOKENS * 3000, "chunked": group}
 
 
 def test_only_the_total_is_differentiable_and_only_once() -> None:
     problem = head_problem(tokens=TOKENS).cast(torch.float32)
-    fused = ops.pair_loss(problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo1())
-    parts = (fused.outcome.loss, fused.outcome.chosen_reward, fused.stats.chosen_kl, fused.tokens.logp)
-    assert fused.total.requires_grad and not any(part.requires_grad for part in parts)
-    fused.total.backward(retain_graph=True)
+    for backend in BACKENDS:
+        total, outcome, stats, tokens = ops.pair_loss(
+            problem.policy, problem.reference, problem.labels, LENGTHS, objectives.tdpo1(), None, backend
+        )
+        parts = (outcome.loss, outcome.chosen_reward, stats.chosen_kl, tokens.logp, tokens.ref_logp, tokens.kl)
+        assert total.requires_grad and not any(part.requires_grad for part in parts), backend
+    total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
-        fused.total.backward()
-
-
-def test_the_kl_can_be_left_out_where_it_is_not_needed() -> None:
-    problem = head_problem(tokens=TOKENS).cast(torch.float64)
-    arguments = (problem.policy, problem.reference, problem.labels, LENGTHS)
-    with_kl, without = (ops.pair_loss(*arguments, objectives.dpo(), with_kl=with_kl) for with_kl in (True, False))
-    assert (without.tokens.kl == 0).all() and (with_kl.tokens.kl > 0).all()
-    for ours, theirs in zip(
-        torch.autograd.grad(without.total, problem.leaves),
-        torch.autograd.grad(with_kl.total, problem.leaves),
-        strict=True,
-    ):
-        assert torch.equal(ours, theirs)
-    with pytest.raises(ValueError, match="needs the KL"):
-        ops.pair_loss(*arguments, objectives.tdpo2(), with_kl=False)
+        total.backward()
 
 
 def test_lengths_that_do_not_add_up_are_refused() -> None:
@@ -180,8 +173,8 @@ def test_half_precision_is_no_worse_than_eager() -> None:
     eager = rounded.cast(torch.bfloat16)
     loss, _, _ = specified(truth, objective)
     true_gradients = torch.autograd.grad(loss.sum(), truth.leaves)
-    fused = ops.pair_loss(rounded.policy, rounded.reference, rounded.labels, LENGTHS, objective)
-    ours = torch.autograd.grad(fused.total, rounded.leaves)
+    total = ops.pair_loss(rounded.policy, rounded.reference, rounded.labels, LENGTHS, objective)[0]
+    ours = torch.autograd.grad(total, rounded.leaves)
     eager_logits = eager.policy.states @ eager.policy.head.weight.t()
     logp = eager_logits.log_softmax(-1)
     ref_logp = (eager.reference.states @ eager.reference.head.weight.t()).log_softmax(-1)

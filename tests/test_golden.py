@@ -1,4 +1,4 @@
-"""Figures that were not computed here: the TDPO authors' own (read from a shared folder), and a case solved by hand."""
+"""Figures that were not computed here: those of the TDPO authors' code, and a case solved by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tdpo.objectives import Objective
 from tdpo.types import Head, Hidden, PairStats, TokenisedPair
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
-LOGITS = shared_folder() / "golden" / "tdpo_logits.json"
+LOGITS = Path(__file__).parent / "golden" / "tdpo_logits.json"
 STORIES = shared_folder() / "golden" / "tdpo_stories260k_hh6.json"
 STORIES_MODEL = shared_folder() / "data" / "models" / "stories260k"
 
@@ -33,7 +33,7 @@ def needs(*paths: Path) -> pytest.MarkDecorator:
 
 
 def cases(path: Path) -> list[Any]:
-    """The golden file's objectives as test parameters; one placeholder when the file is absent and the test skips."""
+    """Returns a golden file's objectives as test parameters; one placeholder where the file is absent."""
     if not path.exists():
         return [pytest.param(None, id="absent")]
     return [
@@ -50,11 +50,10 @@ def float64(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-@needs(LOGITS)
 @pytest.mark.parametrize("budget", [None, 1], ids=["one_chunk", "row_by_row"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", cases(LOGITS))
-def test_authors_losses_rewards_and_logit_gradients(case: dict[str, Any], backend: ops.Backend, budget: int | None):
+def test_authors_losses_rewards_and_logit_gradients(case: dict[str, Any], backend: ops.BackendName, budget: int | None):
     golden = json.loads(LOGITS.read_text())
     policy, reference = float64(golden["policy_logits"]), float64(golden["reference_logits"])
     targets = torch.tensor(golden["labels"])[:, 1:]
@@ -91,7 +90,7 @@ def test_authors_losses_rewards_and_logit_gradients(case: dict[str, Any], backen
 @needs(STORIES, STORIES_MODEL)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", cases(STORIES))
-def test_authors_statistics_and_gradient_norms_of_a_real_model(case: dict[str, Any], backend: ops.Backend):
+def test_authors_statistics_and_gradient_norms_of_a_real_model(case: dict[str, Any], backend: ops.BackendName):
     golden = json.loads(STORIES.read_text())
     reference = AutoModelForCausalLM.from_pretrained(STORIES_MODEL, dtype=torch.float64).eval()
     policy = AutoModelForCausalLM.from_pretrained(STORIES_MODEL, dtype=torch.float64).eval()
@@ -136,7 +135,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", BY_HAND)
-def test_two_word_world_solved_by_hand(name: str, backend: ops.Backend):
+def test_two_word_world_solved_by_hand(name: str, backend: ops.BackendName):
     score, chosen_fraction, rejected_fraction = BY_HAND[name]
     states = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
     ref_states = float64([[0.0, math.log(3)]]).expand(3, 2)

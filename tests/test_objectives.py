@@ -33,7 +33,7 @@ def swapped(stats: PairStats) -> PairStats:
 
 
 def score_of(loss: Tensor) -> Tensor:
-    """The score u that ``loss = -log sigmoid(u)`` was made of."""
+    """Returns the score u that ``loss = -log sigmoid(u)`` was made of."""
     return -torch.log(torch.expm1(loss))
 
 

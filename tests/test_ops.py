@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo import UserError, objectives, ops
-from tdpo.ops import Backend, workspace
+from tdpo.ops import BackendName
 from tdpo.ops import rows as rows_module
-from tdpo.ops.chunked import LOGP_BUFFERS, default_logits_budget
-from tdpo.ops.heads import chunk_rows
+from tdpo.ops.chunked import LOGP_BUFFERS
+from tdpo.ops.heads import chunk_rows, default_logits_budget
 from tdpo.ops.numerics import kl_terms
 from tdpo.types import Head, Hidden, PairStats, TokenStats
 
@@ -38,24 +38,24 @@ SHAPES = {
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-def stats_of(problem: HeadProblem, backend: Backend = "naive", budget: int | None = None) -> TokenStats:
+def stats_of(problem: HeadProblem, backend: BackendName = "naive", budget: int | None = None) -> TokenStats:
     return ops.response_stats(problem.policy, problem.reference, problem.labels, backend, budget)
 
 
 def upstream(problem: HeadProblem, seed: int = 5) -> tuple[Tensor, Tensor]:
-    """Arbitrary weights of each token's log-probability and KL in a loss."""
+    """Draws arbitrary weights of each token's log-probability and KL in a loss."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, len(problem.labels), generator=generator, dtype=torch.float64).unbind()
 
 
-def gradients_of(problem: HeadProblem, backend: Backend = "naive", budget: int | None = None) -> list[Tensor]:
+def gradients_of(problem: HeadProblem, backend: BackendName = "naive", budget: int | None = None) -> list[Tensor]:
     a, b = upstream(problem)
     stats = stats_of(problem, backend, budget)
     return list(torch.autograd.grad((a.to(stats.logp) * stats.logp + b.to(stats.kl) * stats.kl).sum(), problem.leaves))
 
 
 def true_stats(problem: HeadProblem) -> tuple[Tensor, Tensor, Tensor]:
-    """The definitions in float64 on the problem's (rounded) numbers."""
+    """Computes the definitions in float64 on the problem's (rounded) numbers."""
     exact = problem.cast(torch.float64)
     return plain_token_stats(plain_logits(exact.policy), plain_logits(exact.reference), problem.labels)
 
@@ -68,7 +68,7 @@ def true_gradients(problem: HeadProblem) -> list[Tensor]:
 
 
 def largest_error(ours: Tensor, truth: Tensor) -> float:
-    """Largest difference, relative to the largest true entry."""
+    """Returns the largest difference, relative to the largest true entry."""
     return ((ours.double() - truth).abs().max() / truth.abs().max()).item()
 
 
@@ -78,7 +78,7 @@ def largest_error(ours: Tensor, truth: Tensor) -> float:
 @every_shape
 @pytest.mark.parametrize("budget", [None, 1, budget_for(3, 11)], ids=["one_chunk", "row_by_row", "three_rows"])
 @every_backend
-def test_float64_equals_the_definitions(shape: dict[str, Any], budget: int | None, backend: Backend):
+def test_float64_equals_the_definitions(shape: dict[str, Any], budget: int | None, backend: BackendName):
     problem = head_problem(**shape)
     stats = stats_of(problem, backend, budget)
     for ours, truth in zip((stats.logp, stats.ref_logp, stats.kl), true_stats(problem), strict=True):
@@ -123,7 +123,7 @@ def test_auto_is_one_of_the_named_backends():
 
 
 @every_backend
-def test_token_stats_takes_bare_tensors(backend: Backend):
+def test_token_stats_takes_bare_tensors(backend: BackendName):
     problem = head_problem(bias=True, ref_width=3)
     policy, reference = problem.policy, problem.reference
     bare = ops.token_stats(
@@ -143,7 +143,7 @@ def test_token_stats_takes_bare_tensors(backend: Backend):
 
 @every_backend
 @pytest.mark.parametrize("shape", [{}, {"bias": True, "scale": 0.6, "soft_cap": 2.5}], ids=["plain", "capped"])
-def test_gradcheck(shape: dict[str, Any], backend: Backend):
+def test_gradcheck(shape: dict[str, Any], backend: BackendName):
     problem = head_problem(tokens=4, vocab=6, width=3, **shape)
 
     def values(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ def test_gradcheck(shape: dict[str, Any], backend: Backend):
 
 @every_backend
 @pytest.mark.parametrize("used", ["logp", "kl"])
-def test_one_statistic_alone_has_its_own_gradient(used: str, backend: Backend):
+def test_one_statistic_alone_has_its_own_gradient(used: str, backend: BackendName):
     """d logp / d logits = onehot - p and d KL / d logits = p - p_ref, each without the other."""
     problem = head_problem(vocab=6, width=6)
     policy, reference = problem.policy.states, problem.reference.states
@@ -170,7 +170,7 @@ def test_one_statistic_alone_has_its_own_gradient(used: str, backend: Backend):
 
 @every_backend
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 2), (0, 1)], ids=str)
-def test_frozen_tensors_get_no_gradient_and_the_others_keep_theirs(frozen: tuple[int, ...], backend: Backend):
+def test_frozen_tensors_get_no_gradient_and_the_others_keep_theirs(frozen: tuple[int, ...], backend: BackendName):
     problem = head_problem(bias=True)
     expected = gradients_of(problem)
     for index in frozen:
@@ -186,7 +186,7 @@ def test_frozen_tensors_get_no_gradient_and_the_others_keep_theirs(frozen: tuple
 
 
 @every_backend
-def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(backend: Backend):
+def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(backend: BackendName):
     problem = head_problem(bias=True)
     wanted = stats_of(problem, backend)
     assert wanted.logp.requires_grad and wanted.kl.requires_grad and not wanted.ref_logp.requires_grad
@@ -197,7 +197,7 @@ def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(backend: 
 
 
 @every_backend
-def test_the_reference_never_receives_a_gradient(backend: Backend):
+def test_the_reference_never_receives_a_gradient(backend: BackendName):
     problem = head_problem(bias=True)
     theirs = [problem.reference.states, problem.reference.head.weight, problem.reference.head.bias]
     for tensor in theirs:
@@ -211,7 +211,7 @@ def test_the_reference_never_receives_a_gradient(backend: Backend):
 
 
 @every_backend
-def test_one_tied_weight_collects_both_sides_only_from_the_policy(backend: Backend):
+def test_one_tied_weight_collects_both_sides_only_from_the_policy(backend: BackendName):
     """Policy and reference share one head tensor (an adapter with its base): the reference's use adds nothing."""
     problem = head_problem()
     shared = problem.policy.head
@@ -224,7 +224,7 @@ def test_one_tied_weight_collects_both_sides_only_from_the_policy(backend: Backe
 
 @every_backend
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.5])
-def test_tdpo2_gradient_equals_plain_autograd(alpha: float, backend: Backend):
+def test_tdpo2_gradient_equals_plain_autograd(alpha: float, backend: BackendName):
     """Finite differences see through the stop-gradient, so the comparison is with autograd of the definition."""
     problem = head_problem(tokens=8)
     chosen = torch.arange(8) < 3
@@ -252,7 +252,7 @@ def test_tdpo2_gradient_equals_plain_autograd(alpha: float, backend: Backend):
     ids=str,
 )
 def test_the_declared_ratios_give_the_direction_of_the_logit_gradient(
-    objective: objectives.Objective, backend: Backend
+    objective: objectives.Objective, backend: BackendName
 ):
     """Per token the gradient is one scalar a sequence times onehot - (1 - c) p - c p_ref, with opposite signs."""
     problem = head_problem(tokens=8, vocab=6, width=6)
@@ -275,7 +275,7 @@ def test_the_declared_ratios_give_the_direction_of_the_logit_gradient(
 
 
 @every_backend
-def test_the_divergence_is_kl_of_reference_from_policy_and_not_the_reverse(backend: Backend):
+def test_the_divergence_is_kl_of_reference_from_policy_and_not_the_reverse(backend: BackendName):
     problem = head_problem(spread=1.5)
     kl = stats_of(problem, backend).kl
     policy, reference = (
@@ -290,7 +290,7 @@ def test_the_divergence_is_kl_of_reference_from_policy_and_not_the_reverse(backe
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_equal_models_have_exactly_no_divergence(dtype: torch.dtype, backend: Backend):
+def test_equal_models_have_exactly_no_divergence(dtype: torch.dtype, backend: BackendName):
     policy = head_problem(tokens=50, vocab=300, width=16, bias=True, soft_cap=20.0, spread=2.0, dtype=dtype).policy
     labels = torch.arange(50)
     stats = ops.response_stats(policy, policy, labels, backend)
@@ -302,7 +302,7 @@ def test_equal_models_have_exactly_no_divergence(dtype: torch.dtype, backend: Ba
 
 @every_backend
 @pytest.mark.parametrize("closeness", [2e-4, 5e-4, 1e-3, 3e-3, 1e-2])
-def test_tiny_divergences_keep_their_relative_accuracy_in_float32(closeness: float, backend: Backend):
+def test_tiny_divergences_keep_their_relative_accuracy_in_float32(closeness: float, backend: BackendName):
     problem = head_problem(tokens=60, vocab=4000, width=8, closeness=closeness, spread=1.0, seed=3, dtype=torch.float32)
     truth = true_stats(problem)[2]
     assert 1e-7 < truth.median() < 3e-3
@@ -320,7 +320,7 @@ def test_the_textbook_sum_would_lose_the_tiny_divergences():
 
 @every_backend
 @pytest.mark.parametrize("gap", [200.0, 1e4])
-def test_certain_references_and_policies_stay_finite(gap: float, backend: Backend):
+def test_certain_references_and_policies_stay_finite(gap: float, backend: BackendName):
     """Tokens 0: reference certain; 1: policy certain of another word; 2: both certain of the same word."""
     reference = torch.tensor([[gap, 0.0, 0.0], [gap, 0.0, 0.0], [gap, 0.0, 0.0]])
     states = torch.tensor([[0.0, 0.0, 0.0], [0.0, gap, 0.0], [gap, 0.0, 0.0]], requires_grad=True)
@@ -344,7 +344,7 @@ def test_softmax_then_log_is_what_must_not_be_done():
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_padded_vocabulary_rows_change_nothing(dtype: torch.dtype, backend: Backend):
+def test_padded_vocabulary_rows_change_nothing(dtype: torch.dtype, backend: BackendName):
     """Three rows of the head at minus infinity on both sides: the statistics are those without the rows."""
     problem = head_problem(bias=True, dtype=dtype)
 
@@ -400,7 +400,7 @@ def test_terms_of_the_divergence_are_never_negative_and_have_no_seam(dtype: torc
 @every_backend
 @pytest.mark.parametrize("closeness", [None, 0.02], ids=["far", "near"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_errs_no_more_than_eager_does(dtype: torch.dtype, closeness: float | None, backend: Backend):
+def test_half_precision_errs_no_more_than_eager_does(dtype: torch.dtype, closeness: float | None, backend: BackendName):
     """Truth: float64 on the rounded inputs. Eager: logits in half precision, log-softmax and autograd in float32."""
     problem = head_problem(tokens=40, vocab=200, width=32, spread=0.7, dtype=dtype, closeness=closeness)
     a, b = (weight.float() for weight in upstream(problem))
@@ -423,7 +423,7 @@ def test_half_precision_errs_no_more_than_eager_does(dtype: torch.dtype, closene
 
 
 @every_backend
-def test_half_precision_keeps_small_divergences(backend: Backend):
+def test_half_precision_keeps_small_divergences(backend: BackendName):
     """bfloat16 logits would put a divergence of 5e-5 off by more than its value; the statistics do not round them."""
     problem = head_problem(tokens=40, vocab=200, width=32, spread=1.0, closeness=2e-3, dtype=torch.bfloat16)
     truth = true_stats(problem)[2]
@@ -436,7 +436,7 @@ def test_half_precision_keeps_small_divergences(backend: Backend):
 
 
 @every_backend
-def test_mixed_precisions_follow_the_policy(backend: Backend):
+def test_mixed_precisions_follow_the_policy(backend: BackendName):
     """A float32 policy against references of other precisions: float32 statistics, of the reference's own numbers."""
     problem = head_problem(tokens=20, vocab=30, width=8, dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float64):
@@ -448,7 +448,7 @@ def test_mixed_precisions_follow_the_policy(backend: Backend):
 
 
 @every_backend
-def test_autocast_leaves_the_statistics_in_float32(backend: Backend):
+def test_autocast_leaves_the_statistics_in_float32(backend: BackendName):
     """Under autocast operands are bfloat16, products and statistics are not: equal to casting the operands by hand."""
     problem = head_problem(tokens=20, vocab=30, width=16, bias=True, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -474,7 +474,7 @@ def test_autocast_leaves_the_statistics_in_float32(backend: Backend):
 
 
 @every_backend
-def test_autocast_leaves_float64_alone(backend: Backend):
+def test_autocast_leaves_float64_alone(backend: BackendName):
     problem = head_problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stats = stats_of(problem, backend)
@@ -566,8 +566,7 @@ class Allocations(TorchDispatchMode):
             self.live -= size
 
 
-def measured(problem: HeadProblem, backend: Backend, budget: int | None) -> Allocations:
-    workspace.release()
+def measured(problem: HeadProblem, backend: BackendName, budget: int | None) -> Allocations:
     with Allocations() as allocations:
         gradients_of(problem, backend, budget)
     return allocations
@@ -637,7 +636,7 @@ def bare(**changes: Tensor | None) -> dict[str, Any]:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_shapes_that_disagree_are_named(changes: dict[str, Tensor], words: list[str], backend: Backend):
+def test_shapes_that_disagree_are_named(changes: dict[str, Tensor], words: list[str], backend: BackendName):
     with pytest.raises(ValueError) as caught:
         ops.token_stats(**bare(**changes), backend=backend)
     for word in words:

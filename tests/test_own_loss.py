@@ -27,7 +27,7 @@ from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, obje
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.models.own_loss import find_router_loss, warn_of_other_terms
 from tdpo.models.reference import FrozenCopy
-from tdpo.score import batch_loss, batch_loss_with_router
+from tdpo.score import batch_loss
 from tdpo.types import TokenisedPair
 
 SIZES = {
@@ -135,7 +135,7 @@ def test_a_tree_counts_every_position_once_with_the_gradient_of_the_definition(k
     router = find_router_loss(model, 5.0)
     options = objectives.dpo(0.3), backend
     batch = pack_trees(pairs, every_token=True)
-    total, scores = batch_loss_with_router(router, model, reference, batch, *options)
+    total, scores = batch_loss(model, reference, batch, *options, router=router)
     plain, _ = batch_loss(model, reference, pack_trees(pairs), *options)
     expected = routed(model, pairs)
     assert scores.aux_loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -150,7 +150,7 @@ def test_padding_does_not_count(tokenizer: Any) -> None:
     batch = pack_padded(pairs)
     router = find_router_loss(model)
     assert router is not None and router.coefficient == 0.001
-    _, scores = batch_loss_with_router(router, model, FrozenCopy.of(model), batch, objectives.dpo(0.3))
+    _, scores = batch_loss(model, FrozenCopy.of(model), batch, objectives.dpo(0.3), router=router)
     mask = (batch.tree_ids >= 0).long()
     masked, unmasked = (model(input_ids=batch.input_ids, attention_mask=m).aux_loss.item() for m in (mask, None))
     assert scores.aux_loss.item() == pytest.approx(masked, rel=1e-5) and abs(masked - unmasked) > 1e-3

@@ -87,7 +87,7 @@ def curve(trainer: TDPOTrainer) -> list[list[float]]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tied", "tokens"), TRAINED_TOKENS.values(), ids=TRAINED_TOKENS)
 def test_trained_tokens_have_the_loss_and_gradients_of_pefts_own_logits(
-    tied: bool, tokens: Any, backend: ops.Backend
+    tied: bool, tokens: Any, backend: ops.BackendName
 ) -> None:
     reference = llama(50, tied).double()
     settings = lora(trainable_token_indices=tokens)

@@ -1,4 +1,4 @@
-"""What is put on a tied embedding takes part in training as it does on an untied one."""
+"""Hooks, patches and parametrisations of a tied embedding take part in training as they do on an untied one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from tdpo import TDPOConfig, TDPOTrainer, objectives
 from tdpo.data.pack import pack_padded
-from tdpo.models import tied
 from tdpo.score import batch_loss, score_batch
 
 
@@ -68,15 +67,6 @@ def test_gradients_with_something_on_the_embedding_are_those_of_autograd(what: s
     policy = moved(reference).train()
     PUT_ON[what](policy.get_input_embeddings())
     assert_gradients_are_those_of_autograd(policy, reference)
-
-
-def test_hooks_of_the_embedding_keep_the_single_table() -> None:
-    policy = make_model(VOCAB)
-    table = policy.get_input_embeddings()
-    table.register_forward_hook(noise)
-    with tied.tied_gradient(policy, torch.device("cpu")) as gradient:
-        table(torch.arange(4))
-        assert gradient is not None and gradient.lookups == 1
 
 
 def test_a_hook_on_all_modules_is_not_thrown_away() -> None:

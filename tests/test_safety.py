@@ -25,7 +25,7 @@ from tdpo.commands.common import user_errors
 from tdpo.config import seconds
 from tdpo.models.compiling import compile_layers
 from tdpo.models.policy import causal_lm
-from tdpo.ops.chunked import default_logits_budget
+from tdpo.ops.heads import default_logits_budget
 from tdpo.train import checkpointing
 from tdpo.train.stopping import StopRequest
 

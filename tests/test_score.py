@@ -20,7 +20,7 @@ from numeric_worlds import (
 )
 from torch import Tensor, nn
 
-from tdpo import PairScores, UserError, objectives, ops, score_pairs
+from tdpo import PairScores, UserError, objectives, ops, pair_loss, score_pairs
 from tdpo.models.reference import FrozenCopy
 from tdpo.score import score_batch, token_counts
 from tdpo.types import PackedBatch, TokenisedPair
@@ -34,7 +34,7 @@ TDPO2 = objectives.tdpo2(beta=0.3, alpha=0.7)
 
 
 def all_values(scores: PairScores) -> dict[str, Tensor]:
-    """Everything a pass says of each pair, by name."""
+    """Lists all values of each pair, by name."""
     stats = scores.stats
     return {
         "loss": scores.loss,
@@ -240,9 +240,54 @@ def test_training_modes_are_left_as_they_were():
 
 
 def test_layouts_by_name():
-    auto, padded = (score_pairs(POLICY, REFERENCE, PAIRS, TDPO2, layout=layout) for layout in ("auto", "padded"))
-    torch.testing.assert_close(auto.loss, padded.loss, rtol=1e-8, atol=0)
-    assert padded.batch.layout == "padded"
+    """Trees and padded rows give the same losses and gradients; ``auto`` takes trees, but padded rows in float64."""
+    by_name = {name: score_pairs(POLICY, REFERENCE, PAIRS, TDPO2, layout=name) for name in ("tree", "padded", "auto")}
+    assert {name: scores.batch.layout for name, scores in by_name.items()} == {
+        "tree": "tree", "padded": "padded", "auto": "padded",
+    }  # fmt: skip
+    tree, padded = by_name["tree"], by_name["padded"]
+    for key, value in all_values(tree).items():
+        torch.testing.assert_close(value, all_values(padded)[key], rtol=1e-6, atol=1e-7, msg=key)
+    assert len(tree.batch.input_ids) < len(padded.batch.input_ids) == 2 * len(PAIRS)
+    assert_same_gradients(gradients(tree.loss.sum(), POLICY), gradients(padded.loss.sum(), POLICY), rtol=1e-5)
+    single, single_reference = copy.deepcopy(POLICY).float(), copy.deepcopy(REFERENCE).float()
+    assert score_pairs(single, single_reference, PAIRS, TDPO2).batch.layout == "tree"
+
+
+# --- the loss in one pass -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+@every_backend
+@every_objective
+def test_the_loss_in_one_pass_is_the_sum_of_the_scores(name, parameters, backend, layout):
+    objective = objectives.build(name, **parameters)
+    total, scores = pair_loss(POLICY, REFERENCE, PAIRS, objective, layout=layout, backend=backend)
+    theirs = score_pairs(POLICY, REFERENCE, PAIRS, objective, layout=layout, backend="naive")
+    torch.testing.assert_close(total, theirs.loss.sum(), rtol=1e-10, atol=0)
+    assert scores.batch.layout == layout and total.requires_grad
+    for key, value in all_values(scores).items():
+        assert not value.requires_grad, key
+        torch.testing.assert_close(value, all_values(theirs)[key].detach(), rtol=1e-9, atol=1e-10, msg=key)
+    assert_same_gradients(gradients(total, POLICY), gradients(theirs.loss.sum(), POLICY), rtol=1e-8)
+
+
+def test_a_training_loop_of_ones_own_takes_the_steps_of_plain_autograd():
+    losses: dict[str, list[float]] = {"one pass": [], "plain": []}
+    for name in losses:
+        policy = moved(REFERENCE)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
+        for _ in range(5):
+            if name == "one pass":
+                total, _ = pair_loss(policy, REFERENCE, PAIRS, TDPO2)
+            else:
+                total = plain_pair_loss("tdpo2", plain_pair_stats(policy, REFERENCE, PAIRS), 0.3, 0.7).sum()
+            (total / len(PAIRS)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(total.item() / len(PAIRS))
+    assert losses["one pass"] == pytest.approx(losses["plain"], rel=1e-8)
+    assert losses["plain"][4] < losses["plain"][0] - 0.01
 
 
 @pytest.mark.parametrize(
@@ -270,10 +315,11 @@ def test_layouts_by_name():
 )
 def test_refusals_say_what_is_wrong(changes, words):
     arguments = {"policy": POLICY, "reference": REFERENCE, "pairs": PAIRS, "objective": TDPO2} | changes
-    with pytest.raises(UserError) as caught:
-        score_pairs(**arguments)
-    for word in words:
-        assert word in str(caught.value)
+    for function in (score_pairs, pair_loss):
+        with pytest.raises(UserError) as caught:
+            function(**arguments)
+        for word in words:
+            assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("part", ["prompt_ids", "chosen_ids", "rejected_ids"])
@@ -287,4 +333,4 @@ def test_a_token_outside_the_vocabulary_is_refused(part, stray):
 
 def test_all_backends_are_tested_here():
     """Triton, which takes no float64, has a module of its own: ``test_triton.py``."""
-    assert set(BACKENDS) | {"auto", "triton"} == set(ops.Backend.__args__)  # type: ignore[attr-defined]
+    assert set(BACKENDS) | {"auto", "triton"} == set(ops.BackendName.__args__)  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo import objectives
 from tdpo.data.pack import pack_padded, pack_trees
-from tdpo.models import tied
+from tdpo.models.hidden import _sparse_embedding_gradient
 from tdpo.score import batch_loss, score_batch
 
 VOCAB = 60
@@ -96,26 +96,28 @@ def test_a_table_read_twice_gets_both_shares() -> None:
     assert_alike(gradients(twice, batch_loss(twice, reference, batch, objectives.tdpo1())[0]), theirs)
 
 
-def test_it_stands_aside_where_it_has_no_place() -> None:
+def test_only_a_plain_lookup_of_a_trained_tied_weight_gets_a_sparse_gradient() -> None:
     policy, _ = world()
+    table = policy.get_input_embeddings()
+
+    def is_sparse() -> bool:
+        with _sparse_embedding_gradient(policy):
+            return policy.get_input_embeddings().sparse
+
+    assert is_sparse() and not table.sparse
+    with torch.no_grad():
+        assert not is_sparse()
+    policy.requires_grad_(False)
+    assert not is_sparse()
+    policy.requires_grad_(True)
+    table.forward = table.forward
+    assert not is_sparse()
+    del table.forward
 
     class Scaled(nn.Embedding):
-        """Does more than look up."""
+        """An embedding that may do more than look up."""
 
-    with torch.no_grad(), tied.tied_gradient(policy, torch.device("cpu")) as none:
-        assert none is None
-    with torch.autocast("cpu", torch.bfloat16), tied.tied_gradient(policy, torch.device("cpu")) as none:
-        assert none is None
-    table = policy.get_input_embeddings()
-    with tied.tied_gradient(policy, torch.device("cpu")) as some:
-        assert some is not None and len(table._forward_hooks) == 1
-    assert not table._forward_hooks
-    policy.requires_grad_(False)
-    with tied.tied_gradient(policy, torch.device("cpu")) as none:
-        assert none is None
-    policy.requires_grad_(True)
     scaled = Scaled(*table.weight.shape)
     scaled.weight = table.weight
     policy.set_input_embeddings(scaled)
-    with tied.tied_gradient(policy, torch.device("cpu")) as none:
-        assert none is None
+    assert not is_sparse()

@@ -18,7 +18,7 @@ from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.data.dataset import prepare_pairs
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.evaluate.preference import evaluate_pairs
-from tdpo.models.inside import open_forward, run_inside
+from tdpo.models.redirect import run_in_forward
 from tdpo.train.base import NonFiniteLoss
 
 
@@ -362,12 +362,10 @@ def test_models_and_data_that_do_not_fit_are_refused_before_the_first_step(tmp_p
 
 def test_code_runs_inside_the_forward_and_copies_run_in_themselves(tokenizer: Any) -> None:
     model = make_model(len(tokenizer))
-    open_forward(model)
-    open_forward(model)
     wrapped = torch.nn.Sequential()
     wrapped.forward = lambda **kwargs: model(**kwargs)
-    assert run_inside(wrapped, lambda lm: lm is model)
+    assert run_in_forward(wrapped, model, lambda lm: lm is model)
     copied = copy.deepcopy(model)
-    assert run_inside(copied, lambda lm: lm is copied)
+    assert run_in_forward(copied, copied, lambda lm: lm is copied)
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(model(input_ids=ids).logits, type(model).forward(model, input_ids=ids).logits)

@@ -162,7 +162,7 @@ def test_a_window_that_short_probes_cannot_show_is_refused() -> None:
     assert packer("auto", [model]) is pack_padded
 
 
-def test_another_attention_implementation_is_probed_anew() -> None:
+def test_another_attention_implementation_is_probed_again() -> None:
     model = build("llama", torch.float32)
     pairs, objective = random_pairs(seed=4, vocab=VOCAB), objectives.tdpo1(0.3)
     scores = []
@@ -231,7 +231,7 @@ def test_the_block_mask_of_flex_attention_is_the_exact_pattern(window: int | Non
     blocks = trees.block_mask(batch, window)
     assert blocks.shape == (rows, 1, length, length)
     ours = create_mask(blocks.mask_mod, rows, None, length, length, device="cpu")
-    assert torch.equal(ours, trees._mask(batch, window, None))
+    assert torch.equal(ours, trees.dense_mask(batch, window, None))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flex attention has a backward pass on a GPU")

@@ -47,7 +47,7 @@ LENGTHS = [3, 5, 4, 4, 9, 1, 2, 2]
 
 @pytest.fixture(params=[8192, 256], ids=["one_block", "many_blocks"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The largest block of a program: as it is, and small enough for several even in a test."""
+    """Sets the largest block of a program: as it is, and small enough for several even in a test."""
     monkeypatch.setattr(triton_kernels, "MAX_BLOCK", request.param)
     return request.param
 
@@ -61,7 +61,7 @@ def logits(vocab: int, rows: int = 5, seed: int = 0, closeness: float | None = N
 
 
 def true_direction(z: Tensor, ref_z: Tensor, labels: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The gradient of ``sum(a logp + b kl)`` in the logits, by autograd in float64."""
+    """Computes the gradient of ``sum(a logp + b kl)`` in the logits, by autograd in float64."""
     leaf = z.double().requires_grad_()
     logp, _, kl = plain_token_stats(leaf, ref_z.double(), labels)
     return torch.autograd.grad((a.double() * logp + b.double() * kl).sum(), leaf)[0]
@@ -74,9 +74,9 @@ def true_direction(z: Tensor, ref_z: Tensor, labels: Tensor, a: Tensor, b: Tenso
 def test_statistics_are_those_of_the_torch_rows(vocab: int, block: int):
     z, ref_z, labels = logits(vocab)
     before = z.clone(), ref_z.clone()
-    ours, theirs = triton_kernels.row_stats(z, ref_z, labels), rows.row_stats(z, ref_z, labels)
+    ours, theirs = triton_kernels.row_stats_(z, ref_z, labels), rows.row_stats_(z, ref_z, labels)
     assert torch.equal(z, before[0]) and torch.equal(ref_z, before[1])
-    for our, their in zip(ours.columns(), theirs.columns(), strict=True):
+    for our, their in zip(ours, theirs, strict=True):
         assert our.dtype == torch.float32 and our.shape == (5,)
         torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-6)
 
@@ -84,7 +84,7 @@ def test_statistics_are_those_of_the_torch_rows(vocab: int, block: int):
 @every_vocabulary
 def test_the_gradient_is_that_of_the_torch_rows(vocab: int, block: int):
     z, ref_z, labels = logits(vocab)
-    stats = rows.row_stats(z, ref_z, labels)
+    stats = rows.row_stats_(z, ref_z, labels)
     a, b = torch.randn(2, 5, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     truth = true_direction(z, ref_z, labels, a, b)
     theirs = rows.direction_(z.clone(), ref_z.clone(), labels, stats, a, b)
@@ -96,28 +96,31 @@ def test_the_gradient_is_that_of_the_torch_rows(vocab: int, block: int):
 
 def test_without_a_reference_the_gradient_is_that_of_the_log_probability(block: int):
     z, ref_z, labels = logits(1000)
-    stats = rows.row_stats(z, ref_z, labels)
+    stats = rows.row_stats_(z, ref_z, labels)
     a, b = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0], device=DEVICE), torch.zeros(5, device=DEVICE)
     truth = true_direction(z, ref_z, labels, a, b)
     ours = triton_kernels.direction_(z, None, labels, stats, a, b)
     torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=2e-6)
 
 
-def test_without_the_divergence_it_says_zero(block: int):
+def test_statistics_and_direction_in_one_pass_are_those_of_the_torch_rows(block: int):
     z, ref_z, labels = logits(1000)
-    without, whole = triton_kernels.row_stats(z, ref_z, labels, with_kl=False), rows.row_stats(z, ref_z, labels)
-    assert (without.kl == 0).all() and (whole.kl > 0).all()
-    torch.testing.assert_close(without.logp, whole.logp, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(without.ref_log_z, whole.ref_log_z, rtol=1e-5, atol=1e-6)
+    c = torch.tensor([0.0, 0.5, 1.0, 0.7, 0.0], device=DEVICE)
+    written, ref_written = z.clone(), z.clone()
+    ours, theirs = triton_kernels.row_stats_(written, ref_z, labels, c), rows.row_stats_(ref_written, ref_z, labels, c)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(written, ref_written, rtol=1e-5, atol=1e-6)
+    truth = true_direction(z, ref_z, labels, -torch.ones_like(c), -c)
+    torch.testing.assert_close(written.double(), truth, rtol=1e-4, atol=2e-6)
 
 
 def test_rows_of_a_larger_block_are_found_and_no_others_touched(block: int):
     z, ref_z, labels = logits(1000, rows=9)
     a, b = torch.ones(9, device=DEVICE), torch.full((), 0.5, device=DEVICE).expand(9)
     some, before = slice(2, 7), z.clone()
-    stats = triton_kernels.row_stats(z, ref_z, labels)
-    theirs = rows.direction_(z[some].clone(), ref_z[some].clone(), labels[some], stats.at(some), a[some], b[some])
-    triton_kernels.direction_(z[some], ref_z[some], labels[some], stats.at(some), a[some], b[some])
+    stats = triton_kernels.row_stats_(z, ref_z, labels)
+    theirs = rows.direction_(z[some].clone(), ref_z[some].clone(), labels[some], stats[:, some], a[some], b[some])
+    triton_kernels.direction_(z[some], ref_z[some], labels[some], stats[:, some], a[some], b[some])
     torch.testing.assert_close(z[some], theirs, rtol=1e-5, atol=1e-6)
     assert torch.equal(z[:2], before[:2]) and torch.equal(z[7:], before[7:])
 
@@ -128,8 +131,8 @@ def test_rows_of_a_larger_block_are_found_and_no_others_touched(block: int):
 @every_vocabulary
 def test_equal_logits_have_no_divergence_at_all(vocab: int, block: int):
     z, _, labels = logits(vocab)
-    stats = triton_kernels.row_stats(z, z.clone(), labels)
-    assert (stats.kl == 0).all() and torch.equal(stats.log_z, stats.ref_log_z)
+    stats = triton_kernels.row_stats_(z, z.clone(), labels)
+    assert (stats[2] == 0).all() and torch.equal(stats[3], stats[4])
     a, b = torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)
     assert (triton_kernels.direction_(z.clone(), z, labels, stats, a, b) == 0).all()
 
@@ -140,7 +143,7 @@ def test_small_divergences_keep_their_digits(closeness: float, block: int):
     z, ref_z, labels = logits(1000, closeness=closeness)
     truth = plain_token_stats(z.double(), ref_z.double(), labels)[2]
     assert 0.5 * closeness**2 < truth.min() and truth.max() < 10 * closeness**2
-    error = ((triton_kernels.row_stats(z, ref_z, labels).kl - truth).abs() / truth).max()
+    error = ((triton_kernels.row_stats_(z, ref_z, labels)[2] - truth).abs() / truth).max()
     assert error < 1e-3
 
 
@@ -150,7 +153,7 @@ def test_the_divergence_is_never_negative_and_has_no_seam():
     z = torch.stack((gaps, torch.zeros_like(gaps)), 1).to(DEVICE)
     ref_z, labels = torch.zeros_like(z), torch.zeros(101, dtype=torch.long, device=DEVICE)
     truth = plain_token_stats(z.double(), ref_z.double(), labels)[2]
-    kl = triton_kernels.row_stats(z, ref_z, labels).kl
+    kl = triton_kernels.row_stats_(z, ref_z, labels)[2]
     assert (kl >= 0).all()
     torch.testing.assert_close(kl.double(), truth, rtol=1e-3, atol=1e-12)
 
@@ -161,8 +164,8 @@ def test_wide_gaps_stay_finite(gap: float, block: int):
     z, ref_z = gap * torch.rand(2, 6, 1000, generator=generator).to(DEVICE)
     z[0, 5], ref_z[1, 7], labels = 2 * gap, 2 * gap, torch.arange(6, device=DEVICE)
     truth = plain_token_stats(z.double(), ref_z.double(), labels)
-    ours = triton_kernels.row_stats(z, ref_z, labels)
-    for our, true in zip((ours.logp, ours.ref_logp, ours.kl), truth, strict=True):
+    ours = triton_kernels.row_stats_(z, ref_z, labels)
+    for our, true in zip(ours[:3], truth, strict=True):
         assert our.isfinite().all()
         torch.testing.assert_close(
             our.double(), true, rtol=max(1e-5, gap * 1e-7), atol=gap * 1e-6
@@ -177,8 +180,8 @@ def test_padded_words_change_nothing(block: int):
     z, ref_z, labels = logits(300)
     padding = torch.full((5, 600), -math.inf, device=DEVICE)
     wide, ref_wide = (torch.cat((padding, side, padding), 1) for side in (z, ref_z))
-    stats, padded = triton_kernels.row_stats(z, ref_z, labels), triton_kernels.row_stats(wide, ref_wide, labels + 600)
-    for ours, theirs in zip(padded.columns(), stats.columns(), strict=True):
+    stats, padded = triton_kernels.row_stats_(z, ref_z, labels), triton_kernels.row_stats_(wide, ref_wide, labels + 600)
+    for ours, theirs in zip(padded, stats, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     a, b = torch.randn(2, 5, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     grad = triton_kernels.direction_(wide, ref_wide, labels + 600, padded, a, b)
@@ -193,24 +196,24 @@ def test_words_of_one_side_only():
     policy = torch.tensor([[0.25, 0.25, 0.5], [0.5, 0.0, 0.5]], device=DEVICE).log()
     reference = torch.tensor([[0.5, 0.0, 0.5], [0.25, 0.25, 0.5]], device=DEVICE).log()
     labels = torch.zeros(2, dtype=torch.long, device=DEVICE)
-    kl = triton_kernels.row_stats(policy, reference, labels).kl
+    kl = triton_kernels.row_stats_(policy, reference, labels)[2]
     assert kl.tolist() == [pytest.approx(0.5 * math.log(2), rel=1e-5), math.inf]
     policy[1, 1], reference[1, 1] = -math.inf, -500.0
-    assert triton_kernels.row_stats(policy, reference, labels).kl.isfinite().all()
+    assert triton_kernels.row_stats_(policy, reference, labels)[2].isfinite().all()
 
 
 def test_a_label_outside_of_the_vocabulary_reads_nothing():
     z, ref_z, _ = logits(31)
-    stats = triton_kernels.row_stats(z, ref_z, torch.tensor([0, -100, 31, 5, 30], device=DEVICE))
-    assert stats.logp.isnan().tolist() == stats.ref_logp.isnan().tolist() == [False, True, True, False, False]
-    assert stats.kl.isfinite().all()
+    stats = triton_kernels.row_stats_(z, ref_z, torch.tensor([0, -100, 31, 5, 30], device=DEVICE))
+    assert stats[0].isnan().tolist() == stats[1].isnan().tolist() == [False, True, True, False, False]
+    assert stats[2].isfinite().all()
 
 
 # --- the backend ----------------------------------------------------------------------------------------------------
 
 
 def on_the_device(problem: HeadProblem) -> HeadProblem:
-    """The problem on the device of the kernels, its leaves anew."""
+    """Moves the problem to the device of the kernels, with new leaves."""
 
     def side(hidden: Hidden) -> Hidden:
         head = hidden.head
@@ -222,7 +225,7 @@ def on_the_device(problem: HeadProblem) -> HeadProblem:
 
 
 def assert_close_to(ours: list[Tensor], theirs: list[Tensor], rtol: float) -> None:
-    """Within ``rtol`` of each tensor's largest entry."""
+    """Asserts equality within ``rtol`` of each tensor's largest entry."""
     for our, their in zip(ours, theirs, strict=True):
         assert our.dtype == their.dtype
         assert (our - their).abs().max() <= rtol * their.abs().max()
@@ -274,14 +277,14 @@ def test_the_fused_loss_is_the_specifications(name: str, parameters: dict, alive
     objective = objectives.build(name, **parameters)
     budget = budget_for(alive, 37, torch.float32, 3 if "soft_cap" in shape else 2)
     arguments = problem.policy, problem.reference, problem.labels, LENGTHS, objective, budget
-    fused = ops.pair_loss(*arguments, backend="triton")
+    total, outcome, _, fused_tokens = ops.pair_loss(*arguments, backend="triton")
     tokens = ops.response_stats(problem.policy, problem.reference, problem.labels, "naive")
     ratio, kl = ([part.sum() for part in x.split(LENGTHS)] for x in (tokens.logp - tokens.ref_logp, tokens.kl))
     stats = tdpo.PairStats(*(torch.stack(part) for part in (ratio[::2], ratio[1::2], kl[::2], kl[1::2])))
     loss = objective(stats).loss
-    torch.testing.assert_close(fused.outcome.loss, loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(fused.tokens.kl, tokens.kl, rtol=1e-5, atol=1e-6)
-    gradients = (torch.autograd.grad(1.7 * total, problem.leaves) for total in (fused.total, loss.sum()))
+    torch.testing.assert_close(outcome.loss, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused_tokens.kl, tokens.kl, rtol=1e-5, atol=1e-6)
+    gradients = (torch.autograd.grad(1.7 * value, problem.leaves) for value in (total, loss.sum()))
     assert_close_to(*gradients, rtol=1e-4)
 
 
@@ -332,8 +335,8 @@ def test_scores_and_training_loss_of_models_are_the_specifications():
 @on_a_gpu
 def test_auto_is_triton_on_a_gpu():
     problem = on_the_device(head_problem(dtype=torch.bfloat16))
-    assert backends.row_kernels("auto", problem.policy.states) is triton_kernels
-    assert backends.row_kernels("auto", problem.policy.states.double()) is rows
+    assert backends.choose_backend("auto", problem.policy.states) == backends.Chunked(triton_kernels)
+    assert backends.choose_backend("auto", problem.policy.states.double()) == backends.Chunked(rows)
     auto, named = (
         ops.response_stats(problem.policy, problem.reference, problem.labels, backend) for backend in ("auto", "triton")
     )
@@ -360,7 +363,8 @@ def test_a_real_vocabulary_on_a_gpu():
 
 def test_on_a_cpu_auto_leaves_triton_alone():
     states = torch.zeros(2, 3)
-    assert backends.row_kernels("auto", states) is backends.row_kernels("chunked", states) is rows
+    auto, chunked = (backends.choose_backend(name, states) for name in ("auto", "chunked"))
+    assert auto == chunked == backends.Chunked(rows)
 
 
 def test_float64_is_refused():
@@ -389,20 +393,19 @@ def test_without_triton_the_refusal_says_so(monkeypatch: pytest.MonkeyPatch):
     ops.response_stats(problem.policy, problem.reference, problem.labels, "auto")
 
 
-def test_the_fused_loss_has_no_naive_backend_and_knows_no_unknown_one():
+def test_an_unknown_backend_of_the_loss_is_refused():
     problem = head_problem(dtype=torch.float32)
-    arguments = problem.policy, problem.reference, problem.labels, [3, 4], objectives.dpo()
-    with pytest.raises(ValueError, match="no fused form"):
-        ops.pair_loss(*arguments, backend="naive")
     with pytest.raises(UserError, match="unknown backend 'fast'; there are: auto, naive, chunked, triton"):
-        ops.pair_loss(*arguments, backend="fast")  # type: ignore[arg-type]
+        ops.pair_loss(
+            problem.policy, problem.reference, problem.labels, [3, 4], objectives.dpo(), backend="fast",  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 def test_logits_the_kernels_would_misread_are_refused():
     z, ref_z, labels = logits(31)
     for wrong in ((z.double(), ref_z.double()), (z, ref_z.bfloat16()), (z, ref_z[:, :30]), (z.t(), ref_z.t())):
         with pytest.raises(ValueError, match="two float32 blocks"):
-            triton_kernels.row_stats(*wrong, labels)
+            triton_kernels.row_stats_(*wrong, labels)
 
 
 COMPILATION = """
@@ -421,9 +424,7 @@ def compiled(kernel, pointers, sizes, **constants):
 for flag in (True, False):
     names = "logits", "ref_logits", "labels", "ratios", "columns"
     sizes = "total", "vocab", "stride", "ref_stride"
-    for write in (True, False):
-        flags = dict(WITH_KL=flag, WITH_DIRECTION=write)
-        print(compiled(kernels._stats_kernel, names, sizes, **flags, BLOCK=kernels.MAX_BLOCK))
+    print(compiled(kernels._stats_kernel, names, sizes, WITH_DIRECTION=flag, BLOCK=kernels.MAX_BLOCK))
     names = "logits", "ref_logits", "labels", "log_zs", "ref_log_zs", "logp_weights", "kl_weights"
     print(compiled(kernels._direction_kernel, names, sizes[1:], WITH_REFERENCE=flag, BLOCK=kernels.MAX_BLOCK))
 """
@@ -437,4 +438,4 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path):
         [sys.executable, "-c", COMPILATION], env=environment, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert len(run.stdout.split()) == 6 and all(int(size) > 1000 for size in run.stdout.split())
+    assert len(run.stdout.split()) == 4 and all(int(size) > 1000 for size in run.stdout.split())

@@ -81,7 +81,7 @@ class Oracle:
         (value,) = self.trainer._metrics["train"][name]
         return value
 
-    def ours(self, backend: ops.Backend) -> PairScores:
+    def ours(self, backend: ops.BackendName) -> PairScores:
         return score_pairs(self.policy, self.reference, self.pairs, objectives.dpo(BETA), backend=backend)
 
 
@@ -106,7 +106,7 @@ def test_the_batch_is_what_was_written(oracle: Oracle):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loss_and_every_gradient_equal_trls(oracle: Oracle, backend: ops.Backend):
+def test_loss_and_every_gradient_equal_trls(oracle: Oracle, backend: ops.BackendName):
     theirs, ours = oracle.loss(), oracle.ours(backend).loss.mean()
     assert abs(theirs.item() - 0.6931) > 0.01
     assert ours.item() == pytest.approx(theirs.item(), rel=tolerance(oracle))
@@ -116,7 +116,7 @@ def test_loss_and_every_gradient_equal_trls(oracle: Oracle, backend: ops.Backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rewards_and_log_probabilities_equal_trls_metrics(oracle: Oracle, backend: ops.Backend):
+def test_rewards_and_log_probabilities_equal_trls_metrics(oracle: Oracle, backend: ops.BackendName):
     oracle.loss()
     scores = oracle.ours(backend)
     margin = scores.chosen_reward - scores.rejected_reward

@@ -71,7 +71,7 @@ LARGEST = 4_000_000
 
 
 def model_types() -> list[str]:
-    """Every registered type, one a class: where a class serves several, the type of text alone."""
+    """Lists every registered type, one a class: where a class serves several, the type of text alone."""
     of_class: dict[str, str] = {}
     for name, model_class in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
         if model_class not in of_class or name.endswith("_text"):
@@ -80,7 +80,7 @@ def model_types() -> list[str]:
 
 
 def tiny_config(kind: type[PreTrainedConfig], **overrides: Any) -> Any:
-    """A configuration whose sizes are small, and those of its parts."""
+    """Builds a configuration whose sizes are small, and those of its parts."""
     default = kind()
     sizes = {name: SIZES[name] for name, value in default.to_dict().items() if _is_set(name, value)}
     if {"kv_lora_rank", "num_key_value_heads"} <= sizes.keys():  # latent attention has one key for each query head
@@ -93,7 +93,7 @@ def tiny_config(kind: type[PreTrainedConfig], **overrides: Any) -> Any:
 
 
 def tiny_model(name: str) -> Any:
-    """A random float32 model in evaluation mode.
+    """Builds a random float32 model in evaluation mode.
 
     Raises:
         ValueError: if it is not tiny, and whatever a model raises that these settings do not suit.

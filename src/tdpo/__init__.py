@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tdpo import objectives, ops
     from tdpo.config import SFTConfig, TDPOConfig
     from tdpo.errors import UserError
-    from tdpo.score import PairScores, score_pairs
+    from tdpo.score import PairScores, pair_loss, score_pairs
     from tdpo.train.sft import SFTTrainer
     from tdpo.train.trainer import TDPOTrainer
     from tdpo.types import PackedBatch, PairStats, PreferenceRecord, TokenisedPair, TokenStats
@@ -28,6 +28,7 @@ _HOMES = {
     "TDPOTrainer": "tdpo.train.trainer",
     "UserError": "tdpo.errors",
     "PairScores": "tdpo.score",
+    "pair_loss": "tdpo.score",
     "score_pairs": "tdpo.score",
     "PackedBatch": "tdpo.types",
     "PairStats": "tdpo.types",
@@ -50,6 +51,7 @@ __all__ = [
     "UserError",
     "objectives",
     "ops",
+    "pair_loss",
     "score_pairs",
 ]
 

@@ -1,4 +1,4 @@
-"""The nouns of the data flow, in its order. Every stage takes one of them and gives the next.
+"""The types of the data flow, in its order. Every stage takes one of them and returns the next.
 
 Shape legend, used as suffixes of tensor names throughout the package:
     R rows of a packed batch, T positions of a row, N response tokens of a batch, P preference pairs,
@@ -95,7 +95,7 @@ class TokenisedPair:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """P pairs laid out in R rows for one forward pass, with the place of every response token.
+    """P pairs laid out in R rows for one forward pass, with the location of every response token.
 
     Attributes:
         input_ids: ``[R, T]`` int64.
@@ -131,7 +131,7 @@ class PackedBatch:
         return self.pair_rows.numel()
 
     def attends(self) -> Tensor:
-        """The exact attention pattern, ``[R, T, T]`` bool: may query position i (dim 1) see key position j (dim 2)?"""
+        """Computes the attention mask, ``[R, T, T]`` bool: query position i (dim 1) sees key position j (dim 2)."""
         length = self.input_ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.input_ids.device).tril()
         same_tree = (self.tree_ids[:, :, None] == self.tree_ids[:, None, :]) & (self.tree_ids[:, None, :] >= 0)
@@ -139,23 +139,23 @@ class PackedBatch:
         return causal & same_tree & visible
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, the form in which data loaders move a batch between devices."""
+        """Returns the fields by name, the form in which data loaders move a batch between devices."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PackedBatch:
-        """Inverse of :meth:`as_dict`."""
+        """Builds a batch from what :meth:`as_dict` returned."""
         return cls(**fields)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on ``device``."""
+        """Returns the same batch with every tensor on ``device``."""
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.as_dict().items()}
         return PackedBatch.from_dict(moved)
 
 
 @dataclass(frozen=True)
 class Head:
-    """The language-model head: what turns a hidden state into a row of logits.
+    """The language-model head, which turns a hidden state into a row of logits.
 
     ``logits = cap(scale * (hidden @ weight.T + bias))`` with ``cap(z) = soft_cap * tanh(z / soft_cap)`` where given.
 
@@ -177,14 +177,14 @@ class Head:
         return self.weight.shape[0]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Head:
-        """The same head with its tensors changed."""
+        """Returns the same head with its tensors changed."""
         bias = None if self.bias is None else change(self.bias)
         return dataclasses.replace(self, weight=change(self.weight), bias=bias)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Final hidden states of response positions only, and the head that would make logits of them. Never logits.
+    """Final hidden states of response positions only, and the head that turns them into logits. Never logits.
 
     Attributes:
         states: ``[N, D]``, after the model's final norm.
@@ -229,7 +229,7 @@ class PairStats:
 
 @dataclass(frozen=True)
 class PairLoss:
-    """What an objective says of each pair, all ``[P]``.
+    """Loss and rewards of each pair, all ``[P]``.
 
     Attributes:
         loss: The pair's loss; differentiable in the statistics.

@@ -17,8 +17,7 @@ from tdpo.data.pack import pack_sequences
 from tdpo.models.hidden import response_hidden
 from tdpo.models.policy import evaluating
 from tdpo.models.reference import Reference, reference_hidden
-from tdpo.ops.chunked import default_logits_budget
-from tdpo.ops.heads import chunk_rows
+from tdpo.ops.heads import chunk_rows, default_logits_budget
 from tdpo.ops.numerics import head_logits, statistics_dtype
 from tdpo.types import Hidden, PackedBatch
 

@@ -27,7 +27,7 @@ def evaluate_pairs(
     objective: Objective,
     batch_size: int = 8,
     layout: LayoutChoice = "auto",
-    backend: ops.Backend = "auto",
+    backend: ops.BackendName = "auto",
     logits_budget: int | None = None,
     progress: bool = False,
 ) -> dict[str, float]:

@@ -1,15 +1,17 @@
-"""Trees through a transformers model: the mask its attention needs, and the proof that it gives what sequences give.
+"""Trees through a transformers model: the mask its attention needs, and the proof that it computes the same.
 
 Whether a model can take trees depends on its attention, its positions and its mixing of tokens, and where it cannot,
-most models say nothing and compute something else. So a small probe runs two trees in one row and the same sequences
-one by one, and compares hidden states and gradients, before trees are used on a model.
+most models silently compute something else. So a small probe runs two trees in one row and the same sequences one by
+one, and compares hidden states and gradients, before trees are used on a model.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +32,11 @@ LONGEST_PROBED_WINDOW = 48
 
 @dataclass(frozen=True)
 class TreePlan:
-    """How a model takes trees, or why it does not.
+    """The way a model takes trees, or the reason why it does not.
 
     Attributes:
-        refusal: Why not, in words; empty if it does.
-        masks: Builds what the model's ``attention_mask`` has to be for a batch.
+        refusal: Why it takes none; empty if it does.
+        masks: Builds the model's ``attention_mask`` for a batch.
     """
 
     refusal: str
@@ -45,7 +47,7 @@ _plans: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, TreePlan]]] = 
 
 
 def tree_plan(model: nn.Module) -> TreePlan:
-    """Probes the model and says how it takes trees or why it must not be given any.
+    """Probes how the model takes trees, or why it must not get any.
 
     Once per model, attention implementation, dtype and windows: the mask depends on all of them.
     """
@@ -64,7 +66,7 @@ def _implementation(lm: Any) -> str:
 
 
 def tree_states(model: nn.Module, batch: PackedBatch, **inputs: Any) -> Tensor:
-    """Hidden states ``[R, T, D]`` of a batch of trees.
+    """Computes the hidden states ``[R, T, D]`` of a batch of trees.
 
     Raises:
         ValueError: if the model was refused; ask :func:`tree_plan` first.
@@ -74,12 +76,8 @@ def tree_states(model: nn.Module, batch: PackedBatch, **inputs: Any) -> Tensor:
     _, plan = _plans.get(lm, {}).get(_implementation(lm)) or (None, tree_plan(model))
     if plan.masks is None:
         raise ValueError(f"this model cannot run trees: {plan.refusal}")
-    return _states(model, batch, plan.masks, **inputs)
-
-
-def _states(model: nn.Module, batch: PackedBatch, masks: Callable[[PackedBatch], Masks], **inputs: Any) -> Tensor:
     inputs = inputs or {"input_ids": batch.input_ids}
-    return body_states(model, position_ids=batch.position_ids, attention_mask=masks(batch), **inputs)
+    return body_states(model, position_ids=batch.position_ids, attention_mask=plan.masks(batch), **inputs)
 
 
 def _probe(lm: Any, implementation: str) -> TreePlan:
@@ -104,16 +102,13 @@ def _probe(lm: Any, implementation: str) -> TreePlan:
 
 
 def _candidates(lm: Any, implementation: str) -> list[Callable[[PackedBatch], Masks]]:
-    """Mask builders the model may want: one per layer type, one window for all layers, or no window."""
+    """Returns mask builders the model may need: one per layer type, one window for all layers, or no window."""
     config = lm.config.get_text_config()
     dtype = next(lm.parameters()).dtype
     window = getattr(config, "sliding_window", None)
 
-    def mask(batch: PackedBatch, window: int | None) -> Mask:
-        if implementation == "flex_attention":
-            return block_mask(batch, window)
-        return _mask(batch, window, None if implementation == "sdpa" else dtype)
-
+    additive = None if implementation == "sdpa" else dtype
+    mask = block_mask if implementation == "flex_attention" else partial(dense_mask, additive=additive)
     candidates: list[Callable[[PackedBatch], Masks]] = []
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds and kinds <= {"full_attention", "sliding_attention"}:
@@ -124,8 +119,8 @@ def _candidates(lm: Any, implementation: str) -> list[Callable[[PackedBatch], Ma
     return [*candidates, lambda batch: mask(batch, None)]
 
 
-def _mask(batch: PackedBatch, window: int | None, additive: torch.dtype | None) -> Tensor:
-    """The tree mask ``[R, 1, T, T]``: bool for sdpa; for eager attention, which adds it, 0 and the lowest number."""
+def dense_mask(batch: PackedBatch, window: int | None, additive: torch.dtype | None) -> Tensor:
+    """Builds the mask ``[R, 1, T, T]``: bool for sdpa; 0 and the lowest number for eager attention, which adds it."""
     seen = batch.attends()
     if window is not None:
         seen = seen & (batch.position_ids[:, :, None] - batch.position_ids[:, None, :] < window)
@@ -137,25 +132,25 @@ def _mask(batch: PackedBatch, window: int | None, additive: torch.dtype | None) 
 
 
 def block_mask(batch: PackedBatch, window: int | None) -> Any:
-    """The tree mask as flex attention takes it: blocks of positions that see nothing of each other are skipped."""
+    """Builds the tree mask for flex attention, which skips blocks of positions that see nothing of each other."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     tree, branch, position = batch.tree_ids, batch.branch_ids, batch.position_ids
 
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def _sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_tree = (tree[row, query] == tree[row, key]) & (tree[row, key] >= 0)
         visible = (branch[row, key] == 0) | (branch[row, query] == branch[row, key])
         seen = (query >= key) & same_tree & visible
         if window is not None:
             seen = seen & (position[row, query] - position[row, key] < window)
-        return seen | (query == key)  # padding sees itself, as in _mask
+        return seen | (query == key)  # padding sees itself, as in dense_mask
 
     rows, length = batch.input_ids.shape
-    return create_block_mask(sees, rows, None, length, length, device=str(batch.input_ids.device))
+    return create_block_mask(_sees, rows, None, length, length, device=str(batch.input_ids.device))
 
 
 def _misfit(lm: Any, masks: Callable[[PackedBatch], Masks]) -> float:
-    """Largest relative difference of hidden states, and of gradients in the embeddings, between trees and sequences."""
+    """Returns the largest relative difference between trees and sequences, of hidden states and embedding gradients."""
     embedding = lm.get_input_embeddings()
     pairs = _probe_pairs(lm)
     states, gradients = [], []
@@ -164,19 +159,24 @@ def _misfit(lm: Any, masks: Callable[[PackedBatch], Masks]) -> float:
             batch = batch.to(embedding.weight.device)
             embedded = embedding(batch.input_ids).detach().requires_grad_()
             if batch.layout == "tree":
-                hidden = _states(lm, batch, masks, inputs_embeds=embedded)
+                layout = {"position_ids": batch.position_ids, "attention_mask": masks(batch)}
+                hidden = body_states(lm, inputs_embeds=embedded, **layout)
             else:
                 hidden = body_states(lm, inputs_embeds=embedded)
             wanted = hidden.flatten(0, 1)[batch.source_index]
             direction = torch.cos(0.7 * torch.arange(wanted.numel(), device=wanted.device)).view_as(wanted)
             (gradient,) = torch.autograd.grad((wanted * direction.to(wanted.dtype)).sum(), embedded)
             states.append(wanted.detach().float())
-            gradients.append(_by_place(gradient.float(), batch, len(pairs)))
-    return max(_difference(*states), _difference(*gradients))
+            gradients.append(_sum_by_position(gradient.float(), batch, len(pairs)))
+    errors = [
+        ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)).item()
+        for ours, theirs in (states, gradients)
+    ]
+    return max(float("inf") if math.isnan(error) else error for error in errors)
 
 
 def _probe_pairs(lm: Any) -> list[TokenisedPair]:
-    """Two pairs of different shapes, the first long enough to leave a short sliding window behind."""
+    """Builds two pairs of different shapes, the first longer than a short sliding window."""
     config = lm.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     prompt = 7 + (window if window <= LONGEST_PROBED_WINDOW else 0)
@@ -185,17 +185,12 @@ def _probe_pairs(lm: Any) -> list[TokenisedPair]:
     return [first, TokenisedPair(ids[5:8], ids[20:23], ids[24:31])]
 
 
-def _by_place(gradient_RTD: Tensor, batch: PackedBatch, pairs: int) -> Tensor:
-    """Gradients added up per pair, branch and position, so that the two layouts can be held against each other."""
+def _sum_by_position(gradient_RTD: Tensor, batch: PackedBatch, pairs: int) -> Tensor:
+    """Sums gradients per pair, branch and position, so that the two layouts can be compared."""
     row = torch.arange(batch.input_ids.shape[0], device=gradient_RTD.device)[:, None]
     pair = batch.tree_ids if batch.layout == "tree" else (row // 2).expand_as(batch.tree_ids)
     real = batch.tree_ids >= 0
     width = 128
-    places = torch.zeros(pairs * 3 * width, gradient_RTD.shape[-1], device=gradient_RTD.device)
+    sums = torch.zeros(pairs * 3 * width, gradient_RTD.shape[-1], device=gradient_RTD.device)
     index = (pair * 3 + batch.branch_ids) * width + batch.position_ids
-    return places.index_add(0, index[real], gradient_RTD[real])
-
-
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)).item()
-    return error if error == error else float("inf")
+    return sums.index_add(0, index[real], gradient_RTD[real])

@@ -1,4 +1,4 @@
-"""What an objective is: a pure function of pair statistics, and the two ratios that make a fused gradient possible."""
+"""The type of an objective: a pure function of pair statistics, and the two ratios that a fused gradient needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Objective:
     parameters: Mapping[str, float] = field(hash=False)
 
     def __call__(self, stats: PairStats) -> PairLoss:
-        """Loss and rewards of P pairs from their statistics."""
+        """Computes loss and rewards of P pairs from their statistics."""
         return self.function(stats)
 
     def __str__(self) -> str:
@@ -39,5 +39,5 @@ class Objective:
 
 
 def preference_loss(score: Tensor) -> Tensor:
-    """``-log sigmoid(score)``, the negative log-likelihood of the preference under Bradley-Terry, in nats."""
+    """Computes ``-log sigmoid(score)``, the negative log-likelihood of the preference under Bradley-Terry, in nats."""
     return -logsigmoid(score)

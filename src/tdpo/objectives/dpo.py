@@ -7,7 +7,7 @@ from tdpo.types import PairLoss, PairStats
 
 
 def dpo(beta: float = 0.1) -> Objective:
-    r"""DPO: compares the log-ratios of the two responses.
+    r"""Builds DPO, which compares the log-ratios of the two responses.
 
     .. math:: \mathcal L = -\log \sigma\big(\beta \, (r_w - r_l)\big), \quad
         r = \sum_t \log \pi(y_t) - \log \pi_{ref}(y_t)

@@ -9,7 +9,7 @@ from tdpo.types import PairLoss, PairStats
 
 
 def tdpo1(beta: float = 0.1) -> Objective:
-    r"""TDPO1: the token-level Bradley-Terry loss as derived, sequential KL on both sides with full weight.
+    r"""Builds TDPO1, the token-level Bradley-Terry loss as derived: sequential KL with full weight on both sides.
 
     .. math:: \mathcal L = -\log \sigma\big(\beta \, [(r_w - r_l) - (k_l - k_w)]\big)
 
@@ -39,7 +39,7 @@ def tdpo1(beta: float = 0.1) -> Objective:
 
 
 def tdpo2(beta: float = 0.1, alpha: float = 0.5) -> Objective:
-    r"""TDPO2: the KL difference weighted by alpha, and no gradient through the chosen side's KL.
+    r"""Builds TDPO2: the KL difference weighted by alpha, and no gradient through the chosen side's KL.
 
     .. math:: \mathcal L = -\log \sigma\big(\beta \, [(r_w - r_l) - \alpha \, (k_l - \mathrm{sg}(k_w))]\big)
 
@@ -70,7 +70,7 @@ def tdpo2(beta: float = 0.1, alpha: float = 0.5) -> Objective:
 
 
 def _with_rewards(beta: float, score: Tensor, stats: PairStats) -> PairLoss:
-    """The loss of ``beta * score``, and the rewards: beta (log-ratio + sequential KL), summed token advantages."""
+    """Returns the loss of ``beta * score``, and the rewards: beta (log-ratio + KL), the sums of token advantages."""
     return PairLoss(
         loss=preference_loss(beta * score),
         chosen_reward=beta * (stats.chosen_logratio + stats.chosen_kl).detach(),

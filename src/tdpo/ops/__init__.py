@@ -1,6 +1,6 @@
 """The per-token operation: log-probabilities and the exact KL(reference || policy) of every response token.
 
-Backends promise the same values and gradients: ``naive`` is the specification, ``chunked`` bounds the memory, and
+Backends have the same values and gradients: ``naive`` is the specification, ``chunked`` bounds the memory, and
 ``triton`` is chunked with kernels of its own between the matrix products.
 """
 
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from tdpo.objectives.base import Objective
-from tdpo.ops import chunked, fused, naive
-from tdpo.ops.backends import Backend, row_kernels
-from tdpo.ops.fused import FusedLoss, WeightGradient
-from tdpo.types import Head, Hidden, TokenStats
+from tdpo.ops import chunked
+from tdpo.ops.backends import Backend, BackendName, choose_backend
+from tdpo.types import Head, Hidden, PairLoss, PairStats, TokenStats
 
-__all__ = ["Backend", "FusedLoss", "pair_loss", "response_logp", "response_stats", "token_stats"]
+__all__ = ["Backend", "BackendName", "pair_loss", "response_logp", "response_stats", "token_stats"]
 
 
 def token_stats(
@@ -28,9 +27,9 @@ def token_stats(
     labels: Tensor,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> TokenStats:
-    r"""Statistics of N response tokens from the final hidden states of two models.
+    r"""Computes the statistics of N response tokens from the final hidden states of two models.
 
     .. math::
         \text{logp}_t = \log \pi(y_t), \quad
@@ -70,10 +69,10 @@ def response_stats(
     policy: Hidden,
     reference: Hidden,
     labels: Tensor,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     logits_budget: int | None = None,
 ) -> TokenStats:
-    """:func:`token_stats` for heads with a logit scale or soft-cap; what the rest of the package calls.
+    """Computes :func:`token_stats` for heads with a logit scale or soft-cap; the rest of the package calls this one.
 
     Args:
         policy: States ``[N, D]`` and head of the policy; differentiable.
@@ -85,11 +84,9 @@ def response_stats(
     """
     _check_shapes(policy, reference, labels)
     policy, reference = _in_autocast_dtype(policy), _in_autocast_dtype(reference)
-    # Inside autocast the products would come out in half precision; the statistics need them wide.
+    # Inside autocast the products would come out in half precision; the statistics need float32.
     with torch.autocast(policy.states.device.type, enabled=False):
-        if backend == "naive":
-            return naive.response_stats(policy, reference, labels)
-        return chunked.response_stats(policy, reference, labels, logits_budget, row_kernels(backend, policy.states))
+        return choose_backend(backend, policy.states).token_stats(policy, reference, labels, logits_budget)
 
 
 def pair_loss(
@@ -99,14 +96,12 @@ def pair_loss(
     lengths: Sequence[int],
     objective: Objective,
     logits_budget: int | None = None,
-    with_kl: bool = True,
-    backend: Backend = "auto",
-    tied: WeightGradient | None = None,
-) -> FusedLoss:
-    """The summed loss of whole pairs and everything said of them on the way, in one pass over the logits.
+    backend: BackendName = "auto",
+) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
+    """Computes the summed loss of whole pairs and their statistics, in one pass over the logits.
 
     Equals :func:`response_stats` followed by the objective, values and gradients, at the cost of 3 head products with
-    a frozen head and 4 with a trained one. Differentiable once, in its ``total`` alone.
+    a frozen head and 4 with a trained one.
 
     Args:
         policy: States ``[N, D]`` and head of the policy; differentiable.
@@ -114,31 +109,30 @@ def pair_loss(
         labels: ``[N]`` int64, the response tokens; those of a pair are contiguous, chosen before rejected.
         lengths: Token counts of the 2P responses, chosen and rejected of each pair in turn.
         objective: One of :mod:`tdpo.objectives`.
-        logits_budget: Bytes for the logits of a group of pairs; None for the device's default.
-        with_kl: False leaves the KL out, which an objective without it does not need; the statistics then say 0.
-        backend: As in :func:`token_stats`, but not ``"naive"``, which has no fused form.
-        tied: Takes the gradient of the head's weight in the backward, in place of autograd; see
-            :mod:`tdpo.models.tied`.
+        logits_budget: Bytes for the logits of a group of pairs, which the naive backend does not bound; None for the
+            device's default.
+        backend: As in :func:`token_stats`.
+
+    Returns:
+        The sum of the pairs' losses, a scalar that is differentiable once in states, weight and bias of the policy;
+        losses and rewards ``[P]``; sums over response tokens ``[P]``; token statistics ``[N]``. The last three carry no
+        gradient.
 
     Raises:
-        ValueError: if shapes or lengths disagree, the objective's declared KL ratios are not those of its gradient, or
-            it needs the KL that is left out.
+        ValueError: if shapes or lengths disagree, or the objective's declared KL ratios are not those of its gradient.
         tdpo.UserError: as in :func:`token_stats`.
     """
     _check_shapes(policy, reference, labels)
     if len(lengths) % 2 or sum(lengths) != labels.numel():
         raise ValueError(f"lengths {list(lengths)[:8]}... are not 2P counts that add up to {labels.numel()} tokens")
-    if not with_kl and (objective.chosen_kl_ratio or objective.rejected_kl_ratio):
-        raise ValueError(f"{objective} needs the KL")
     policy, reference = _in_autocast_dtype(policy), _in_autocast_dtype(reference)
-    device, kernels = policy.states.device, row_kernels(backend, policy.states)
-    budget = chunked.default_logits_budget(device) if logits_budget is None else logits_budget
-    with torch.autocast(device.type, enabled=False):
-        return fused.pair_loss(policy, reference, labels, lengths, objective, budget, with_kl, kernels, tied)
+    with torch.autocast(policy.states.device.type, enabled=False):
+        chosen = choose_backend(backend, policy.states)
+        return chosen.pair_loss(policy, reference, labels, lengths, objective, logits_budget)
 
 
 def response_logp(policy: Hidden, labels: Tensor, logits_budget: int | None = None) -> Tensor:
-    """Log-probability of response tokens alone, ``[N]`` in nats, with the memory of one chunk of logits.
+    """Computes the log-probability of response tokens alone, ``[N]`` in nats, with the memory of one chunk of logits.
 
     Args:
         policy: States ``[N, D]`` and head; differentiable.

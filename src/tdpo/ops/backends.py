@@ -1,46 +1,82 @@
-"""The names of the backends, and what each of them runs on a block of logits."""
+"""The backends of the operation, their names, and which one runs on given hidden states."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from tdpo.errors import UserError
-from tdpo.ops import rows
-from tdpo.ops.rows import RowKernels
+from tdpo.objectives.base import Objective
+from tdpo.ops import chunked, fused, naive, rows
+from tdpo.types import Hidden, PairLoss, PairStats, TokenStats
 
-Backend = Literal["auto", "naive", "chunked", "triton"]
+BackendName = Literal["auto", "naive", "chunked", "triton"]
 
 
-def row_kernels(backend: Backend, states_ND: Tensor) -> RowKernels:
-    """The row operations of a backend for hidden states of that device and dtype.
+class Backend(Protocol):
+    """The two forms of the operation, with the same values and gradients from every backend."""
 
-    ``chunked`` has torch's, ``triton`` its own kernels; ``auto`` takes the latter for CUDA tensors where they run.
+    def token_stats(self, policy: Hidden, reference: Hidden, labels_N: Tensor, logits_budget: int | None) -> TokenStats:
+        """Computes the statistics of N response tokens, with arbitrary upstream gradients."""
+
+    def pair_loss(
+        self, policy: Hidden, reference: Hidden, labels_N: Tensor, lengths: Sequence[int], objective: Objective,
+        logits_budget: int | None,
+    ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:  # fmt: skip
+        """Computes the summed loss of P pairs, which is differentiable, and as constants what it was made of."""
+
+
+@dataclass(frozen=True)
+class Chunked(Backend):
+    """The backend with the memory of one block of logits.
+
+    Attributes:
+        kernels: Its row operations: :mod:`tdpo.ops.rows` or :mod:`tdpo.ops.triton_kernels`.
+    """
+
+    kernels: ModuleType
+
+    @override
+    def token_stats(self, policy: Hidden, reference: Hidden, labels_N: Tensor, logits_budget: int | None) -> TokenStats:
+        return chunked.token_stats(policy, reference, labels_N, logits_budget, self.kernels)
+
+    @override
+    def pair_loss(
+        self, policy: Hidden, reference: Hidden, labels_N: Tensor, lengths: Sequence[int], objective: Objective,
+        logits_budget: int | None,
+    ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:  # fmt: skip
+        return fused.pair_loss(policy, reference, labels_N, lengths, objective, logits_budget, self.kernels)
+
+
+def choose_backend(name: BackendName, states_ND: Tensor) -> Backend:
+    """Returns the backend of that name; ``auto`` is triton for CUDA tensors where it runs, and chunked elsewhere.
 
     Raises:
         UserError: for an unknown backend, and for ``triton`` where it cannot run, with the reason.
-        ValueError: for ``naive``, which knows no blocks of rows.
     """
-    if backend not in get_args(Backend):
-        raise UserError(f"unknown backend {backend!r}; there are: {', '.join(get_args(Backend))}")
-    if backend == "naive":
-        raise ValueError("the naive backend has no fused form: take response_stats, and the objective of its sums")
-    if backend == "chunked" or (backend == "auto" and not states_ND.is_cuda):
-        return rows
-    refusal = triton_refusal(states_ND)
-    if refusal and backend == "triton":
-        raise UserError(f"backend triton: {refusal}")
-    if refusal:
-        return rows
-    from tdpo.ops import triton_kernels
+    if name not in get_args(BackendName):
+        raise UserError(f"unknown backend {name!r}; there are: {', '.join(get_args(BackendName))}")
+    if name == "naive":
+        return naive
+    if name == "triton" or (name == "auto" and states_ND.is_cuda):
+        refusal = triton_refusal(states_ND)
+        if not refusal:
+            from tdpo.ops import triton_kernels
 
-    return triton_kernels
+            return Chunked(triton_kernels)
+        if name == "triton":
+            raise UserError(f"backend triton: {refusal}")
+    return Chunked(rows)
 
 
 def triton_refusal(states_ND: Tensor) -> str:
-    """Why the Triton kernels cannot run on hidden states of that device and dtype, in words; empty if they can."""
+    """Returns why the Triton kernels cannot run on hidden states of that device and dtype; empty if they can."""
     if states_ND.dtype == torch.float64:
         return "its kernels compute in float32, and these hidden states are float64; take chunked or naive"
     try:

@@ -1,58 +1,150 @@
-"""The head between hidden states and logits, outside of autograd: blocks of logits, and gradients carried back.
+"""The heads of policy and reference over blocks of rows: logits into reused buffers, and gradients carried back.
 
-Shapes: N response tokens, n rows of one block, D hidden width, V vocabulary, V' the padded length of a logits row.
+Shapes: N response tokens, n rows of one block, D hidden width, V vocabulary, W the padded length of a row of logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tdpo.ops.numerics import statistics_dtype
-from tdpo.ops.workspace import ABSENT, padded_vocab
-from tdpo.types import Head
+from tdpo.types import Head, Hidden
+
+CACHE_LINE = 64
+"""Bytes; every row of logits begins on one. Products into rows that do not take up to 1.6 times as long."""
+
+ABSENT = -1e30
+"""Fills the logits between the vocabulary's end and the row's: no probability, and finite, so that 0 times it is 0."""
 
 
-def detached(head: Head) -> Head:
-    """The head as a constant."""
-    return Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.soft_cap)
+def default_logits_budget(device: torch.device) -> int:
+    """Returns the bytes that blocks of logits may take: 512 MiB on an accelerator, 256 MiB on a CPU."""
+    return (256 if device.type == "cpu" else 512) * 2**20
 
 
-def prepared(head: Head, dtype: torch.dtype) -> Head:
-    """The head with its weight cast once to the dtype of the logits; on a GPU half precision stays, products widen it.
+def padded_vocab(vocab_size: int, dtype: torch.dtype) -> int:
+    """Returns W, the number of logits from the beginning of one row to that of the next.
 
-    Args:
-        head: The head.
-        dtype: Statistics dtype of the policy.
+    Example:
+        >>> padded_vocab(50_277, torch.float32), padded_vocab(50_277, torch.float64)
+        (50288, 50280)
     """
-    weight = head.weight
-    widens = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
-    return Head(weight if widens else weight.to(dtype), head.bias, head.scale, head.soft_cap)
-
-
-def buffers_of(head: Head) -> int:
-    """Buffers of logits alive at once: the policy's, the reference's, and the slope of a soft cap."""
-    return 2 if head.soft_cap is None else 3
+    step = CACHE_LINE // dtype.itemsize
+    return -(-vocab_size // step) * step
 
 
 def chunk_rows(head: Head, dtype: torch.dtype, budget: int) -> int:
-    """Rows of logits whose buffers fit ``budget`` bytes together, at least one."""
-    return max(1, budget // (padded_vocab(head.vocab_size, dtype) * dtype.itemsize * buffers_of(head)))
+    """Returns how many rows of logits fit ``budget`` bytes, at least one.
+
+    Logits of both models are alive at once, and the slope of the soft cap where there is one.
+    """
+    buffers = 2 if head.soft_cap is None else 3
+    return max(1, budget // (padded_vocab(head.vocab_size, dtype) * dtype.itemsize * buffers))
 
 
-def write_logits(states_nD: Tensor, head: Head, buffer_nW: Tensor) -> Tensor:
-    """Writes the logits of a block of rows into a buffer of :mod:`tdpo.ops.workspace` and gives its first n rows.
-
-    Never rounded to half precision: bfloat16 logits put the KL off by 170% at 5e-5 nats.
+class BlockwiseHeads:
+    """Computes logits of both models for a block of rows at a time, and adds up gradients of the policy's side.
 
     Args:
-        states_nD: Hidden states of the rows.
-        head: The head, :func:`prepared`.
-        buffer_nW: At least n rows of V' logits.
+        policy: Hidden states ``[N, D]`` and head of the policy.
+        reference: The same of the reference, which gets no gradient.
+        logits_budget: Bytes the blocks of logits may take; None for the device's default.
+        needs: Whether the gradients in the policy's states, weight and bias are wanted.
     """
-    buffer = buffer_nW[: states_nD.shape[0]]
+
+    def __init__(
+        self,
+        policy: Hidden,
+        reference: Hidden,
+        logits_budget: int | None,
+        needs: tuple[bool, ...] = (False, False, False),
+    ) -> None:
+        states_ND, head = policy.states, policy.head
+        self.wide = statistics_dtype(states_ND.dtype)
+        self.policy, self.reference = _widened(policy, self.wide), _widened(reference, self.wide)
+        budget = default_logits_budget(states_ND.device) if logits_budget is None else logits_budget
+        self.block_rows = min(chunk_rows(head, self.wide, budget), states_ND.shape[0])
+        width = padded_vocab(head.vocab_size, self.wide)
+        self._logits, self._ref_logits, self._slope = (
+            states_ND.new_empty(self.block_rows if used else 0, width, dtype=self.wide)
+            for used in (True, True, head.soft_cap is not None)
+        )
+        wants_states, wants_weight, wants_bias = needs
+        self.grad_states = torch.zeros_like(states_ND, dtype=self.wide) if wants_states else None
+        self.grad_weight = torch.empty_like(head.weight, dtype=self.wide) if wants_weight else None
+        self.grad_bias = torch.zeros_like(head.bias, dtype=self.wide) if head.bias is not None and wants_bias else None
+        self.trains_head = self.grad_weight is not None or self.grad_bias is not None
+        self.trains = self.trains_head or self.grad_states is not None
+        self._beta = 0  # of the weight's gradient: 0 while it is uninitialised, 1 afterwards
+
+    def blocks(self) -> list[slice]:
+        """Returns the N rows in blocks that fit the budget."""
+        total = self.policy.states.shape[0]
+        return [slice(start, min(start + self.block_rows, total)) for start in range(0, total, self.block_rows or 1)]
+
+    def logits(self, rows: slice) -> Tensor:
+        """Returns the policy's logits ``[n, W]`` of a block, valid until the next call."""
+        logits_nW, cap = _write_logits(self.policy, rows, self._logits), self.policy.head.soft_cap
+        if cap is not None:  # d cap(z) / dz = 1 - (logits / cap)^2, taken before a direction replaces the logits
+            torch.div(logits_nW, cap, out=self._slope[: len(logits_nW)]).square_().neg_().add_(1)
+        return logits_nW
+
+    def ref_logits(self, rows: slice) -> Tensor:
+        """Returns the reference's logits ``[n, W]`` of a block, valid until the next call."""
+        return _write_logits(self.reference, rows, self._ref_logits)
+
+    def carry_back(self, rows: slice, factor_n: Tensor | None = None) -> None:
+        """Adds the gradients that follow from the gradient in a block's logits: two matrix products at most.
+
+        Args:
+            rows: The block, in whose :meth:`logits` the gradient stands; it is overwritten.
+            factor_n: Multiplies each row's gradient; cheaper here, where rows are D wide, than on the logits.
+        """
+        head, n = self.policy.head, rows.stop - rows.start
+        grad_nV = self._logits[:n, : head.vocab_size]
+        if head.soft_cap is not None:
+            grad_nV.mul_(self._slope[:n, : head.vocab_size])
+        if head.scale != 1.0:
+            grad_nV.mul_(head.scale)
+        if self.grad_states is not None:
+            grad_nD = self.grad_states[rows]
+            torch.mm(grad_nV, head.weight.to(self.wide), out=grad_nD)
+            if factor_n is not None:
+                grad_nD.mul_(factor_n[:, None])
+        if self.grad_weight is not None:
+            states_nD = self.policy.states[rows].to(self.wide)
+            states_nD = states_nD if factor_n is None else states_nD * factor_n[:, None]
+            self.grad_weight.addmm_(grad_nV.t(), states_nD, beta=self._beta)
+            self._beta = 1
+        if self.grad_bias is not None:
+            self.grad_bias += grad_nV.sum(0) if factor_n is None else grad_nV.t() @ factor_n
+
+    def gradients(self) -> list[Tensor | None]:
+        """Returns the gradients in states, weight and bias, in the statistics dtype; None where not wanted."""
+        if self.grad_weight is not None and not self._beta:
+            self.grad_weight.zero_()
+        return [self.grad_states, self.grad_weight, self.grad_bias]
+
+
+def _widened(hidden: Hidden, wide: torch.dtype) -> Hidden:
+    """Casts the weight once; on a GPU half precision stays, since products widen it, and is not copied."""
+    weight = hidden.head.weight.detach()
+    if not (weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)):
+        weight = weight.to(wide)
+    bias = None if hidden.head.bias is None else hidden.head.bias.detach()
+    return Hidden(hidden.states.detach(), replace(hidden.head, weight=weight, bias=bias))
+
+
+def _write_logits(hidden: Hidden, rows: slice, buffer: Tensor) -> Tensor:
+    """Writes the logits of a block of rows into a buffer and returns its first n rows.
+
+    They are never rounded to half precision: bfloat16 logits put the KL off by 170% at 5e-5 nats.
+    """
+    states_nD, head = hidden.states[rows], hidden.head
+    buffer = buffer[: len(states_nD)]
     logits_nV, weight = buffer[:, : head.vocab_size], head.weight
     if weight.dtype != buffer.dtype and weight.dtype == states_nD.dtype:
         torch.mm(states_nD, weight.t(), out_dtype=buffer.dtype, out=logits_nV)
@@ -66,97 +158,3 @@ def write_logits(states_nD: Tensor, head: Head, buffer_nW: Tensor) -> Tensor:
         logits_nV.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
     buffer[:, head.vocab_size :] = ABSENT
     return buffer
-
-
-def cap_slope(buffer_nW: Tensor, head: Head, spare: Sequence[Tensor]) -> Tensor | None:
-    """Derivative ``[n, V]`` of the soft cap at its own output, 1 - (logits / cap)^2; None without a cap.
-
-    Args:
-        buffer_nW: The logits.
-        head: Their head.
-        spare: One more buffer for the derivative, where there is a cap.
-    """
-    if head.soft_cap is None:
-        return None
-    n, vocab = buffer_nW.shape[0], head.vocab_size
-    out = spare[0][:n, :vocab]
-    return torch.div(buffer_nW[:, :vocab], head.soft_cap, out=out).square_().neg_().add_(1)
-
-
-def raw_gradient_(buffer_nW: Tensor, slope_nV: Tensor | None, head: Head) -> Tensor:
-    """From the gradient in the logits to that in the head's raw output ``[n, V]``, in place: soft-cap and scale."""
-    grad_nV = buffer_nW[:, : head.vocab_size]
-    if slope_nV is not None:
-        grad_nV.mul_(slope_nV)
-    return grad_nV if head.scale == 1.0 else grad_nV.mul_(head.scale)
-
-
-class HeadGradient:
-    """Gradients in hidden states, weight and bias, added up block by block in the statistics dtype.
-
-    Args:
-        states_ND: The policy's hidden states.
-        weight_VD: Its head's weight.
-        bias_V: Its head's bias, or None.
-        needs: Which of the three are wanted.
-    """
-
-    def __init__(
-        self, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs: tuple[bool, bool, bool]
-    ) -> None:
-        self.wide = statistics_dtype(states_ND.dtype)
-        self.source = states_ND
-        self.dtypes = states_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
-        self.states = torch.zeros_like(states_ND, dtype=self.wide) if needs[0] else None
-        self.weight = torch.empty_like(weight_VD, dtype=self.wide) if needs[1] else None
-        self.bias = torch.zeros_like(bias_V, dtype=self.wide) if bias_V is not None and needs[2] else None
-        self._weight_is_empty = True
-
-    @property
-    def wanted(self) -> bool:
-        """Whether any of the three is."""
-        return not (self.states is None and self.weight is None and self.bias is None)
-
-    @property
-    def of_head(self) -> bool:
-        """Whether the head's is, which has to be added up with every row at its final size."""
-        return not (self.weight is None and self.bias is None)
-
-    def add(self, rows: slice, grad_nV: Tensor, head: Head, factor_n: Tensor | None = None) -> None:
-        """Carries the gradient of a block's logits back: two matrix products at most.
-
-        Args:
-            rows: The block's rows among all N.
-            grad_nV: Gradient in the head's raw output, after scale and soft-cap.
-            head: The head, prepared.
-            factor_n: Multiplies each row's gradient; cheaper here, where rows are D wide, than on the logits.
-        """
-        if self.states is not None:
-            torch.mm(grad_nV, head.weight.to(self.wide), out=self.states[rows])
-        if self.weight is not None:
-            source = self.source[rows].to(self.wide)
-            source = source if factor_n is None else source * factor_n[:, None]
-            self.weight.addmm_(grad_nV.t(), source, beta=0 if self._weight_is_empty else 1)
-            self._weight_is_empty = False
-        if self.bias is not None:
-            self.bias += grad_nV.sum(0) if factor_n is None else grad_nV.t() @ factor_n
-        if factor_n is not None:
-            self.scale_states(rows, factor_n)
-
-    def scale_states(self, rows: slice, factor_n: Tensor) -> None:
-        """Multiplies the gradient of some hidden states, row by row."""
-        if self.states is not None:
-            self.states[rows].mul_(factor_n[:, None])
-
-    def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The three gradients times a scalar, in the dtypes of what they are gradients of; they are spent by it."""
-        # On a CPU a look costs nothing, and spares a pass over the head's gradient.
-        if self.weight is not None and self._weight_is_empty:
-            self.weight.zero_()
-        factor = None if factor is None or (factor.device.type == "cpu" and factor == 1) else factor
-        gradients = []
-        for gradient, dtype in zip((self.states, self.weight, self.bias), self.dtypes, strict=True):
-            if gradient is not None and factor is not None:
-                gradient.mul_(factor)
-            gradients.append(None if gradient is None else gradient.to(dtype))
-        return gradients[0], gradients[1], gradients[2]

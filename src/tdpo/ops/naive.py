@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
-from tdpo.ops.numerics import head_logits, kl_terms
-from tdpo.types import Hidden, TokenStats
+from tdpo.objectives.base import Objective
+from tdpo.ops.numerics import head_logits, kl_terms, sum_pairs
+from tdpo.types import Hidden, PairLoss, PairStats, TokenStats
 
 
-def response_stats(policy: Hidden, reference: Hidden, labels_N: Tensor) -> TokenStats:
-    """Token statistics from whole ``[N, V]`` logits of both models (TDPO eq. 12 for the KL).
+def token_stats(policy: Hidden, reference: Hidden, labels_N: Tensor, logits_budget: int | None = None) -> TokenStats:
+    """Computes token statistics from whole ``[N, V]`` logits of both models (TDPO eq. 12 for the KL).
 
     Args:
-        policy: Hidden states ``[N, D]`` and head; differentiable in both.
+        policy: Hidden states ``[N, D]`` and head of the policy; differentiable in both.
         reference: The same of the reference; constant, whatever its ``requires_grad``. Its width may differ.
-        labels_N: Response tokens, ``[N]`` int64.
+        labels_N: Response tokens, int64.
+        logits_budget: Not used: the memory of this backend is not bounded.
 
     Returns:
         Statistics in nats, float32 (float64 for float64 hidden states).
     """
-    return stats_from_logits(
-        head_logits(policy.states, policy.head), head_logits(reference.states, reference.head), labels_N
-    )
+    logits_NV = head_logits(policy.states, policy.head)
+    return stats_from_logits(logits_NV, head_logits(reference.states, reference.head), labels_N)
+
+
+def pair_loss(
+    policy: Hidden,
+    reference: Hidden,
+    labels_N: Tensor,
+    lengths: Sequence[int],
+    objective: Objective,
+    logits_budget: int | None = None,
+) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
+    """Computes the summed loss of P pairs, which is differentiable, and as constants what it was made of.
+
+    Args:
+        policy: As in :func:`token_stats`.
+        reference: As in :func:`token_stats`.
+        labels_N: Response tokens, int64; those of a pair are contiguous, chosen before rejected.
+        lengths: 2P token counts, chosen and rejected of each pair in turn.
+        objective: The objective whose loss is summed.
+        logits_budget: Not used.
+    """
+    tokens = token_stats(policy, reference, labels_N)
+    counts = torch.tensor(lengths, device=labels_N.device)
+    sums_4P = sum_pairs(tokens, torch.repeat_interleave(counts, output_size=len(labels_N)), len(lengths) // 2)
+    outcome = objective(PairStats(*sums_4P))
+    constants = TokenStats(tokens.logp.detach(), tokens.ref_logp, tokens.kl.detach())
+    total, outcome = outcome.loss.sum(), replace(outcome, loss=outcome.loss.detach())
+    return total, outcome, PairStats(*sums_4P.detach()), constants
 
 
 def stats_from_logits(logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor) -> TokenStats:
-    """Token statistics of logits that are already there, in the policy's dtype; the reference's are constant.
+    """Computes token statistics from logits, in the policy's dtype; the reference's are constant.
 
     Example:
         A reference that is sure of the other token, by a gap of 200 nats, leaves everything finite:

@@ -1,4 +1,4 @@
-"""Arithmetic that every backend shares: logits in float32, log-softmax statistics, and a KL that keeps small values.
+"""Arithmetic that every backend shares: logits in float32, a KL that keeps small values, and sums over responses.
 
 Shapes: N response tokens, D hidden width, V vocabulary.
 """
@@ -8,47 +8,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdpo.types import Head
+from tdpo.types import Head, TokenStats
 
 SERIES_BELOW = 1e-2
 """Below this |log-ratio| the KL term is taken from its Taylor series: the closed form would cancel."""
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype logits and statistics are computed in: float64 for float64 hidden states, float32 for all others."""
+    """Returns the dtype of logits and statistics: float64 for float64 hidden states, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def matmul_wide(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` accumulated *and returned* in the statistics dtype, also for half-precision operands.
+def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
+    """Computes the head's logits ``[N, V]`` in the statistics dtype, also from half precision; differentiable.
 
     Logits rounded to bfloat16 put the KL off by 170% at 5e-5 nats, so the product is never rounded.
     """
-    wide = statistics_dtype(left.dtype)
-    if left.dtype == right.dtype == wide:
-        return left @ right
-    if left.is_cuda and left.dtype == right.dtype and not (left.requires_grad or right.requires_grad):
-        return torch.mm(left, right, out_dtype=wide)
-    return left.to(wide) @ right.to(wide)
-
-
-def head_logits(hidden_ND: Tensor, head: Head) -> Tensor:
-    """The head's logits ``[N, V]`` in the statistics dtype; differentiable."""
-    logits = matmul_wide(hidden_ND, head.weight.t())
+    wide, weight_DV = statistics_dtype(hidden_ND.dtype), head.weight.t()
+    constant = not (hidden_ND.requires_grad or weight_DV.requires_grad)
+    if hidden_ND.dtype != wide and hidden_ND.dtype == weight_DV.dtype and hidden_ND.is_cuda and constant:
+        logits = torch.mm(hidden_ND, weight_DV, out_dtype=wide)
+    else:
+        logits = hidden_ND.to(wide) @ weight_DV.to(wide)
     if head.bias is not None:
         logits = logits + head.bias
     return finish_logits(logits, head.scale, head.soft_cap)
 
 
 def finish_logits(logits: Tensor, scale: float, soft_cap: float | None) -> Tensor:
-    """What some models do to the head's output: a constant factor, then a soft bound."""
+    """Applies a constant factor, then a soft bound, as some models do to the head's output."""
     if scale != 1.0:
         logits = logits * scale
     return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
 
+def sum_responses(values_N: Tensor, sequence_ids_N: Tensor, pairs: int) -> Tensor:
+    """Sums a token statistic over each response: ``[2, P]``, chosen and rejected."""
+    return values_N.new_zeros(2 * pairs).index_add(0, sequence_ids_N, values_N).view(pairs, 2).t()
+
+
+def sum_pairs(tokens: TokenStats, sequence_ids_N: Tensor, pairs: int) -> Tensor:
+    """Sums log-ratio and KL over each response: ``[4, P]``, the rows in the order of :class:`~tdpo.types.PairStats`."""
+    sides = tokens.logp - tokens.ref_logp, tokens.kl
+    return torch.cat([sum_responses(values_N, sequence_ids_N, pairs) for values_N in sides])
+
+
 def kl_terms(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    r"""Elementwise terms of KL(reference || policy), each of them non-negative.
+    r"""Computes the elementwise terms of KL(reference || policy), each of them non-negative.
 
     .. math:: p_{ref} (e^u - 1 - u), \quad u = \log p - \log p_{ref}
 

@@ -19,8 +19,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from tdpo.ops.rows import RowStats
-
 MAX_BLOCK = 8192
 """Logits of one model that a program holds at a time."""
 
@@ -38,48 +36,35 @@ Where it ends, the closed form has lost a factor of 32 to cancellation. Ending a
 """
 
 
-def row_stats(logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, with_kl: bool = True) -> RowStats:
-    """:func:`tdpo.ops.rows.row_stats` for float32 logits, in one kernel."""
-    return _launch_stats(logits_nV, ref_logits_nV, labels_n, None, with_kl)
-
-
-def stats_and_direction_(
-    logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, kl_ratio: Tensor, with_kl: bool = True
-) -> RowStats:
-    """:func:`tdpo.ops.rows.stats_and_direction_` for float32 logits, in one kernel."""
-    return _launch_stats(logits_nV, ref_logits_nV, labels_n, kl_ratio, with_kl)
-
-
-def _launch_stats(
-    logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, kl_ratio: Tensor | None, with_kl: bool
-) -> RowStats:
+def row_stats_(logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, kl_ratio_n: Tensor | None = None) -> Tensor:
+    """Computes :func:`tdpo.ops.rows.row_stats_` for float32 logits, in one kernel."""
     total, vocab = _checked(logits_nV, ref_logits_nV)
-    columns = torch.empty(5, total, dtype=torch.float32, device=logits_nV.device)
+    stats_5n = torch.empty(5, total, dtype=torch.float32, device=logits_nV.device)
     block, warps = launch_shape(vocab)
-    ratio = columns if kl_ratio is None else kl_ratio.to(torch.float32).contiguous()
+    ratios = stats_5n if kl_ratio_n is None else kl_ratio_n.to(torch.float32).contiguous()
     with torch.cuda.device_of(logits_nV):
         _stats_kernel[(total,)](
-            logits_nV, ref_logits_nV, labels_n.contiguous(), ratio, columns, total, vocab,
-            logits_nV.stride(0), ref_logits_nV.stride(0), WITH_KL=with_kl, WITH_DIRECTION=kl_ratio is not None,
-            BLOCK=block, num_warps=warps,
+            logits_nV, ref_logits_nV, labels_n.contiguous(), ratios, stats_5n, total, vocab,
+            logits_nV.stride(0), ref_logits_nV.stride(0), WITH_DIRECTION=kl_ratio_n is not None, BLOCK=block,
+            num_warps=warps,
         )  # fmt: skip
-    return RowStats(*columns)
+    return stats_5n
 
 
 def direction_(
     logits_nV: Tensor,
     ref_logits_nV: Tensor | None,
     labels_n: Tensor,
-    stats: RowStats,
-    logp_weight: Tensor,
-    kl_weight: Tensor,
+    stats_5n: Tensor,
+    logp_weight_n: Tensor,
+    kl_weight_n: Tensor,
 ) -> Tensor:
-    """:func:`tdpo.ops.rows.direction_` for float32 logits, in one kernel; the reference's stay as they are."""
+    """Computes :func:`tdpo.ops.rows.direction_` for float32 logits, in one kernel."""
     with_reference = ref_logits_nV is not None
     ref_logits_nV = logits_nV if ref_logits_nV is None else ref_logits_nV
     total, vocab = _checked(logits_nV, ref_logits_nV)
     block, warps = launch_shape(vocab)
-    per_row = (labels_n, stats.log_z, stats.ref_log_z, logp_weight, kl_weight)
+    per_row = (labels_n, stats_5n[3], stats_5n[4], logp_weight_n, kl_weight_n)
     with torch.cuda.device_of(logits_nV):
         _direction_kernel[(total,)](
             logits_nV, ref_logits_nV, *(column.contiguous() for column in per_row), vocab,
@@ -89,7 +74,7 @@ def direction_(
 
 
 def launch_shape(vocab: int) -> tuple[int, int]:
-    """Block size and number of warps for rows of ``vocab`` logits.
+    """Returns block size and number of warps for rows of ``vocab`` logits.
 
     Example:
         >>> launch_shape(1000), launch_shape(150_000)
@@ -100,7 +85,7 @@ def launch_shape(vocab: int) -> tuple[int, int]:
 
 
 def _checked(logits_nV: Tensor, ref_logits_nV: Tensor) -> tuple[int, int]:
-    """The blocks' shape.
+    """Returns the blocks' shape.
 
     Raises:
         ValueError: for logits that the kernels would read wrongly.
@@ -128,11 +113,10 @@ def _stats_kernel(
     vocab: tl.tensor,
     stride: tl.tensor,
     ref_stride: tl.tensor,
-    WITH_KL: tl.constexpr,
     WITH_DIRECTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Statistics of one row, into ``columns [5, n]`` in the order of :class:`~tdpo.ops.rows.RowStats`.
+    """Writes the statistics of one row into ``columns [5, n]``, in the order of :mod:`tdpo.ops.rows`.
 
     With the direction, ``(1 - c) p + c p_ref - onehot`` goes over the policy's logits, c being the row's ratio.
     """
@@ -153,33 +137,29 @@ def _stats_kernel(
     known = (label >= 0) & (label < vocab)
     tl.store(columns + row, tl.load(logits + label, mask=known, other=float("nan")) - log_z)
     tl.store(columns + total + row, tl.load(ref_logits + label, mask=known, other=float("nan")) - ref_log_z)
-    kl = 0.0
-    if WITH_KL or WITH_DIRECTION:
+    if WITH_DIRECTION:
         tl.debug_barrier()  # the label's logit is read before another thread writes over it
-        terms = tl.zeros([BLOCK], dtype=tl.float32)
-        ratio = tl.load(ratios + row) if WITH_DIRECTION else 0.0
-        for start in range(0, vocab, BLOCK):
-            word = start + lanes
-            inside = word < vocab
-            z = tl.load(logits + word, mask=inside, other=0.0)
+    terms = tl.zeros([BLOCK], dtype=tl.float32)
+    ratio = tl.load(ratios + row) if WITH_DIRECTION else 0.0
+    for start in range(0, vocab, BLOCK):
+        word = start + lanes
+        inside = word < vocab
+        z = tl.load(logits + word, mask=inside, other=0.0)
+        ref_z = tl.load(ref_logits + word, mask=inside, other=0.0)
+        terms += tl.where(inside, _kl_terms(z, ref_z, log_z, ref_log_z), 0.0)
+        if WITH_DIRECTION:
+            # The difference first: where both models agree it is exactly 0, fused multiply-adds or not.
             p = tl.exp(z - log_z)
-            mixed = p
-            if WITH_KL:
-                ref_z = tl.load(ref_logits + word, mask=inside, other=0.0)
-                terms += tl.where(inside, _kl_terms(z, ref_z, log_z, ref_log_z), 0.0)
-                # The difference first: where both models agree it is exactly 0, fused multiply-adds or not.
-                mixed = p - ratio * (p - tl.exp(ref_z - ref_log_z))
-            if WITH_DIRECTION:
-                tl.store(logits + word, mixed - tl.where(word == label, 1.0, 0.0), mask=inside)
-        kl = tl.sum(terms, 0)
-    tl.store(columns + 2 * total + row, kl)
+            mixed = p - ratio * (p - tl.exp(ref_z - ref_log_z))
+            tl.store(logits + word, mixed - tl.where(word == label, 1.0, 0.0), mask=inside)
+    tl.store(columns + 2 * total + row, tl.sum(terms, 0))
     tl.store(columns + 3 * total + row, log_z)
     tl.store(columns + 4 * total + row, ref_log_z)
 
 
 @triton.jit
 def _more(peak: tl.tensor, mass: tl.tensor, z: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Largest logit so far, and the sum of exp(logit - largest), with one more block."""
+    """Returns the largest logit so far, and the sum of exp(logit - largest), with one more block."""
     higher = tl.maximum(peak, tl.max(z, 0))
     base = tl.where(higher == -float("inf"), 0.0, higher)  # nothing but -inf so far: -inf - -inf would be NaN
     return higher, mass * tl.exp(peak - base) + tl.sum(tl.exp(z - base), 0)
@@ -187,7 +167,7 @@ def _more(peak: tl.tensor, mass: tl.tensor, z: tl.tensor) -> tuple[tl.tensor, tl
 
 @triton.jit
 def _kl_terms(z: tl.tensor, ref_z: tl.tensor, log_z: tl.tensor, ref_log_z: tl.tensor) -> tl.tensor:
-    """p_ref (exp(u) - 1 - u) with u = log p - log p_ref, see :func:`tdpo.ops.numerics.kl_terms`.
+    """Computes p_ref (exp(u) - 1 - u) with u = log p - log p_ref, see :func:`tdpo.ops.numerics.kl_terms`.
 
     The logits are subtracted before the log-partition values are, so that logits close to each other lose no digits.
     Where the reference has no mass, as at -inf on both sides, u may be inf - inf, and the term is p alone.
@@ -217,7 +197,7 @@ def _direction_kernel(
     WITH_REFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """``a (onehot - p) + b (p - p_ref)`` over one row of logits; without the reference ``a onehot + (b - a) p``."""
+    """Writes ``a (onehot - p) + b (p - p_ref)`` over one row of logits; without reference ``a onehot + (b - a) p``."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     ref_logits += row * ref_stride

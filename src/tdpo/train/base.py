@@ -19,7 +19,6 @@ from tdpo.files import check_writable
 from tdpo.models import sharding
 from tdpo.models.adapters import warn_of_dropout
 from tdpo.models.compiling import compile_layers
-from tdpo.models.inside import open_forward
 from tdpo.models.multimodal import freeze_idle_parts
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpointing, preflight, progress
@@ -52,7 +51,6 @@ def prepare_policy(policy: nn.Module, args: RunOptions, peft_config: Any) -> Rou
             "leave the router loss out with --router_aux_loss_coef 0"
         )
     warn_of_other_terms(policy)
-    open_forward(policy)
     return router
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tdpo.data.pack import pack_padded
 from tdpo.score import PairScores, token_counts
-from tdpo.types import PairLoss, PairStats, TokenisedPair, TokenStats
+from tdpo.types import PairStats, TokenisedPair, TokenStats
 
 SIDES = ("chosen", "rejected")
 
@@ -120,9 +120,9 @@ def metric_names() -> list[str]:
         ['loss', 'rewards/chosen', 'rewards/rejected']
     """
     zero, batch = torch.zeros(1), pack_padded([TokenisedPair([0], [0], [0])])
-    outcome, stats = PairLoss(zero, zero, zero), PairStats(zero, zero, zero, zero)
+    stats = PairStats(zero, zero, zero, zero)
     sums = MetricSums(beta=1.0)
-    sums.add(PairScores(outcome, stats, zero, zero, TokenStats(zero, zero, zero), batch))
+    sums.add(PairScores(zero, zero, zero, stats, zero, zero, TokenStats(zero, zero, zero), batch))
     return list(sums.means())
 
 

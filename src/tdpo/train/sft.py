@@ -19,13 +19,13 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import check_tunes_weights, with_adapter
 from tdpo.models.compiling import uncompiled
 from tdpo.models.hidden import response_states
-from tdpo.models.inside import run_in_head, run_inside
 from tdpo.models.load import load_model
 from tdpo.models.modes import prepare_training_mode
 from tdpo.models.multimodal import tokenizer_of
 from tdpo.models.neighbours import laid_out
 from tdpo.models.own_loss import collect_router_logits
 from tdpo.models.policy import head_of, position_limit, prove_head
+from tdpo.models.redirect import run_in_forward, run_in_head
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer, compile_models, prepare_policy
 from tdpo.train.inputs import check_keywords, check_types
@@ -117,7 +117,8 @@ class SFTTrainer(BatchMeanTrainer):
             aux = self._router.of_batch(router_logits[-1], laid_out(lm, batch))
             return total + batch.labels.numel() * self._router.coefficient * aux, aux.detach()
 
-        return run_inside(model, step)
+        with self.accelerator.autocast():
+            return run_in_forward(model, self.model, step)
 
     @override
     def item_count(self, inputs: dict[str, Any]) -> int:

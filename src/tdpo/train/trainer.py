@@ -25,16 +25,15 @@ from tdpo.data.dataset import Collator, PairDataset, check_fits
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.compiling import uncompiled
-from tdpo.models.inside import run_inside
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.modes import prepare_reference_mode
 from tdpo.models.multimodal import tokenizer_of
 from tdpo.models.policy import head_of, position_limit, unwrapped
+from tdpo.models.redirect import run_in_forward
 from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.models.sharding import frozen_weights_dtype
 from tdpo.objectives import Objective
-from tdpo.ops.budget import LogitsBudget
-from tdpo.score import PairScores, batch_loss_with_router, packer, tree_refusal
+from tdpo.score import LogitsBudget, PairScores, batch_loss, packer, tree_refusal
 from tdpo.train import references
 from tdpo.train.base import BatchMeanTrainer, compile_models, prepare_policy
 from tdpo.train.inputs import check_keywords, check_types
@@ -185,10 +184,11 @@ class TDPOTrainer(BatchMeanTrainer):
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
         def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
-            options = self.objective, self.args.backend, self._budget
-            return batch_loss_with_router(self._router, policy, self.reference, batch, *options)
+            options = self.objective, self.args.backend, self._budget, self._router
+            return batch_loss(policy, self.reference, batch, *options)
 
-        return run_inside(model, step)
+        with self.accelerator.autocast():
+            return run_in_forward(model, self.model, step)
 
     @override
     def item_count(self, inputs: dict[str, Any]) -> int:
