@@ -14,7 +14,7 @@ from tdpo.data.sft import SFTDataset
 from tdpo.distributed import launch
 from tdpo.models.load import adapter_base, load_tokenizer
 from tdpo.train.preflight import check_held_out
-from tdpo.train.stopping import listening
+from tdpo.train.stopping import handle_signals
 
 Datasets = tuple[PairDataset | SFTDataset, PairDataset | SFTDataset | None]
 
@@ -61,7 +61,7 @@ def run_training(
     source = data.open_held_out(reading)
     held_out = None if source is None else read_dataset(source, prepare)
     trainer = make_trainer(options, (train, held_out), tokenizer)
-    with user_errors(trainer), listening(trainer.stop_request):
+    with user_errors(trainer), handle_signals(trainer.stop_request):
         clear_earlier_run(args)
         result = trainer.train()
     trainer.stop_request.raise_if_stopped(trainer.state)
