@@ -19,8 +19,8 @@ from test_real_data import write_dialogues
 from transformers import AutoModelForCausalLM
 
 from tdpo.cli import main
-from tdpo.commands import launch
-from tdpo.commands.launch import PRESETS
+from tdpo.distributed import launch
+from tdpo.distributed.launch import PRESETS
 
 FIRST_GRADIENT, WEIGHTS, ADAPTER, LOGS = 2e-6, 1e-6, 5e-5, 1e-4
 """Relative tolerances: the gradient of step 1 and the weights after 30 steps, full ones or an adapter's, which start at
@@ -290,7 +290,7 @@ def test_a_preset_is_what_accelerate_launch_makes_of_it(preset: str, monkeypatch
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    file = REPOSITORY / "src/tdpo/presets" / f"{preset}.yaml"
+    file = REPOSITORY / "src/tdpo/distributed/presets" / f"{preset}.yaml"
     words = ["--config_file", str(file), "--num_processes", "2", "--main_process_port", "0", "x.py"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     args.deepspeed_fields_from_accelerate_config = ""  # which there is only where deepspeed is installed

@@ -159,7 +159,7 @@ def test_foreign_fields_of_a_mixture_on_the_command_line_are_named() -> None:
 
 
 def test_options_that_act_early_are_found_in_every_spelling() -> None:
-    from tdpo.commands.launch import OPTION, _value
+    from tdpo.distributed.launch import OPTION, _value
 
     for words in (["--accelerate-config", "ddp"], ["--accelerate_config=ddp"], ["--accelerate-config=ddp"]):
         assert _value(["--beta", "1", *words], OPTION) == "ddp"

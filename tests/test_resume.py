@@ -70,8 +70,8 @@ def test_weights_logs_and_best_checkpoint_are_those_of_the_uninterrupted_run(
     assert ours["best_model_checkpoint"] == str(parts / f"checkpoint-{ours['best_global_step']}")
 
 
-def test_a_run_that_had_ended_is_not_trained_on(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
-    """The last checkpoint is in the middle of an epoch; going on from it must not take one more step."""
+def test_resuming_a_finished_run_trains_no_further_step(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    """The last checkpoint is in the middle of an epoch; resuming from it must not take another step."""
     words = train_words(model_folder, pairs_file, tmp_path / "out", "--max_steps", 4)
     assert main(words) == 0
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -81,9 +81,9 @@ def test_a_run_that_had_ended_is_not_trained_on(tmp_path: Path, model_folder: Pa
 
 
 def killed_at_random(words: list[str], out: Path, kills: int, processes: int, seed: int) -> list[str]:
-    """Starts and kills a run at random moments after its first new checkpoint; says what each kill left half-written.
+    """Kills a run at random moments after its first new checkpoint; returns the folders each kill left incomplete.
 
-    Every process is killed, and none of them gets to do anything about it.
+    Every process gets SIGKILL, which none can handle.
     """
     generator, left = random.Random(seed), []
     for _ in range(kills):
@@ -92,8 +92,8 @@ def killed_at_random(words: list[str], out: Path, kills: int, processes: int, se
         while checkpointing.latest_complete(out)[0] == before and run.poll() is None:
             time.sleep(0.001)
         time.sleep(generator.uniform(0, 0.15))
-        told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True).stdout
-        for process in [run.pid, *map(int, told.split())]:
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True).stdout
+        for process in [run.pid, *map(int, children.split())]:
             os.kill(process, signal.SIGKILL)
         run.communicate()
         left += sorted(path.name for path in out.glob("*.partial"))
@@ -141,8 +141,8 @@ def test_other_data_or_another_batch_is_refused(tmp_path: Path, tokenizer: Any) 
     trainer(tmp_path, tokenizer, **split).train(resume_from_checkpoint=True)
 
 
-def test_there_has_to_be_something_to_resume_from(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="no whole checkpoint to resume from"):
+def test_resuming_without_a_checkpoint_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="no complete checkpoint to resume from"):
         trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
 
 

@@ -41,13 +41,13 @@ def test_a_signal_saves_and_leaves_with_its_code(
     out = tmp_path / "out"
     run = start(train_words(model_folder, pairs_file, out, *LONG), processes)
     wait_for(lambda: checkpointing.checkpoints(out), run)
-    left, told = interrupted(run, number)
-    assert left == code if code else left != 0, told  # torchrun has a code of its own
+    exit_code, output = interrupted(run, number)
+    assert exit_code == code if code else exit_code != 0, output  # torchrun has a code of its own
     newest, passed = checkpointing.latest_complete(out)
     assert newest is not None and not passed
     step = checkpointing.step_of(newest)
-    assert f"interrupted by {number.name} at step {step} of 100000: saved checkpoint-{step}" in told
-    assert processes > 1 or "Traceback" not in told  # torchrun shows one of its own
+    assert f"interrupted by {number.name} at step {step} of 100000: saved checkpoint-{step}" in output
+    assert processes > 1 or "Traceback" not in output  # torchrun shows one of its own
     assert not list(out.glob("*.partial")) and not (out / "model.safetensors").exists()
 
 
@@ -55,7 +55,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     code = (
         "import runpy, signal, time\n"
         f"own = runpy.run_path({str(REPOSITORY / 'src/tdpo/train/stopping.py')!r})\n"
-        "with own['listening'](own['StopRequest']()) as request:\n"
+        "with own['handle_signals'](own['StopRequest']()) as request:\n"
         "    print('ready', flush=True)\n"
         "    while not request.poll(): time.sleep(0.01)\n"
         "    print('asked', flush=True)\n"
@@ -82,14 +82,14 @@ def test_the_time_limit_saves_and_leaves_with_124(
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "5x", "1h 2m", "-3"])
-def test_a_duration_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="expected seconds or a duration such as"):
         seconds(text)
 
 
-def test_a_launchers_echo_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_forwarded_by_a_launcher_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("left"))
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("exited"))
     request = StopRequest()
     request.handle(signal.SIGINT, None)
     request.handle(signal.SIGINT, None)
@@ -103,7 +103,7 @@ def trainer(folder: Path, tokenizer: Any, peft_config: Any = None, **options: An
     return TDPOTrainer(model, None, args, None, preference_rows(), None, tokenizer, peft_config=peft_config)
 
 
-def test_half_written_checkpoints_are_recognised_and_passed_over(tmp_path: Path, tokenizer: Any) -> None:
+def test_incomplete_checkpoints_are_passed_over(tmp_path: Path, tokenizer: Any) -> None:
     trainer(tmp_path, tokenizer, save_steps=1).train()
     newest, passed = checkpointing.latest_complete(tmp_path)
     assert newest == tmp_path / "checkpoint-4" and passed == []
@@ -115,39 +115,39 @@ def test_half_written_checkpoints_are_recognised_and_passed_over(tmp_path: Path,
     newest, passed = checkpointing.latest_complete(tmp_path)
     assert newest == tmp_path / "checkpoint-1"
     assert passed == [
-        f"checkpoint-4 is not whole and is passed over: optimizer.pt has {size // 2} of {size} bytes",
-        "checkpoint-3 is not whole and is passed over: rng_state.pth is missing",
-        "checkpoint-2 is not whole and is passed over: manifest.json is missing, which is written last",
+        f"checkpoint-4 is incomplete and is passed over: optimizer.pt has {size // 2} of {size} bytes",
+        "checkpoint-3 is incomplete and is passed over: rng_state.pth is missing",
+        "checkpoint-2 is incomplete and is passed over: manifest.json is missing, which is written last",
     ]
     resumed = trainer(tmp_path, tokenizer)
     resumed.train(resume_from_checkpoint=True)
     assert resumed._initial_global_step == 1
-    assert checkpointing.latest_complete(tmp_path)[0] == tmp_path / "checkpoint-4", "written anew"
+    assert checkpointing.latest_complete(tmp_path)[0] == tmp_path / "checkpoint-4", "written again"
 
 
-def test_rotation_never_removes_the_last_whole_checkpoint(tmp_path: Path) -> None:
-    def write(step: int, whole: bool = True) -> Path:
+def test_rotation_never_removes_the_last_complete_checkpoint(tmp_path: Path) -> None:
+    def write(step: int, complete: bool = True) -> Path:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_text("x" * step)
         checkpointing.seal(folder)
-        if not whole:
+        if not complete:
             (folder / "weights").write_text("")
         return folder
 
-    def left() -> list[int]:
+    def remaining() -> list[int]:
         return [checkpointing.step_of(path) for path in checkpointing.checkpoints(tmp_path)]
 
     for step in (10, 20):
         write(step)
-    checkpointing.rotate(tmp_path, 1, write(30, whole=False), None)
-    assert left() == [10, 20, 30], "what was just written is not whole, so nothing goes"
+    checkpointing.rotate(tmp_path, 1, write(30, complete=False), None)
+    assert remaining() == [10, 20, 30], "the one just written is incomplete, so all stay"
     checkpointing.rotate(tmp_path, 2, write(40), best=str(tmp_path / "checkpoint-10"))
-    assert left() == [10, 30, 40]
+    assert remaining() == [10, 30, 40]
     checkpointing.rotate(tmp_path, 1, write(15), best=None)
-    assert left() == [15, 30], "the newest is the one written last, also after going back to an earlier step"
+    assert remaining() == [15, 30], "the newest is the one written last, also after going back to an earlier step"
     checkpointing.rotate(tmp_path, None, write(50), best=None)
-    assert left() == [15, 30, 50]
+    assert remaining() == [15, 30, 50]
 
 
 @pytest.fixture
@@ -162,22 +162,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_a_full_disk_costs_nothing_that_was_written(
+def test_a_full_disk_leaves_earlier_checkpoints_intact(
     small_disk: Path, model_folder: Path, pairs_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = small_disk / "out"
     words = train_words(model_folder, pairs_file, out, "--max_steps", "40", "--save_steps", "2")
     assert main(words) == 2
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     newest, passed = checkpointing.latest_complete(out)
     assert newest is not None and not passed and not list(out.glob("*.partial"))
     step = checkpointing.step_of(newest)
-    assert f"checkpoint-{step + 2} could not be written whole to {out}" in told and "MiB free" in told
-    assert f"{newest.name} stays whole, --resume continues from it" in told and "Traceback" not in told
+    assert f"checkpoint-{step + 2} could not be written to {out}" in output and "MiB free" in output
+    assert f"{newest.name} is complete, --resume continues from it" in output and "Traceback" not in output
     words[words.index("--max_steps") + 1] = str(step + 1)
     assert main([*words, "--resume", "--save_strategy", "no"]) == 2
-    told = capsys.readouterr().err
-    assert "No space left on device" in told and "Traceback" not in told
+    output = capsys.readouterr().err
+    assert "No space left on device" in output and "Traceback" not in output
     assert checkpointing.find_defect(newest) == "", "resuming on a full disk leaves it as it was"
 
 
@@ -212,7 +212,7 @@ def test_little_shared_memory_is_named_or_does_not_matter(
         assert "Traceback" not in run.stderr
 
 
-def test_nothing_runs_that_a_checkpoint_brings_as_code(tmp_path: Path, tokenizer: Any) -> None:
+def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path, tokenizer: Any) -> None:
     class Payload:
         def __reduce__(self) -> Any:
             return (Path.touch, (tmp_path / "ran",))
@@ -223,7 +223,7 @@ def test_nothing_runs_that_a_checkpoint_brings_as_code(tmp_path: Path, tokenizer
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         kept = (newest / name).read_bytes()
         torch.save(Payload(), newest / name)
-        if name == "training_args.bin":  # nobody reads it
+        if name == "training_args.bin":  # it is never read
             trainer(tmp_path / "out", tokenizer, max_steps=5).train(resume_from_checkpoint=str(newest))
         else:
             with pytest.raises(Exception, match=r"[Ww]eights.only"):
@@ -239,9 +239,9 @@ def test_a_rank_that_dies_ends_the_job_with_its_error(tmp_path: Path, model_fold
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True).stdout
     begun = time.monotonic()
     os.kill(int(children.split()[-1]), signal.SIGKILL)
-    code, told = finish(run)
+    code, output = finish(run)
     assert code != 0 and time.monotonic() - begun < 45
-    assert "Signal 9 (SIGKILL)" in told
+    assert "Signal 9 (SIGKILL)" in output
     assert checkpointing.latest_complete(out)[0] is not None
 
 
@@ -274,13 +274,13 @@ def test_out_of_memory_over_the_logits_halves_their_budget_once(
     assert asked == [None, limit, limit]
     assert f"--logits_budget is {limit} bytes from here on, half of it" in caplog.text
     limit = 2**20
-    told = r"out of memory: CUDA out of memory\. A lower --per_device_train_batch_size"
-    with pytest.raises(UserError, match=told), user_errors():
+    output = r"out of memory: CUDA out of memory\. A lower --per_device_train_batch_size"
+    with pytest.raises(UserError, match=output), user_errors():
         trainer(tmp_path / "b", tokenizer).train()
     assert asked[3:] == [None, default // 2], "not halved for ever"
 
 
-def test_what_does_not_run_is_refused(tmp_path: Path) -> None:
+def test_split_batches_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batches are distributed by tdpo"):
         TDPOConfig(output_dir=str(tmp_path), use_cpu=True, accelerator_config={"split_batches": True})
 

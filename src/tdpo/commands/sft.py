@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tdpo.commands.common import console, user_errors
-from tdpo.commands.training import ShardingCallback, run_training
+from tdpo.commands.training import run_training
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, SFTConfig
+from tdpo.distributed.sharding import ShardingCallback
 from tdpo.models.load import load_model
 from tdpo.train.sft import SFTTrainer
 

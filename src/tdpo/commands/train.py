@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tdpo.commands.common import console, metric_table, user_errors
-from tdpo.commands.training import ShardingCallback, run_training
+from tdpo.commands.training import run_training
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
+from tdpo.distributed.sharding import ShardingCallback
 from tdpo.models.load import adapter_base, load_model, same_model
 from tdpo.train.trainer import TDPOTrainer
 

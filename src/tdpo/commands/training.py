@@ -6,31 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from transformers import TrainerCallback
-from typing_extensions import override
-
 from tdpo.cli import COMMANDS
-from tdpo.commands import launch
 from tdpo.commands.common import check_output, clear_earlier_run, console, quieten, read_dataset, user_errors
 from tdpo.commands.options import parse
 from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
+from tdpo.distributed import launch
 from tdpo.models.load import adapter_base, load_tokenizer
-from tdpo.models.sharding import held
 from tdpo.train.preflight import check_held_out
-from tdpo.train.stopping import listening
+from tdpo.train.stopping import handle_signals
 
 Datasets = tuple[PairDataset | SFTDataset, PairDataset | SFTDataset | None]
-
-
-class ShardingCallback(TrainerCallback):
-    """Prints at the start of training how much of a sharded model each process holds."""
-
-    @override
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        own, whole = held(model)
-        if own < whole:
-            console().print(f"weights: sharded, {own:,} of {whole:,} in this process", soft_wrap=True)
 
 
 def run_training(
@@ -75,7 +61,7 @@ def run_training(
     source = data.open_held_out(reading)
     held_out = None if source is None else read_dataset(source, prepare)
     trainer = make_trainer(options, (train, held_out), tokenizer)
-    with user_errors(trainer), listening(trainer.stop_request):
+    with user_errors(trainer), handle_signals(trainer.stop_request):
         clear_earlier_run(args)
         result = trainer.train()
     trainer.stop_request.raise_if_stopped(trainer.state)

@@ -14,8 +14,8 @@ from tdpo.config.arguments import check_fixed
 from tdpo.config.checks import check_at_least, option, seconds
 from tdpo.config.models import LoadingOptions, ModelConfig
 from tdpo.counterparts import hint
+from tdpo.distributed.sharding import load_without_sharding
 from tdpo.errors import UserError
-from tdpo.models.sharding import load_without_sharding
 
 APPLIED = "TDPO_ACCELERATE_CONFIG"
 """Environment variable that says which ``--accelerate_config`` has been applied to this process."""

@@ -16,12 +16,12 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from tdpo.distributed.sharding import cast_weights, frozen_weights_dtype, shard_frozen
 from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_layers, frozen_base, moves_its_base, switched_off
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import reference_mode
 from tdpo.models.policy import body_of, causal_lm, head_of, prove_head, unwrapped
-from tdpo.models.sharding import cast_weights, frozen_weights_dtype, shard_frozen
 from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
 

@@ -14,9 +14,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from typing_extensions import override
 
 from tdpo.config import RunOptions, seconds
+from tdpo.distributed import sharding
 from tdpo.errors import UserError
 from tdpo.files import check_writable
-from tdpo.models import sharding
 from tdpo.models.adapters import warn_of_dropout
 from tdpo.models.compiling import compile_layers
 from tdpo.models.multimodal import freeze_idle_parts

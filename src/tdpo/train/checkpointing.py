@@ -78,15 +78,15 @@ def latest_complete(output_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Finds the newest complete checkpoint, and returns a line for each newer one that was passed over."""
     passed: list[str] = []
     for folder in reversed(checkpoints(output_dir)):
-        wrong = find_defect(folder) or ("" if (folder / run_state_name(0)).is_file() else "it has the model alone")
-        if not wrong:
+        defect = find_defect(folder)
+        if not defect and (folder / run_state_name(0)).is_file():
             return folder, passed
-        passed.append(f"{folder.name} is not whole and is passed over: {wrong}")
+        passed.append(f"{folder.name} is incomplete and is passed over: {defect or 'it has only the model'}")
     return None, passed
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint; one that is half removed has lost its name first."""
+    """Removes a checkpoint; it is renamed first, so that none that is half removed keeps its name."""
     partial = folder.with_name(f"{folder.name}.old{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     folder.rename(partial)
@@ -96,20 +96,23 @@ def remove(folder: Path) -> None:
 def rotate(output_dir: str | Path, keep: int | None, written: Path, best: str | None) -> None:
     """Removes the oldest checkpoints beyond ``keep``; never the one just written, nor the best.
 
+    Transformers' ``rotate_checkpoints`` counts damaged checkpoints too, and of those written within a second it keeps
+    the one with the highest step, which need not be the one just written.
+
     Args:
-        output_dir: Where the checkpoints are.
+        output_dir: The folder of the checkpoints.
         keep: How many may stay; None or 0 keeps all.
         written: The one just written. It is complete, so one that can be resumed from always stays.
         best: The best by the metric, or None.
     """
     if not keep or keep < 0 or find_defect(written):
         return
-    whole = [path for path in checkpoints(output_dir) if not find_defect(path)]
+    complete = [path for path in checkpoints(output_dir) if not find_defect(path)]
     # By age, not by step: after resuming from an earlier checkpoint, later steps of the abandoned run are the old ones.
-    whole.sort(key=lambda path: (path.stat().st_mtime_ns, step_of(path)))
+    complete.sort(key=lambda path: (path.stat().st_mtime_ns, step_of(path)))
     protected = {written.resolve()} | ({Path(best).resolve()} if best else set())
-    spare = [path for path in whole if path.resolve() not in protected]
-    for path in spare[: max(len(whole) - keep, 0)]:
+    spare = [path for path in complete if path.resolve() not in protected]
+    for path in spare[: max(len(complete) - keep, 0)]:
         remove(path)
 
 
@@ -128,9 +131,9 @@ def find_checkpoint(args: RunOptions, resume: str | bool | None) -> Path | None:
         return Path(resume) if resume else None
     newest, passed = latest_complete(str(args.output_dir))
     if newest is None and resume:
-        raise UserError("; ".join([f"{args.output_dir}: no whole checkpoint to resume from", *passed]))
+        raise UserError("; ".join([f"{args.output_dir}: no complete checkpoint to resume from", *passed]))
     if newest is None:
-        passed.append(f"--resume: no whole checkpoint in {args.output_dir}, the run starts from the beginning")
+        passed.append(f"--resume: no complete checkpoint in {args.output_dir}, the run starts from the beginning")
     for line in passed:
         logger.warning(line)
     return newest
@@ -156,11 +159,12 @@ def seal(folder: Path) -> None:
         flush(inner)
 
 
-def commit(sealed: Path, final: Path) -> None:
-    """Renames a sealed checkpoint to its final name, in place of one that may have it."""
+def commit(written: Path, final: Path) -> None:
+    """Seals a checkpoint and renames it to its final name, replacing one that may have that name."""
+    seal(written)
     if final.exists():
         remove(final)
-    sealed.rename(final)
+    written.rename(final)
     flush(final.parent)
 
 
@@ -193,11 +197,11 @@ def write_errors(what: str, partial: Path, output_dir: str | Path) -> Iterator[N
             raise
         free = shutil.disk_usage(Path(output_dir)).free
         shutil.rmtree(partial, ignore_errors=True)
-        whole, _ = latest_complete(output_dir)
-        stays = f"{whole.name} stays whole, --resume continues from it" if whole else "no earlier checkpoint is there"
+        latest, _ = latest_complete(output_dir)
+        stays = f"{latest.name} is complete, --resume continues from it" if latest else "there is no earlier checkpoint"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{what} could not be written whole to {output_dir} ({free / 2**20:.1f} MiB free): {reason}. {stays}"
+            f"{what} could not be written to {output_dir} ({free / 2**20:.1f} MiB free): {reason}. {stays}"
         ) from error
 
 
@@ -206,14 +210,14 @@ class CheckpointingTrainer(Trainer):
 
     args: RunOptions
     run_parts: dict[str, Any]
-    """What this process remembers between logs, by its name in a checkpoint; each has ``state, load, reset``."""
+    """State of this process between two logs, by its name in a checkpoint; each has ``state, load, reset``."""
     checkpoint_files: list[Any]
-    """What keeps a file of its own in each checkpoint; each has ``save(folder)`` and ``load(folder)``."""
+    """Objects with a file of their own in each checkpoint; each has ``save(folder)`` and ``load(folder)``."""
     _partial: Path | None = None
     _loading = ""
 
     def run_state(self) -> dict[str, Any]:
-        """Returns what this process remembers beside the Trainer's own state, as JSON: it makes resumed logs exact."""
+        """Returns the state of this process beside the Trainer's own, as JSON; it makes resumed logs exact."""
         return {
             "pairs": len(self.train_dataset),  # type: ignore[arg-type]
             "pairs_per_step": self._train_batch_size
@@ -243,8 +247,8 @@ class CheckpointingTrainer(Trainer):
         for name, what in (("pairs", "pairs of training data"), ("pairs_per_step", "pairs per optimizer step")):
             if state[name] != now[name] and not self.args.ignore_data_skip:
                 raise UserError(
-                    f"{folder} was written with {state[name]} {what}, now there are {now[name]}: its place in the data "
-                    "would be another. Use the same data, and the same product of processes, "
+                    f"{folder} was written with {state[name]} {what}, now there are {now[name]}: its position in the "
+                    "data would be another. Use the same data, and the same product of processes, "
                     "--per_device_train_batch_size and --gradient_accumulation_steps; --ignore_data_skip starts the "
                     "data from its beginning"
                 )
@@ -265,10 +269,11 @@ class CheckpointingTrainer(Trainer):
         if self._partial is None:  # not before the checkpoint has its name
             super()._push_from_checkpoint(checkpoint_folder)
 
+    @override
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes the Trainer's checkpoint to a temporary folder, seals and renames it.
+        """Writes the Trainer's checkpoint to a temporary folder, then commits it.
 
-        The Trainer writes into ``_get_output_dir()/checkpoint-N``; only that folder is another one meanwhile, for every
+        The Trainer writes into ``_get_output_dir()/checkpoint-N``; that folder is replaced meanwhile, for every
         kind of sharding.
         """
         output_dir = Path(str(self.args.output_dir))
@@ -284,11 +289,9 @@ class CheckpointingTrainer(Trainer):
             self._complete(written, final)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                seal(written)
                 commit(written, final)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_local_main_process and written.is_dir():  # this machine has a disk of its own
-                seal(written)
                 commit(written, final)
             shutil.rmtree(partial, ignore_errors=True)
         if self.args.should_save:
@@ -310,6 +313,7 @@ class CheckpointingTrainer(Trainer):
             for file in self.checkpoint_files:
                 file.save(written)
 
+    @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model as the Trainer does; every file appears complete or not at all."""
         if _internal_call:
@@ -327,6 +331,7 @@ class CheckpointingTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes a tied weight, which a gathered state dict holds under two names, once.
 
@@ -344,6 +349,7 @@ class CheckpointingTrainer(Trainer):
             # The end tokens of the trained model; `tdpo merge` and every command that loads the adapter read them.
             model.get_base_model().generation_config.save_pretrained(folder)
 
+    @override
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Creates the repository; without network or login there is one message."""
         try:
@@ -352,17 +358,20 @@ class CheckpointingTrainer(Trainer):
             reason = next(iter(str(error).splitlines()), "")
             raise UserError(f"--push_to_hub: no repository can be made: {type(error).__name__}: {reason}") from error
 
+    @override
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Remembers the folder, for weights whose names on disk are not those of the model's modules."""
         self._loading = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    @override
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Loads what the Trainer did not find by name; a tied weight is saved once and lacks nothing."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         if load_result.unexpected_keys or set(load_result.missing_keys) - set(tied):
             load_weights(self.model, self._loading)
 
+    @override
     def _load_best_model(self) -> None:
         """Loads the best checkpoint, also of an adapter with a name, which has a folder of its own there."""
         best, model = self.state.best_model_checkpoint, self.model

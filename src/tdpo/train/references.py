@@ -24,13 +24,13 @@ from typing_extensions import override
 
 from tdpo.config import TDPOConfig
 from tdpo.data.pack import pack_padded
+from tdpo.distributed.sharding import count_weights
 from tdpo.errors import UserError
 from tdpo.models.adapters import KEEPING_INITS, changes_nothing, check_tunes_weights, has_adapter, with_adapter
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
 from tdpo.models.neighbours import neighbour_plan
 from tdpo.models.policy import causal_lm, evaluating, prove_head
 from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, LiveReference, Reference, check_comparable
-from tdpo.models.sharding import held
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
 from tdpo.train.progress import bar
 from tdpo.types import PackedBatch, TokenisedPair
@@ -106,7 +106,7 @@ def describe_copy(reference: Reference) -> str:
 def warn_of_second_model(reference: Reference, policy: Any, args: TDPOConfig) -> None:
     """Warns where ``auto`` made a second model for a policy with an adapter, which is to save that memory."""
     if args.reference == "auto" and isinstance(reference, FrozenCopy) and has_adapter(policy) and not reference.shared:
-        _, count = held(reference.model)
+        _, count = count_weights(reference.model)
         logger.warning("the reference is a second model of %s weights beside the policy with its adapter", f"{count:,}")
 
 

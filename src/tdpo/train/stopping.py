@@ -25,8 +25,8 @@ from tdpo.errors import Stopped
 OUT_OF_TIME = 124
 """Exit code once ``--max_time`` is over: that of ``timeout``, since no signal number goes with it."""
 SIGNALS = {128 + signal.SIGINT: signal.SIGINT, 128 + signal.SIGTERM: signal.SIGTERM}
-LAUNCHERS_ECHO = 5.0
-"""Seconds in which a second signal under a launcher is the first one, forwarded by it."""
+FORWARDING_SECONDS = 5.0
+"""Under a launcher, a second signal within this time is the first one, which the launcher forwarded."""
 
 
 class StopRequest:
@@ -62,15 +62,15 @@ class StopRequest:
         """Handles a signal: the first asks to stop, the second exits at once and loses what is not in a checkpoint."""
         code = 128 + number
         if self.code in SIGNALS:
-            # Launchers forward a terminal's Ctrl-C to processes that have had it already.
-            if "LOCAL_RANK" in os.environ and time.monotonic() - self._first < LAUNCHERS_ECHO:
+            # Launchers forward a terminal's Ctrl-C to processes that have received it already.
+            if "LOCAL_RANK" in os.environ and time.monotonic() - self._first < FORWARDING_SECONDS:
                 return
-            os.write(2, b"\ntdpo: leaving at once\n")
+            os.write(2, b"\ntdpo: exiting at once\n")
             os._exit(code)
         self.code, self._first = code, time.monotonic()
         if os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name
-            os.write(2, f"\ntdpo: {name}: saving after this step; a second one leaves at once\n".encode())
+            os.write(2, f"\ntdpo: {name}: saving after this step; a second one exits at once\n".encode())
 
     def stop_code(self, state: TrainerState) -> int:
         """Returns the exit code that all processes agreed on; 0 if there is none, or the run is at its end."""
@@ -108,8 +108,8 @@ class StopCallback(TrainerCallback):
 
 
 @contextmanager
-def listening(request: StopRequest) -> Iterator[StopRequest]:
-    """Passes SIGINT and SIGTERM to ``request`` inside; outside a main thread, which may not handle them, nothing."""
+def handle_signals(request: StopRequest) -> Iterator[StopRequest]:
+    """Passes SIGINT and SIGTERM to ``request`` inside the block; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -23,6 +23,7 @@ from typing_extensions import override
 from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits
 from tdpo.data.pack import pack_padded, pack_trees
+from tdpo.distributed.sharding import frozen_weights_dtype
 from tdpo.errors import UserError
 from tdpo.models.compiling import uncompiled
 from tdpo.models.load import load_model, load_tokenizer
@@ -31,7 +32,6 @@ from tdpo.models.multimodal import tokenizer_of
 from tdpo.models.policy import head_of, position_limit, unwrapped
 from tdpo.models.redirect import run_in_forward
 from tdpo.models.reference import FrozenCopy, Reference
-from tdpo.models.sharding import frozen_weights_dtype
 from tdpo.objectives import Objective
 from tdpo.score import LogitsBudget, PairScores, batch_loss, packer, tree_refusal
 from tdpo.train import references

@@ -16,6 +16,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from transformers import TrainerCallback
+from typing_extensions import override
 
 from tdpo.errors import UserError
 
@@ -161,14 +163,24 @@ def shard_frozen(body: nn.Module, accelerator: Any) -> bool:
     return False
 
 
-def held(model: Any) -> tuple[int, int]:
-    """How many weights of a model this process holds between steps, and how many there are."""
-    own = whole = 0
+def count_weights(model: Any) -> tuple[int, int]:
+    """Counts the weights of a model: those this process holds between steps, and all of them."""
+    local = total = 0
     for parameter in model.parameters():
         if hasattr(parameter, "ds_numel"):  # DeepSpeed's: empty while it is partitioned
-            own += max(parameter.numel(), parameter.ds_tensor.numel())
-            whole += parameter.ds_numel
+            local += max(parameter.numel(), parameter.ds_tensor.numel())
+            total += parameter.ds_numel
         else:
-            own += parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
-            whole += parameter.numel()
-    return own, whole
+            local += parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
+            total += parameter.numel()
+    return local, total
+
+
+class ShardingCallback(TrainerCallback):
+    """Prints at the start of training how much of a sharded model each process holds."""
+
+    @override
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        local, total = count_weights(model)
+        if local < total and state.is_world_process_zero:
+            print(f"weights: sharded, {local:,} of {total:,} in this process")

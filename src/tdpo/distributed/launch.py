@@ -39,7 +39,7 @@ def read_config(name: str) -> dict[str, Any]:
         UserError: naming what cannot be read or is not understood.
     """
     if name in PRESETS:
-        text = resources.files("tdpo").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
+        text = resources.files("tdpo.distributed").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
     else:
         path = Path(name).expanduser()
         if not path.is_file():
