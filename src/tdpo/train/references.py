@@ -28,7 +28,8 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import KEEPING_INITS, changes_nothing, check_tunes_weights, has_adapter, with_adapter
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
 from tdpo.models.neighbours import neighbour_plan
-from tdpo.models.policy import causal_lm, evaluating, prove_head
+from tdpo.models.policy import causal_lm, prove_head
+from tdpo.models.probe import evaluating
 from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, LiveReference, Reference, check_comparable
 from tdpo.models.sharding import held
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
