@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.cli import main
 from tdpo.config import AdapterOptions, ModelConfig
-from tdpo.models.adapters import merged
+from tdpo.models.adapters import merge_adapter
 from tdpo.models.load import adapter_base, load_model, load_tokenizer
 
 SHORT = ["--max_length=96", "--max_prompt_length=48"]
@@ -109,7 +109,7 @@ def test_mistakes_with_adapters_are_named(
     assert "names no base" in output
     (lost / "config.json").write_text("{}")
     output = mistake(capsys, lost, pairs_file, tmp_path / "out", "--tokenizer_name_or_path", model_folder)
-    assert "holds a model (config.json) and an adapter" in output
+    assert "has a model (config.json) and an adapter" in output
 
 
 def test_few_bits_without_bitsandbytes_is_one_message(
@@ -224,7 +224,7 @@ def test_merging_gives_a_plain_model_that_says_the_same(
         assert tdpo("merge", "--model_name_or_path", words[0], "--output_dir", words[1]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="no adapter"):
-        merged(plain)
+        merge_adapter(plain)
 
 
 def test_a_frozen_head_takes_three_products_and_a_trained_one_four(tmp_path: Path, tokenizer: Any) -> None:

@@ -39,7 +39,7 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
         raise UserError("model has an adapter already; leave peft_config (--use_peft) out to continue training it")
     peft_config = exclude_idle_parts(model, peft_config)
     try:
-        with ties_are_known():
+        with silence_tied_warnings():
             adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:
         kind = causal_lm(model).config.model_type
@@ -94,8 +94,8 @@ def warn_of_dropout(peft_config: Any) -> None:
 
 
 @contextmanager
-def ties_are_known() -> Iterator[None]:
-    """Silences peft's advice about tied weights under an adapter, which :func:`merged` takes care of."""
+def silence_tied_warnings() -> Iterator[None]:
+    """Silences peft's advice about tied weights under an adapter, which :func:`merge_adapter` takes care of."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Model has `tie_word_embeddings=True` and a tied layer")
         warnings.filterwarnings("ignore", message=r"Input and output embeddings are no longer tied")
@@ -139,7 +139,7 @@ def base_tensors(model: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tu
             yield plain, tensor
 
 
-def moves_its_base(model: Any) -> str:
+def find_changed_base(model: Any) -> str:
     """Explains why the model with its adapter off is not the model the adapter was added to; empty if it is."""
     for config in model.peft_config.values():
         init = getattr(config, "init_lora_weights", True)
@@ -159,12 +159,12 @@ def frozen_base(model: Any) -> list[Any]:
     return [weight for _, weight in named if not weight.requires_grad]
 
 
-def changes_nothing(model: Any) -> bool:
+def equals_base(model: Any) -> bool:
     """Returns whether the model equals its base, as under a new LoRA, whose B is 0; False for tuners of other kinds."""
-    return not moves_its_base(model) and all(map(_layer_changes_nothing, adapter_layers(model)))
+    return not find_changed_base(model) and all(map(_layer_equals_base, adapter_layers(model)))
 
 
-def _layer_changes_nothing(layer: Any) -> bool:
+def _layer_equals_base(layer: Any) -> bool:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -195,7 +195,7 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def switched_off(layers: list[Any]) -> Iterator[None]:
+def adapter_disabled(layers: list[Any]) -> Iterator[None]:
     """Switches the adapter of layers off, and restores each layer and what took a gradient afterwards.
 
     peft's own ``disable_adapter`` makes every parameter of the active adapter trainable when it ends, also those that
@@ -214,7 +214,7 @@ def switched_off(layers: list[Any]) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def merged(model: Any) -> Any:
+def merge_adapter(model: Any) -> Any:
     """Merges an adapter into its base: its change is added to the weights, saved modules replace their originals.
 
     Returns:
@@ -234,7 +234,7 @@ def merged(model: Any) -> Any:
     if untied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     try:
-        with ties_are_known():
+        with silence_tied_warnings():
             plain = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"the adapter cannot be merged: {error}") from error

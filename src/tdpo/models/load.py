@@ -25,7 +25,7 @@ from transformers.utils import find_adapter_config_file
 from tdpo.config import ModelConfig
 from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError, nearest
-from tdpo.models.adapters import ties_are_known
+from tdpo.models.adapters import silence_tied_warnings
 from tdpo.models.generation import adopt_generation_config
 from tdpo.models.multimodal import processor_template
 
@@ -63,7 +63,7 @@ def load_model(
     try:
         from peft import PeftModel
 
-        with ties_are_known():
+        with silence_tied_warnings():
             adapted = PeftModel.from_pretrained(model, name, revision=revision, is_trainable=trainable)
     except Exception as error:  # a broken folder or the network may raise anything
         raise UserError(f"adapter {name!r} cannot be put on {base!r}: {_first_line(error)}") from error
@@ -107,7 +107,9 @@ def adapter_base(name: str, revision: str = "main") -> str | None:
     if found is None:
         return None
     if (folder / "config.json").is_file():
-        raise UserError(f"{name}: holds a model (config.json) and an adapter (adapter_config.json); which is meant?")
+        raise UserError(
+            f"{name}: has a model (config.json) and an adapter (adapter_config.json); keep one of them in the folder"
+        )
     try:
         base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:

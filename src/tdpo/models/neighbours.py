@@ -37,13 +37,13 @@ LONGEST = 1 << 20
 
 @dataclass(frozen=True)
 class NeighbourPlan:
-    """How the states of a sequence depend on more than the sequence.
+    """Describes how the states of a sequence depend on more than the sequence.
 
     Attributes:
         switch: Sequences longer than this have other rotary frequencies, None where all have the same.
-        of_each_length: Whether every longer length has its own (dynamic NTK), not all of them the same (LongRoPE).
+        of_each_length: True where every longer length has its own (dynamic NTK), not all of them the same (LongRoPE).
         rotaries: The modules that compute them.
-        reason: Why states depend on other sequences all the same, in words; empty if they do not.
+        reason: Reason why states depend on other sequences all the same; empty if they do not.
     """
 
     switch: int | None = None
@@ -122,15 +122,16 @@ def _row_frequencies(
 ) -> Any:  # fmt: skip
     """Computes frequencies once for each length and picks each row's: a rotary module's forward."""
     outputs: tuple[Tensor, ...] = ()
+    shorter = 1
     # Dynamic NTK keeps the frequencies of the longest sequence so far until a short one comes, so length 1 is first.
-    for length, shorter in zip([1, switch, *longer], [None, None, switch, *longer], strict=False):
+    for length in (1, switch, *longer):
         last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)  # the largest position decides
         positions = torch.cat([position_ids.clamp(max=length - 1), last], -1)
         found = tuple(output[..., :-1, :] for output in _tensors(forward(x, positions, *args, **kwargs)))
-        if shorter is not None:
-            pairs = zip(found, outputs, strict=True)
-            found = tuple(torch.where(lengths_R11 > shorter, own, before) for own, before in pairs)
-        outputs = found
+        if length > switch:
+            is_longer = lengths_R11 > shorter
+            found = tuple(torch.where(is_longer, new, old) for new, old in zip(found, outputs, strict=True))
+        outputs, shorter = found, length
     return outputs if len(outputs) > 1 else outputs[0]
 
 

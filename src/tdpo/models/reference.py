@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tdpo.errors import UserError
-from tdpo.models.adapters import adapter_layers, frozen_base, moves_its_base, switched_off
+from tdpo.models.adapters import adapter_disabled, adapter_layers, find_changed_base, frozen_base
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import reference_mode
 from tdpo.models.policy import body_of, causal_lm, head_of, prove_head, unwrapped
@@ -185,7 +185,7 @@ class AdapterOff(LiveReference):
     """
 
     def __init__(self, policy: Any) -> None:
-        reason = moves_its_base(policy)
+        reason = find_changed_base(policy)
         if reason:
             raise UserError(
                 f"--reference adapter_off: {reason}, so the policy without its adapter is not what the adapter was "
@@ -198,12 +198,12 @@ class AdapterOff(LiveReference):
 
     @override
     def states(self, batch: PackedBatch) -> Tensor:
-        with switched_off(self._layers):
+        with adapter_disabled(self._layers):
             return super().states(batch)
 
     @override
     def head(self) -> Head:
-        with switched_off(self._head_layers):
+        with adapter_disabled(self._head_layers):
             return super().head()
 
 
