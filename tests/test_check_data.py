@@ -184,7 +184,7 @@ def test_mistakes_are_told_in_words(model_folder: Path, tmp_path: Path, capsys: 
     broken = tmp_path / "template.jinja"
     broken.write_text("{% for m in messages %}")
     assert check_data(model_folder, data, "--chat_template_path", broken) == 2
-    assert "no valid Jinja template" in capsys.readouterr().err
+    assert "not a valid Jinja template" in capsys.readouterr().err
 
 
 def test_make_tokenizer_is_the_models_own(tokenizer: object) -> None:

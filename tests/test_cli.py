@@ -159,7 +159,7 @@ def test_mistakes_in_models_and_tokenizers_are_named(
     ended.save_pretrained(tmp_path / "endless")
     endless = ["--tokenizer_name_or_path", tmp_path / "endless"]
     assert "no end-of-sequence token" in mistake(capsys, *train(model_folder, pairs_file, tmp_path / "o", *endless))
-    assert "'<end>' is no token of the tokenizer" in mistake(
+    assert "'<end>' is not a token of the tokenizer" in mistake(
         capsys, *train(model_folder, pairs_file, tmp_path / "o", *endless, "--eos_token", "<end>")
     )
 

@@ -33,7 +33,7 @@ from transformers import (
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, ops, score_pairs
 from tdpo.cli import main
 from tdpo.config import AdapterOptions
-from tdpo.models.adapters import merged
+from tdpo.models.adapters import merge_adapter
 from tdpo.models.reference import AdapterOff
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model .* `tie_word_embeddings=True`", "ignore:Setting `save_embedding")
@@ -151,7 +151,7 @@ def test_a_tied_model_merged_and_reloaded_equals_its_adapter(
     """Head and embedding stay one weight only where the adapter changed both alike."""
     policy = adapted(make_model(50), lora(**options))
     logits = policy(input_ids=torch.arange(3, 40)[None]).logits.detach()
-    plain = merged(policy)
+    plain = merge_adapter(policy)
     plain.save_pretrained(tmp_path)
     reloaded = assert_reloads_as(tmp_path, plain, logits)
     assert (reloaded.lm_head.weight is reloaded.model.embed_tokens.weight) == tied
@@ -174,7 +174,7 @@ def test_merging_takes_every_active_adapter_and_other_architectures(tmp_path: Pa
         "gpt2": adapted(GPT2LMHeadModel(gpt2), lora(target_modules=["wte", "c_attn"], fan_in_fan_out=True)),
     }.items():
         logits = policy(input_ids=torch.arange(3, 40)[None]).logits.detach()
-        plain = merged(policy)
+        plain = merge_adapter(policy)
         plain.save_pretrained(tmp_path / name)
         assert_reloads_as(tmp_path / name, plain, logits)
 

@@ -40,7 +40,7 @@ from tdpo.train.references import FillOptions, cache_key, fill
 
 @dataclass
 class CacheOptions(PairOptions, LayoutOptions):
-    """What is cached and where; lengths, layout, precision and dtype are to be those of the training that reads it."""
+    """Options of the cache; lengths, layout, precision and dtype must be those of the training that reads it."""
 
     reference_cache: str = field(metadata={"help": CACHE_HELP}, kw_only=True)
     reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
@@ -84,11 +84,13 @@ def run(argv: Sequence[str]) -> None:
     autocast: Any = nullcontext
     if precision in dtypes:
         autocast = partial(torch.autocast, device.type, dtype=dtypes[precision])
-    how = FillOptions(device, options.per_device_eval_batch_size, options.reference_cache_dtype, precision, autocast)
+    fill_options = FillOptions(
+        device, options.per_device_eval_batch_size, options.reference_cache_dtype, precision, autocast
+    )
     pairs = [pair for dataset in datasets for pair in dataset]
     with user_errors():
-        store = HiddenStore(folder, cache_key(reference, pack, how))
-        computed = fill(store, reference, pairs, pack, how)
+        store = HiddenStore(folder, cache_key(reference, pack, fill_options))
+        computed = fill(store, reference, pairs, pack, fill_options)
     console().print(
         f"reference cache {folder}: {len(store)} different pairs, {computed} of them computed now; "
         f"{store.bytes_per_token()} bytes a response token ({store.key.dtype}, {store.key.layout} layout)",

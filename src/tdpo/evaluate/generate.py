@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from tdpo.errors import UserError
-from tdpo.models.policy import causal_lm, evaluating, position_limit
+from tdpo.models.policy import causal_lm, position_limit
+from tdpo.models.probe import evaluating
 
 
 @dataclass(frozen=True)

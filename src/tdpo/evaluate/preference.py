@@ -11,7 +11,7 @@ from torch import nn
 
 from tdpo import ops
 from tdpo.errors import UserError
-from tdpo.models.policy import evaluating
+from tdpo.models.probe import evaluating
 from tdpo.models.reference import check_comparable
 from tdpo.objectives import Objective
 from tdpo.score import LayoutChoice, packer, score_batch

@@ -26,10 +26,11 @@ from tdpo.config import TDPOConfig
 from tdpo.data.pack import pack_padded
 from tdpo.distributed.sharding import count_weights
 from tdpo.errors import UserError
-from tdpo.models.adapters import KEEPING_INITS, changes_nothing, check_tunes_weights, has_adapter, with_adapter
+from tdpo.models.adapters import KEEPING_INITS, check_tunes_weights, equals_base, has_adapter, with_adapter
 from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
 from tdpo.models.neighbours import neighbour_plan
-from tdpo.models.policy import causal_lm, evaluating, prove_head
+from tdpo.models.policy import causal_lm, prove_head
+from tdpo.models.probe import evaluating
 from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, LiveReference, Reference, check_comparable
 from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
 from tdpo.train.progress import bar
@@ -185,7 +186,7 @@ def _choose(policy: Any, ref_model: Any, peft_config: Any, args: TDPOConfig) -> 
         if _keeps_base(peft_config):
             return "adapter_off", "the adapter is new, so the policy without it is the policy as it is before training"
         return "frozen", "a copy from before the adapter, whose configuration changes or trains the base"
-    if ref_model is None and loaded and changes_nothing(policy):
+    if ref_model is None and loaded and equals_base(policy):
         return "adapter_off", "the adapter changes nothing yet, so the policy without it is the policy before training"
     if ref_model is None and loaded:
         return "frozen", "a copy of the policy with its adapter as loaded; --reference adapter_off takes its base"
