@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import make_model, preference_rows
 from safetensors.torch import load_file, save_file
+from tiny_training import tiny_config, tiny_trainer
 
 import tdpo
 from tdpo import TDPOConfig, TDPOTrainer, UserError
@@ -36,12 +37,9 @@ def how(dtype: str = "auto", batch_size: int = 4) -> FillOptions:
     return FillOptions(CPU, batch_size, dtype, "no", nullcontext)
 
 
-def config(folder: Path, **options: Any) -> TDPOConfig:
-    defaults = {
-        "learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_length": 96, "max_prompt_length": 48,
-        "num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
-    }  # fmt: skip
-    return TDPOConfig(output_dir=str(folder), **{**defaults, **options})
+def config(folder: Path, **fields: Any) -> TDPOConfig:
+    """Two epochs, so that a cached reference is read again."""
+    return tiny_config(folder, **{"per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 2, **fields})
 
 
 def lora(**options: Any) -> Any:
@@ -382,10 +380,9 @@ def test_mixed_precision_is_part_of_the_key(tmp_path: Path, tokenizer: Any) -> N
         TDPOTrainer(make_model(len(tokenizer)), make_model(len(tokenizer), 1), args, None, rows, None, tokenizer)
 
 
-def following(folder: Path, tokenizer: Any, ref_model: Any = None, **options: Any) -> TDPOTrainer:
-    settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 6, "save_steps": 3, "logging_steps": 1}
-    args = config(folder, **{**settings, "save_strategy": "steps", "learning_rate": 1e-2, **options})
-    return TDPOTrainer(make_model(len(tokenizer)), ref_model, args, None, preference_rows(), None, tokenizer)
+def following(folder: Path, tokenizer: Any, ref_model: Any = None, **fields: Any) -> TDPOTrainer:
+    fields = {"max_steps": 6, "save_steps": 3, "save_strategy": "steps", "per_device_train_batch_size": 4, **fields}
+    return tiny_trainer(folder, tokenizer, ref_model=ref_model, sync_ref_model=True, ref_model_sync_steps=2, **fields)
 
 
 def test_a_reference_that_follows_moves_its_share_every_so_many_steps(tmp_path: Path, tokenizer: Any) -> None:

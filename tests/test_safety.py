@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_model, preference_rows
+from conftest import REPOSITORY, make_model
 from runs import environment, finish, interrupted, start, train_words, wait_for
 from safetensors.torch import load_file
+from tiny_training import tiny_trainer
 
 from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.cli import main
@@ -96,11 +97,9 @@ def test_a_launchers_echo_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -
     assert request.poll() == 130
 
 
-def trainer(folder: Path, tokenizer: Any, peft_config: Any = None, **options: Any) -> TDPOTrainer:
-    defaults = {"max_steps": 4, "save_steps": 2, "max_length": 96, "max_prompt_length": 48}
-    args = TDPOConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **{**defaults, **options})
-    model = make_model(len(tokenizer))
-    return TDPOTrainer(model, None, args, None, preference_rows(), None, tokenizer, peft_config=peft_config)
+def trainer(folder: Path, tokenizer: Any, **options: Any) -> TDPOTrainer:
+    """Makes a trainer of four steps that saves after every second one."""
+    return tiny_trainer(folder, tokenizer, **{"max_steps": 4, "save_steps": 2, "save_strategy": "steps", **options})
 
 
 def test_half_written_checkpoints_are_recognised_and_passed_over(tmp_path: Path, tokenizer: Any) -> None:
