@@ -26,7 +26,7 @@ from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
 from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, reference_hidden
 from tdpo.models.store import CacheKey, HiddenStore
 from tdpo.score import score_batch
-from tdpo.train.references import FillOptions, cache_key, fill
+from tdpo.train.reference_cache import FillOptions, cache_key, fill
 from tdpo.types import Head, PackedBatch, TokenisedPair
 
 OBJECTIVE = tdpo.objectives.tdpo1(0.3)
@@ -238,16 +238,16 @@ def test_an_adapter_does_not_change_its_bases_hash_and_anything_else_does(tokeni
     from peft import get_peft_model
 
     base = make_model(len(tokenizer))
-    told, settings = weights_hash(base), config_hash(base)
-    assert told == weights_hash(copy.deepcopy(base)) != weights_hash(make_model(len(tokenizer), seed=1))
+    expected, settings = weights_hash(base), config_hash(base)
+    assert expected == weights_hash(copy.deepcopy(base)) != weights_hash(make_model(len(tokenizer), seed=1))
     adapted = get_peft_model(
         copy.deepcopy(base), lora(init_lora_weights=False, modules_to_save=["lm_head"], use_dora=True)
     )
-    assert base_weights_hash(adapted) == told != weights_hash(adapted)
+    assert base_weights_hash(adapted) == expected != weights_hash(adapted)
     assert config_hash(adapted, with_adapter=False) == settings != config_hash(adapted)
     with torch.no_grad():
         base.model.norm.weight[3] += 1e-6
-    assert weights_hash(base) != told
+    assert weights_hash(base) != expected
     base.config.rms_norm_eps = 1e-4
     assert config_hash(base) != settings
     base.config.rms_norm_eps, base.config.pad_token_id = copy.deepcopy(make_model(9).config.rms_norm_eps), 7
@@ -298,9 +298,9 @@ def test_training_on_other_tokens_is_refused_before_the_first_step(tmp_path: Pat
 def test_filling_goes_on_where_it_was_interrupted(
     tmp_path: Path, tokenizer: Any, pairs: list[TokenisedPair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tdpo.train.references as references
+    from tdpo.train import reference_cache
 
-    monkeypatch.setattr(references, "SHARD_BYTES", 1)  # a shard a batch
+    monkeypatch.setattr(reference_cache, "SHARD_BYTES", 1)  # a shard a batch
     model = make_model(len(tokenizer))
     written = HiddenStore.add
     shards = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -178,37 +177,6 @@ def test_a_full_disk_costs_nothing_that_was_written(
     told = capsys.readouterr().err
     assert "No space left on device" in told and "Traceback" not in told
     assert checkpointing.find_defect(newest) == "", "resuming on a full disk leaves it as it was"
-
-
-@pytest.mark.parametrize(
-    ("size", "option", "code"),
-    [
-        ("4k", "--dataloader_num_workers", 2),
-        pytest.param("4k", "--dataset_num_proc", 2, marks=pytest.mark.slow),
-        ("64k", "--dataloader_num_workers", 0),
-    ],
-)
-def test_little_shared_memory_is_named_or_does_not_matter(
-    tmp_path: Path, model_folder: Path, pairs_file: Path, size: str, option: str, code: int
-) -> None:
-    """4 KiB hold no process's locks; 64 KiB hold them, and batches that went through shared memory would not fit."""
-    out, made = tmp_path / "out", ["unshare", "-m", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
-    if subprocess.run([*made, mount], capture_output=True).returncode:
-        pytest.skip("needs to mount a small /dev/shm")
-    words = train_words(model_folder, pairs_file, out, "--max_steps", 20, option, 2)
-    script = shlex.join([sys.executable, "-m", "tdpo", *words])
-    run = subprocess.run(
-        [*made, f"{mount} && {script}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment(TDPO_CACHE=str(tmp_path)),
-    )
-    assert run.returncode == code, run.stderr
-    if code:
-        assert f"{option} 2: there is no room in the shared memory (/dev/shm)" in run.stderr
-        assert "Traceback" not in run.stderr
 
 
 def test_nothing_runs_that_a_checkpoint_brings_as_code(tmp_path: Path, tokenizer: Any) -> None:

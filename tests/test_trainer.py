@@ -23,26 +23,36 @@ from tdpo.models.inside import open_forward, run_inside
 from tdpo.train.base import NonFiniteLoss
 
 
-def test_the_first_step_is_plain_gradient_descent_on_score_pairs(tmp_path: Path, tokenizer: Any) -> None:
-    """One SGD step of the trainer equals one by hand."""
-    start = make_model(len(tokenizer))
-    args = {
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 24,
-    }
-    trainer = train_tiny(tmp_path, tokenizer, copy.deepcopy(start), objective="tdpo1", beta=0.3, **args)
-    pairs = prepare_pairs(preference_rows(), Tokeniser(tokenizer, Lengths(96, 48))).pairs
-    # Away from equal models, so that the KL has a gradient: the reference is another model.
-    out = tdpo.score_pairs(start, copy.deepcopy(start), pairs, tdpo.objectives.tdpo1(0.3))
-    out.loss.mean().backward()
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e6])
+def test_the_first_step_is_gradient_descent_on_the_loss_written_out(
+    tmp_path: Path, tokenizer: Any, max_grad_norm: float
+) -> None:
+    """One SGD step against another model as reference, so that the KL term has a value and a gradient."""
+    start, other = make_model(len(tokenizer)), make_model(len(tokenizer), seed=1)
+    fields = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": max_grad_norm}
+    fields |= {"objective": "tdpo1", "beta": 0.3, "per_device_train_batch_size": 24}
+    trainer = train_tiny(tmp_path, tokenizer, copy.deepcopy(start), ref_model=copy.deepcopy(other), **fields)
+
+    def sums(prompt: list[int], response: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes log-ratio and sequential KL(reference || policy) of one response."""
+        ids, at = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
+        logp, ref_logp = start(ids).logits[0, at].log_softmax(-1), other(ids).logits[0, at].log_softmax(-1).detach()
+        tokens = torch.tensor(response)[:, None]
+        return (logp - ref_logp).gather(1, tokens).sum(), (ref_logp.exp() * (ref_logp - logp)).sum()
+
+    losses = []
+    for pair in prepare_pairs(preference_rows(), Tokeniser(tokenizer, Lengths(96, 48))).pairs:
+        (chosen, chosen_kl), (rejected, rejected_kl) = (
+            sums(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)
+        )
+        losses.append(-torch.nn.functional.logsigmoid(0.3 * (chosen - rejected - (rejected_kl - chosen_kl))))
+    loss = torch.stack(losses).mean()
+    loss.backward()
     with torch.no_grad():
         for parameter in start.parameters():
             parameter -= 0.5 * parameter.grad
-    torch.testing.assert_close(weights(trainer.model), weights(start), rtol=1e-5, atol=1e-6)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    torch.testing.assert_close(weights(trainer.model), weights(start), rtol=1e-4, atol=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "tdpo1", "tdpo2"])
@@ -209,7 +219,7 @@ def test_data_may_be_a_dataset_records_or_tokenised_pairs(tmp_path: Path, tokeni
         assert torch.equal(end, ends[0])
 
 
-def test_several_evaluation_sets_are_told_apart(tmp_path: Path, tokenizer: Any) -> None:
+def test_several_evaluation_sets_are_reported_by_name(tmp_path: Path, tokenizer: Any) -> None:
     rows = preference_rows()
     sets = {"first": rows[:12], "second": rows[12:]}
     other = make_model(len(tokenizer), seed=1)
@@ -235,6 +245,26 @@ def test_a_loss_that_is_not_finite_stops_names_the_rows_and_updates_nothing(tmp_
     assert torch.equal(weights(trainer.model), poison.before)
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_one_micro_batch_that_is_not_finite_is_named_before_the_update(
+    tmp_path: Path, tokenizer: Any, max_grad_norm: float
+) -> None:
+    """The step of rows 5 to 8 has two micro-batches; only the second one meets a NaN."""
+
+    class Poison(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                self.before = weights(model).clone()
+                trainer.reference.model.lm_head.weight.data[5, 0] = float("nan")
+
+    poison = Poison()
+    fields = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "max_grad_norm": max_grad_norm}
+    trainer = tiny_trainer(tmp_path, tokenizer, callbacks=[poison], gradient_accumulation_steps=2, **fields)
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 2, in the pairs of rows [5-8], [5-8]\. Nothing"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), poison.before)
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path, tokenizer: Any) -> None:
     class Poison(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -253,7 +283,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path,
     assert torch.equal(weights(trainer.model), poison.before)
 
 
-def test_rows_dropped_from_memory_are_told(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_dropped_rows_are_logged(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = preference_rows(4)
     rows[2]["rejected"] = rows[2]["chosen"]
     with caplog.at_level(logging.WARNING, logger="tdpo"):
@@ -287,17 +317,17 @@ def test_training_twice_and_in_bfloat16_leaves_a_model_that_can_be_trained_again
     assert math.isfinite(trainer.state.log_history[0]["loss"])
 
 
-def test_displacement_is_warned_of_in_words(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_displacement_is_warned_of_once(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A chosen response that begins the rejected one falls with it."""
     rows = [{"prompt": f"The {i}", "chosen": " engine", "rejected": " engine" * 5} for i in range(8)]
     args = tiny_config(tmp_path, max_steps=8, objective="dpo", beta=1.0, learning_rate=3e-3)
     with caplog.at_level(logging.WARNING, logger="tdpo"):
         trainer = TDPOTrainer(make_model(len(tokenizer)), None, args, None, rows, None, tokenizer)
         trainer.train()
-    told = [record.message for record in caplog.records if "likelihood displacement" in record.message]
-    assert len(told) == 1
+    warnings = [record.message for record in caplog.records if "likelihood displacement" in record.message]
+    assert len(warnings) == 1
     fell = trainer.state.log_history[3]
-    assert f"{fell['implicit_rewards/chosen']:.3g} and {fell['implicit_rewards/rejected']:.3g}" in told[0]
+    assert f"{fell['implicit_rewards/chosen']:.3g} and {fell['implicit_rewards/rejected']:.3g}" in warnings[0]
     assert fell["implicit_rewards/margins"] > 5
 
 
