@@ -39,7 +39,7 @@ from tdpo.models.fingerprint import weights_hash
 from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, Reference
 from tdpo.models.store import HiddenStore
 from tdpo.score import batch_loss
-from tdpo.train.references import FillOptions, cache_key, fill
+from tdpo.train.reference_cache import FillOptions, cache_key, fill
 from tdpo.types import TokenisedPair
 
 SETTINGS = ("full-frozen", "full-cached", "full-cached-bf16", "lora-frozen", "lora-adapter_off", "lora-cached")

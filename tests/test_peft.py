@@ -20,6 +20,7 @@ from numeric_worlds import (
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from runs import history
 from safetensors.torch import load_file
+from tiny_training import tiny_config
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -71,12 +72,8 @@ def adapted(model: Any, config: LoraConfig, **options: Any) -> Any:
     return policy
 
 
-def config(folder: Path, **options: Any) -> TDPOConfig:
-    defaults = {
-        "learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_length": 96, "max_prompt_length": 48,
-        "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
-    }  # fmt: skip
-    return TDPOConfig(output_dir=str(folder), **{**defaults, **options})
+def config(folder: Path, **fields: Any) -> TDPOConfig:
+    return tiny_config(folder, **{"per_device_train_batch_size": 4, "max_steps": 4, **fields})
 
 
 def curve(trainer: TDPOTrainer) -> list[list[float]]:

@@ -35,7 +35,7 @@ from tdpo.models.policy import head_of, position_limit
 from tdpo.models.reference import FrozenCopy
 from tdpo.models.store import HiddenStore
 from tdpo.score import packer
-from tdpo.train.references import FillOptions, cache_key, fill
+from tdpo.train.reference_cache import FillOptions, cache_key, fill
 
 
 @dataclass

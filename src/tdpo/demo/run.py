@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tdpo
-from tdpo import objectives
+from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, objectives
 from tdpo.data.dataset import prepare_pairs
 from tdpo.data.tokenise import Tokeniser
 from tdpo.demo import show, world
@@ -34,7 +34,6 @@ from tdpo.evaluate.diversity import Estimate, measure_samples
 from tdpo.evaluate.generate import Sampling
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.reference import Reference
-from tdpo.train import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer
 
 WARMUP = 0.05
 CLIP = 10.0
