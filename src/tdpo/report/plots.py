@@ -79,7 +79,7 @@ def overview_figure(
     """
     with matplotlib.rc_context(_rc()):
         figure = Figure(figsize=(16, 7.2), facecolor="white")
-        left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.16})
+        left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.18})
         figure.subplots_adjust(left=0.065, right=0.98, top=0.91, bottom=0.21 if caption else 0.11)
         draw_frontier(left, frontier, reward_label)
         draw_kl_growth(right, growth)
