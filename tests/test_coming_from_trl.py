@@ -8,6 +8,8 @@ import inspect
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -239,3 +241,9 @@ def test_the_script_of_trl_runs_with_two_names_changed(tmp_path: Path, pairs_fil
     assert any("eval_rewards/accuracies" in log for log in made[0].state.log_history)
     assert made[0].model.config.rms_norm_eps == 0.25 and made[0].model.config._attn_implementation == "sdpa"
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_options_without_a_mistake_do_not_load_the_tables_of_other_libraries():
+    """They are long, and nothing but a message or a page needs them."""
+    code = "import sys, tdpo.commands.train, tdpo.commands.sft; assert 'tdpo.counterparts' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

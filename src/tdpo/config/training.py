@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tdpo import objectives
 from tdpo.config.checks import check_at_least, check_choices, option
@@ -15,7 +15,6 @@ from tdpo.data.formats import FORMATS
 from tdpo.data.sft import SFT_FORMATS, SFTDataset, prepare_sft
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.errors import UserError
-from tdpo.ops import BackendName
 
 CACHE_HELP = (
     "Folder with the reference's hidden states; filled where it is empty, refused where it belongs to other weights, "
@@ -62,7 +61,7 @@ class LayoutOptions:
 class ScoringOptions(LayoutOptions):
     """How pairs are scored; it does not change a result."""
 
-    backend: BackendName = option(
+    backend: Literal["auto", "naive", "chunked", "triton"] = option(
         "auto",
         "Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, "
         "triton does so with kernels of its own on a GPU; auto is triton where it runs.",
