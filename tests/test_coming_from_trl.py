@@ -182,7 +182,7 @@ def test_a_recipe_of_trl_trains_once_what_is_listed_is_changed(
     recipe = tmp_path / "recipe.yaml"
     text = RECIPE.format(model=model_folder, data=pairs_file, out=tmp_path / "out")
     recipe.write_text(text)
-    told = mistake(capsys, "train", "--config", recipe)
+    output = mistake(capsys, "train", "--config", recipe)
     changes = {
         "torch_dtype: float32": ("dtype", "dtype: float32"),
         "loss_type:\n- sigmoid": ("objective", "objective: dpo"),
@@ -191,19 +191,19 @@ def test_a_recipe_of_trl_trains_once_what_is_listed_is_changed(
         "padding_free: false": ("layout", "layout: auto"),
         "dataset_streaming: false": ("leave it out", ""),
     }
-    lines = told.splitlines()
+    lines = output.splitlines()
     assert lines[0].endswith(f"{recipe}: {len(changes)} mistakes") and len(lines) == 1 + len(changes)
     for old, (named, new) in changes.items():
         line = next(line for line in lines if f"'{old.partition(':')[0]}'" in line)
         assert named in line
         text = text.replace(old, new)
     recipe.write_text(text)
-    told = mistake(capsys, "train", "--config", recipe)
-    assert "eval_dataset" in told
+    output = mistake(capsys, "train", "--config", recipe)
+    assert "eval_dataset" in output
     recipe.write_text(text + f"eval_dataset_name: {pairs_file}\n")
     assert main(["train", "--config", str(recipe)]) == 0
-    told = capsys.readouterr().out
-    assert "objective dpo(beta=0.05)" in told and "24 kept" in told
+    output = capsys.readouterr().out
+    assert "objective dpo(beta=0.05)" in output and "24 kept" in output
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 

@@ -172,10 +172,10 @@ def test_the_command_of_trl_is_named(capsys: pytest.CaptureFixture) -> None:
 def test_foreign_fields_of_a_mixture_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         from_file(tmp_path, "datasets:\n- {path: a.jsonl, fraction: 0.5}\n- {name: b.jsonl, wieght: 2}\n")
-    told = str(raised.value)
-    assert "'datasets', entry 1: unknown field 'path'. Use 'name'" in told
-    assert "'datasets', entry 1: unknown field 'fraction'. Use 'weight'" in told
-    assert "'datasets', entry 2: unknown field 'wieght'. Did you mean 'weight'?" in told
+    output = str(raised.value)
+    assert "'datasets', entry 1: unknown field 'path'. Use 'name'" in output
+    assert "'datasets', entry 1: unknown field 'fraction'. Use 'weight'" in output
+    assert "'datasets', entry 2: unknown field 'wieght'. Did you mean 'weight'?" in output
 
 
 @pytest.mark.parametrize(

@@ -326,20 +326,20 @@ def test_processes_split_and_mix_alike(tmp_path: Path, monkeypatch: pytest.Monke
         "from tdpo.data.formats import to_records\n"
         "from tdpo.data.row_spec import Side\n"
         "from tdpo.data.sources import open_mixture\n"
-        "told = []\n"
+        "output = []\n"
         "for test in (False, True):\n"
         "    names = ['a.jsonl,weight=0.5', 'a.jsonl,weight=1.3']\n"
         "    source = open_mixture(names, 'train', lambda own: replace(own, side=Side(0.1, 0, test)), 0)\n"
-        "    told += [source.fingerprint(), *(record.chosen for record in to_records(source)[0])]\n"
+        "    output += [source.fingerprint(), *(record.chosen for record in to_records(source)[0])]\n"
     )
     other = subprocess.run(
-        [sys.executable, "-c", code + "print(told)"], capture_output=True, text=True, check=True, cwd=tmp_path,
+        [sys.executable, "-c", code + "print(output)"], capture_output=True, text=True, check=True, cwd=tmp_path,
         env={**os.environ, "PYTHONHASHSEED": "7", "RANK": "1", "WORLD_SIZE": "2"},
     ).stdout  # fmt: skip
     monkeypatch.chdir(tmp_path)
     here: dict[str, Any] = {}
     exec(code, here)
-    assert other.strip() == repr(here["told"]) and len(here["told"]) > 300
+    assert other.strip() == repr(here["output"]) and len(here["output"]) > 300
 
 
 def test_a_mixture_reads_each_dataset_in_its_own_way(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tdpo.report.data import counts_table, example, histogram, legend, lengths_t
 
 @dataclass
 class CheckOptions(PairOptions):
-    """How rows are read and cut, as for training, and what is told of them."""
+    """How rows are read and cut, as for training, and what is reported of them."""
 
     num_examples: int = field(
         default=2, metadata={"help": "Pairs to show with their parts marked, and with their ids in --json."}
@@ -54,15 +54,15 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command.
 
     Raises:
-        UserError: if training would stop at the data, after everything about it is told; not where ``--fix`` mends it.
+        UserError: if training would stop at the data, after everything about it is reported; not with ``--fix``.
     """
     model_config, data, options = parse(
         "check-data", COMMANDS["check-data"], (ModelConfig, EvalDataConfig, CheckOptions), argv
     )
     reading = options.reading()
     data.check_reading(reading)
-    source, aside = data.open_training(reading), data.open_held_out(reading)
-    _check_outputs(options, source, *([aside] if aside else []))
+    source, held_out_rows = data.open_training(reading), data.open_held_out(reading)
+    _check_outputs(options, source, *([held_out_rows] if held_out_rows else []))
     quieten()
     tokeniser = options.tokeniser(load_tokenizer(model_config))
     limits = model_limits(model_config)
@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> None:
     def prepared(rows: Source) -> Prepared:
         return prepare(rows, tokeniser, reading, options.on_bad_row, options.pair_cache(), limits)
 
-    train, held_out = prepared(source), prepared(aside) if aside else None
+    train, held_out = prepared(source), prepared(held_out_rows) if held_out_rows else None
     found = {"train": check(train, tokeniser, held_out.records if held_out else ())}
     if held_out:
         found["eval"] = check(held_out, tokeniser)

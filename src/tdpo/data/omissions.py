@@ -50,7 +50,7 @@ class Leaf(NamedTuple):
         return self.part[1]
 
     def shown_in(self, rendered: str, start: int = 0) -> bool:
-        """Tells whether a rendering holds the text as it is, or as JSON has it."""
+        """Returns whether a rendering holds the text as it is, or as JSON has it."""
         if type(self.text) is str:
             if rendered.find(self.text, start) >= 0:
                 return True
@@ -190,7 +190,7 @@ class OmissionFinder:
                     yield leaf.part
 
     def _is_lost(self, chat: Chat, leaf: Leaf, rendered: str, start: int, arguments: Any) -> bool:
-        """Tells whether the rendering stays the same without a word of the leaf, or with another in its place.
+        """Returns whether the rendering stays the same without a word of the leaf, or with another in its place.
 
         The words are the first, the last, and the first that the rendering lacks.
         """

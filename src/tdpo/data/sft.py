@@ -91,7 +91,7 @@ class SFTCollator:
     """Makes a batch as the loader delivers it: the fields of a :class:`~tdpo.types.PackedBatch`.
 
     Attributes:
-        packed: Whether several examples share a row, each blind to the others.
+        packed: Whether several examples share a row, none of which sees another.
         every_token: Whether the last token of each, which predicts nothing, is in the row too.
     """
 

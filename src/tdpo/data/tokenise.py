@@ -268,7 +268,7 @@ class Tokeniser:
             if fitted is not None:
                 prompt, responses = fitted
                 yield ids._replace(prompt=prompt, responses=responses)
-        overlong.raise_error("--on_overlong truncate or drop would go on")
+        overlong.raise_error("--on_overlong truncate or drop would continue")
 
     def prompts(self, asked: Sequence[Text | Turns]) -> list[list[int]]:
         """Ids of prompts, of any length: as training has them before responses, or as they are asked alone.

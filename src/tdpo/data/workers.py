@@ -65,7 +65,7 @@ def batches_of_workers(
             yield _collected(waiting.popleft(), report)
     except BrokenProcessPool as error:
         raise UserError(
-            f"{report.source}: a process that tokenised it ended without a word, for want of memory? A smaller "
+            f"{report.source}: a process that tokenised it ended without a message, perhaps out of memory. A smaller "
             "--dataset_num_proc needs less. From Python, a script that asks for processes has to begin with "
             "if __name__ == '__main__'"
         ) from error

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; markers say the same a second time.
+# Okabe and Ito's colours, distinguishable with any colour vision; markers repeat the information.
 STYLES = {
     "sft": ("#555555", "o"),
     "dpo": ("#D55E00", "s"),

@@ -170,7 +170,7 @@ def pairs(answers: Sequence[Answer], spec: RowSpec) -> list[PreferenceRecord]:
         spec: The choice of pairs.
 
     Raises:
-        RowDropped: if there is no pair among them.
+        RowDropped: if they make no pair.
     """
     if spec.pairs_from == "best_worst":
         best = max(answers, key=lambda answer: answer.score)

@@ -119,7 +119,7 @@ def _convert_group(
 
 
 def _usable(rows: Iterable[SourceRow], spec: RowSpec, bad: BadRows) -> Iterator[SourceRow]:
-    """Yields rows that could be read, without the columns to ignore and with the others renamed.
+    """Yields rows that could be read, without the columns to ignore and with other columns renamed.
 
     Raises:
         UserError: if a column to ignore is in none of them.
