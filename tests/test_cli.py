@@ -365,7 +365,7 @@ def test_a_mixture_in_yaml_is_read_split_and_counted(
     (train, held_out), (test, rest) = [tuple(map(int, counts)) for counts in read]
     assert test > 0 and f"held out: {test} pairs" in output
     prompts = [row["prompt"] for row in (*preference_rows(24), *preference_rows(20))]
-    from tdpo.data.row_spec import Side
+    from tdpo.config.row_spec import Side
 
     ours = [Side(0.3, 1, True).holds(prompt) for prompt in prompts]
     assert rest == ours.count(False) == 44 - held_out

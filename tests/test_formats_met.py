@@ -10,8 +10,8 @@ from test_formats_answers import texts
 from test_formats_pairs import TOOL, dropped, error_of, one
 
 from tdpo import UserError
+from tdpo.config.row_spec import RowSpec, parse_columns
 from tdpo.data.formats import DataReport, iter_records, to_records
-from tdpo.data.row_spec import RowSpec, parse_columns
 from tdpo.data.sources import from_memory
 from tdpo.data.supervised import SFT_FORMATS
 

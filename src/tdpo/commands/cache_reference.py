@@ -24,11 +24,10 @@ from tdpo.config import (
     PairOptions,
     check_at_least,
     check_choices,
-    check_format,
     option,
 )
 from tdpo.data.dataset import check_fits
-from tdpo.data.formats import FORMATS
+from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training
 from tdpo.errors import UserError
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
@@ -51,7 +50,7 @@ class CacheOptions(PairOptions, LayoutOptions):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_format(self, FORMATS)
+        check_format(self)
         check_at_least(self, 1, "per_device_eval_batch_size")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 contradict each other")
@@ -63,15 +62,15 @@ def run(argv: Sequence[str]) -> None:
     model_config, data, options = parse(
         "cache-reference", COMMANDS["cache-reference"], (ModelConfig, EvalDataConfig, CacheOptions), argv
     )
-    reading = options.reading()
-    data.check_reading(reading)
+    spec = options.row_spec()
+    data.check_row_spec(spec)
     quieten()
     folder = Path(options.reference_cache).expanduser()
     check_writable(folder)
     tokenizer = load_tokenizer(model_config)
-    prepare = partial(options.prepare, tokeniser=options.tokeniser(tokenizer))
-    sources = (data.open_training(reading), data.open_held_out(reading))
-    datasets = [read_dataset(source, prepare) for source in sources if source is not None]
+    tokeniser = make_tokeniser(options, tokenizer)
+    sources = (open_training(data, spec), open_held_out(data, spec))
+    datasets = [read_dataset(source, options, tokeniser) for source in sources if source is not None]
     device = PartialState(cpu=options.use_cpu or not torch.cuda.is_available()).device
     model = load_model(model_config)
     for dataset in datasets:

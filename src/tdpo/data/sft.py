@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.dataset import ExampleDataset, check_limits
 from tdpo.data.formats import AUTO, DataReport, OnBadRow, iter_records, name_of
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.supervised import SFT_FORMATS, Exchange
 from tdpo.data.tokenise import Ids, Tokeniser, Turns

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tdpo.config.row_spec import RowSpec, parse_columns, parse_json, parse_names
 from tdpo.data.dialects import SPLITS
 from tdpo.data.readers import READERS, Unreadable, first_line, kind_of, read_values, table_values
-from tdpo.data.row_spec import RowSpec, parse_columns, parse_json, parse_names
 from tdpo.errors import UserError
 
 STDIN = "-"

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from tdpo import ops
 from tdpo.config import SFTConfig
+from tdpo.data.options import check_format, make_tokeniser, prepare
 from tdpo.data.pack import pack_trees
 from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths
 from tdpo.errors import UserError
@@ -68,6 +69,7 @@ class SFTTrainer(BatchMeanTrainer):
         check_keywords(unknown, SFTConfig, inspect.signature(SFTTrainer).parameters)
         args = SFTConfig(output_dir="sft-output") if args is None else args
         check_types(SFTConfig, args, processing_class, model=model)
+        check_format(args)
         policy, _ = load_policy(model, args)
         if peft_config is not None:
             policy = with_adapter(policy, peft_config)
@@ -126,6 +128,6 @@ class SFTTrainer(BatchMeanTrainer):
 
     @override
     def prepare_dataset(self, data: Iterable[Any], name: str) -> SFTDataset:
-        dataset = self.args.prepare(data, self.args.tokeniser(self._tokenizer), name)
+        dataset = prepare(self.args, data, make_tokeniser(self.args, self._tokenizer), name)
         check_lengths(dataset, self._positions, self._vocab_size, len(self._tokenizer))
         return dataset

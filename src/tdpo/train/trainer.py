@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits
+from tdpo.data.options import check_format, make_tokeniser, prepare
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.distributed.sharding import frozen_weights_dtype
 from tdpo.errors import UserError
@@ -89,6 +90,7 @@ class TDPOTrainer(BatchMeanTrainer):
         check_keywords(unknown, TDPOConfig, inspect.signature(TDPOTrainer).parameters)
         args = TDPOConfig(output_dir="tdpo-output") if args is None else args
         check_types(TDPOConfig, args, processing_class, model=model, ref_model=ref_model)
+        check_format(args)
         policy, config = load_policy(model, args)
         given = load_model(config, ref_model) if isinstance(ref_model, str) else unwrapped(ref_model)
         if given is policy:
@@ -198,8 +200,8 @@ class TDPOTrainer(BatchMeanTrainer):
     @override
     def prepare_dataset(self, data: Iterable[Any], name: str) -> PairDataset:
         tokens = None if self._tokenizer is None else len(self._tokenizer)
-        tokeniser = None if self._tokenizer is None else self.args.tokeniser(self._tokenizer)
-        dataset = self.args.prepare(data, tokeniser, name)
+        tokeniser = None if self._tokenizer is None else make_tokeniser(self.args, self._tokenizer)
+        dataset = prepare(self.args, data, tokeniser, name)
         check_fits(dataset, self._vocab_size, self._positions, dataset.report.source, tokens)
         if dataset is not data:  # the caller has the report of a PairDataset
             for line in dataset.report.lines()[1:]:
