@@ -113,10 +113,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
 
     @override
     def create_accelerator_and_postprocess(self) -> None:
-        on_cpus = sharding.allow_fsdp_on_cpus(self.args)
         super().create_accelerator_and_postprocess()
-        if on_cpus:
-            sharding.settle_fsdp_on_cpus(self.accelerator)
         sharding.override_engine_settings(self.accelerator)
 
     def get_train_dataloader(self) -> Any:
