@@ -13,7 +13,7 @@ from tdpo.data.dataset import PairDataset
 from tdpo.data.sft import SFTDataset
 from tdpo.distributed import launch
 from tdpo.models.load import adapter_base, load_tokenizer
-from tdpo.train.preflight import check_held_out
+from tdpo.train.preflight import check_arguments
 from tdpo.train.stopping import handle_signals
 
 Datasets = tuple[PairDataset | SFTDataset, PairDataset | SFTDataset | None]
@@ -42,7 +42,7 @@ def run_training(
         data, args = options[-2:]
         data.check_reading(args.reading())
         data.open_training(args.reading())
-        check_held_out(args, data.open_held_out(args.reading()) is not None)
+        check_arguments(args, data.open_held_out(args.reading()) is not None)
         return options
 
     launch.apply(argv, command, read_options)

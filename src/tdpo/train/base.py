@@ -84,13 +84,10 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         held_out = prepare_held_out(eval_dataset, self.prepare_dataset)
         if args.should_save:
             check_writable(Path(str(args.output_dir)))
-        preflight.check_held_out(args, held_out is not None)
-        preflight.check_reporting(args)
+        preflight.check_arguments(args, held_out is not None)
         super().__init__(
             args=args, train_dataset=train_dataset, eval_dataset=held_out, callbacks=list(callbacks or []), **kwargs
         )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        preflight.check_processes(args, sharded)
         self.loss_is_scaled_for_ga = False
         self.loss_since_log = LossSinceLog()
         self.run_parts = {"loss": self.loss_since_log}
@@ -104,8 +101,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
             self.remove_callback(standard)
         if not args.disable_tqdm:
             self.add_callback(progress.ProgressCallback(self.label))
-        if train_dataset is not None:
-            preflight.check_training(self, sharded)
+        preflight.check_trainer(self, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Switches off accelerate's compilation; layers are compiled one by one, in :func:`compile_models`."""
