@@ -107,7 +107,7 @@ def test_whatever_cannot_be_saved_is_named_before_training(tmp_path: Path, token
     broken = copy.deepcopy(tokenizer)
     broken.__class__ = Broken
     with pytest.raises(
-        UserError, match="Broken cannot be saved, so the .* could not be: RuntimeError: no such converter"
+        UserError, match=r"Broken cannot be saved, so the .* could not be: RuntimeError: no such converter"
     ):
         trainer(tmp_path, broken)
     model = make_model(len(tokenizer))
