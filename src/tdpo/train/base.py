@@ -22,7 +22,6 @@ from tdpo.models.compiling import compile_layers
 from tdpo.models.multimodal import freeze_idle_parts
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpointing, preflight, progress
-from tdpo.train.attempts import RunStart
 from tdpo.train.checkpointing import CheckpointingTrainer
 from tdpo.train.evaluation import EvaluatingTrainer
 from tdpo.train.inputs import prepare_held_out, prepare_training
@@ -68,7 +67,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
 
     label = "training"
     args: RunOptions
-    _start: RunStart | None = None
+    _start: Any = None
 
     def __init__(
         self,
@@ -158,6 +157,8 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Runs the loop; a further attempt under ``auto_find_batch_size`` starts from where the first did."""
         if self.args.auto_find_batch_size and self._start is None:
+            from tdpo.train.attempts import RunStart
+
             self._start = RunStart(self)
         elif self._start is not None:
             logger.warning(
