@@ -24,8 +24,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 def environment(**more: str) -> dict[str, str]:
     """Returns the environment of the tests, on one thread, with this project's sources and no accelerator."""
-    path = os.pathsep.join([str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+    path = filter(None, [str(REPOSITORY / "src"), more.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH")])
+    more["PYTHONPATH"] = os.pathsep.join(path)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 def train_words(model: Path, data: Path, out: Path, *options: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run that starts again, or a second time, starts from nothing that the first left behind."""
+"""Restarted and repeated runs start from the beginning, with no state of the earlier one."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from transformers import TrainerCallback
 from tdpo import TDPOTrainer, UserError
 from tdpo.train.trainer import TDPOTrainer as Trainer
 
-CLOCKS = ("runtime", "per_second", "flos")
+TIMINGS = ("runtime", "per_second", "flos")
 OPTIONS = {"max_steps": 4, "logging_steps": 3, "gradient_accumulation_steps": 2}
 
 
 def history(trainer: TDPOTrainer) -> list[dict[str, float]]:
-    return [{k: v for k, v in log.items() if not any(c in k for c in CLOCKS)} for log in trainer.state.log_history]
+    return [
+        {k: v for k, v in log.items() if not any(timing in k for timing in TIMINGS)}
+        for log in trainer.state.log_history
+    ]
 
 
-def made(folder: Path, tokenizer: Any, **fields: Any) -> TDPOTrainer:
+def make_trainer(folder: Path, tokenizer: Any, **fields: Any) -> TDPOTrainer:
     model = make_model(len(tokenizer))
     model.model.layers[0].self_attn.attention_dropout = 0.0 if fields.get("disable_dropout", True) else 0.5
     return tiny_trainer(folder, tokenizer, model, ref_model=make_model(len(tokenizer), seed=1), **{**OPTIONS, **fields})
 
 
 class OutOfMemoryOnce:
-    """Raises in the second micro-batch of the third step, when metrics of the first one have been counted."""
+    """Raises in the second micro-batch of the third step, after the metrics of the first have been added up."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls, self.raised, original = 0, False, Trainer.loss_sum
@@ -59,7 +62,7 @@ def test_after_running_out_of_memory_a_run_equals_one_that_starts_with_the_small
 
     def run(folder: Path, **options: Any) -> tuple[TDPOTrainer, Counts]:
         trainer, counts = (
-            made(folder, tokenizer, save_strategy="steps", save_steps=2, disable_dropout=False, **options),
+            make_trainer(folder, tokenizer, save_strategy="steps", save_steps=2, disable_dropout=False, **options),
             Counts(),
         )
         trainer.add_callback(counts)
@@ -84,8 +87,8 @@ def test_after_running_out_of_memory_a_run_equals_one_that_starts_with_the_small
 def test_a_run_resumes_with_the_batch_size_that_was_found(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = made(tmp_path / "a", tokenizer, per_device_train_batch_size=3)
-    whole.train()
+    uninterrupted = make_trainer(tmp_path / "a", tokenizer, per_device_train_batch_size=3)
+    uninterrupted.train()
     OutOfMemoryOnce(monkeypatch)
     options = {
         "per_device_train_batch_size": 4,
@@ -93,17 +96,17 @@ def test_a_run_resumes_with_the_batch_size_that_was_found(
         "save_strategy": "steps",
         "save_steps": 3,
     }
-    made(tmp_path / "b", tokenizer, **options).train()
-    again = made(tmp_path / "b", tokenizer, **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
-    assert torch.equal(weights(again.model), weights(whole.model))
+    make_trainer(tmp_path / "b", tokenizer, **options).train()
+    resumed = make_trainer(tmp_path / "b", tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    assert torch.equal(weights(resumed.model), weights(uninterrupted.model))
 
 
-def test_checkpoints_of_an_abandoned_attempt_go(
+def test_checkpoints_of_an_abandoned_attempt_are_removed(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     OutOfMemoryOnce(monkeypatch)
-    trainer = made(
+    trainer = make_trainer(
         tmp_path,
         tokenizer,
         per_device_train_batch_size=4,
@@ -113,16 +116,16 @@ def test_checkpoints_of_an_abandoned_attempt_go(
     )
     seen: list[list[str]] = []
 
-    class Looks(TrainerCallback):
+    class ListCheckpoints(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
 
-    trainer.add_callback(Looks())
+    trainer.add_callback(ListCheckpoints())
     trainer.train()
     assert seen == [[], []]
 
 
-def test_memory_that_never_suffices_is_an_error(
+def test_running_out_of_memory_at_every_batch_size_is_an_error(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loss_sum(*args: Any) -> Any:
@@ -130,31 +133,31 @@ def test_memory_that_never_suffices_is_an_error(
 
     monkeypatch.setattr(Trainer, "loss_sum", loss_sum)
     with pytest.raises(RuntimeError, match="No executable batch size found"):
-        made(tmp_path, tokenizer, per_device_train_batch_size=2, auto_find_batch_size=True).train()
+        make_trainer(tmp_path, tokenizer, per_device_train_batch_size=2, auto_find_batch_size=True).train()
 
 
-def test_a_reference_that_moves_contradicts_it(tmp_path: Path) -> None:
+def test_sync_ref_model_with_auto_find_batch_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--sync_ref_model and --auto_find_batch_size contradict each other"):
         tiny_config(tmp_path, auto_find_batch_size=True, sync_ref_model=True)
 
 
-def test_training_a_second_time_logs_only_what_it_has_seen(tmp_path: Path, tokenizer: Any) -> None:
-    """The first run ends between two logs; what it had counted belongs to it alone."""
-    trainer = made(tmp_path / "a", tokenizer, max_steps=4, learning_rate=0.0)
+def test_training_a_second_time_logs_only_its_own_steps(tmp_path: Path, tokenizer: Any) -> None:
+    """The first run ends between two logs; the second does not log the steps left over."""
+    trainer = make_trainer(tmp_path / "a", tokenizer, max_steps=4, learning_rate=0.0)
     trainer.train()
     first = [log for log in history(trainer) if "loss" in log]
     trainer.train()
     assert [log for log in history(trainer) if "loss" in log] == first
 
 
-def test_the_options_of_resuming_hold_in_python_too(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_options_of_resuming_work_in_python(tmp_path: Path, tokenizer: Any) -> None:
     options = {"save_strategy": "steps", "save_steps": 2}
-    whole = made(tmp_path, tokenizer, **options)
-    whole.train()
+    uninterrupted = make_trainer(tmp_path, tokenizer, **options)
+    uninterrupted.train()
     for more in ({"resume": True}, {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}):
-        again = made(tmp_path, tokenizer, **options, **more)
-        again.train()
-        assert torch.equal(weights(again.model), weights(whole.model))
-    fresh = made(tmp_path / "empty", tokenizer, resume=True, **options)
+        resumed = make_trainer(tmp_path, tokenizer, **options, **more)
+        resumed.train()
+        assert torch.equal(weights(resumed.model), weights(uninterrupted.model))
+    fresh = make_trainer(tmp_path / "empty", tokenizer, resume=True, **options)
     before = copy.deepcopy(weights(fresh.model))
     assert fresh.train().global_step == 4 and not torch.equal(before, weights(fresh.model))

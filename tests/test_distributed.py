@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, SHARED, preference_rows, write_jsonl
-from runs import Weights, adapter_weights, completed, history, train_words, weights
+from runs import Weights, adapter_weights, completed, finish, history, start, train_words, weights
 from test_real_data import write_dialogues
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +29,7 @@ FIRST_NORM = 5e-6
 """Of the norm of the first step's gradient, as logged."""
 ROUNDING = 2**-23
 FULL_RATE, ADAPTER_RATE = 1e-3, 1e-2
+FSDP_ON_CPUS = Path(__file__).parent / "fsdp_on_cpus"
 LORA = ("--use_peft", "--lora_r", 4)
 
 
@@ -114,6 +115,8 @@ def run(way: Way, world: World, out: Path, *options: object) -> str:
     if way.engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'tdpo[deepspeed]'")
         environment["DS_ACCELERATOR"] = "cpu"
+    if way.engine == "fsdp2":
+        environment["PYTHONPATH"] = str(FSDP_ON_CPUS)
     engine = _zero3_of_small_weights(out.parent) if way.engine == "zero3" else way.engine
     words += ["--accelerate_config", engine, "--num_processes", str(way.processes)]
     return completed(words, timeout=300, **environment)  # DeepSpeed compiles an extension at its first start
@@ -135,13 +138,13 @@ class Runs:
 
     def __init__(self, world: World, folder: Path, ways: dict[str, Way], *options: object) -> None:
         self.world, self.folder, self.ways, self.options = world, folder, ways, options
-        self.told: dict[str, str] = {}
+        self.outputs: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Path:
         out = self.folder / name.replace(" ", "-") / "out"
-        if name not in self.told:
+        if name not in self.outputs:
             out.parent.mkdir()
-            self.told[name] = run(self.ways[name], self.world, out, *self.options)
+            self.outputs[name] = run(self.ways[name], self.world, out, *self.options)
         return out
 
 
@@ -230,9 +233,9 @@ def test_the_adapters_trajectory_is_that_against_a_frozen_copy_of_its_base(adapt
 def test_weights_really_are_sharded(trajectories: Runs, engine: str) -> None:
     """Accelerate, asked for FSDP on a CPU, would train with plain data parallelism and not say so."""
     _ = trajectories[engine]
-    told = re.search(r"weights: sharded, ([\d,]+) of ([\d,]+) in this process", trajectories.told[engine])
-    assert told is not None
-    own, whole = (int(number.replace(",", "")) for number in told.groups())
+    shares = re.search(r"weights: sharded, ([\d,]+) of ([\d,]+) in this process", trajectories.outputs[engine])
+    assert shares is not None
+    own, whole = (int(number.replace(",", "")) for number in shares.groups())
     assert own < 0.55 * whole
     assert whole == sum(tensor.numel() for tensor in weights(trajectories.world.model).values())
 
@@ -305,38 +308,42 @@ def test_a_preset_is_what_accelerate_launch_makes_of_it(preset: str, monkeypatch
 def test_the_command_starts_its_own_processes(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     out = tmp_path / "out"
     words = train_words(model_folder, pairs_file, out, "--max_steps", 2, "--accelerate_config", "ddp")
-    told = completed([*words, "--num_processes", "2"])
+    output = completed([*words, "--num_processes", "2"])
     assert (out / "checkpoint-2" / "rng_state_1.pth").is_file(), "two processes wrote it"
-    assert told.count("saved to") == 1
+    assert output.count("saved to") == 1
 
 
-def test_mistakes_about_processes_are_told(
+def test_fsdp_on_cpus_is_refused(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    """Accelerate would ignore the settings and train with plain data parallelism."""
+    words = train_words(model_folder, pairs_file, tmp_path / "out", "--accelerate_config", "fsdp2")
+    code, output = finish(start([*words, "--num_processes", "1"]))
+    assert code != 0 and output.count("FSDP does not run on CPUs: use --accelerate_config ddp") == 1
+
+
+def test_mistakes_about_processes_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(*words: object) -> str:
+    def error_of(*words: object) -> str:
         start = train_words(tmp_path / "m", tmp_path / "d", tmp_path / "o")
         assert main([*start, *map(str, words)]) == 2
         return capsys.readouterr().err
 
-    assert "--accelerate_config fsdp2 on a CPU needs two processes or more" in told(
-        "--accelerate_config", "fsdp2", "--num_processes", 1
-    )
-    assert told("--accelerate_config", "ddp", "--num_processes", 2, "--bta", 1).count("Did you mean 'beta'?") == 1
-    assert "d: no such file or folder" in told("--accelerate_config", "ddp", "--num_processes", 2)
-    assert "no such file, nor a preset (ddp, fsdp2, zero2, zero3). Did you mean 'fsdp2'?" in told(
+    assert error_of("--accelerate_config", "ddp", "--num_processes", 2, "--bta", 1).count("Did you mean 'beta'?") == 1
+    assert "d: no such file or folder" in error_of("--accelerate_config", "ddp", "--num_processes", 2)
+    assert "no such file, nor a preset (ddp, fsdp2, zero2, zero3). Did you mean 'fsdp2'?" in error_of(
         "--accelerate_config=fsdp"
     )
-    assert "--num_processes must be at least 1, got 0" in told("--accelerate_config", "ddp", "--num_processes", 0)
-    assert "it has no effect alone" in told("--num_processes", 2)
+    assert "--num_processes must be at least 1, got 0" in error_of("--accelerate_config", "ddp", "--num_processes", 0)
+    assert "it has no effect alone" in error_of("--num_processes", 2)
     file = tmp_path / "run.yaml"
     file.write_text("accelerate_config: ddp\n")
-    assert "give it on the command line" in told("--config", file)
+    assert "give it on the command line" in error_of("--config", file)
     file.write_text("distributed_type: TPU\n")
-    assert "distributed_type must be one of MULTI_GPU" in told("--accelerate_config", file)
+    assert "distributed_type must be one of MULTI_GPU" in error_of("--accelerate_config", file)
     file.write_text("distributed_type: MULTI_GPU\nnum_machines: 2\n")
-    assert "start torchrun on every machine" in told("--accelerate_config", file)
+    assert "start torchrun on every machine" in error_of("--accelerate_config", file)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        assert "zero2 needs deepspeed: pip install 'tdpo[deepspeed]'" in told("--accelerate_config", "zero2")
+        assert "zero2 needs deepspeed: pip install 'tdpo[deepspeed]'" in error_of("--accelerate_config", "zero2")
     file.write_text("distributed_type: FSDP\nfsdp: {}\n")
-    assert "fsdp is not understood" in told("--accelerate_config", file)
+    assert "fsdp is not understood" in error_of("--accelerate_config", file)

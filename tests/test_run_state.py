@@ -1,4 +1,4 @@
-"""What a checkpoint keeps beside the Trainer's own state, part by part."""
+"""Tests the state that a checkpoint keeps beside the Trainer's own, part by part."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_mean_loss_of_a_log_is_over_the_steps_since_the_last() -> None:
     after.load(json.loads(json.dumps(before.state())))
     after.add(torch.tensor(3.0))
     assert after.take(3, ALONE) == 3.0
-    assert after.take(3, ALONE) is None, "no step since"
+    assert after.take(3, ALONE) is None, "no step since the last log"
     after.add(torch.tensor(5.0))
     assert after.take(5, ALONE) == 2.5
 
@@ -72,10 +72,13 @@ def test_the_router_loss_of_a_resumed_log_is_that_of_an_uninterrupted_run(tmp_pa
         args = SFTConfig(output_dir=str(folder), **OPTIONS)
         return SFTTrainer(MixtralForCausalLM(config), args, preference_rows(), None, tokenizer, peft_config=lora)
 
-    def logged(made: Any) -> list[float]:
-        return [log["aux_loss"] for log in made.state.log_history if "aux_loss" in log]
+    def router_losses(trainer: Any) -> list[float]:
+        return [log["aux_loss"] for log in trainer.state.log_history if "aux_loss" in log]
 
-    whole, resumed = trainer(tmp_path), trainer(tmp_path)
-    whole.train()
+    uninterrupted, resumed = trainer(tmp_path), trainer(tmp_path)
+    uninterrupted.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert logged(resumed) == pytest.approx(logged(whole), rel=1e-6) and len(logged(whole)) == 2
+    assert (
+        router_losses(resumed) == pytest.approx(router_losses(uninterrupted), rel=1e-6)
+        and len(router_losses(uninterrupted)) == 2
+    )

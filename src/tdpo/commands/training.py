@@ -14,7 +14,7 @@ from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_
 from tdpo.data.sft import SFTDataset
 from tdpo.distributed import launch
 from tdpo.models.load import adapter_base, load_tokenizer
-from tdpo.train.preflight import check_held_out
+from tdpo.train.preflight import check_arguments
 from tdpo.train.stopping import handle_signals
 
 Datasets = tuple[PairDataset | SFTDataset, PairDataset | SFTDataset | None]
@@ -45,7 +45,7 @@ def run_training(
         spec = args.row_spec()
         data.check_row_spec(spec)
         open_training(data, spec)
-        check_held_out(args, open_held_out(data, spec) is not None)
+        check_arguments(args, open_held_out(data, spec) is not None)
         return options
 
     launch.apply(argv, command, read_options)

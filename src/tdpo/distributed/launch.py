@@ -109,8 +109,6 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
     if not str(processes).isdecimal() or int(processes) < 1:
         raise UserError(f"{PROCESSES} must be at least 1, got {processes}")
     launched = "LOCAL_RANK" in os.environ
-    if config["distributed_type"] == "FSDP" and cpu and int(processes) < 2 and not launched:
-        raise UserError(f"{OPTION} {name} on a CPU needs two processes or more: {PROCESSES} 2")
     os.environ[APPLIED] = name
     if not launched:
         try:

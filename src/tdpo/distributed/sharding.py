@@ -1,7 +1,7 @@
-"""What a run needs so that weights may be shared out between processes, beyond what transformers and accelerate do.
+"""Shards policy and reference with FSDP2 or ZeRO stage 3, where transformers and accelerate do it for the policy alone.
 
-Both let every process but one load empty weights, or parts of weights, to be filled later. The proofs on the loaded
-model (its head, its trees) and the copy that becomes the reference need whole ones, so models are loaded whole.
+Both let every process but one load empty or partial weights, to be filled later. The checks of the loaded model (its
+head, its trees) and the copy that becomes the reference need all weights, so every process loads all of them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import os
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback
 from typing_extensions import override
 
@@ -24,50 +23,18 @@ from tdpo.errors import UserError
 logger = logging.getLogger("tdpo")
 
 
-def allow_fsdp_on_cpus(args: Any) -> bool:
-    """Lets accelerate shard on CPUs too, where it would train with plain data parallelism and not say so.
-
-    Accelerate takes FSDP's settings for kinds of devices it lists; torch's ``fully_shard`` takes any.
-
-    Returns:
-        Whether FSDP was asked for and there is no accelerator.
-
-    Raises:
-        UserError: where a GPU is hidden from this run alone, there is one process, or it is FSDP's first version.
-    """
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or args.fsdp_plugin_args is not None
-    if not asked or args.device.type != "cpu":
-        return False
-    if torch.accelerator.is_available():
-        raise UserError("FSDP with --use_cpu takes the GPU for its own; hide it with CUDA_VISIBLE_DEVICES=")
-    state, given = PartialState(), args.fsdp_plugin_args or {}
-    if state.num_processes < 2:
-        raise UserError("FSDP on a CPU needs two processes or more: --num_processes 2, or torchrun")
-    if int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))) != 2:
-        raise UserError("FSDP on a CPU has to be version 2: fsdp_version: 2 under fsdp_config")
-    state.distributed_type = DistributedType.MULTI_GPU
-    return True
-
-
-def settle_fsdp_on_cpus(accelerator: Any) -> None:
-    """What :func:`allow_fsdp_on_cpus` needs once there is an accelerator: offloaded weights are not pinned for a GPU.
-
-    Raises:
-        UserError: if accelerate took the settings for something else all the same.
-    """
-    if accelerator.distributed_type != DistributedType.FSDP:
-        raise UserError("this version of accelerate does not shard on CPUs; use --accelerate_config ddp")
-    plugin = accelerator.state.fsdp_plugin
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
-
-
 def override_engine_settings(accelerator: Any) -> None:
-    """Changes what in an engine's settings would cost digits or weights.
+    """Changes the settings of an engine that would cost digits or weights.
 
-    FSDP2 rounds what a forward returns to the precision of its weights, and ours returns the loss. ZeRO stage 3 saves
-    no weights that load, unless it is told to gather them.
+    FSDP2 rounds the output of a forward to the precision of its weights, and ours returns the loss. ZeRO stage 3 saves
+    weights that cannot be loaded, unless its settings say to gather them.
+
+    Raises:
+        UserError: if FSDP was asked for on CPUs, where accelerate would train with plain data parallelism.
     """
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("FSDP does not run on CPUs: use --accelerate_config ddp, or leave out the settings of FSDP")
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
@@ -86,17 +53,17 @@ def _is_zero3(accelerator: Any) -> bool:
 
 
 def frozen_weights_dtype(accelerator: Any) -> torch.dtype | None:
-    """What FSDP2 and DeepSpeed make of a policy's weights under mixed precision, where others leave them and autocast.
+    """Returns the dtype FSDP2 and DeepSpeed cast a policy's weights to under mixed precision.
 
-    None where weights stay as they are.
+    None where weights keep their dtype, under autocast.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    narrows = _is_fsdp2(accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
-    return dtype if narrows else None
+    casts = _is_fsdp2(accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
+    return dtype if casts else None
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> Any:
-    """Narrows the weights of a model that is not trained, in place, and leaves its buffers, as the engines do."""
+    """Casts the weights of a frozen model in place and leaves its buffers, as the engines do."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -104,11 +71,11 @@ def cast_weights(model: Any, dtype: torch.dtype) -> Any:
 
 
 def shard_frozen(body: nn.Module, accelerator: Any) -> bool:
-    """Shares out the weights of a frozen model's body as accelerate will share out the policy's, in place.
+    """Shards the weights of a frozen model's body in place, as accelerate will shard the policy's.
 
     Args:
-        body: A transformers model without a head; its weights are whole.
-        accelerator: Says how. Without FSDP2 or ZeRO stage 3 nothing happens.
+        body: A transformers model without a head; this process holds all its weights.
+        accelerator: The run's. Without FSDP2 or ZeRO stage 3 nothing happens.
 
     Returns:
         Whether the body is sharded now, and on its device.
@@ -132,7 +99,7 @@ def shard_frozen(body: nn.Module, accelerator: Any) -> bool:
         kept = ("stage", "stage3_param_persistence_threshold", "offload_param")
         zero = {name: given[name] for name in kept if given.get(name) not in (None, "auto")}
         dtype = next(body.parameters()).dtype
-        deepspeed.initialize(  # without an optimizer it only shares out the weights
+        deepspeed.initialize(  # without an optimizer it only shards the weights
             model=body,
             config={
                 "train_micro_batch_size_per_gpu": 1,

@@ -6,48 +6,41 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from accelerate.utils import compile_regions_deepspeed
+from accelerate.utils.other import has_repeated_blocks
 from torch import nn
 
 from tdpo.errors import UserError
-from tdpo.models.policy import causal_lm, unwrapped
+from tdpo.models.policy import body_of, causal_lm, unwrapped
 
 logger = logging.getLogger("tdpo")
 
 
-def compile_layers(models: Iterable[nn.Module], backend: str | None = None, mode: str | None = None) -> int:
-    """Compiles every layer of some models where it stands; names, hooks and saved files stay as they are.
+def compile_layers(models: Iterable[nn.Module], backend: str | None = None, mode: str | None = None) -> None:
+    """Compiles the repeated layers of some models in place; names, hooks and saved files stay as they are.
 
-    All layers of a model share one compiled program. What lies around them differs from batch to batch and from mask to
-    mask, and the head and the loss have kernels of their own, so compiling more gains nothing and compiles again.
+    All layers of a model share one compiled program. The masks differ from batch to batch, and the head and the loss
+    have kernels of their own, so compiling those gains nothing and compiles again.
 
     Args:
-        models: Transformers models; their ``_no_split_modules`` say what their layers are.
+        models: Transformers models.
         backend: As in ``torch.compile``; None is torch's default.
         mode: As in ``torch.compile``.
 
-    Returns:
-        How many layers were compiled.
-
     Raises:
-        UserError: for a model that does not say what its layers are.
+        UserError: for a model without repeated layers.
     """
-    compiled = 0
     for model in models:
-        lm = causal_lm(model)
-        names = set(getattr(lm, "_no_split_modules", None) or ())
-        layers = [module for module in lm.modules() if type(module).__name__ in names]
-        inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
-        outer = [layer for layer in layers if id(layer) not in inner]
-        if not outer:
-            raise UserError(f"--torch_compile: {type(lm).__name__} does not say what its layers are")
-        for layer in outer:
-            layer.compile(backend=backend or "inductor", mode=mode, dynamic=True)
-        compiled += len(outer)
-    return compiled
+        body = body_of(model)  # without the head, whose forward may run the loss
+        if not has_repeated_blocks(body):
+            name = type(causal_lm(model)).__name__
+            raise UserError(f"--torch_compile: {name} has no list of layers of one class to compile")
+        # The one of accelerate's functions for regions that compiles in place; it serves without DeepSpeed too.
+        compile_regions_deepspeed(body, backend=backend or "inductor", mode=mode, dynamic=True)
 
 
 def uncompiled(model: Any) -> Any:
-    """Returns a model without what ``torch.compile`` and ``Module.compile`` put around all of it.
+    """Removes what ``torch.compile`` and ``Module.compile`` put around a whole model, and returns it.
 
     Training runs body, head and loss inside the model's forward, which would be compiled again for every batch.
     """

@@ -23,7 +23,6 @@ from tdpo.models.load import load_model
 from tdpo.models.multimodal import freeze_idle_parts
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpointing, preflight, progress
-from tdpo.train.attempts import RunStart
 from tdpo.train.checkpointing import CheckpointingTrainer
 from tdpo.train.evaluation import EvaluatingTrainer
 from tdpo.train.inputs import prepare_held_out, prepare_training
@@ -71,7 +70,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
 
     label = "training"
     args: RunOptions
-    _start: RunStart | None = None
+    _start: Any = None
 
     def __init__(
         self,
@@ -87,13 +86,10 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         held_out = prepare_held_out(eval_dataset, self.prepare_dataset)
         if args.should_save:
             check_writable(Path(str(args.output_dir)))
-        preflight.check_held_out(args, held_out is not None)
-        preflight.check_reporting(args)
+        preflight.check_arguments(args, held_out is not None)
         super().__init__(
             args=args, train_dataset=train_dataset, eval_dataset=held_out, callbacks=list(callbacks or []), **kwargs
         )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        preflight.check_processes(args, sharded)
         self.loss_is_scaled_for_ga = False
         self.loss_since_log, self.train_metrics, self._step_losses = LossSinceLog(), Sums(), []
         self.run_parts = {"loss": self.loss_since_log}
@@ -105,8 +101,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
             self.remove_callback(standard)
         if not args.disable_tqdm:
             self.add_callback(progress.ProgressCallback(self.label))
-        if train_dataset is not None:
-            preflight.check_training(self, sharded)
+        preflight.check_trainer(self, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Switches off accelerate's compilation; layers are compiled one by one."""
@@ -114,10 +109,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
 
     @override
     def create_accelerator_and_postprocess(self) -> None:
-        on_cpus = sharding.allow_fsdp_on_cpus(self.args)
         super().create_accelerator_and_postprocess()
-        if on_cpus:
-            sharding.settle_fsdp_on_cpus(self.accelerator)
         sharding.override_engine_settings(self.accelerator)
 
     def get_train_dataloader(self) -> Any:
@@ -171,6 +163,8 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Runs the loop; a further attempt under ``auto_find_batch_size`` starts from where the first did."""
         if self.args.auto_find_batch_size and self._start is None:
+            from tdpo.train.attempts import RunStart
+
             self._start = RunStart(self)
         elif self._start is not None:
             logger.warning(

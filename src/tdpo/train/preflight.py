@@ -1,10 +1,11 @@
-"""Checks before the first step what would otherwise fail, or prove to be without effect, at the end of a run."""
+"""Checks before the first step what would otherwise fail, or turn out to be without effect, at the end of a run."""
 
 from __future__ import annotations
 
 import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,31 +22,66 @@ from tdpo.models.generation import add_end_token, repair_generation_config
 from tdpo.models.policy import causal_lm
 
 SAMPLE = 1000
-"""Responses that are enough to see the token they end with."""
+"""Responses looked at to find the token they end with."""
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-"""What transformers adds to the metrics of an evaluation."""
+"""Metrics transformers adds to those of an evaluation."""
 TOKEN_NAMES = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def check_trains(model: Any, optimizer: Any, args: RunOptions, items: int, processes: int) -> None:
-    """Refuses a run that would end without having trained anything.
+def check_arguments(args: RunOptions, held_out: bool) -> None:
+    """Refuses evaluations without data, and a tracker that transformers does not know or that is not installed.
 
     Args:
-        model: The model, in its adapter.
-        optimizer: The user's own, or None.
         args: The run.
-        items: Rows to train on.
-        processes: How many processes share them.
+        held_out: Whether there is held-out data.
 
     Raises:
-        UserError: naming what is too large or missing.
+        UserError: naming the option, and what is missing.
     """
-    per_round = args.per_device_train_batch_size * processes
-    if args.dataloader_drop_last and items < per_round:
+    strategy = IntervalStrategy(args.eval_strategy)
+    if not held_out and (args.eval_on_start or strategy != IntervalStrategy.NO):
+        option = "--eval_on_start" if args.eval_on_start else f"--eval_strategy {strategy.value}"
+        raise UserError(
+            f"{option} needs held-out data: name it with --eval_dataset_name, take a share of the training data with "
+            "--test_fraction, or pass eval_dataset in Python"
+        )
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"--report_to: {error}") from error
+
+
+def check_trainer(trainer: Any, sharded: bool) -> None:
+    """Refuses a run that would fail, or prove to be without effect, at its end; adds the end token of the responses.
+
+    Args:
+        trainer: A :class:`~tdpo.train.base.BatchMeanTrainer`.
+        sharded: Whether its weights will be sharded.
+
+    Raises:
+        UserError: naming what is wrong, and what to do about it.
+    """
+    model, args, dataset, optimizer = trainer.model, trainer.args, trainer.train_dataset, trainer.optimizer
+    processes, batch_size = args.world_size, args.per_device_train_batch_size
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process: launch with torchrun or accelerate, one process a GPU, "
+            "or set CUDA_VISIBLE_DEVICES to one"
+        )
+    if args.auto_find_batch_size and (sharded or processes > 1):
+        raise UserError(
+            "--auto_find_batch_size works in one process without sharding: of several, one may run out of memory "
+            "alone. Set a lower --per_device_train_batch_size and a higher --gradient_accumulation_steps, which "
+            "give the same result"
+        )
+    if dataset is None:
+        return
+    if args.dataloader_drop_last and len(dataset) < batch_size * processes:
         over = f" in each of {processes} processes" if processes > 1 else ""
         raise UserError(
-            f"--dataloader_drop_last would leave out all data: a batch of {args.per_device_train_batch_size}{over} "
-            f"takes {per_round} rows, and there are {items}. Leave the option out, or lower "
+            f"--dataloader_drop_last would leave out all data: a batch of {batch_size}{over} takes "
+            f"{batch_size * processes} rows, and there are {len(dataset)}. Leave the option out, or lower "
             "--per_device_train_batch_size"
         )
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
@@ -59,105 +95,20 @@ def check_trains(model: Any, optimizer: Any, args: RunOptions, items: int, proce
             "optimizers: the optimizer has no parameter of the model that is trained; make it from the parameters of "
             "the model you pass, after its adapter is put on"
         )
+    _check_best_metric(args, trainer.eval_dataset, trainer.metric_names())
+    base = model.get_base_model() if has_adapter(model) else model
+    _add_end_of_responses(base, trainer.processing_class, dataset)
+    repair_generation_config(base)
+    for problem, attempt, hint in _attempts(trainer, base, sharded):
+        try:
+            attempt()
+        except Exception as error:  # a class of the user's may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{problem}: {reason}{hint}") from error
 
 
-def check_processes(args: RunOptions, sharded: bool) -> None:
-    """Refuses several GPUs in one process, and a search for a batch size where processes could find different ones.
-
-    Raises:
-        UserError: saying how to launch instead.
-    """
-    if args.n_gpu > 1:
-        raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process: launch with torchrun or accelerate, one process a GPU, "
-            "or set CUDA_VISIBLE_DEVICES to one"
-        )
-    if args.auto_find_batch_size and (sharded or args.world_size > 1):
-        raise UserError(
-            "--auto_find_batch_size works in one process with whole weights: of several, one may run out of memory "
-            "alone. Set a lower --per_device_train_batch_size and a higher --gradient_accumulation_steps, which "
-            "give the same result"
-        )
-
-
-def check_training(trainer: Any, sharded: bool) -> None:
-    """Runs all checks of a trainer that is about to train.
-
-    Args:
-        trainer: A :class:`~tdpo.train.base.BatchMeanTrainer` with a training dataset.
-        sharded: Whether its weights will be sharded.
-
-    Raises:
-        UserError: for what would fail, or prove to be without effect, at the end of the run.
-    """
-    model, args, dataset = trainer.model, trainer.args, trainer.train_dataset
-    check_trains(model, trainer.optimizer, args, len(dataset), args.world_size)
-    if trainer.lr_scheduler is None:
-        check_schedule(args)
-    check_collator(trainer.data_collator, dataset)
-    check_evaluation(args, trainer.eval_dataset, trainer.metric_names())
-    add_end_of_responses(model, trainer.processing_class, dataset)
-    check_saving(model, trainer.processing_class, args, whole=not sharded)
-
-
-def check_reporting(args: RunOptions) -> None:
-    """Refuses a tracker that transformers does not know, or whose package is not installed.
-
-    Raises:
-        UserError: naming what is missing.
-    """
-    try:
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"--report_to: {error}") from error
-
-
-def check_schedule(args: RunOptions) -> None:
-    """Refuses arguments that the learning rate's schedule does not take, and a schedule that lacks some.
-
-    Raises:
-        UserError: with what is wrong about them.
-    """
-    optimizer, kwargs = torch.optim.SGD([torch.zeros(1)]), args.lr_scheduler_kwargs
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(kwargs) if isinstance(kwargs, dict) else None)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value}: {error}; its arguments are "
-            f"--lr_scheduler_kwargs, now {kwargs or 'none'}"
-        ) from error
-
-
-def check_collator(collator: Any, dataset: Any) -> None:
-    """Refuses a data collator whose batches are not those that are trained on.
-
-    Raises:
-        UserError: naming its type.
-    """
-    reason = "its batches have no 'pair_rows'"
-    try:
-        if "pair_rows" in collator([dataset[0]]):
-            return
-    except Exception as error:  # whatever a collator for other rows may raise
-        reason = f"{type(error).__name__}: {error}"
-    raise UserError(
-        f"data_collator: {getattr(collator, '__name__', type(collator).__name__)} does not make batches to train on "
-        f"({reason}); leave it out, or return what tdpo.data.dataset.Collator returns"
-    )
-
-
-def check_evaluation(args: RunOptions, eval_dataset: Any, names: Iterable[str]) -> None:
-    """Refuses a metric for the best model that no evaluation reports.
-
-    Args:
-        args: The run.
-        eval_dataset: Held-out data, several by name, or None.
-        names: Metrics an evaluation reports, without prefix.
-
-    Raises:
-        UserError: naming the option.
-    """
+def _check_best_metric(args: RunOptions, eval_dataset: Any, names: Iterable[str]) -> None:
+    """Refuses a metric for the best model that no evaluation reports; ``names`` are without prefix."""
     wanted = args.metric_for_best_model
     if wanted is None or args.eval_strategy == IntervalStrategy.NO:
         return
@@ -171,69 +122,48 @@ def check_evaluation(args: RunOptions, eval_dataset: Any, names: Iterable[str]) 
         )
 
 
-def check_held_out(args: RunOptions, given: bool) -> None:
-    """Refuses an evaluation during training that has no data.
-
-    Raises:
-        UserError: naming what asks for it, and where the data would be named.
-    """
-    asks = "--eval_on_start" if args.eval_on_start else f"--eval_strategy {IntervalStrategy(args.eval_strategy).value}"
-    if not given and (args.eval_on_start or args.eval_strategy != IntervalStrategy.NO):
-        raise UserError(
-            f"{asks} needs held-out data: name it with --eval_dataset_name, take a share of the training data with "
-            "--test_fraction, or pass eval_dataset in Python"
+def _attempts(trainer: Any, base: Any, sharded: bool) -> Iterator[tuple[str, Callable[[], Any], str]]:
+    """Lists what is tried before the first step: the message if it fails, the attempt, and a hint."""
+    model, args, collator, tokenizer = trainer.model, trainer.args, trainer.data_collator, trainer.processing_class
+    kwargs, scheduler = args.lr_scheduler_kwargs, SchedulerType(args.lr_scheduler_type)
+    if trainer.lr_scheduler is None:
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        given = dict(kwargs) if isinstance(kwargs, dict) else None
+        yield (
+            f"--lr_scheduler_type {scheduler.value}",
+            lambda: get_scheduler(scheduler, optimizer, 1, 10, given),
+            f"; its arguments are --lr_scheduler_kwargs, now {kwargs or 'none'}",
         )
-
-
-def check_saving(model: Any, processing_class: Any, args: RunOptions, whole: bool) -> None:
-    """Saves everything but weights to a temporary folder and repairs a generation config that contradicts itself.
-
-    Args:
-        model: The model, in its adapter.
-        processing_class: The tokenizer, a processor, or None.
-        args: The run, which is saved too.
-        whole: Whether this process holds all weights, so that their names can be looked at.
-
-    Raises:
-        UserError: naming what cannot be saved, and why.
-    """
-    base = model.get_base_model() if has_adapter(model) else model
-    repair_generation_config(base)
-    with tempfile.TemporaryDirectory() as folder:
-        for what, save in _parts(model, base, processing_class, args, whole):
-            try:
-                save(folder)
-            except Exception as error:  # a class of the user's may raise anything; it would be raised at the end
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise UserError(f"{what} cannot be saved, so the trained model could not be: {reason}") from error
-
-
-def _parts(
-    model: Any, base: Any, processing_class: Any, args: RunOptions, whole: bool
-) -> Iterator[tuple[str, Callable[[str], Any]]]:
-    """Lists what a checkpoint consists of beside its weights, with the function that saves each to a folder."""
+    name = getattr(collator, "__name__", type(collator).__name__)
+    yield (
+        f"data_collator: {name} does not make batches to train on",
+        lambda: collator([trainer.train_dataset[0]])["pair_rows"],
+        "; leave it out, or return what tdpo.data.dataset.Collator returns",
+    )
+    saved: dict[str, Callable[[str], Any]] = {"the arguments of the run": lambda _: torch.save(args, io.BytesIO())}
     if hasattr(base, "config"):
-        yield "the model's config", base.config.save_pretrained
+        saved["the model's config"] = base.config.save_pretrained
     if has_adapter(model):
-        for name, config in model.peft_config.items():
-            yield f"the config of the adapter {name!r}", config.save_pretrained
-    elif whole and isinstance(base, PreTrainedModel):
+        configs = model.peft_config.items()
+        saved |= {f"the config of the adapter {adapter!r}": config.save_pretrained for adapter, config in configs}
+    elif not sharded and isinstance(base, PreTrainedModel):
         skipped = base._keys_to_ignore_on_save or ()
-        saved = {name: tensor for name, tensor in base.state_dict().items() if name not in skipped}
-        yield "the model", lambda folder: remove_tied_weights_from_state_dict(saved, base)
-    if processing_class is not None:
-        yield type(processing_class).__name__, processing_class.save_pretrained
-    yield "the arguments of the run", lambda folder: torch.save(args, io.BytesIO())
+        weights = {name: tensor for name, tensor in base.state_dict().items() if name not in skipped}
+        saved["the model"] = lambda _: remove_tied_weights_from_state_dict(weights, base)
+    if tokenizer is not None:
+        saved[type(tokenizer).__name__] = tokenizer.save_pretrained
+    with tempfile.TemporaryDirectory() as folder:
+        for part, save in saved.items():
+            yield f"{part} cannot be saved, so the trained model could not be", partial(save, folder), ""
 
 
-def add_end_of_responses(model: Any, processing_class: Any, dataset: Any) -> None:
+def _add_end_of_responses(base: Any, processing_class: Any, dataset: Any) -> None:
     """Adds the token that the responses end with to the model's end tokens, where it is not among them."""
-    base = model.get_base_model() if has_adapter(model) else model
     items = (dataset[index] for index in range(min(len(dataset), SAMPLE)))
-    names = ("chosen_ids", "labels", "response_ids")
-    learnt = (next((ids for name in names if (ids := getattr(item, name, None))), None) for item in items)
+    fields = ("chosen_ids", "labels", "response_ids")
+    responses = (next((ids for field in fields if (ids := getattr(item, field, None))), None) for item in items)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    add_end_token(base, tokenizer, [ids[-1] for ids in learnt if ids])
+    add_end_token(base, tokenizer, [ids[-1] for ids in responses if ids])
 
 
 class VocabularyCallback(TrainerCallback):

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 from typing_extensions import override
 
+EVALUATION = "evaluation"
 SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("rewards/accuracies", "accuracy", "{:.2f}"),
@@ -45,39 +46,38 @@ def figures(metrics: Mapping[str, Any], prefix: str = "") -> str:
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows training and evaluation. On the main process only; silent with ``disable_tqdm``."""
+    """Shows training and evaluation: a bar each on a terminal, one line a log elsewhere; on the main process only."""
 
     def __init__(self, label: str, console: Console | None = None) -> None:
         self.label = label
         self.console = console or Console(stderr=True)
-        self._progress: Progress | None = None
-        self._training: Any = None
-        self._evaluating: Any = None
+        self._progress = bar(self.console)
+        self._tasks: dict[str, Any] = {}
+
+    def _show(self, state: Any, name: str, total: int, **changes: Any) -> None:
+        """Changes the bar of that name, which is opened when there is none."""
+        if state.is_world_process_zero and self.console.is_terminal:
+            self._progress.start()
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=total, figures="")
+            self._progress.update(self._tasks[name], **changes)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.console.is_terminal:
-            self._progress = bar(self.console)
-            self._progress.start()
-            self._training = self._progress.add_task(self.label, total=state.max_steps, figures="")
-            self._progress.update(self._training, completed=state.global_step)
+        self._show(state, self.label, state.max_steps, completed=state.global_step)
 
-    @override
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.update(self._training, completed=state.global_step)
+    on_step_end = on_train_begin
 
     @override
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
+        logs = logs or {}
         line = figures(logs) or figures(logs, "eval_")
-        if not line:
+        if not state.is_world_process_zero or not line:
             return
-        if self._progress is not None and "loss" in logs:
-            self._progress.update(self._training, figures=line)
+        if "loss" in logs and self._tasks:
+            self._show(state, self.label, state.max_steps, figures=line)
         else:
-            name = self.label if "loss" in logs else "evaluation"
+            name = self.label if "loss" in logs else EVALUATION
             step = f"step {state.global_step}/{state.max_steps}: " if state.max_steps else ""
             self.console.print(f"{name}: {step}{line}", highlight=False, soft_wrap=True)
 
@@ -85,22 +85,15 @@ class ProgressCallback(TrainerCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or not self.console.is_terminal or eval_dataloader is None:
-            return
-        if self._progress is None:
-            self._progress = bar(self.console, transient=True)
-            self._progress.start()
-        if self._evaluating is None:
-            self._evaluating = self._progress.add_task("evaluation", total=len(eval_dataloader), figures="")
-        self._progress.advance(self._evaluating)
+        if eval_dataloader is not None:
+            self._show(state, EVALUATION, len(eval_dataloader), advance=1)
 
     @override
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None and self._evaluating is not None:
-            self._progress.remove_task(self._evaluating)
-            self._evaluating = None
-            if self._training is None:
-                self.close()
+        if EVALUATION in self._tasks:
+            self._progress.remove_task(self._tasks.pop(EVALUATION))
+            if not self._tasks:
+                self._progress.stop()
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -108,9 +101,10 @@ class ProgressCallback(TrainerCallback):
 
     def close(self) -> None:
         """Closes the open bars; safe to call after an exception, and twice."""
-        if self._progress is not None:
+        if self._tasks:
             self._progress.stop()
-        self._progress = self._training = self._evaluating = None
+        while self._tasks:
+            self._progress.remove_task(self._tasks.popitem()[1])
 
 
 def close_bars(callbacks: Iterable[TrainerCallback]) -> None:
