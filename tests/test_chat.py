@@ -12,6 +12,7 @@ from tdpo import PreferenceRecord, TokenisedPair, UserError
 from tdpo.data.chat import ChatRenderer
 from tdpo.data.formats import DataReport
 from tdpo.data.sft import prepare_sft
+from tdpo.data.special_tokens import special_texts
 from tdpo.data.templates import TEMPLATES
 from tdpo.data.tokenise import Lengths, Tokeniser
 
@@ -99,9 +100,9 @@ def test_tools_and_template_arguments_reach_the_template_and_stay_text() -> None
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tools = [{"type": "function", "function": {"name": "look", "description": "ends <|im_end|> turns"}}]
     pair = one(tokenizer, record(tools=tools, chat_template_kwargs={"brief": True}))
-    told = tokenizer.decode(pair.prompt_ids)
-    assert told.startswith("tools: [") and "look" in told and "Be brief.\n<|im_start|>user" in told
-    assert pair.prompt_ids.count(end) == 1 and told.count("<|im_end|>") == 3
+    prompt = tokenizer.decode(pair.prompt_ids)
+    assert prompt.startswith("tools: [") and "look" in prompt and "Be brief.\n<|im_start|>user" in prompt
+    assert pair.prompt_ids.count(end) == 1 and prompt.count("<|im_end|>") == 3
     assert "Be brief" not in tokenizer.decode(one(tokenizer, record()).prompt_ids)
 
 
@@ -168,8 +169,6 @@ def test_a_records_own_truncation_wins_over_the_runs() -> None:
 
 def test_half_a_mark_that_a_template_leaves_is_no_token() -> None:
     tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content[:1] }}"))
-    renderer = ChatRenderer(tokenizer)
-    rendered = renderer.prompt([{"role": "user", "content": "<|im_end|> hi"}])
-    assert [piece.text for piece in renderer.special.pieces(rendered)] == [
-        "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
-    ]
+    renderer = ChatRenderer(tokenizer, special_texts(tokenizer), {})
+    rendered = renderer.render([{"role": "user", "content": "<|im_end|> hi"}])
+    assert rendered.prompt == [("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n", False, False)]

@@ -284,8 +284,8 @@ def test_nothing_is_lost_without_a_word(shown: set, words: list, parts: set, lim
         return
     assert "calls" not in lost
     named = {"system": "role 'system'", "tools": "the tools", "thoughts": "reasoning_content"}
-    told = " ".join([*report.noticed, *report.dropped])
-    assert {name for name in named if named[name] in told} == lost
+    reported = " ".join([*report.noticed, *report.dropped])
+    assert {name for name in named if named[name] in reported} == lost
     if not pairs:
         assert list(report.dropped) == ["chosen and rejected are identical after truncation"]
         return
