@@ -39,7 +39,7 @@ from tdpo.models.fingerprint import weights_hash
 from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, Reference
 from tdpo.models.store import HiddenStore
 from tdpo.score import batch_loss
-from tdpo.train.references import FillOptions, cache_key, fill
+from tdpo.train.reference_cache import FillOptions, cache_key, fill
 from tdpo.types import TokenisedPair
 
 SETTINGS = ("full-frozen", "full-cached", "full-cached-bf16", "lora-frozen", "lora-adapter_off", "lora-cached")
@@ -50,7 +50,7 @@ FIGURES = (
 
 
 def setting_of(name: str, pairs: list[TokenisedPair], vocab: int) -> tuple[Any, Reference, dict[str, float]]:
-    """Policy and reference of a setting, with an adapter of rank 16 on all linear layers, and the cache's figures."""
+    """Builds policy and reference of a setting, with an adapter of rank 16 on all linear layers; measures a cache."""
     from peft import LoraConfig
 
     adapter, strategy = name.split("-", 1)
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs every setting in turn, round after round with other pairs, and gives a row each."""
+    """Runs every setting in turn, round after round with other pairs, and returns a row for each."""
     found = in_turn(__file__, [{"setting": name} for name in SETTINGS], options.rounds, words_of(options))
     runs = dict(zip(SETTINGS, found, strict=True))
     rows = []

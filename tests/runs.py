@@ -23,13 +23,13 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of the tests, on one thread, with this project's sources and no accelerator."""
+    """Returns the environment of the tests, on one thread, with this project's sources and no accelerator."""
     path = os.pathsep.join([str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 def train_words(model: Path, data: Path, out: Path, *options: object) -> list[str]:
-    """The words of ``tdpo train`` on a CPU."""
+    """Returns the words of ``tdpo train`` on a CPU."""
     words = [
         "train", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", out, "--use_cpu",
         "--disable_tqdm", "--learning_rate", "1e-2", *LENGTHS, *options,
@@ -47,24 +47,24 @@ def start(words: list[str], processes: int = 1, **more: str) -> subprocess.Popen
 
 
 def finish(run: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
-    """Exit code and everything a run said; one that hangs fails the test."""
+    """Returns the exit code and the output of a run; one that hangs fails the test."""
     try:
-        told, _ = run.communicate(timeout=timeout)
+        output, _ = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         run.kill()
         pytest.fail(f"no end within {timeout} s: {run.communicate()[0][-2000:]}")
-    return run.returncode, told
+    return run.returncode, output
 
 
 def completed(words: list[str], processes: int = 1, timeout: float = 60, **more: str) -> str:
     """Runs a command that has to succeed."""
-    code, told = finish(start(words, processes, **more), timeout)
-    assert code == 0, told[-3000:]
-    return told
+    code, output = finish(start(words, processes, **more), timeout)
+    assert code == 0, output[-3000:]
+    return output
 
 
 def wait_for(happened: Callable[[], Any], run: subprocess.Popen[str], timeout: float = 60) -> None:
-    """Waits until something has happened in a run that goes on."""
+    """Waits until something has happened in a run."""
     end = time.monotonic() + timeout
     while not happened():
         if run.poll() is not None or time.monotonic() > end:
@@ -80,17 +80,17 @@ def interrupted(run: subprocess.Popen[str], number: signal.Signals) -> tuple[int
 
 
 def weights(folder: Path) -> Weights:
-    """The saved weights."""
+    """Loads the saved weights."""
     return load_file(folder / "model.safetensors")
 
 
 def adapter_weights(folder: Path) -> Weights:
-    """The saved weights of an adapter."""
+    """Loads the saved weights of an adapter."""
     return load_file(folder / "adapter_model.safetensors")
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    """The logs of a finished run without what a clock says."""
+    """Reads the logs of a finished run without its timings."""
     logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     clocks = ("runtime", "per_second", "train_loss", "total_flos", "preparation")
     kept = ({name: value for name, value in log.items() if not any(c in name for c in clocks)} for log in logs)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.cli import main
 from tdpo.config import AdapterOptions, ModelConfig
-from tdpo.models.adapters import merged
+from tdpo.models.adapters import merge_adapter
 from tdpo.models.load import adapter_base, load_model, load_tokenizer
 
 SHORT = ["--max_length=96", "--max_prompt_length=48"]
@@ -37,9 +37,9 @@ def mistake(capsys: pytest.CaptureFixture, *words: object) -> str:
     """Runs a training that must fail as a user's mistake; returns the one message."""
     capsys.readouterr()
     assert train(*words) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    return told
+    output = capsys.readouterr().err
+    assert "Traceback" not in output
+    return output
 
 
 def history(out: Path) -> list[dict[str, float]]:
@@ -61,8 +61,8 @@ def test_flags_are_the_lora_config_they_name() -> None:
     )  # fmt: skip
     peft_config = options.peft_config()
     assert isinstance(peft_config, LoraConfig)
-    told = (peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout, peft_config.target_modules)
-    assert told == (3, 9, 0.1, "all-linear")
+    settings = (peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout, peft_config.target_modules)
+    assert settings == (3, 9, 0.1, "all-linear")
     assert peft_config.modules_to_save == ["lm_head"] and peft_config.use_rslora and peft_config.use_dora
     assert AdapterOptions().peft_config() is None and AdapterOptions().quantization() is None
     assert AdapterOptions(use_peft=True, lora_target_modules=["q_proj"]).peft_config().target_modules == {"q_proj"}
@@ -102,14 +102,14 @@ def test_mistakes_with_adapters_are_named(
     lost = tmp_path / "lost"
     lost.mkdir()
     (lost / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "./gone"}))
-    told = mistake(capsys, lost, pairs_file, tmp_path / "out", "--tokenizer_name_or_path", model_folder)
-    assert f"the base of the adapter '{lost}': ./gone: no such folder" in told
+    output = mistake(capsys, lost, pairs_file, tmp_path / "out", "--tokenizer_name_or_path", model_folder)
+    assert f"the base of the adapter '{lost}': ./gone: no such folder" in output
     (lost / "adapter_config.json").write_text("{}")
-    told = mistake(capsys, lost, pairs_file, tmp_path / "out", "--tokenizer_name_or_path", model_folder)
-    assert "names no base" in told
+    output = mistake(capsys, lost, pairs_file, tmp_path / "out", "--tokenizer_name_or_path", model_folder)
+    assert "names no base" in output
     (lost / "config.json").write_text("{}")
-    told = mistake(capsys, lost, pairs_file, tmp_path / "out", "--tokenizer_name_or_path", model_folder)
-    assert "holds a model (config.json) and an adapter" in told
+    output = mistake(capsys, lost, pairs_file, tmp_path / "out", "--tokenizer_name_or_path", model_folder)
+    assert "has a model (config.json) and an adapter" in output
 
 
 def test_few_bits_without_bitsandbytes_is_one_message(
@@ -119,8 +119,8 @@ def test_few_bits_without_bitsandbytes_is_one_message(
     import tdpo.models.load as load
 
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
-    told = mistake(capsys, model_folder, pairs_file, tmp_path / "out", *LORA, "--load_in_4bit")
-    assert "--load_in_4bit needs bitsandbytes: pip install 'tdpo[quant]'" in told
+    output = mistake(capsys, model_folder, pairs_file, tmp_path / "out", *LORA, "--load_in_4bit")
+    assert "--load_in_4bit needs bitsandbytes: pip install 'tdpo[quant]'" in output
 
 
 def test_a_model_in_four_bits_trains_its_adapter(tmp_path: Path, tokenizer: Any, pairs_file: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_tokenizer_of_an_adapter_without_one_is_its_bases(tmp_path: Path, ad
     assert len(load_tokenizer(ModelConfig(str(tmp_path)))) == len(load_tokenizer(ModelConfig(str(adapter_folder))))
 
 
-def test_going_on_from_an_adapter_starts_where_it_is_and_its_reference_is_told(
+def test_continuing_from_an_adapter_starts_where_it_is_and_its_reference_is_logged(
     capsys: pytest.CaptureFixture, tmp_path: Path, adapter_folder: Path, model_folder: Path, pairs_file: Path
 ) -> None:
     def first_log(name: str, *more: object) -> tuple[str, dict[str, float]]:
@@ -184,7 +184,7 @@ def test_going_on_from_an_adapter_starts_where_it_is_and_its_reference_is_told(
 
 
 def test_fine_tuning_trains_adapters_too(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
-    """The adapter of fine-tuning is what preference training goes on with."""
+    """The adapter of fine-tuning is what preference training continues."""
     words = ["--dataset_name", pairs_file, "--save_strategy=no", "--use_cpu", "--disable_tqdm", "--max_length=96"]
     words += ["--max_steps=6", "--learning_rate=3e-2", "--logging_steps=1"]
     for start, out, more in ((model_folder, "sft", LORA), (tmp_path / "sft", "on", [])):
@@ -224,7 +224,7 @@ def test_merging_gives_a_plain_model_that_says_the_same(
         assert tdpo("merge", "--model_name_or_path", words[0], "--output_dir", words[1]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="no adapter"):
-        merged(plain)
+        merge_adapter(plain)
 
 
 def test_a_frozen_head_takes_three_products_and_a_trained_one_four(tmp_path: Path, tokenizer: Any) -> None:
@@ -266,10 +266,10 @@ def test_gradient_checkpointing_changes_no_adapters_gradient(tmp_path: Path, tok
     assert norms[0] == pytest.approx(norms[1], rel=1e-5) and min(norms[0]) > 1e-3
 
 
-def test_dropout_of_an_adapter_that_disable_dropout_takes_away_is_told(
+def test_dropout_of_an_adapter_that_disable_dropout_takes_away_is_warned_of(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def told(**options: Any) -> list[str]:
+    def warnings(**options: Any) -> list[str]:
         caplog.clear()
         config = TDPOConfig(output_dir=str(tmp_path), use_cpu=True, save_strategy="no", **options)
         lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
@@ -278,10 +278,10 @@ def test_dropout_of_an_adapter_that_disable_dropout_takes_away_is_told(
         )
         return [record.message for record in caplog.records if "lora_dropout" in record.message]
 
-    assert told() == [
+    assert warnings() == [
         "lora_dropout 0.1 is off: --disable_dropout is on, and covers the adapter (set it to false to keep it)"
     ]
-    assert told(disable_dropout=False) == []
+    assert warnings(disable_dropout=False) == []
 
 
 def check_trajectories(model: object, data: object, folder: Path, *options: object) -> None:
@@ -328,9 +328,9 @@ def test_a_cache_is_filled_by_its_command_and_read_by_training(
     assert f"reference cache {cache}: 10 different pairs, 10 of them computed now; 128 bytes a response token" in first
     assert "10 different pairs, 0 of them computed now" in filled("--dataset_name", pairs_file)
     assert train(model_folder, pairs_file, tmp_path / "a", "--reference_cache", cache) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     line = "reference: cached (--reference_cache names a folder; hidden states of the policy as it is before training)"
-    assert f"{line}; 10 different pairs in {cache}" in told
+    assert f"{line}; 10 different pairs in {cache}" in output
     assert train(model_folder, pairs_file, tmp_path / "b", "--reference_cache", cache, *LORA) == 0, "the base of a LoRA"
     lacking = mistake(capsys, model_folder, more, tmp_path / "c", "--reference_cache", cache)
     assert "it lacks 1 of 1 pairs (rows 1): tokens changed" in lacking and "tdpo cache-reference adds" in lacking

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, preference_rows
-from test_trainer import config, weights
+from conftest import make_model
+from tiny_training import tiny_config, tiny_trainer, weights
 from transformers import TrainerCallback
 
 from tdpo import TDPOTrainer, UserError
@@ -24,16 +24,10 @@ def history(trainer: TDPOTrainer) -> list[dict[str, float]]:
     return [{k: v for k, v in log.items() if not any(c in k for c in CLOCKS)} for log in trainer.state.log_history]
 
 
-def made(folder: Path, tokenizer: Any, **options: Any) -> TDPOTrainer:
+def made(folder: Path, tokenizer: Any, **fields: Any) -> TDPOTrainer:
     model = make_model(len(tokenizer))
-    model.model.layers[0].self_attn.attention_dropout = 0.0 if options.get("disable_dropout", True) else 0.5
-    return TDPOTrainer(
-        model,
-        make_model(len(tokenizer), seed=1),
-        config(folder, **{**OPTIONS, **options}),
-        train_dataset=preference_rows(),
-        processing_class=tokenizer,
-    )
+    model.model.layers[0].self_attn.attention_dropout = 0.0 if fields.get("disable_dropout", True) else 0.5
+    return tiny_trainer(folder, tokenizer, model, ref_model=make_model(len(tokenizer), seed=1), **{**OPTIONS, **fields})
 
 
 class OutOfMemoryOnce:
@@ -141,7 +135,7 @@ def test_memory_that_never_suffices_is_an_error(
 
 def test_a_reference_that_moves_contradicts_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--sync_ref_model and --auto_find_batch_size contradict each other"):
-        config(tmp_path, auto_find_batch_size=True, sync_ref_model=True)
+        tiny_config(tmp_path, auto_find_batch_size=True, sync_ref_model=True)
 
 
 def test_training_a_second_time_logs_only_what_it_has_seen(tmp_path: Path, tokenizer: Any) -> None:

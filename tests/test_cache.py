@@ -155,7 +155,7 @@ def test_bad_rows_are_told_and_leave_nothing_behind(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
-def rank(number: int, file: Path, folder: Path, start: object, told: object) -> None:
+def rank(number: int, file: Path, folder: Path, start: object, output: object) -> None:
     whole, count = Tokeniser.pairs, []
 
     def counted(self: Tokeniser, records: list, *more: object) -> list[TokenisedPair]:
@@ -166,17 +166,17 @@ def rank(number: int, file: Path, folder: Path, start: object, told: object) -> 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads that the parent had started are not there after a fork
     start.wait()
     dataset = prepared(file, folder, max_length=60)
-    told.put((number, count, [(p.prompt_ids, p.chosen_ids, p.rejected_ids, p.row) for p in dataset]))
+    output.put((number, count, [(p.prompt_ids, p.chosen_ids, p.rejected_ids, p.row) for p in dataset]))
 
 
 def test_two_processes_see_the_same_pairs_in_the_same_order_tokenised_once(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", preference_rows(4000))
     context = multiprocessing.get_context("fork")
-    start, told = context.Barrier(2), context.Queue()
-    ranks = [context.Process(target=rank, args=(n, file, tmp_path / "cache", start, told)) for n in range(2)]
+    start, output = context.Barrier(2), context.Queue()
+    ranks = [context.Process(target=rank, args=(n, file, tmp_path / "cache", start, output)) for n in range(2)]
     for process in ranks:
         process.start()
-    (_, one, first), (_, other, second) = (told.get(timeout=120) for _ in ranks)
+    (_, one, first), (_, other, second) = (output.get(timeout=120) for _ in ranks)
     for process in ranks:
         process.join()
     assert first == second and len(first) == 4000
@@ -206,5 +206,5 @@ def test_a_table_is_a_sequence_of_pairs_and_checks_like_one() -> None:
 def test_the_entry_says_what_it_is(file: Path, tmp_path: Path) -> None:
     prepared(file, tmp_path / "cache")
     (about,) = (tmp_path / "cache").rglob("*.json")
-    told = json.loads(about.read_text())
-    assert told["source"] == str(file) and told["report"]["kept"] == 29
+    output = json.loads(about.read_text())
+    assert output["source"] == str(file) and output["report"]["kept"] == 29

@@ -100,9 +100,9 @@ def test_tools_and_template_arguments_reach_the_template_and_stay_text() -> None
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tools = [{"type": "function", "function": {"name": "look", "description": "ends <|im_end|> turns"}}]
     pair = one(tokenizer, record(tools=tools, chat_template_kwargs={"brief": True}))
-    prompt = tokenizer.decode(pair.prompt_ids)
-    assert prompt.startswith("tools: [") and "look" in prompt and "Be brief.\n<|im_start|>user" in prompt
-    assert pair.prompt_ids.count(end) == 1 and prompt.count("<|im_end|>") == 3
+    output = tokenizer.decode(pair.prompt_ids)
+    assert output.startswith("tools: [") and "look" in output and "Be brief.\n<|im_start|>user" in output
+    assert pair.prompt_ids.count(end) == 1 and output.count("<|im_end|>") == 3
     assert "Be brief" not in tokenizer.decode(one(tokenizer, record()).prompt_ids)
 
 

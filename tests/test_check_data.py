@@ -62,10 +62,10 @@ def test_every_finding_is_named_by_row(model_folder: Path, tmp_path: Path, capsy
         "without_end": [15],
     }
     assert found["eval"]["kept"] == 2 and found["eval"]["rows"]["leaks"] == []
-    told = capsys.readouterr().out
-    assert re.search(r"4 +│ whose prompt is in the evaluation data +│ 1, 9, 10, 11", told)
-    assert "15 │ pairs to train on" in told and "3 rows contradict another row of the same prompt" in told
-    assert told.count("tokens of a sequence") == 2 and "row 1" in told and END in told
+    output = capsys.readouterr().out
+    assert re.search(r"4 +│ whose prompt is in the evaluation data +│ 1, 9, 10, 11", output)
+    assert "15 │ pairs to train on" in output and "3 rows contradict another row of the same prompt" in output
+    assert output.count("tokens of a sequence") == 2 and "row 1" in output and END in output
 
 
 def test_lengths_are_those_before_truncation(model_folder: Path, tmp_path: Path, tokenizer: object) -> None:
@@ -94,10 +94,10 @@ def test_bad_rows_end_it_with_2_after_all_is_told_and_fix_writes_the_rest(
     with open(data, "a", encoding="utf-8") as file:
         file.write("{broken\n")
     assert check_data(model_folder, data, "--json", tmp_path / "found.json") == 2
-    told = capsys.readouterr()
-    assert "training would stop at this data" in told.err and "Traceback" not in told.err
-    assert f"{data}, row 17: field 'chosen' must be a text" in told.err and "row 18: not valid JSON" in told.err
-    assert "15 │ pairs to train on" in told.out
+    output = capsys.readouterr()
+    assert "training would stop at this data" in output.err and "Traceback" not in output.err
+    assert f"{data}, row 17: field 'chosen' must be a text" in output.err and "row 18: not valid JSON" in output.err
+    assert "15 │ pairs to train on" in output.out
     assert len(json.loads((tmp_path / "found.json").read_text())["errors"]) == 3
     fixed = tmp_path / "fixed.jsonl"
     assert (
@@ -148,18 +148,18 @@ def test_an_example_shows_every_token_and_marks_what_was_cut(mode: str) -> None:
     (pair,) = tokeniser.pairs([record], DataReport(""))
     screen = Console(width=100, record=True, force_terminal=False, file=io.StringIO())
     screen.print(example(pair, whole(record, tokeniser), tokenizer, "row 7"))
-    told = screen.export_text()
-    assert "prompt 8 tokens, 13 cut off" in told and "chosen 12 tokens, 29 cut off" in told
+    output = screen.export_text()
+    assert "prompt 8 tokens, 13 cut off" in output and "chosen 12 tokens, 29 cut off" in output
     cut = "<s>⟪cut off: abcdeabcdehi⟫lmnorst" if mode == "keep_end" else "<s>abcdea⟪cut off: bcdehilmnorst⟫"
     for line in (cut, "b" * 12 + "⟪cut off: " + "b" * 28 + "</s>⟫", "d</s>"):
-        assert f"│ {line} " in told, line
+        assert f"│ {line} " in output, line
 
 
 def test_a_histogram_counts_every_sequence() -> None:
     lengths = np.array([*range(1, 400), 5000, 9000])
-    told = histogram(lengths, limit=128).plain
-    counts = [int(line.split()[-1].replace(",", "")) for line in told.splitlines()[1:]]
-    assert sum(counts) == len(lengths) and " 128  " in told
+    output = histogram(lengths, limit=128).plain
+    counts = [int(line.split()[-1].replace(",", "")) for line in output.splitlines()[1:]]
+    assert sum(counts) == len(lengths) and " 128  " in output
     assert histogram(np.array([7]), limit=512).plain.splitlines()[1].endswith(" 1")
 
 
@@ -184,7 +184,7 @@ def test_mistakes_are_told_in_words(model_folder: Path, tmp_path: Path, capsys: 
     broken = tmp_path / "template.jinja"
     broken.write_text("{% for m in messages %}")
     assert check_data(model_folder, data, "--chat_template_path", broken) == 2
-    assert "no valid Jinja template" in capsys.readouterr().err
+    assert "not a valid Jinja template" in capsys.readouterr().err
 
 
 def test_make_tokenizer_is_the_models_own(tokenizer: object) -> None:

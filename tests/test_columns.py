@@ -17,12 +17,12 @@ from test_formats_pairs import BAD, ROWS, TOOL, error_of, one
 from tdpo import PreferenceRecord, UserError
 from tdpo.cli import main
 from tdpo.config.data import EvalDataConfig, FormatOptions
+from tdpo.config.row_spec import RowSpec, parse_columns, parse_names
 from tdpo.data.cache import PairCache
 from tdpo.data.dataset import prepare_pairs
 from tdpo.data.formats import to_records
 from tdpo.data.formats.columns import is_metadata, texts_in
 from tdpo.data.formats.report import DataReport
-from tdpo.data.row_spec import RowSpec, parse_columns, parse_names
 from tdpo.data.sources import from_memory, open_mixture, open_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 
@@ -250,7 +250,7 @@ def test_a_system_prompt_comes_before_chats_that_have_none() -> None:
 
 def test_columns_to_ignore_must_be_there() -> None:
     assert parse_names("a, b") == parse_names(["a,b"]) == parse_names('["a", "b"]') == ("a", "b")
-    assert FormatOptions(ignore_columns=["a,b", "c"]).reading().ignore_columns == ("a", "b", "c")
+    assert FormatOptions(ignore_columns=["a,b", "c"]).row_spec().ignore_columns == ("a", "b", "c")
     with pytest.raises(UserError, match=r"--ignore_columns: expected column names|expected column names, name,name"):
         parse_names([3])  # type: ignore[list-item]
     message = stopped([{**PLAIN, "notes": "x"}], RowSpec(ignore_columns=("note",)))
@@ -294,7 +294,7 @@ def test_each_part_of_a_mixture_is_checked_by_its_own_spec(tmp_path: Path) -> No
         to_records(open_mixture([str(one_file), f"{other},ignore_columns=remark"], "train", lambda spec: spec, 0))
     config = EvalDataConfig(datasets=[str(other)])
     with pytest.raises(UserError, match="--ignore_columns and --datasets contradict each other"):
-        config.check_reading(RowSpec(ignore_columns=("a",)))
+        config.check_row_spec(RowSpec(ignore_columns=("a",)))
 
 
 def test_tables_fill_what_is_missing_with_null(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import inspect
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -180,7 +182,7 @@ def test_a_recipe_of_trl_trains_once_what_is_listed_is_changed(
     recipe = tmp_path / "recipe.yaml"
     text = RECIPE.format(model=model_folder, data=pairs_file, out=tmp_path / "out")
     recipe.write_text(text)
-    told = mistake(capsys, "train", "--config", recipe)
+    output = mistake(capsys, "train", "--config", recipe)
     changes = {
         "torch_dtype: float32": ("dtype", "dtype: float32"),
         "loss_type:\n- sigmoid": ("objective", "objective: dpo"),
@@ -189,19 +191,19 @@ def test_a_recipe_of_trl_trains_once_what_is_listed_is_changed(
         "padding_free: false": ("layout", "layout: auto"),
         "dataset_streaming: false": ("leave it out", ""),
     }
-    lines = told.splitlines()
+    lines = output.splitlines()
     assert lines[0].endswith(f"{recipe}: {len(changes)} mistakes") and len(lines) == 1 + len(changes)
     for old, (named, new) in changes.items():
         line = next(line for line in lines if f"'{old.partition(':')[0]}'" in line)
         assert named in line
         text = text.replace(old, new)
     recipe.write_text(text)
-    told = mistake(capsys, "train", "--config", recipe)
-    assert "eval_dataset" in told
+    output = mistake(capsys, "train", "--config", recipe)
+    assert "eval_dataset" in output
     recipe.write_text(text + f"eval_dataset_name: {pairs_file}\n")
     assert main(["train", "--config", str(recipe)]) == 0
-    told = capsys.readouterr().out
-    assert "objective dpo(beta=0.05)" in told and "24 kept" in told
+    output = capsys.readouterr().out
+    assert "objective dpo(beta=0.05)" in output and "24 kept" in output
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -239,3 +241,9 @@ def test_the_script_of_trl_runs_with_two_names_changed(tmp_path: Path, pairs_fil
     assert any("eval_rewards/accuracies" in log for log in made[0].state.log_history)
     assert made[0].model.config.rms_norm_eps == 0.25 and made[0].model.config._attn_implementation == "sdpa"
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_options_without_a_mistake_do_not_load_the_tables_of_other_libraries():
+    """They are long, and nothing but a message or a page needs them."""
+    code = "import sys, tdpo.commands.train, tdpo.commands.sft; assert 'tdpo.counterparts' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,9 +14,9 @@ import pytest
 from test_formats_pairs import ROWS, TEXTS, dropped, error_of, one
 
 from tdpo import UserError
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.formats import to_records
 from tdpo.data.formats.markup import html_to_text
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import from_memory
 
 SCORES = [0.91, 0.13, 0.5, 0.5, 0.33]

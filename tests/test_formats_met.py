@@ -10,8 +10,8 @@ from test_formats_answers import texts
 from test_formats_pairs import TOOL, dropped, error_of, one
 
 from tdpo import UserError
+from tdpo.config.row_spec import RowSpec, parse_columns
 from tdpo.data.formats import DataReport, iter_records, to_records
-from tdpo.data.row_spec import RowSpec, parse_columns
 from tdpo.data.sources import from_memory
 from tdpo.data.supervised import SFT_FORMATS
 
@@ -21,7 +21,7 @@ def said(role: str, content: str) -> dict[str, Any]:
 
 
 DESK = said("system", "You are a weather desk.")
-ASKED = said("user", "Tell me tomorrow's weather.")
+ASKED = said("user", "Describe tomorrow's weather.")
 GOOD, BAD = said("assistant", "It will rain."), said("assistant", "No idea.")
 GREETED = [said("user", "Hi"), said("assistant", "Hello!")]
 
@@ -47,12 +47,12 @@ def sides(row: Any, spec: RowSpec | str = "auto") -> tuple[Any, Any, Any]:
         {"system": DESK["content"], "messages": [*GREETED, ASKED, GOOD], "rejected_response": "No idea."},
         {"system": DESK["content"], "query": ASKED["content"], "response": "It will rain.",
          "rejected_response": "No idea.", "history": [["Hi", "Hello!"]]},
-        {"system": DESK["content"], "instruction": "Tell me", "input": "tomorrow's weather.", "messages": None,
+        {"system": DESK["content"], "instruction": "Describe", "input": "tomorrow's weather.", "messages": None,
          "response": "It will rain.", "rejected_response": "No idea.", "history": [["Hi", "Hello!"]]},
     ],
 )  # fmt: skip
 def test_rows_of_ms_swift(row: dict[str, Any]) -> None:
-    question = {**ASKED, "content": "Tell me\ntomorrow's weather."} if "instruction" in row else ASKED
+    question = {**ASKED, "content": "Describe\ntomorrow's weather."} if "instruction" in row else ASKED
     assert sides(row) == ([DESK, *GREETED, question], [GOOD], [BAD])
 
 
@@ -178,7 +178,7 @@ def test_the_conversions_that_refusals_suggest_make_pairs(tmp_path: Any, monkeyp
 
 def test_the_prompt_is_the_turns_that_chats_share() -> None:
     chats = {"chosen": [*GREETED, ASKED, GOOD], "rejected": [*GREETED, ASKED, BAD]}
-    for prompt in ("Hi", "Tell me tomorrow's weather. "):
+    for prompt in ("Hi", "Describe tomorrow's weather. "):
         assert sides({"prompt": prompt, **chats}) == ([*GREETED, ASKED], [GOOD], [BAD])
     assert sides({"instruction": "Hi", **chats}) == ([*GREETED, ASKED], [GOOD], [BAD])
     assert sides({"prompt": [ASKED], **chats}) == ([*GREETED, ASKED], [GOOD], [BAD]), "the end of them"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tdpo import PreferenceRecord, UserError
+from tdpo.config.row_spec import RowSpec, parse_columns
 from tdpo.data.formats import FORMATS, to_records
 from tdpo.data.formats.preference import common_words
 from tdpo.data.formats.report import DataReport
-from tdpo.data.row_spec import RowSpec, parse_columns
 from tdpo.data.sources import from_memory
 
 SYSTEM = {"role": "system", "content": "You are a librarian."}

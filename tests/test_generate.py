@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaCon
 
 from tdpo import UserError
 from tdpo.evaluate.generate import Sampling, sample_ids
-from tdpo.models.policy import evaluating
+from tdpo.models.probe import evaluating
 
 VOCAB, EOS = 19, 3
 PROMPTS = [[5, 6, 7, 8, 9], [4], [10, 11], [12, 13, 14], [15, 4]]

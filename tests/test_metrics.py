@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from tdpo import objectives
 from tdpo.score import PairScores
-from tdpo.train.metrics import DisplacementWatch, MetricSums, compared
+from tdpo.train.metrics import METRICS, DisplacementWatch, Sums, pair_columns, pair_means
 from tdpo.types import PackedBatch, PairStats, TokenStats
 
 
@@ -21,14 +24,17 @@ def scores(logratios: list[list[float]], kls: list[list[float]], tokens: list[li
     stats = PairStats(ratio[:, 0], ratio[:, 1], kl[:, 0], kl[:, 1])
     zero = torch.zeros(len(ids))
     logp = torch.arange(2.0 * pairs).view(-1, 2)
-    return PairScores(objectives.tdpo1(0.5)(stats), stats, logp[:, 0], logp[:, 1], TokenStats(zero, zero, zero), batch)
+    outcome, token_stats = objectives.tdpo1(0.5)(stats), TokenStats(zero, zero, zero)
+    rewards = outcome.chosen_reward, outcome.rejected_reward
+    return PairScores(outcome.loss, *rewards, stats, logp[:, 0], logp[:, 1], token_stats, batch)
 
 
 def test_means_are_over_pairs_and_per_token_values_over_tokens() -> None:
-    sums = MetricSums(beta=0.5)
-    sums.add(scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]))
-    sums.add(scores([[4.0, 0.0]], [[5.0, 0.0]], [[4, 4]]))
-    means = sums.means()
+    sums = Sums()
+    sums.add(pair_columns(scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]), beta=0.5))
+    sums.add(pair_columns(scores([[4.0, 0.0]], [[5.0, 0.0]], [[4, 4]]), beta=0.5))
+    means = pair_means(sums.state())
+    assert sorted(means) == sorted(METRICS)
     assert means["implicit_rewards/chosen"] == pytest.approx(0.5 * 7 / 3)
     assert means["implicit_rewards/accuracies"] == pytest.approx(2 / 3)
     assert means["implicit_rewards/margins"] == pytest.approx(0.5 * (-2 + 4 + 4) / 3)
@@ -44,21 +50,24 @@ def test_means_are_over_pairs_and_per_token_values_over_tokens() -> None:
     assert means["loss"] == pytest.approx(-torch.nn.functional.logsigmoid(scored).mean().item())
 
 
-def test_a_tie_is_half_right() -> None:
-    columns = compared("rewards", torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 1.0]))
+def test_a_tie_counts_as_half_an_accurate_pair() -> None:
+    tied = scores([[1.0, 1.0], [0.0, 1.0], [2.0, 1.0]], [[0.0, 0.0]] * 3, [[1, 1]] * 3)
+    columns = pair_columns(tied, beta=0.5)
     assert columns["rewards/accuracies"].tolist() == [0.5, 0.0, 1.0]
+    assert columns["implicit_rewards/accuracies"].tolist() == [0.5, 0.0, 1.0]
 
 
-def test_sums_of_several_processes_merge() -> None:
-    parts = [MetricSums(0.5), MetricSums(0.5)]
-    parts[0].add(scores([[1.0, 3.0]], [[1.0, 2.0]], [[2, 1]]))
-    parts[1].add(scores([[2.0, -2.0]], [[3.0, 4.0]], [[2, 3]]))
-    whole = MetricSums(0.5)
-    whole.add(scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]))
-    parts[0].merge(torch.stack([part.sums for part in parts]))
-    ours, expected = parts[0].means(), whole.means()
+def test_sums_of_several_processes_are_added() -> None:
+    parts, whole = (Sums(), Sums()), Sums()
+    parts[0].add(pair_columns(scores([[1.0, 3.0]], [[1.0, 2.0]], [[2, 1]]), 0.5))
+    parts[1].add(pair_columns(scores([[2.0, -2.0]], [[3.0, 4.0]], [[2, 3]]), 0.5))
+    whole.add(pair_columns(scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]), 0.5))
+    other = torch.tensor([list(parts[1].state().values())])
+    two: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: torch.cat([own, other]))
+    summed, expected = pair_means(parts[0].take(two)), pair_means(whole.state())
     names = set(expected) - {"logps/chosen", "logps/rejected"}
-    assert {n: ours[n] for n in names} == pytest.approx({n: expected[n] for n in names})
+    assert {n: summed[n] for n in names} == pytest.approx({n: expected[n] for n in names})
+    assert parts[0].state() == {}
 
 
 def watch_of(chosen: list[float], rejected: list[float]) -> list[str | None]:
@@ -67,11 +76,11 @@ def watch_of(chosen: list[float], rejected: list[float]) -> list[str | None]:
     return [watch.warning({"implicit_rewards/chosen": c, "implicit_rewards/rejected": r}) for c, r in pairs]
 
 
-def test_displacement_is_told_once_after_three_falling_logs() -> None:
-    told = watch_of([0.0, -0.05, -0.08, -0.09, -0.3, -0.5], [0.0, -0.5, -0.9, -1.5, -2.0, -2.5])
-    assert [t is not None for t in told] == [False, False, False, False, True, False]
-    assert "chosen and rejected responses both became less likely" in told[4]
-    assert "-0.3 and -2" in told[4]
+def test_displacement_is_warned_of_once_after_three_falling_logs() -> None:
+    warnings = watch_of([0.0, -0.05, -0.08, -0.09, -0.3, -0.5], [0.0, -0.5, -0.9, -1.5, -2.0, -2.5])
+    assert [warning is not None for warning in warnings] == [False, False, False, False, True, False]
+    assert "chosen and rejected responses both became less likely" in warnings[4]
+    assert "-0.3 and -2" in warnings[4]
 
 
 def test_a_rising_chosen_side_or_falling_above_zero_is_no_displacement() -> None:

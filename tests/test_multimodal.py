@@ -349,8 +349,8 @@ def test_a_folder_trained_by_name_loads_again_as_it_was(name: str, folders: Path
         assert {key for key in before if torch.equal(before[key], after[key])} == apart
         for file in folders.joinpath(name).glob("*processor_config.json"):
             assert (folder / file.name).read_text() == file.read_text()
-    _, told = hf.AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
-    assert not any(told.values())
+    _, loading_info = hf.AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(loading_info.values())
     if name == "gemma3":
         assert type(hf.AutoProcessor.from_pretrained(out)).__name__ == "Gemma3Processor"
 
@@ -419,9 +419,9 @@ def test_another_kind_of_model_gets_one_message(kind: str, tmp_path: Path) -> No
     }
     model = models[kind]()
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         load_model(ModelConfig(str(tmp_path)))
-    assert str(told.value) == f"model {str(tmp_path)!r} is a {type(model).__name__}, not a causal language model"
+    assert str(error.value) == f"model {str(tmp_path)!r} is a {type(model).__name__}, not a causal language model"
 
 
 def test_an_encoder_decoder_is_refused_as_an_object_too() -> None:

@@ -214,7 +214,7 @@ ASKS_CLOSED = CHATML.replace(
 
 def test_thoughts_under_a_template_that_asks_for_none_name_the_argument_that_fits() -> None:
     thinks = record(says("<think>a</think>Yes."), says("<think>b</think>No."))
-    # Cut before the response's own words, such a pair would be trained on a prompt nobody asks with.
+    # Cut before the response's own words, such a pair would be trained on a prompt that is never used.
     marks = ASKS_CLOSED.replace(
         "{{ m.content }}",
         "{% if m.role == 'assistant' and '<think>' not in m.content %}<think></think>{% endif %}{{ m.content }}",
@@ -284,8 +284,8 @@ def test_nothing_is_lost_without_a_word(shown: set, words: list, parts: set, lim
         return
     assert "calls" not in lost
     named = {"system": "role 'system'", "tools": "the tools", "thoughts": "reasoning_content"}
-    reported = " ".join([*report.noticed, *report.dropped])
-    assert {name for name in named if named[name] in reported} == lost
+    output = " ".join([*report.noticed, *report.dropped])
+    assert {name for name in named if named[name] in output} == lost
     if not pairs:
         assert list(report.dropped) == ["chosen and rejected are identical after truncation"]
         return

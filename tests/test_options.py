@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,10 @@ from conftest import make_model
 from test_cli import TRAIN_OPTIONS, mistake, train
 
 from tdpo.commands.options import parse
+from tdpo.config import ModelConfig, TDPOConfig
+from tdpo.data.formats import FORMATS
+from tdpo.data.sft import SFT_FORMATS
+from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--use_cpu"]
@@ -172,10 +179,10 @@ def test_the_command_of_trl_is_named(capsys: pytest.CaptureFixture) -> None:
 def test_foreign_fields_of_a_mixture_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         from_file(tmp_path, "datasets:\n- {path: a.jsonl, fraction: 0.5}\n- {name: b.jsonl, wieght: 2}\n")
-    told = str(raised.value)
-    assert "'datasets', entry 1: unknown field 'path'. Use 'name'" in told
-    assert "'datasets', entry 1: unknown field 'fraction'. Use 'weight'" in told
-    assert "'datasets', entry 2: unknown field 'wieght'. Did you mean 'weight'?" in told
+    output = str(raised.value)
+    assert "'datasets', entry 1: unknown field 'path'. Use 'name'" in output
+    assert "'datasets', entry 1: unknown field 'fraction'. Use 'weight'" in output
+    assert "'datasets', entry 2: unknown field 'wieght'. Did you mean 'weight'?" in output
 
 
 @pytest.mark.parametrize(
@@ -219,3 +226,17 @@ def test_init_kwargs_reach_the_model_and_refuse_what_has_an_option(
     ):
         words = train(model_folder, pairs_file, tmp_path / "out", f"--model_init_kwargs={content}")
         assert message in mistake(capsys, *words)
+
+
+def test_importing_the_options_imports_no_other_stage() -> None:
+    code = "import sys, tdpo.config; print(*sorted({m.split('.')[1] for m in sys.modules if m.startswith('tdpo.')}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["config", "errors", "objectives", "types"]
+
+
+def test_help_names_every_format_and_template() -> None:
+    fields = TDPOConfig.__dataclass_fields__ | ModelConfig.__dataclass_fields__
+    for name in (*FORMATS, *SFT_FORMATS):
+        assert re.search(rf"\b{name}\b", fields["dataset_format"].metadata["help"]), name
+    for name in TEMPLATES:
+        assert re.search(rf"\b{name}\b", fields["chat_template_path"].metadata["help"]), name

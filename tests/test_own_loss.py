@@ -13,6 +13,7 @@ from conftest import make_model, preference_rows
 from datasets import Dataset
 from numeric_worlds import assert_same_gradients, gradients, random_pairs
 from peft import LoraConfig
+from tiny_training import tiny_config
 from torch import Tensor
 from transformers import (
     BambaConfig,
@@ -51,12 +52,8 @@ def qwen3_moe(vocabulary: int, **options: Any) -> Any:
 MODELS = {"mixtral": mixtral, "qwen3_moe": qwen3_moe}
 
 
-def config(folder: Path, kind: Any = TDPOConfig, **options: Any) -> Any:
-    defaults = {
-        "learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_length": 96, "max_steps": 3, "logging_steps": 1,
-        "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "report_to": [],
-    }  # fmt: skip
-    return kind(output_dir=str(folder), **(defaults | options))
+def config(folder: Path, kind: Any = TDPOConfig, **fields: Any) -> Any:
+    return tiny_config(folder, kind, **{"per_device_train_batch_size": 4, "report_to": [], **fields})
 
 
 def logs_of(trainer: Any, *names: str) -> list[list[float]]:

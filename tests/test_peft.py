@@ -20,6 +20,7 @@ from numeric_worlds import (
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from runs import history
 from safetensors.torch import load_file
+from tiny_training import tiny_config
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -33,7 +34,7 @@ from transformers import (
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, ops, score_pairs
 from tdpo.cli import main
 from tdpo.config import AdapterOptions
-from tdpo.models.adapters import merged
+from tdpo.models.adapters import merge_adapter
 from tdpo.models.reference import AdapterOff
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model .* `tie_word_embeddings=True`", "ignore:Setting `save_embedding")
@@ -71,12 +72,8 @@ def adapted(model: Any, config: LoraConfig, **options: Any) -> Any:
     return policy
 
 
-def config(folder: Path, **options: Any) -> TDPOConfig:
-    defaults = {
-        "learning_rate": 1e-2, "per_device_train_batch_size": 4, "max_length": 96, "max_prompt_length": 48,
-        "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
-    }  # fmt: skip
-    return TDPOConfig(output_dir=str(folder), **{**defaults, **options})
+def config(folder: Path, **fields: Any) -> TDPOConfig:
+    return tiny_config(folder, **{"per_device_train_batch_size": 4, "max_steps": 4, **fields})
 
 
 def curve(trainer: TDPOTrainer) -> list[list[float]]:
@@ -151,7 +148,7 @@ def test_a_tied_model_merged_and_reloaded_equals_its_adapter(
     """Head and embedding stay one weight only where the adapter changed both alike."""
     policy = adapted(make_model(50), lora(**options))
     logits = policy(input_ids=torch.arange(3, 40)[None]).logits.detach()
-    plain = merged(policy)
+    plain = merge_adapter(policy)
     plain.save_pretrained(tmp_path)
     reloaded = assert_reloads_as(tmp_path, plain, logits)
     assert (reloaded.lm_head.weight is reloaded.model.embed_tokens.weight) == tied
@@ -174,7 +171,7 @@ def test_merging_takes_every_active_adapter_and_other_architectures(tmp_path: Pa
         "gpt2": adapted(GPT2LMHeadModel(gpt2), lora(target_modules=["wte", "c_attn"], fan_in_fan_out=True)),
     }.items():
         logits = policy(input_ids=torch.arange(3, 40)[None]).logits.detach()
-        plain = merged(policy)
+        plain = merge_adapter(policy)
         plain.save_pretrained(tmp_path / name)
         assert_reloads_as(tmp_path / name, plain, logits)
 

@@ -12,26 +12,15 @@ import pytest
 import torch
 from conftest import END, make_model, make_tokenizer, preference_rows, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import config, weights
+from tiny_training import tiny_config, tiny_trainer, weights
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tdpo import SFTConfig, SFTTrainer, TDPOTrainer, UserError
+from tdpo import SFTConfig, SFTTrainer, UserError
 from tdpo.cli import main
 from tdpo.models.generation import repair_generation_config
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
 TURN_END = "<|im_end|>"
-
-
-def trainer(folder: Path, tokenizer: Any, model: Any = None, eval_dataset: Any = None, **options: Any) -> TDPOTrainer:
-    model = make_model(len(tokenizer)) if model is None else model
-    return TDPOTrainer(
-        model,
-        args=config(folder, **options),
-        train_dataset=preference_rows(),
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-    )
 
 
 def contradicting(vocab_size: int) -> Any:
@@ -58,7 +47,9 @@ def test_a_generation_config_that_cannot_be_saved_is_repaired_before_training(
             rows = [{"prompt": "The river", "completion": " is near."}] * 8
             made: Any = SFTTrainer(model, args, rows, processing_class=tokenizer)
         else:
-            made = trainer(tmp_path, tokenizer, model, max_steps=1, save_strategy="steps" if kind != "train" else "no")
+            made = tiny_trainer(
+                tmp_path, tokenizer, model, max_steps=1, save_strategy="steps" if kind != "train" else "no"
+            )
     assert len(warnings_with(caplog, "temperature=0.9, top_p=0.6, length_penalty=2.0")) == 1
     made.train()
     made.save_model()
@@ -107,27 +98,29 @@ def test_whatever_cannot_be_saved_is_named_before_training(tmp_path: Path, token
     broken = copy.deepcopy(tokenizer)
     broken.__class__ = Broken
     with pytest.raises(UserError, match="Broken cannot be saved, so the trained model could not be: no such converter"):
-        trainer(tmp_path, broken)
+        tiny_trainer(tmp_path, broken)
     model = make_model(len(tokenizer))
     model.config.note = object()
     with pytest.raises(UserError, match="the model's config cannot be saved"):
-        trainer(tmp_path, tokenizer, model)
+        tiny_trainer(tmp_path, tokenizer, model)
     model = make_model(len(tokenizer))
     model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
     with pytest.raises(UserError, match=r"the model cannot be saved.*layers\.1\.mlp\.up_proj"):
-        trainer(tmp_path, tokenizer, model)
+        tiny_trainer(tmp_path, tokenizer, model)
 
 
 @pytest.mark.parametrize("batch", [25, 64])
 def test_a_batch_larger_than_the_data_is_refused_under_drop_last(tmp_path: Path, tokenizer: Any, batch: int) -> None:
     with pytest.raises(UserError, match=rf"a batch of {batch} takes {batch} rows, and there are 24"):
-        trainer(tmp_path, tokenizer, dataloader_drop_last=True, per_device_train_batch_size=batch)
-    assert trainer(tmp_path, tokenizer, dataloader_drop_last=True, per_device_train_batch_size=24).train().global_step
+        tiny_trainer(tmp_path, tokenizer, dataloader_drop_last=True, per_device_train_batch_size=batch)
+    assert (
+        tiny_trainer(tmp_path, tokenizer, dataloader_drop_last=True, per_device_train_batch_size=24).train().global_step
+    )
 
 
 def test_a_step_larger_than_the_data_still_trains_under_drop_last(tmp_path: Path, tokenizer: Any) -> None:
     options = {"gradient_accumulation_steps": 8, "max_steps": -1, "num_train_epochs": 1}
-    made = trainer(tmp_path, tokenizer, dataloader_drop_last=True, per_device_train_batch_size=10, **options)
+    made = tiny_trainer(tmp_path, tokenizer, dataloader_drop_last=True, per_device_train_batch_size=10, **options)
     before = weights(made.model).clone()
     assert made.train().global_step == 1
     assert not torch.equal(weights(made.model), before)
@@ -143,21 +136,15 @@ def test_a_step_larger_than_the_data_still_trains_under_drop_last(tmp_path: Path
 )
 def test_no_steps_are_refused(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config(tmp_path, **options)
+        tiny_config(tmp_path, **options)
 
 
 def test_a_model_or_an_optimizer_that_trains_nothing_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="no parameter of the model takes a gradient"):
-        trainer(tmp_path, tokenizer, make_model(len(tokenizer)).requires_grad_(False))
+        tiny_trainer(tmp_path, tokenizer, make_model(len(tokenizer)).requires_grad_(False))
     other = torch.optim.SGD(make_model(len(tokenizer)).parameters(), lr=0.1)
     with pytest.raises(UserError, match="the optimizer has no parameter of the model"):
-        TDPOTrainer(
-            make_model(len(tokenizer)),
-            args=config(tmp_path),
-            train_dataset=preference_rows(),
-            processing_class=tokenizer,
-            optimizers=(other, None),
-        )
+        tiny_trainer(tmp_path, tokenizer, optimizers=(other, None))
 
 
 def test_a_metric_that_no_evaluation_reports_is_named_before_training(tmp_path: Path, tokenizer: Any) -> None:
@@ -165,11 +152,13 @@ def test_a_metric_that_no_evaluation_reports_is_named_before_training(tmp_path: 
     with pytest.raises(
         UserError, match=r"rewards/accuracy: no such metric. Did you mean 'rewards/accuracies'.*eval_loss, "
     ):
-        trainer(tmp_path, tokenizer, None, preference_rows(4), metric_for_best_model="rewards/accuracy", **options)
+        tiny_trainer(
+            tmp_path, tokenizer, eval_rows=preference_rows(4), metric_for_best_model="rewards/accuracy", **options
+        )
     sets = {"near": preference_rows(4), "far": preference_rows(6)}
     with pytest.raises(UserError, match="There are eval_near_loss"):
-        trainer(tmp_path, tokenizer, None, sets, metric_for_best_model="loss", **options)
-    made = trainer(tmp_path, tokenizer, None, sets, metric_for_best_model="far_rewards/margins", **options)
+        tiny_trainer(tmp_path, tokenizer, eval_rows=sets, metric_for_best_model="loss", **options)
+    made = tiny_trainer(tmp_path, tokenizer, eval_rows=sets, metric_for_best_model="far_rewards/margins", **options)
     made.train()
     assert made.state.best_metric == made.state.log_history[-2]["eval_far_rewards/margins"]
     reported = {name.removeprefix("eval_") for name in made.evaluate(preference_rows(4))}
@@ -180,9 +169,9 @@ def test_an_evaluation_without_data_is_refused_before_anything_is_loaded(
     tmp_path: Path, tokenizer: Any, pairs_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match=r"--eval_strategy epoch needs held-out data.*--eval_dataset_name"):
-        trainer(tmp_path, tokenizer, eval_strategy="epoch")
+        tiny_trainer(tmp_path, tokenizer, eval_strategy="epoch")
     with pytest.raises(UserError, match="--eval_on_start needs held-out data"):
-        trainer(tmp_path, tokenizer, eval_on_start=True)
+        tiny_trainer(tmp_path, tokenizer, eval_on_start=True)
     words = ["--model_name_or_path", "no/such-model", "--dataset_name", str(pairs_file), "--output_dir", str(tmp_path)]
     for command in ("train", "sft"):
         assert main([command, *words, "--eval_strategy", "steps"]) == 2
@@ -197,7 +186,7 @@ def test_the_best_model_is_found_again_also_of_a_named_adapter(tmp_path: Path, t
         "load_best_model_at_end": True, "metric_for_best_model": "logps/chosen", "greater_is_better": False,
         "objective": "dpo", "learning_rate": 0.1, "save_total_limit": 3,
     }  # fmt: skip
-    made = trainer(tmp_path, tokenizer, model, preference_rows(6), **options)
+    made = tiny_trainer(tmp_path, tokenizer, model, eval_rows=preference_rows(6), **options)
     made.train()
     measured = [log["eval_logps/chosen"] for log in made.state.log_history if "eval_logps/chosen" in log]
     assert abs(measured[-1] - min(measured)) > 1e-3, "the last must not be the best, or the test shows nothing"
@@ -238,7 +227,7 @@ def test_the_saved_model_ends_where_the_responses_do(
         else:
             ids = {"prompt_ids": [5, 6], "chosen_ids": [7, end], "rejected_ids": [8, 9, end]}
             data: Any = [ids] * 4 if kind == "tokenised" else rows
-            made = TDPOTrainer(model, args=config(tmp_path, **options), train_dataset=data, processing_class=tokenizer)
+            made = tiny_trainer(tmp_path, tokenizer, model, rows=data, **options)
     assert (
         len(
             warnings_with(
@@ -277,14 +266,14 @@ def test_words_and_known_ends_add_no_end_token(
     for ends_with in ends.values():
         rows = [{"prompt_ids": [5], "chosen_ids": [7, ends_with], "rejected_ids": [8, ends_with]}] * 4
         model = make_model(len(tokenizer))
-        TDPOTrainer(model, args=config(tmp_path), train_dataset=rows, processing_class=tokenizer)
+        tiny_trainer(tmp_path, tokenizer, model, rows=rows)
         assert model.generation_config.eos_token_id == 0
     assert not warnings_with(caplog, "responses end with")
 
 
 def test_a_trained_adapter_loads_with_the_base_as_before(tmp_path: Path, tokenizer: Any) -> None:
     """The generation config beside an adapter changes nothing for peft."""
-    made = trainer(tmp_path, tokenizer, get_peft_model(make_model(len(tokenizer)), LORA), max_steps=1)
+    made = tiny_trainer(tmp_path, tokenizer, get_peft_model(make_model(len(tokenizer)), LORA), max_steps=1)
     made.train()
     made.save_model()
     again = PeftModel.from_pretrained(make_model(len(tokenizer)), tmp_path)
@@ -295,4 +284,4 @@ def test_a_trained_adapter_loads_with_the_base_as_before(tmp_path: Path, tokeniz
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(UserError, match=r"taken: cannot be written: File exists"):
-        trainer(tmp_path / "taken", tokenizer)
+        tiny_trainer(tmp_path / "taken", tokenizer)

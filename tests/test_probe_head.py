@@ -15,9 +15,10 @@ from conftest import make_model, preference_rows
 from numeric_worlds import assert_same_gradients, gradients, moved, plain_pair_loss, plain_pair_stats, random_pairs
 from numeric_worlds import tiny_llama as llama
 from test_architectures import LLAMA_LIKE
+from tiny_training import tiny_config, tiny_trainer
 from torch import Tensor, nn
 
-from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, score_pairs
+from tdpo import SFTConfig, SFTTrainer, TDPOTrainer, UserError, objectives, score_pairs
 from tdpo.config import ModelConfig
 from tdpo.models.load import load_model
 from tdpo.models.policy import head_of, prove_head
@@ -136,13 +137,6 @@ def t5() -> Any:
     )
 
 
-def config(folder: Path, kind: Any = TDPOConfig, **options: Any) -> Any:
-    defaults = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
-    if kind is TDPOConfig:
-        defaults |= {"max_length": 96, "max_prompt_length": 48}
-    return kind(output_dir=str(folder), **{**defaults, **options})
-
-
 OTHERS = {
     "an encoder and a decoder": t5,
     "a masked language model": lambda: hf.BertForMaskedLM(hf.BertConfig(**SMALL, intermediate_size=16)),
@@ -162,9 +156,9 @@ def test_what_is_not_a_causal_language_model_is_refused_in_one_message(
     model = OTHERS[what]()
     for use in (
         lambda: score_pairs(model, llama(), random_pairs(), objectives.dpo(0.1)),
-        lambda: TDPOTrainer(model, None, config(tmp_path), None, preference_rows(4), None, tokenizer),
-        lambda: TDPOTrainer(make_model(VOCAB), model, config(tmp_path), None, preference_rows(4), None, tokenizer),
-        lambda: SFTTrainer(model, config(tmp_path, SFTConfig), preference_rows(4), processing_class=tokenizer),
+        lambda: tiny_trainer(tmp_path, tokenizer, model, rows=preference_rows(4)),
+        lambda: tiny_trainer(tmp_path, tokenizer, make_model(VOCAB), ref_model=model, rows=preference_rows(4)),
+        lambda: SFTTrainer(model, tiny_config(tmp_path, SFTConfig), preference_rows(4), processing_class=tokenizer),
     ):
         with pytest.raises(UserError, match="is not a causal language model") as error:
             use()
@@ -186,7 +180,7 @@ def in_place(model: Any) -> Any:
 def test_a_compiled_model_under_an_adapter_is_saved_under_its_own_names(tmp_path: Path, tokenizer: Any) -> None:
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(torch.compile(make_model(len(tokenizer))), lora)
-    trainer = TDPOTrainer(model, None, config(tmp_path), None, preference_rows(8), None, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer, model, rows=preference_rows(8))
     assert not any("_orig_mod" in name for name, _ in trainer.model.named_parameters())
     assert trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).item() == pytest.approx(
         math.log(2), abs=1e-6
@@ -196,7 +190,7 @@ def test_a_compiled_model_under_an_adapter_is_saved_under_its_own_names(tmp_path
 def test_a_compiled_model_is_trained_as_the_model_inside(tmp_path: Path, tokenizer: Any) -> None:
     trajectories = []
     for wrap in (lambda model: model, torch.compile, in_place):
-        args = config(tmp_path, learning_rate=1e-2)
+        args = tiny_config(tmp_path, learning_rate=1e-2)
         trainer = TDPOTrainer(wrap(make_model(len(tokenizer))), None, args, None, preference_rows(8), None, tokenizer)
         trainer.train()
         assert type(trainer.model).__name__ == "LlamaForCausalLM"
@@ -213,13 +207,13 @@ def test_a_compiled_model_is_trained_as_the_model_inside(tmp_path: Path, tokeniz
         )
     )
     assert torch.equal(ours.loss, theirs.loss)
-    SFTTrainer(torch.compile(make_model(len(tokenizer))), config(tmp_path, SFTConfig), preference_rows(4),
+    SFTTrainer(torch.compile(make_model(len(tokenizer))), tiny_config(tmp_path, SFTConfig), preference_rows(4),
                processing_class=tokenizer).train()  # fmt: skip
 
 
 def test_a_distributed_wrapper_is_named(tmp_path: Path, tokenizer: Any) -> None:
     wrapped = nn.DataParallel(make_model(len(tokenizer)))
     with pytest.raises(UserError, match=r"wrapped in DataParallel; pass the LlamaForCausalLM inside it"):
-        TDPOTrainer(wrapped, None, config(tmp_path), None, preference_rows(4), None, tokenizer)
+        tiny_trainer(tmp_path, tokenizer, wrapped, rows=preference_rows(4))
     with pytest.raises(UserError, match="wrapped in DataParallel"):
         score_pairs(wrapped, make_model(VOCAB), random_pairs(), objectives.dpo(0.1))

@@ -17,10 +17,11 @@ from conftest import make_model, preference_rows
 from numeric_worlds import random_pairs
 from peft import LoraConfig, get_peft_model
 from test_architectures import COMMON, LLAMA_LIKE
+from tiny_training import tiny_trainer
 from torch import Tensor, nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, objectives, score_pairs
+from tdpo import SFTConfig, SFTTrainer, UserError, objectives, score_pairs
 from tdpo.data.pack import pack_padded
 from tdpo.models.fingerprint import config_hash
 from tdpo.models.hidden import response_states
@@ -99,13 +100,9 @@ def build(what: str) -> Any:
     return MODELS[what]()
 
 
-def trainer(model: Any, folder: Path, tokenizer: Any, **options: Any) -> Any:
-    options = {"reference": "frozen", **options}
-    args = TDPOConfig(
-        output_dir=str(folder), max_steps=1, learning_rate=0.0, logging_steps=1, save_strategy="no", use_cpu=True,
-        disable_tqdm=True, max_length=96, max_prompt_length=48, **options,
-    )  # fmt: skip
-    return TDPOTrainer(model, None, args, None, preference_rows(8), None, tokenizer)
+def trainer(model: Any, folder: Path, tokenizer: Any, **fields: Any) -> Any:
+    fields = {"reference": "frozen", "max_steps": 1, "learning_rate": 0.0, **fields}
+    return tiny_trainer(folder, tokenizer, model, rows=preference_rows(8), **fields)
 
 
 def first_log(model: Any, folder: Path, tokenizer: Any, **options: Any) -> dict[str, float]:

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, preference_rows
+from conftest import make_model
 from numeric_worlds import moved, random_pairs
 from test_tied import VOCAB, assert_alike, gradients
+from tiny_training import train_tiny
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrize import register_parametrization
 
-from tdpo import TDPOConfig, TDPOTrainer, objectives
+from tdpo import objectives
 from tdpo.data.pack import pack_padded
 from tdpo.score import batch_loss, score_batch
 
@@ -84,13 +85,7 @@ def losses(folder: Path, tokenizer: Any, alpha: float | None, backend: str, tie:
     model = make_model(len(tokenizer))
     if not tie:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    args = TDPOConfig(
-        output_dir=str(folder), max_steps=3, learning_rate=1e-2, logging_steps=1, save_strategy="no", use_cpu=True,
-        disable_tqdm=True, max_length=96, max_prompt_length=48, optim="sgd", neftune_noise_alpha=alpha,
-        backend=backend,
-    )  # fmt: skip
-    trainer = TDPOTrainer(model, None, args, None, preference_rows(), None, tokenizer)
-    trainer.train()
+    trainer = train_tiny(folder, tokenizer, model, optim="sgd", neftune_noise_alpha=alpha, backend=backend)
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 

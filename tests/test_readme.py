@@ -111,7 +111,7 @@ def test_launched_commands_of_a_page_train(
             assert words[0] == "tdpo" or words[words.index("train") - 2 :][:2] == ["-m", "tdpo"]
             options = words[words.index("train") + 1 :]
             preset = options.index("--accelerate_config")
-            assert (REPOSITORY / "src" / "tdpo" / "presets" / f"{options[preset + 1]}.yaml").is_file()
+            assert (REPOSITORY / "src" / "tdpo" / "distributed" / "presets" / f"{options[preset + 1]}.yaml").is_file()
             del options[preset : preset + 2]
             output = str(folder / f"run-{index}")
             assert main(["train", *options, "--output_dir", output, "--max_steps", "1", "--use_cpu"]) == 0, words
@@ -138,6 +138,6 @@ def test_functions_and_tests_of_the_equations_exist() -> None:
     tests = re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
     assert len(functions) >= 8 and len(tests) >= 8
     for name in functions:
-        assert callable(pkgutil.resolve_name(name)), name
+        assert callable(pkgutil.resolve_name(":".join(name.rsplit(".", 1)))), name
     for file, name in tests:
         assert f"def {name}(" in (REPOSITORY / file).read_text(encoding="utf-8"), f"{file}::{name}"

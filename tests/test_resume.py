@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import make_model, preference_rows
 from runs import completed, history, start, train_words, weights
+from tiny_training import tiny_trainer
 from transformers import EarlyStoppingCallback
 
-from tdpo import TDPOConfig, TDPOTrainer, UserError
+from tdpo import TDPOTrainer, UserError
 from tdpo.cli import main
 from tdpo.train import checkpointing
 
@@ -124,11 +125,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     assert_same_end(parts, whole)
 
 
-def trainer(folder: Path, tokenizer: Any, rows: int = 12, **options: Any) -> TDPOTrainer:
-    defaults = {"max_steps": 4, "save_steps": 2, "max_length": 96, "max_prompt_length": 48}
-    args = TDPOConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **{**defaults, **options})
-    held_out = None if args.eval_strategy == "no" else preference_rows(4)
-    return TDPOTrainer(make_model(len(tokenizer)), None, args, None, preference_rows(rows), held_out, tokenizer)
+def trainer(folder: Path, tokenizer: Any, rows: int = 12, **fields: Any) -> TDPOTrainer:
+    """Makes a trainer of four steps that saves after every second one."""
+    fields = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", **fields}
+    held_out = preference_rows(4) if "eval_strategy" in fields else None
+    return tiny_trainer(folder, tokenizer, rows=preference_rows(rows), eval_rows=held_out, **fields)
 
 
 def test_other_data_or_another_batch_is_refused(tmp_path: Path, tokenizer: Any) -> None:

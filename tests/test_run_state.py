@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer
-from tdpo.train.metrics import RouterLossMean
+from tdpo.train.metrics import Sums
 from tdpo.train.step import LossSinceLog
 
 ALONE: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda tensor: tensor)
@@ -38,12 +38,16 @@ def test_the_mean_loss_of_a_log_is_over_the_steps_since_the_last() -> None:
 
 
 def test_router_losses_are_averaged_over_batches_that_count() -> None:
-    before, after = RouterLossMean(), RouterLossMean()
-    before.add(torch.tensor(1.0))
-    before.add(torch.tensor(float("nan")), 0.0)
+    def columns(loss: float) -> dict[str, torch.Tensor]:
+        return SFTTrainer.metric_columns(None, torch.tensor(loss))  # type: ignore[arg-type]
+
+    before, after = Sums(), Sums()
+    before.add(columns(1.0))
+    before.add(columns(float("nan")), 0.0)
     after.load(json.loads(json.dumps(before.state())))
-    after.add(torch.tensor(4.0))
-    assert after.take(ALONE) == {"aux_loss": 2.5} and after.take(ALONE) == {}
+    after.add(columns(4.0))
+    assert SFTTrainer.metric_means(None, after.take(ALONE)) == {"aux_loss": 2.5}  # type: ignore[arg-type]
+    assert after.take(ALONE) == {}
 
 
 def test_a_checkpoint_holds_every_part(tmp_path: Path, tokenizer: Any) -> None:

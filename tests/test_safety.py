@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_model, preference_rows
+from conftest import REPOSITORY, make_model
 from runs import environment, finish, interrupted, start, train_words, wait_for
 from safetensors.torch import load_file
+from tiny_training import tiny_trainer
 
 from tdpo import TDPOConfig, TDPOTrainer, UserError
 from tdpo.cli import main
@@ -96,11 +96,9 @@ def test_a_signal_forwarded_by_a_launcher_is_ignored(monkeypatch: pytest.MonkeyP
     assert request.poll() == 130
 
 
-def trainer(folder: Path, tokenizer: Any, peft_config: Any = None, **options: Any) -> TDPOTrainer:
-    defaults = {"max_steps": 4, "save_steps": 2, "max_length": 96, "max_prompt_length": 48}
-    args = TDPOConfig(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **{**defaults, **options})
-    model = make_model(len(tokenizer))
-    return TDPOTrainer(model, None, args, None, preference_rows(), None, tokenizer, peft_config=peft_config)
+def trainer(folder: Path, tokenizer: Any, **options: Any) -> TDPOTrainer:
+    """Makes a trainer of four steps that saves after every second one."""
+    return tiny_trainer(folder, tokenizer, **{"max_steps": 4, "save_steps": 2, "save_strategy": "steps", **options})
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path: Path, tokenizer: Any) -> None:
@@ -179,37 +177,6 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(
     output = capsys.readouterr().err
     assert "No space left on device" in output and "Traceback" not in output
     assert checkpointing.find_defect(newest) == "", "resuming on a full disk leaves it as it was"
-
-
-@pytest.mark.parametrize(
-    ("size", "option", "code"),
-    [
-        ("4k", "--dataloader_num_workers", 2),
-        pytest.param("4k", "--dataset_num_proc", 2, marks=pytest.mark.slow),
-        ("64k", "--dataloader_num_workers", 0),
-    ],
-)
-def test_little_shared_memory_is_named_or_does_not_matter(
-    tmp_path: Path, model_folder: Path, pairs_file: Path, size: str, option: str, code: int
-) -> None:
-    """4 KiB hold no process's locks; 64 KiB hold them, and batches that went through shared memory would not fit."""
-    out, made = tmp_path / "out", ["unshare", "-m", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
-    if subprocess.run([*made, mount], capture_output=True).returncode:
-        pytest.skip("needs to mount a small /dev/shm")
-    words = train_words(model_folder, pairs_file, out, "--max_steps", 20, option, 2)
-    script = shlex.join([sys.executable, "-m", "tdpo", *words])
-    run = subprocess.run(
-        [*made, f"{mount} && {script}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment(TDPO_CACHE=str(tmp_path)),
-    )
-    assert run.returncode == code, run.stderr
-    if code:
-        assert f"{option} 2: there is no room in the shared memory (/dev/shm)" in run.stderr
-        assert "Traceback" not in run.stderr
 
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path, tokenizer: Any) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, preference_rows
+from conftest import preference_rows
+from tiny_training import tiny_trainer, train_tiny, weights
 
-from tdpo import TDPOConfig, TDPOTrainer
 from tdpo.train.sampling import BalancedBatchSampler, DummyIndex, balance
 
 
@@ -96,29 +96,18 @@ def test_a_short_last_step_is_shared_evenly() -> None:
 
 
 def test_accumulated_training_is_that_of_the_large_batch_with_shuffling(tmp_path: Path, tokenizer: Any) -> None:
-    ends = []
-    for micro, steps in ((8, 1), (2, 4)):
-        model = make_model(len(tokenizer))
-        args = TDPOConfig(
-            output_dir=str(tmp_path), num_train_epochs=2, learning_rate=0.1, optim="sgd", save_strategy="no",
-            per_device_train_batch_size=micro, gradient_accumulation_steps=steps, use_cpu=True, disable_tqdm=True,
-            max_length=96, max_prompt_length=48,
-        )  # fmt: skip
-        TDPOTrainer(model, None, args, None, preference_rows(20), None, tokenizer).train()
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-6)
+    fields = {"max_steps": -1, "num_train_epochs": 2, "learning_rate": 0.1, "optim": "sgd", "rows": preference_rows(20)}
+    whole, parts = (
+        train_tiny(tmp_path, tokenizer, per_device_train_batch_size=micro, gradient_accumulation_steps=steps, **fields)
+        for micro, steps in ((8, 1), (2, 4))
+    )
+    torch.testing.assert_close(weights(parts.model), weights(whole.model), rtol=1e-4, atol=1e-6)
 
 
 def test_resuming_in_the_middle_of_an_epoch_sees_the_rest_of_it(tmp_path: Path, tokenizer: Any) -> None:
-    def run(resume: str | None) -> torch.Tensor:
-        args = TDPOConfig(
-            output_dir=str(tmp_path), max_steps=8, learning_rate=1e-2, save_steps=5, use_cpu=True, disable_tqdm=True,
-            per_device_train_batch_size=2, gradient_accumulation_steps=2, max_length=96, max_prompt_length=48,
-        )  # fmt: skip
-        model = make_model(len(tokenizer))
-        trainer = TDPOTrainer(model, None, args, None, preference_rows(12), None, tokenizer)
-        trainer.train(resume_from_checkpoint=resume)
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    whole = run(None)
-    assert torch.equal(run(str(tmp_path / "checkpoint-5")), whole)
+    fields = {"max_steps": 8, "save_steps": 5, "save_strategy": "steps", "rows": preference_rows(12)}
+    fields |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    whole, resumed = (tiny_trainer(tmp_path, tokenizer, **fields) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))

@@ -12,7 +12,7 @@ from conftest import END, make_model, make_tokenizer, write_jsonl
 
 from tdpo import SFTConfig, SFTTrainer, UserError
 from tdpo.cli import main
-from tdpo.data.row_spec import RowSpec, parse_columns
+from tdpo.config.row_spec import RowSpec, parse_columns
 from tdpo.data.sft import MASKED, SFTDataset, prepare_sft
 from tdpo.data.templates import CHATML
 from tdpo.data.tokenise import Lengths, Tokeniser

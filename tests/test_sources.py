@@ -24,8 +24,8 @@ from conftest import preference_rows, write_jsonl
 
 from tdpo import UserError
 from tdpo.config import EvalDataConfig
+from tdpo.config.row_spec import RowSpec, Side
 from tdpo.data.formats import DataReport, iter_records, to_records
-from tdpo.data.row_spec import RowSpec, Side
 from tdpo.data.sources import mixed_dataset, open_mixture, open_source, read_source
 
 ROWS = preference_rows(3)
@@ -324,22 +324,22 @@ def test_processes_split_and_mix_alike(tmp_path: Path, monkeypatch: pytest.Monke
     code = (
         "from dataclasses import replace\n"
         "from tdpo.data.formats import to_records\n"
-        "from tdpo.data.row_spec import Side\n"
+        "from tdpo.config.row_spec import Side\n"
         "from tdpo.data.sources import open_mixture\n"
-        "told = []\n"
+        "output = []\n"
         "for test in (False, True):\n"
         "    names = ['a.jsonl,weight=0.5', 'a.jsonl,weight=1.3']\n"
         "    source = open_mixture(names, 'train', lambda own: replace(own, side=Side(0.1, 0, test)), 0)\n"
-        "    told += [source.fingerprint(), *(record.chosen for record in to_records(source)[0])]\n"
+        "    output += [source.fingerprint(), *(record.chosen for record in to_records(source)[0])]\n"
     )
     other = subprocess.run(
-        [sys.executable, "-c", code + "print(told)"], capture_output=True, text=True, check=True, cwd=tmp_path,
+        [sys.executable, "-c", code + "print(output)"], capture_output=True, text=True, check=True, cwd=tmp_path,
         env={**os.environ, "PYTHONHASHSEED": "7", "RANK": "1", "WORLD_SIZE": "2"},
     ).stdout  # fmt: skip
     monkeypatch.chdir(tmp_path)
     here: dict[str, Any] = {}
     exec(code, here)
-    assert other.strip() == repr(here["told"]) and len(here["told"]) > 300
+    assert other.strip() == repr(here["output"]) and len(here["output"]) > 300
 
 
 def test_a_mixture_reads_each_dataset_in_its_own_way(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_options_of_data_that_contradict_are_named() -> None:
         EvalDataConfig(dataset_name="a", test_fraction=1.5)
     mixed = EvalDataConfig(datasets=["a.jsonl"])
     with pytest.raises(UserError, match="--pairs_from, --dataset_format and --datasets contradict"):
-        mixed.check_reading(RowSpec("hh", pairs_from="all"))
+        mixed.check_row_spec(RowSpec("hh", pairs_from="all"))
 
 
 def test_a_fingerprint_changes_with_what_is_read_and_how(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, preference_rows
+from tiny_training import tiny_config, tiny_trainer, train_tiny, weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tdpo
-from tdpo import TDPOConfig, TDPOTrainer, UserError
+from tdpo import TDPOTrainer, UserError
 from tdpo.data.dataset import prepare_pairs
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.evaluate.preference import evaluate_pairs
@@ -22,54 +23,36 @@ from tdpo.models.redirect import run_in_forward
 from tdpo.train.base import NonFiniteLoss
 
 
-def config(folder: Path, **options: Any) -> TDPOConfig:
-    defaults = {
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 8,
-        "max_length": 96,
-        "max_prompt_length": 48,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "lr_scheduler_type": "constant",
-    }
-    return TDPOConfig(output_dir=str(folder), **{**defaults, **options})
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e6])
+def test_the_first_step_is_gradient_descent_on_the_loss_written_out(
+    tmp_path: Path, tokenizer: Any, max_grad_norm: float
+) -> None:
+    """One SGD step against another model as reference, so that the KL term has a value and a gradient."""
+    start, other = make_model(len(tokenizer)), make_model(len(tokenizer), seed=1)
+    fields = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": max_grad_norm}
+    fields |= {"objective": "tdpo1", "beta": 0.3, "per_device_train_batch_size": 24}
+    trainer = train_tiny(tmp_path, tokenizer, copy.deepcopy(start), ref_model=copy.deepcopy(other), **fields)
 
+    def sums(prompt: list[int], response: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes log-ratio and sequential KL(reference || policy) of one response."""
+        ids, at = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
+        logp, ref_logp = start(ids).logits[0, at].log_softmax(-1), other(ids).logits[0, at].log_softmax(-1).detach()
+        tokens = torch.tensor(response)[:, None]
+        return (logp - ref_logp).gather(1, tokens).sum(), (ref_logp.exp() * (ref_logp - logp)).sum()
 
-def trained(folder: Path, tokenizer: Any, model: Any = None, **options: Any) -> TDPOTrainer:
-    model = make_model(len(tokenizer)) if model is None else model
-    args = config(folder, **options)
-    trainer = TDPOTrainer(model, args=args, train_dataset=preference_rows(), processing_class=tokenizer)
-    trainer.train()
-    return trainer
-
-
-def weights(model: Any) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def test_the_first_step_is_plain_gradient_descent_on_score_pairs(tmp_path: Path, tokenizer: Any) -> None:
-    """One SGD step of the trainer equals one by hand."""
-    start = make_model(len(tokenizer))
-    args = {
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 24,
-    }
-    trainer = trained(tmp_path, tokenizer, copy.deepcopy(start), objective="tdpo1", beta=0.3, **args)
-    pairs = prepare_pairs(preference_rows(), Tokeniser(tokenizer, Lengths(96, 48))).pairs
-    # Away from equal models, so that the KL has a gradient: the reference is another model.
-    out = tdpo.score_pairs(start, copy.deepcopy(start), pairs, tdpo.objectives.tdpo1(0.3))
-    out.loss.mean().backward()
+    losses = []
+    for pair in prepare_pairs(preference_rows(), Tokeniser(tokenizer, Lengths(96, 48))).pairs:
+        (chosen, chosen_kl), (rejected, rejected_kl) = (
+            sums(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)
+        )
+        losses.append(-torch.nn.functional.logsigmoid(0.3 * (chosen - rejected - (rejected_kl - chosen_kl))))
+    loss = torch.stack(losses).mean()
+    loss.backward()
     with torch.no_grad():
         for parameter in start.parameters():
             parameter -= 0.5 * parameter.grad
-    torch.testing.assert_close(weights(trainer.model), weights(start), rtol=1e-5, atol=1e-6)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    torch.testing.assert_close(weights(trainer.model), weights(start), rtol=1e-4, atol=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "tdpo1", "tdpo2"])
@@ -78,8 +61,8 @@ def test_accumulation_equals_the_large_batch(
     tmp_path: Path, tokenizer: Any, objective: str, micro: int, steps: int
 ) -> None:
     options = {"objective": objective, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
-    whole = trained(tmp_path / "whole", tokenizer, **options)
-    parts = trained(
+    whole = train_tiny(tmp_path / "whole", tokenizer, **options)
+    parts = train_tiny(
         tmp_path / "parts", tokenizer, per_device_train_batch_size=micro, gradient_accumulation_steps=steps, **options
     )
     torch.testing.assert_close(weights(parts.model), weights(whole.model), rtol=1e-4, atol=1e-6)
@@ -101,7 +84,7 @@ def test_a_short_last_accumulation_still_averages_over_its_own_pairs(tmp_path: P
     options = {"max_steps": -1, "num_train_epochs": 1, "train_sampling_strategy": "sequential", "optim": "sgd"}
     histories = []
     for name, extra in (("a", {"gradient_accumulation_steps": 2}), ("b", {"per_device_train_batch_size": 16})):
-        args = config(tmp_path / name, **{**options, **extra})
+        args = tiny_config(tmp_path / name, **{**options, **extra})
         model = make_model(len(tokenizer))
         trainer = TDPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
@@ -114,7 +97,7 @@ def test_a_short_last_accumulation_still_averages_over_its_own_pairs(tmp_path: P
 def test_training_learns_and_the_saved_folder_reproduces_its_evaluation(tmp_path: Path, tokenizer: Any) -> None:
     start = make_model(len(tokenizer))
     reference = copy.deepcopy(start)
-    args = config(tmp_path / "out", max_steps=12, eval_strategy="steps", eval_steps=12, eval_on_start=True)
+    args = tiny_config(tmp_path / "out", max_steps=12, eval_strategy="steps", eval_steps=12, eval_on_start=True)
     rows = preference_rows()
     trainer = TDPOTrainer(start, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
     trainer.train()
@@ -138,7 +121,7 @@ def test_training_learns_and_the_saved_folder_reproduces_its_evaluation(tmp_path
 
 
 def test_metrics_carry_trls_names_in_training_and_evaluation(tmp_path: Path, tokenizer: Any) -> None:
-    trainer = trained(tmp_path, tokenizer, max_steps=1)
+    trainer = train_tiny(tmp_path, tokenizer, max_steps=1)
     parts = {
         **dict.fromkeys(("rewards", "implicit_rewards"), ("chosen", "rejected", "accuracies", "margins")),
         **dict.fromkeys(("kl", "kl_per_token"), ("chosen", "rejected", "margin")),
@@ -154,7 +137,7 @@ def test_the_reference_is_the_policy_as_handed_over_and_never_moves(tmp_path: Pa
     with torch.no_grad():
         start.lm_head.weight.mul_(1.5)  # differs from anything a name could reload
     before = weights(start).clone()
-    trainer = trained(tmp_path, tokenizer, start)
+    trainer = train_tiny(tmp_path, tokenizer, start)
     assert torch.equal(weights(trainer.reference.model), before)
     assert not torch.equal(weights(trainer.model), before)
     assert not any(p.requires_grad for p in trainer.reference.model.parameters())
@@ -162,7 +145,7 @@ def test_the_reference_is_the_policy_as_handed_over_and_never_moves(tmp_path: Pa
 
 def test_a_reference_of_ones_own_is_used(tmp_path: Path, tokenizer: Any) -> None:
     other = make_model(len(tokenizer), seed=1)
-    args = config(tmp_path, max_steps=1)
+    args = tiny_config(tmp_path, max_steps=1)
     trainer = TDPOTrainer(make_model(len(tokenizer)), other, args, None, preference_rows(), None, tokenizer)
     trainer.train()
     assert trainer.state.log_history[0]["kl/chosen"] > 0.1
@@ -174,15 +157,15 @@ def test_dropout_is_off_by_default_and_can_be_kept(tmp_path: Path, tokenizer: An
         made.model.layers[0].self_attn.attention_dropout = 0.5
         return made
 
-    assert trained(tmp_path / "a", tokenizer, model(), max_steps=1).state.log_history[0]["kl/chosen"] == 0
-    kept = trained(tmp_path / "b", tokenizer, model(), max_steps=1, disable_dropout=False)
+    assert train_tiny(tmp_path / "a", tokenizer, model(), max_steps=1).state.log_history[0]["kl/chosen"] == 0
+    kept = train_tiny(tmp_path / "b", tokenizer, model(), max_steps=1, disable_dropout=False)
     assert kept.state.log_history[0]["kl/chosen"] > 0
 
 
 def test_resuming_from_a_checkpoint_gives_the_uninterrupted_weights(tmp_path: Path, tokenizer: Any) -> None:
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    whole = trained(tmp_path / "whole", tokenizer, **options)
-    args = config(tmp_path / "whole", **options)
+    whole = train_tiny(tmp_path / "whole", tokenizer, **options)
+    args = tiny_config(tmp_path / "whole", **options)
     again = TDPOTrainer(
         make_model(len(tokenizer)), args=args, train_dataset=preference_rows(), processing_class=tokenizer
     )
@@ -191,7 +174,7 @@ def test_resuming_from_a_checkpoint_gives_the_uninterrupted_weights(tmp_path: Pa
 
 
 def test_rmsprop_is_selectable(tmp_path: Path, tokenizer: Any) -> None:
-    trainer = trained(tmp_path, tokenizer, optim="rmsprop", max_steps=1)
+    trainer = train_tiny(tmp_path, tokenizer, optim="rmsprop", max_steps=1)
     assert isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), torch.optim.RMSprop)
 
 
@@ -199,7 +182,7 @@ def test_an_adapter_trains_against_the_model_without_it(tmp_path: Path, tokenize
     from peft import LoraConfig, PromptTuningConfig
 
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    rows, args = preference_rows(), config(tmp_path, max_steps=6)
+    rows, args = preference_rows(), tiny_config(tmp_path, max_steps=6)
     start = make_model(len(tokenizer))
     frozen = weights(start).clone()
     trainer = TDPOTrainer(
@@ -230,17 +213,17 @@ def test_data_may_be_a_dataset_records_or_tokenised_pairs(tmp_path: Path, tokeni
     ends = []
     for number, data in enumerate((rows, datasets.Dataset.from_list(rows), records, pairs, columns)):
         model = make_model(len(tokenizer))
-        TDPOTrainer(model, None, config(tmp_path / str(number)), None, data, None, tokenizer).train()
+        tiny_trainer(tmp_path / str(number), tokenizer, model, rows=data).train()
         ends.append(weights(model))
     for end in ends[1:]:
         assert torch.equal(end, ends[0])
 
 
-def test_several_evaluation_sets_are_told_apart(tmp_path: Path, tokenizer: Any) -> None:
+def test_several_evaluation_sets_are_reported_by_name(tmp_path: Path, tokenizer: Any) -> None:
     rows = preference_rows()
     sets = {"first": rows[:12], "second": rows[12:]}
     other = make_model(len(tokenizer), seed=1)
-    trainer = TDPOTrainer(make_model(len(tokenizer)), other, config(tmp_path), None, rows, sets, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer, ref_model=other, rows=rows, eval_rows=sets)
     metrics = trainer.evaluate()
     assert metrics["eval_first_kl/chosen"] != metrics["eval_second_kl/chosen"]
 
@@ -253,11 +236,31 @@ def test_a_loss_that_is_not_finite_stops_names_the_rows_and_updates_nothing(tmp_
                 trainer.reference.model.lm_head.weight.data[5, 0] = float("nan")
 
     poison = Poison()
-    args = config(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2)
+    args = tiny_config(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2)
     trainer = TDPOTrainer(
         make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer, callbacks=[poison]
     )
     with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 2, in the pairs of rows 3, 4"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), poison.before)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_one_micro_batch_that_is_not_finite_is_named_before_the_update(
+    tmp_path: Path, tokenizer: Any, max_grad_norm: float
+) -> None:
+    """The step of rows 5 to 8 has two micro-batches; only the second one meets a NaN."""
+
+    class Poison(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                self.before = weights(model).clone()
+                trainer.reference.model.lm_head.weight.data[5, 0] = float("nan")
+
+    poison = Poison()
+    fields = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "max_grad_norm": max_grad_norm}
+    trainer = tiny_trainer(tmp_path, tokenizer, callbacks=[poison], gradient_accumulation_steps=2, **fields)
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 2, in the pairs of rows [5-8], [5-8]\. Nothing"):
         trainer.train()
     assert torch.equal(weights(trainer.model), poison.before)
 
@@ -271,7 +274,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path,
                 parameter.register_hook(lambda gradient: gradient * float("inf"))
 
     poison = Poison()
-    args = config(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2)
+    args = tiny_config(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2)
     trainer = TDPOTrainer(
         make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer, callbacks=[poison]
     )
@@ -280,16 +283,16 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path,
     assert torch.equal(weights(trainer.model), poison.before)
 
 
-def test_rows_dropped_from_memory_are_told(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_dropped_rows_are_logged(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = preference_rows(4)
     rows[2]["rejected"] = rows[2]["chosen"]
     with caplog.at_level(logging.WARNING, logger="tdpo"):
-        TDPOTrainer(make_model(len(tokenizer)), None, config(tmp_path), None, rows, None, tokenizer)
+        tiny_trainer(tmp_path, tokenizer, rows=rows)
     assert [r.message for r in caplog.records] == ["train: dropped 1, chosen and rejected are identical: row 3"]
 
 
 def test_rows_handed_to_evaluate_may_be_raw(tmp_path: Path, tokenizer: Any) -> None:
-    trainer = TDPOTrainer(make_model(len(tokenizer)), None, config(tmp_path), None, preference_rows(), None, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer)
     assert trainer.evaluate(preference_rows(3))["eval_kl/chosen"] == 0
 
 
@@ -299,7 +302,7 @@ def test_a_reference_that_shares_the_policys_weights_is_refused(tmp_path: Path, 
     base = make_model(len(tokenizer))
     policy = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(UserError, match="policy and reference share weights"):
-        TDPOTrainer(policy, base, config(tmp_path), None, preference_rows(), None, tokenizer)
+        tiny_trainer(tmp_path, tokenizer, policy, ref_model=base)
 
 
 def test_training_twice_and_in_bfloat16_leaves_a_model_that_can_be_trained_again(
@@ -307,24 +310,24 @@ def test_training_twice_and_in_bfloat16_leaves_a_model_that_can_be_trained_again
 ) -> None:
     model = make_model(len(tokenizer))
     for number in range(2):
-        args = config(tmp_path / str(number), bf16=True, max_steps=1)
+        args = tiny_config(tmp_path / str(number), bf16=True, max_steps=1)
         trainer = TDPOTrainer(model, None, args, None, preference_rows(), None, tokenizer)
         trainer.train()
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     assert math.isfinite(trainer.state.log_history[0]["loss"])
 
 
-def test_displacement_is_warned_of_in_words(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_displacement_is_warned_of_once(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A chosen response that begins the rejected one falls with it."""
     rows = [{"prompt": f"The {i}", "chosen": " engine", "rejected": " engine" * 5} for i in range(8)]
-    args = config(tmp_path, max_steps=8, objective="dpo", beta=1.0, learning_rate=3e-3)
+    args = tiny_config(tmp_path, max_steps=8, objective="dpo", beta=1.0, learning_rate=3e-3)
     with caplog.at_level(logging.WARNING, logger="tdpo"):
         trainer = TDPOTrainer(make_model(len(tokenizer)), None, args, None, rows, None, tokenizer)
         trainer.train()
-    told = [record.message for record in caplog.records if "likelihood displacement" in record.message]
-    assert len(told) == 1
+    warnings = [record.message for record in caplog.records if "likelihood displacement" in record.message]
+    assert len(warnings) == 1
     fell = trainer.state.log_history[3]
-    assert f"{fell['implicit_rewards/chosen']:.3g} and {fell['implicit_rewards/rejected']:.3g}" in told[0]
+    assert f"{fell['implicit_rewards/chosen']:.3g} and {fell['implicit_rewards/rejected']:.3g}" in warnings[0]
     assert fell["implicit_rewards/margins"] > 5
 
 
@@ -343,11 +346,11 @@ def test_displacement_is_warned_of_in_words(tmp_path: Path, tokenizer: Any, capl
 )
 def test_options_that_contradict_are_refused_at_once(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config(tmp_path, **options)
+        tiny_config(tmp_path, **options)
 
 
 def test_models_and_data_that_do_not_fit_are_refused_before_the_first_step(tmp_path: Path, tokenizer: Any) -> None:
-    args, rows, model = config(tmp_path), preference_rows(), make_model(len(tokenizer))
+    args, rows, model = tiny_config(tmp_path), preference_rows(), make_model(len(tokenizer))
     with pytest.raises(UserError, match=r"the policy's vocabulary has \d+ entries, the reference's 50"):
         TDPOTrainer(model, make_model(50), args, None, rows, None, tokenizer)
     with pytest.raises(UserError, match="model and ref_model are one object"):

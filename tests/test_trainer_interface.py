@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 from conftest import make_model, preference_rows, write_jsonl
-from test_trainer import config, weights
+from tiny_training import tiny_config, tiny_trainer, weights
 from transformers import TrainingArguments
 
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError
@@ -29,12 +29,6 @@ OTHER_VALUES = {
     str: lambda value: value + "x",
     list: lambda value: ["loss"],
 }
-
-
-def made(folder: Path, tokenizer: Any, data: Any = None, **options: Any) -> TDPOTrainer:
-    rows = preference_rows() if data is None else data
-    args = config(folder, **options)
-    return TDPOTrainer(make_model(len(tokenizer)), args=args, train_dataset=rows, processing_class=tokenizer)
 
 
 def sft(folder: Path, tokenizer: Any, data: Any, **options: Any) -> SFTTrainer:
@@ -61,13 +55,13 @@ def test_a_field_that_has_one_value_is_refused_with_another(tmp_path: Path, name
     value = FIXED[name].value
     other = {"rope": True} if value is None else OTHER_VALUES[type(value)](value)
     with pytest.raises(UserError, match=rf"--{name} (has no effect|cannot be on|cannot be off|is not av|casts)"):
-        config(tmp_path, **{name: other})
+        tiny_config(tmp_path, **{name: other})
 
 
 @pytest.mark.parametrize("counted", ["all", "non_padding"])
 def test_tokens_seen_are_those_of_the_batches(tmp_path: Path, tokenizer: Any, counted: str) -> None:
     options = {"max_steps": -1, "num_train_epochs": 1, "layout": "padded", "include_num_input_tokens_seen": counted}
-    trainer = made(tmp_path, tokenizer, **options)
+    trainer = tiny_trainer(tmp_path, tokenizer, **options)
     trainer.train()
     pairs = trainer.train_dataset.pairs
     real = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
@@ -77,7 +71,7 @@ def test_tokens_seen_are_those_of_the_batches(tmp_path: Path, tokenizer: Any, co
 
 def test_predicting_gives_the_metrics_of_evaluating(tmp_path: Path, tokenizer: Any) -> None:
     other = make_model(len(tokenizer), seed=1)
-    trainer = TDPOTrainer(make_model(len(tokenizer)), other, config(tmp_path), None, preference_rows(), None, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer, ref_model=other)
     evaluated = trainer.evaluate(preference_rows(5))
     output = trainer.predict(preference_rows(5))
     assert output.predictions is None and output.label_ids is None
@@ -107,11 +101,11 @@ def test_of_an_endless_stream_the_run_takes_what_its_steps_need(
 ) -> None:
     options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 4}
     with caplog.at_level(logging.WARNING, logger="tdpo"):
-        trainer = made(tmp_path, tokenizer, stream(), **options)
+        trainer = tiny_trainer(tmp_path, tokenizer, rows=stream(), **options)
     assert len(trainer.train_dataset) == 24
     assert "train_dataset is a stream: 24 rows were read, for 4 steps of 6" in [r.getMessage() for r in caplog.records]
     assert trainer.train().global_step == 4
-    same = made(tmp_path, tokenizer, preference_rows(24), **options)
+    same = tiny_trainer(tmp_path, tokenizer, rows=preference_rows(24), **options)
     same.train()
     assert torch.equal(weights(trainer.model), weights(same.model))
 
@@ -122,12 +116,12 @@ def test_a_stream_reads_on_where_rows_are_dropped(tmp_path: Path, tokenizer: Any
             yield row
             yield {**row, "rejected": row["chosen"]}
 
-    trainer = made(tmp_path, tokenizer, stream(), per_device_train_batch_size=8, max_steps=2)
+    trainer = tiny_trainer(tmp_path, tokenizer, rows=stream(), per_device_train_batch_size=8, max_steps=2)
     assert len(trainer.train_dataset) == 16
 
 
 def test_a_stream_that_ends_early_is_used_to_its_end(tmp_path: Path, tokenizer: Any) -> None:
-    trainer = made(tmp_path, tokenizer, iter(preference_rows(5)), per_device_train_batch_size=4, max_steps=3)
+    trainer = tiny_trainer(tmp_path, tokenizer, rows=iter(preference_rows(5)), per_device_train_batch_size=4)
     assert len(trainer.train_dataset) == 5 and trainer.train().global_step == 3
     rows = ({"prompt": "The river", "completion": f" is {number}."} for number in itertools.count())
     assert len(sft(tmp_path, tokenizer, rows, per_device_train_batch_size=4).train_dataset) == 8
@@ -138,7 +132,7 @@ def test_a_stream_without_max_steps_is_one_message(tmp_path: Path, tokenizer: An
     with pytest.raises(
         UserError, match=r"train_dataset is a stream of unknown length \(IterableDataset\): set max_steps"
     ):
-        made(tmp_path, tokenizer, stream, max_steps=-1)
+        tiny_trainer(tmp_path, tokenizer, rows=stream, max_steps=-1)
 
 
 @pytest.mark.parametrize(
@@ -162,17 +156,18 @@ def test_a_stream_without_max_steps_is_one_message(tmp_path: Path, tokenizer: An
     ],
 )
 def test_what_is_no_dataset_of_rows_is_named(tmp_path: Path, tokenizer: Any, data: Any, message: str) -> None:
-    for make in (made, sft):
-        with pytest.raises(UserError, match=message):
-            make(tmp_path, tokenizer, data)
+    with pytest.raises(UserError, match=message):
+        tiny_trainer(tmp_path, tokenizer, rows=data)
+    with pytest.raises(UserError, match=message):
+        sft(tmp_path, tokenizer, data)
     with pytest.raises(UserError, match=message.replace("train_dataset", r"eval_dataset\['a'\]")):
-        TDPOTrainer(make_model(len(tokenizer)), None, config(tmp_path), None, preference_rows(), {"a": data}, tokenizer)
+        tiny_trainer(tmp_path, tokenizer, eval_rows={"a": data})
 
 
 def test_a_dataset_dict_to_evaluate_on_is_several_datasets(tmp_path: Path, tokenizer: Any) -> None:
     parts = {name: datasets.Dataset.from_list(preference_rows(size)) for name, size in (("near", 3), ("far", 5))}
     data = datasets.DatasetDict(parts)
-    trainer = TDPOTrainer(make_model(len(tokenizer)), None, config(tmp_path), None, preference_rows(), data, tokenizer)
+    trainer = tiny_trainer(tmp_path, tokenizer, eval_rows=data)
     assert set(trainer.evaluate()) >= {"eval_near_loss", "eval_far_loss"}
 
 
@@ -200,7 +195,7 @@ def test_a_dataset_dict_to_evaluate_on_is_several_datasets(tmp_path: Path, token
 def test_arguments_of_other_trainers_are_refused_by_name(
     tmp_path: Path, tokenizer: Any, arguments: dict[str, Any], message: str
 ) -> None:
-    good = {"args": config(tmp_path), "train_dataset": preference_rows(), "processing_class": tokenizer}
+    good = {"args": tiny_config(tmp_path), "train_dataset": preference_rows(), "processing_class": tokenizer}
     model = make_model(len(tokenizer))
     with pytest.raises(UserError, match=message):
         TDPOTrainer(**{"model": model, **good, **arguments})
@@ -226,7 +221,7 @@ def test_every_argument_of_trls_trainer_has_a_verdict() -> None:
 def test_a_class_of_optimizer_may_be_given(tmp_path: Path, tokenizer: Any) -> None:
     trainer = TDPOTrainer(
         make_model(len(tokenizer)),
-        args=config(tmp_path, max_steps=1),
+        args=tiny_config(tmp_path, max_steps=1),
         train_dataset=preference_rows(),
         processing_class=tokenizer,
         compute_metrics=None,
@@ -263,10 +258,10 @@ def test_one_that_was_given_does_not(tmp_path: Path) -> None:
 
 def test_without_a_limit_nothing_is_cut(tmp_path: Path, tokenizer: Any) -> None:
     long = {"prompt": "The river is near. " * 7, "chosen": "Yes." * 8, "rejected": "No." * 6}
-    trainer = made(tmp_path, tokenizer, [long] * 4, max_length=None, max_prompt_length=None)
+    trainer = tiny_trainer(tmp_path, tokenizer, rows=[long] * 4, max_length=None, max_prompt_length=None)
     assert not any(trainer.train_dataset.report.truncated.values())
     assert sum(trainer.train_dataset.lengths()) // 4 > 96
-    cut = made(tmp_path, tokenizer, [long] * 4, max_length=60, max_prompt_length=None).train_dataset
+    cut = tiny_trainer(tmp_path, tokenizer, rows=[long] * 4, max_length=60, max_prompt_length=None).train_dataset
     assert {len(pair.prompt_ids) + len(pair.chosen_ids) for pair in cut} == {60}
 
 
@@ -279,7 +274,7 @@ def test_a_term_that_a_subclass_adds_counts_once_however_the_step_is_split(tmp_p
     ends, losses = [], []
     for micro, steps in ((8, 1), (4, 2), (2, 4), (3, 3)):
         options = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps, "optim": "sgd"}
-        args = config(tmp_path, max_steps=2, train_sampling_strategy="sequential", **options)
+        args = tiny_config(tmp_path, max_steps=2, train_sampling_strategy="sequential", **options)
         model, rows = make_model(len(tokenizer)), preference_rows(8) if micro * steps == 8 else preference_rows(9)
         trainer = Decayed(model, args=args, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
@@ -324,7 +319,7 @@ def test_options_that_change_no_result_change_none(tmp_path: Path, tokenizer: An
     ends = []
     for name, more in (("plain", {}), ("more", options)):
         model, rows = make_model(len(tokenizer)), preference_rows(8)
-        args = config(tmp_path / name, max_steps=2, **more)
+        args = tiny_config(tmp_path / name, max_steps=2, **more)
         TDPOTrainer(model, None, args, None, rows, rows[:3], tokenizer).train()
         ends.append(weights(model))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)

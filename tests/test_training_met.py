@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from test_multimodal import build, vision_tokenizer
 from test_own_loss import mixtral, qwen3_moe
 from tiny_models import tiny_model
+from tiny_training import tiny_config
 from torch import Tensor, nn
 from transformers.integrations.integration_utils import is_tensorboard_available
 
@@ -34,12 +35,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def options(folder: Path, kind: Any = TDPOConfig, **more: Any) -> Any:
-    defaults = {
-        "max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4,
-        "logging_steps": 1, "max_length": 96, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
-    }  # fmt: skip
-    return kind(output_dir=str(folder), **(defaults | more))
+def options(folder: Path, kind: Any = TDPOConfig, **fields: Any) -> Any:
+    return tiny_config(folder, kind, **{"max_steps": 4, "per_device_train_batch_size": 4, **fields})
 
 
 def trainer_of(model: Any, folder: Path, **more: Any) -> TDPOTrainer:

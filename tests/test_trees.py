@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import make_model, preference_rows
 from numeric_worlds import assert_same_gradients, gradients, moved, random_pairs, tiny_llama
 from test_architectures import CONFIGS, LLAMA_LIKE, VOCAB, build
+from tiny_training import train_tiny, weights
 from torch import nn
 
-from tdpo import TDPOConfig, TDPOTrainer, TokenisedPair, UserError, objectives, score_pairs
+from tdpo import TokenisedPair, UserError, objectives, score_pairs
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.models import trees
 from tdpo.models.trees import tree_plan, tree_states
@@ -192,16 +192,9 @@ def test_a_bfloat16_model_passes_the_probe() -> None:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def trained(folder: Path, tokenizer: Any, **options: Any) -> tuple[torch.Tensor, list[float]]:
-    args = TDPOConfig(
-        output_dir=str(folder), max_steps=3, learning_rate=1e-2, logging_steps=1, save_strategy="no", use_cpu=True,
-        disable_tqdm=True, max_length=96, max_prompt_length=48, optim="sgd", **options,
-    )  # fmt: skip
-    model = make_model(len(tokenizer))
-    trainer = TDPOTrainer(model, None, args, None, preference_rows(), None, tokenizer)
-    trainer.train()
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
+def trained(folder: Path, tokenizer: Any, **fields: Any) -> tuple[torch.Tensor, list[float]]:
+    trainer = train_tiny(folder, tokenizer, optim="sgd", **fields)
+    return weights(trainer.model), [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES)

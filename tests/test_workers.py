@@ -13,6 +13,7 @@ from tdpo import TDPOConfig, UserError
 from tdpo.data import dataset, workers
 from tdpo.data.formats import DataReport
 from tdpo.data.formats.report import OTHER_REASONS, REASONS_KEPT
+from tdpo.data.options import make_tokeniser
 from tdpo.data.sources import read_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 
@@ -43,9 +44,9 @@ def test_two_processes_give_what_one_gives(rows: Any, tokenizer: Any) -> None:
     assert str(together.value) == str(alone.value)
 
 
-def test_a_process_that_ends_without_a_word_is_told(rows: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_reported(rows: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_begin", exit)
-    with pytest.raises(UserError, match=r"pairs\.jsonl: a process .* ended without a word"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl: a process .* ended without a message"):
         dataset.prepare_pairs(rows, Tokeniser(tokenizer, LIMITS, processes=2))
 
 
@@ -63,4 +64,4 @@ def test_reports_of_parts_add_up() -> None:
 
 def test_fewer_than_one_process_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="--dataset_num_proc must be at least 1, got 0"):
-        TDPOConfig(output_dir=str(tmp_path), dataset_num_proc=0).tokeniser(tokenizer)
+        make_tokeniser(TDPOConfig(output_dir=str(tmp_path), dataset_num_proc=0), tokenizer)

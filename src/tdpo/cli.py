@@ -82,7 +82,7 @@ def program() -> int:
     """
     code = main()
     group: Any = sys.modules.get("torch.distributed")
-    # Of a mistake of this process's alone the others know nothing, and would be left waiting.
+    # The other processes do not know of an error of this process alone, and would wait forever.
     if group is not None and group.is_available() and group.is_initialized() and code != USER_ERROR:
         group.destroy_process_group()
         time.sleep(0.1)

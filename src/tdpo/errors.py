@@ -1,4 +1,4 @@
-"""The exceptions that are told in one line: the user can mend this; the user stopped this."""
+"""Exceptions that are reported in one line: an error the user can fix, and a stop the user asked for."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,8 +1,7 @@
-"""Files that appear whole or not at all, and the room there is for some that others write."""
+"""Writes files that are complete or absent."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ PARTIAL = ".partial"
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Writes a file aside, brings it to the disk and renames it; of processes that write at once the last one stays.
+    """Writes a temporary file, flushes it and renames it; of processes that write at once the last one stays.
 
     Raises:
         OSError: if it cannot be written; then what stood there still does.
@@ -50,23 +49,3 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-
-
-def check_shared_memory(option: str, processes: int) -> None:
-    """Refuses to start processes that would not find room for the locks they share.
-
-    Args:
-        option: What asks for the processes.
-        processes: How many.
-
-    Raises:
-        UserError: naming the shared memory, and what to do about it.
-    """
-    try:
-        room = [multiprocessing.get_context("spawn").Queue() for _ in range(processes + 2)]
-        del room
-    except OSError as error:
-        raise UserError(
-            f"{option} {processes}: there is no room in the shared memory (/dev/shm): {error}. Give it more "
-            f"(docker run --shm-size 1g), or leave {option} out"
-        ) from error

@@ -74,7 +74,7 @@ class TokenisedPair:
 
     @property
     def key(self) -> int:
-        """64 bits that tell this pair's ids from those of other pairs, the same on every machine.
+        """Hash of the pair's ids, 64 bits, the same on every machine.
 
         Example:
             >>> pair = TokenisedPair([1], [2], [3, 4], row=7)

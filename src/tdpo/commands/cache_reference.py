@@ -24,23 +24,22 @@ from tdpo.config import (
     PairOptions,
     check_at_least,
     check_choices,
-    check_format,
     option,
 )
 from tdpo.data.dataset import check_fits
-from tdpo.data.formats import FORMATS
+from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training
 from tdpo.errors import UserError
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
 from tdpo.models.reference import FrozenCopy
 from tdpo.models.store import HiddenStore
 from tdpo.score import packer
-from tdpo.train.references import FillOptions, cache_key, fill
+from tdpo.train.reference_cache import FillOptions, cache_key, fill
 
 
 @dataclass
 class CacheOptions(PairOptions, LayoutOptions):
-    """What is cached and where; lengths, layout, precision and dtype are to be those of the training that reads it."""
+    """Options of the cache; lengths, layout, precision and dtype must be those of the training that reads it."""
 
     reference_cache: str = field(metadata={"help": CACHE_HELP}, kw_only=True)
     reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
@@ -51,7 +50,7 @@ class CacheOptions(PairOptions, LayoutOptions):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_format(self, FORMATS)
+        check_format(self)
         check_at_least(self, 1, "per_device_eval_batch_size")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 contradict each other")
@@ -63,15 +62,15 @@ def run(argv: Sequence[str]) -> None:
     model_config, data, options = parse(
         "cache-reference", COMMANDS["cache-reference"], (ModelConfig, EvalDataConfig, CacheOptions), argv
     )
-    reading = options.reading()
-    data.check_reading(reading)
+    spec = options.row_spec()
+    data.check_row_spec(spec)
     quieten()
     folder = Path(options.reference_cache).expanduser()
     check_writable(folder)
     tokenizer = load_tokenizer(model_config)
-    prepare = partial(options.prepare, tokeniser=options.tokeniser(tokenizer))
-    sources = (data.open_training(reading), data.open_held_out(reading))
-    datasets = [read_dataset(source, prepare) for source in sources if source is not None]
+    tokeniser = make_tokeniser(options, tokenizer)
+    sources = (open_training(data, spec), open_held_out(data, spec))
+    datasets = [read_dataset(source, options, tokeniser) for source in sources if source is not None]
     device = PartialState(cpu=options.use_cpu or not torch.cuda.is_available()).device
     model = load_model(model_config)
     for dataset in datasets:
@@ -84,11 +83,13 @@ def run(argv: Sequence[str]) -> None:
     autocast: Any = nullcontext
     if precision in dtypes:
         autocast = partial(torch.autocast, device.type, dtype=dtypes[precision])
-    how = FillOptions(device, options.per_device_eval_batch_size, options.reference_cache_dtype, precision, autocast)
+    fill_options = FillOptions(
+        device, options.per_device_eval_batch_size, options.reference_cache_dtype, precision, autocast
+    )
     pairs = [pair for dataset in datasets for pair in dataset]
     with user_errors():
-        store = HiddenStore(folder, cache_key(reference, pack, how))
-        computed = fill(store, reference, pairs, pack, how)
+        store = HiddenStore(folder, cache_key(reference, pack, fill_options))
+        computed = fill(store, reference, pairs, pack, fill_options)
     console().print(
         f"reference cache {folder}: {len(store)} different pairs, {computed} of them computed now; "
         f"{store.bytes_per_token()} bytes a response token ({store.key.dtype}, {store.key.layout} layout)",

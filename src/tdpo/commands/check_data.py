@@ -12,9 +12,9 @@ from rich.console import Console
 from tdpo.cli import COMMANDS
 from tdpo.commands.common import check_writable, console, is_main_process, quieten, write_json, write_text
 from tdpo.commands.options import parse
-from tdpo.config import EvalDataConfig, ModelConfig, PairOptions, check_at_least, check_choices, check_format
+from tdpo.config import EvalDataConfig, ModelConfig, PairOptions, check_at_least, check_choices
 from tdpo.data.check import DataCheck, Prepared, check, clean_rows, examples, prepare, whole
-from tdpo.data.formats import FORMATS
+from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training, pair_cache
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
@@ -24,7 +24,7 @@ from tdpo.report.data import counts_table, example, histogram, legend, lengths_t
 
 @dataclass
 class CheckOptions(PairOptions):
-    """How rows are read and cut, as for training, and what is told of them."""
+    """How rows are read and cut, as for training, and what is reported of them."""
 
     num_examples: int = field(
         default=2, metadata={"help": "Pairs to show with their parts marked, and with their ids in --json."}
@@ -42,7 +42,7 @@ class CheckOptions(PairOptions):
         check_choices(self)
         check_at_least(self, 0, "num_examples")
         self.rendering()
-        check_format(self, FORMATS)
+        check_format(self)
         if self.fix and not self.fix.endswith(".jsonl"):
             raise UserError(f"--fix {self.fix}: JSONL is written, so its name has to end in .jsonl")
         for name in ("json", "fix"):
@@ -54,23 +54,23 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command.
 
     Raises:
-        UserError: if training would stop at the data, after everything about it is told; not where ``--fix`` mends it.
+        UserError: if training would stop at the data, after everything about it is reported; not with ``--fix``.
     """
     model_config, data, options = parse(
         "check-data", COMMANDS["check-data"], (ModelConfig, EvalDataConfig, CheckOptions), argv
     )
-    reading = options.reading()
-    data.check_reading(reading)
-    source, aside = data.open_training(reading), data.open_held_out(reading)
-    _check_outputs(options, source, *([aside] if aside else []))
+    spec = options.row_spec()
+    data.check_row_spec(spec)
+    source, held_out_rows = open_training(data, spec), open_held_out(data, spec)
+    _check_outputs(options, source, *([held_out_rows] if held_out_rows else []))
     quieten()
-    tokeniser = options.tokeniser(load_tokenizer(model_config))
+    tokeniser = make_tokeniser(options, load_tokenizer(model_config))
     limits = model_limits(model_config)
 
     def prepared(rows: Source) -> Prepared:
-        return prepare(rows, tokeniser, reading, options.on_bad_row, options.pair_cache(), limits)
+        return prepare(rows, tokeniser, spec, options.on_bad_row, pair_cache(options), limits)
 
-    train, held_out = prepared(source), prepared(aside) if aside else None
+    train, held_out = prepared(source), prepared(held_out_rows) if held_out_rows else None
     found = {"train": check(train, tokeniser, held_out.records if held_out else ())}
     if held_out:
         found["eval"] = check(held_out, tokeniser)

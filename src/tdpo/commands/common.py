@@ -7,11 +7,11 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -21,14 +21,13 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from tdpo.config import RunOptions
-from tdpo.data.dataset import PairDataset
-from tdpo.data.sft import SFTDataset
+from tdpo.data.options import prepare
 from tdpo.data.sources import Source
+from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.files import atomic_write, check_writable
 from tdpo.train.checkpointing import checkpoints
 
-Prepared = TypeVar("Prepared", PairDataset, SFTDataset)
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*.bin")
 OTHER_FILES = (
     "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.*", "vocab.*", "merges.txt",
@@ -136,9 +135,9 @@ def user_errors(trainer: Any = None) -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def read_dataset(source: Source, prepare: Callable[[Source], Prepared]) -> Prepared:
-    """Prepares a dataset and prints the report on its rows."""
-    prepared = prepare(source)
+def read_dataset(source: Source, options: Any, tokeniser: Tokeniser) -> Any:
+    """Prepares the dataset of a command's options and prints the report on its rows."""
+    prepared = prepare(options, source, tokeniser)
     for line in prepared.report.lines():
         console().print(line, soft_wrap=True)
     return prepared

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,11 +20,10 @@ from tdpo.config import (
     SplitOptions,
     check_at_least,
     check_choices,
-    check_format,
     option,
 )
 from tdpo.data.dataset import check_fits
-from tdpo.data.formats import FORMATS
+from tdpo.data.options import check_format, make_tokeniser
 from tdpo.data.sources import open_source
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.load import load_model, load_tokenizer
@@ -46,7 +44,7 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(self, 1, "per_device_eval_batch_size", "logits_budget")
-        check_format(self, FORMATS)
+        check_format(self)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -54,12 +52,12 @@ def run(argv: Sequence[str]) -> None:
     model_config, options = parse("eval", COMMANDS["eval"], (ModelConfig, EvalOptions), argv)
     quieten()
     objective = options.build_objective()
-    reading = replace(options.reading(), side=options.side(test=True))
+    spec = replace(options.row_spec(), side=options.side(test=True))
     if options.json:
         check_writable(Path(options.json).absolute().parent)
     tokenizer = load_tokenizer(model_config)
-    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config).read_by(reading)
-    dataset = read_dataset(source, partial(options.prepare, tokeniser=options.tokeniser(tokenizer)))
+    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config).read_by(spec)
+    dataset = read_dataset(source, options, make_tokeniser(options, tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()
     reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()

@@ -18,12 +18,12 @@ from tdpo.cli import COMMANDS
 from tdpo.commands.common import check_writable, console, quieten, write_text
 from tdpo.commands.options import parse
 from tdpo.config import DATASET_HELP, FormatOptions, ModelConfig, ReferenceConfig, RenderingOptions, SplitOptions
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.dataset import check_fits
 from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed
 from tdpo.data.formats.convert import LOOKED_AT
 from tdpo.data.formats.prompts import PROMPTS, prompt_of, with_system
 from tdpo.data.formats.registry import recognise
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, open_source
 from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
@@ -139,38 +139,38 @@ def _question(record: PreferenceRecord) -> tuple[Any, ...]:
 
 def _records(options: GenerateOptions, report: DataReport) -> Iterator[PreferenceRecord]:
     """Records of the dataset; rows without responses, with a column of prompts alone, give records without them."""
-    reading = replace(options.reading(), side=options.side(test=True))
+    spec = replace(options.row_spec(), side=options.side(test=True))
     source = open_source(str(options.dataset_name), options.dataset_test_split, options.dataset_config)
     head = list(itertools.islice(source, LOOKED_AT))
-    if reading.format != AUTO or any(_holds_a_pair(row, reading) for row in head):
-        yield from iter_records(source, reading, "drop", report)
+    if spec.format != AUTO or any(_holds_a_pair(row, spec) for row in head):
+        yield from iter_records(source, spec, "drop", report)
         return
-    if not any({"instruction", *PROMPTS} & _renamed(row, reading).fields.keys() for row in head):
-        yield from iter_records(source, reading, "error", report)  # which raises, naming the columns
+    if not any({"instruction", *PROMPTS} & _renamed(row, spec).fields.keys() for row in head):
+        yield from iter_records(source, spec, "error", report)  # which raises, naming the columns
         return
     for row in source:
         try:
             if row.error:
                 raise RowError(row.error)
-            row = renamed(row, reading.columns)
+            row = renamed(row, spec.columns)
             (prompt,) = with_system(row, prompt_of(row))
             record = PreferenceRecord(prompt, "", "", row.source, row.row, **chat_options(row, prompt))
         except RowError as error:
             raise UserError(f"{row.place}: {error}") from error
-        if reading.side is None or reading.side.holds(prompt):
+        if spec.side is None or spec.side.holds(prompt):
             yield record
 
 
-def _renamed(row: SourceRow, reading: RowSpec) -> SourceRow:
+def _renamed(row: SourceRow, spec: RowSpec) -> SourceRow:
     try:
-        return renamed(row, reading.columns)
+        return renamed(row, spec.columns)
     except RowError:
         return row
 
 
-def _holds_a_pair(row: SourceRow, reading: RowSpec) -> bool:
+def _holds_a_pair(row: SourceRow, spec: RowSpec) -> bool:
     """Whether the row alone makes records; scored completions, one a row, are asked row by row."""
-    name = recognise(_renamed(row, reading).fields, FORMATS)
+    name = recognise(_renamed(row, spec).fields, FORMATS)
     return name is not None and FORMATS[name].join is None
 
 

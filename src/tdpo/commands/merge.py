@@ -11,7 +11,7 @@ from tdpo.commands.common import MODEL_FILES, check_writable, console, quieten, 
 from tdpo.commands.options import parse
 from tdpo.config import ModelConfig
 from tdpo.errors import UserError
-from tdpo.models.adapters import merged
+from tdpo.models.adapters import merge_adapter
 from tdpo.models.generation import repair_generation_config
 from tdpo.models.load import adapter_base, load_model, load_tokenizer
 from tdpo.models.multimodal import copy_processor
@@ -19,7 +19,7 @@ from tdpo.models.multimodal import copy_processor
 
 @dataclass
 class MergeOptions:
-    """Where the merged model goes."""
+    """Options of the merged model."""
 
     output_dir: str = field(metadata={"help": "Folder for the model and its tokenizer; it may hold no model yet."})
 
@@ -30,9 +30,9 @@ def run(argv: Sequence[str]) -> None:
     quieten()
     name, folder = model_config.model_name_or_path, Path(options.output_dir).expanduser()
     check_writable(folder)
-    holds = [path.name for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
-    if holds:
-        raise UserError(f"--output_dir {folder} already holds {', '.join(holds)}; name another folder")
+    existing = [path.name for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
+    if existing:
+        raise UserError(f"--output_dir {folder} already holds {', '.join(existing)}; name another folder")
     tokenizer = load_tokenizer(model_config)
     base = adapter_base(name, model_config.model_revision)
     model = load_model(model_config)
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"{name}: is a model without an adapter, so there is nothing to merge")
     repair_generation_config(model.get_base_model())
     with user_errors():
-        merged(model).save_pretrained(folder)
+        merge_adapter(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         copy_processor(model, folder)
     console().print(f"adapter {name} merged into {base}, saved to {folder}", soft_wrap=True)

@@ -16,7 +16,6 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from tdpo.commands.config_file import read_options
-from tdpo.counterparts import ENTRY_SPELLINGS, hint
 from tdpo.data.sources import MixedDataset
 from tdpo.errors import UserError
 
@@ -171,11 +170,18 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
+def _advice(name: str, known: Iterable[str], entry: bool = False) -> str:
+    """Returns what to use instead of an unknown option, or instead of a field in an ``entry`` of ``datasets``."""
+    from tdpo.counterparts import ENTRY_SPELLINGS, OPTIONS, hint  # long tables that only a mistake needs
+
+    return hint(name, known, ENTRY_SPELLINGS if entry else OPTIONS)
+
+
 def _unknown_options(words: Sequence[str], parser: Parser) -> list[str]:
     """Describes each word that argparse would take for an option and does not know."""
     options = [word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)]
     return [
-        f"unknown option {option}.{hint(option.lstrip('-').replace('-', '_'), parser.kinds)}"
+        f"unknown option {option}.{_advice(option.lstrip('-').replace('-', '_'), parser.kinds)}"
         for option in options
         if " " not in option and not parser.knows(option)
     ]
@@ -187,7 +193,7 @@ def _config_words(content: Mapping[str, Any], parser: Parser) -> tuple[list[str]
     mistakes: list[str] = []
     for key, value in content.items():
         if key not in parser.kinds:
-            mistakes.append(f"unknown key {key!r}.{hint(key, parser.kinds)}")
+            mistakes.append(f"unknown key {key!r}.{_advice(key, parser.kinds)}")
         elif (wrong := _wrong_kind(value, parser.kinds[key], parser.get_default(key))) is not None:
             mistakes.append(f"{key!r}: {wrong}")
         else:
@@ -224,7 +230,7 @@ def _words(key: str, value: Any, parser: Parser) -> list[str]:
 def _foreign_fields(entries: Any) -> list[str]:
     """Describes unknown fields in the entries of ``datasets``; their values are checked where they are read."""
     return [
-        f"'datasets', entry {number}: unknown field {name!r}.{hint(name, ENTRY_FIELDS, ENTRY_SPELLINGS)}"
+        f"'datasets', entry {number}: unknown field {name!r}.{_advice(name, ENTRY_FIELDS, entry=True)}"
         for number, entry in enumerate(entries, 1)
         if isinstance(entry, dict)
         for name in map(str, entry)

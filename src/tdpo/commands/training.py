@@ -10,6 +10,7 @@ from tdpo.cli import COMMANDS
 from tdpo.commands.common import check_output, clear_earlier_run, console, quieten, read_dataset, user_errors
 from tdpo.commands.options import parse
 from tdpo.data.dataset import PairDataset
+from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training
 from tdpo.data.sft import SFTDataset
 from tdpo.distributed import launch
 from tdpo.models.load import adapter_base, load_tokenizer
@@ -40,15 +41,17 @@ def run_training(
     def read_options() -> tuple[Any, ...]:
         options = parse(command, COMMANDS[command], classes, argv, required=["output_dir"])
         data, args = options[-2:]
-        data.check_reading(args.reading())
-        data.open_training(args.reading())
-        check_held_out(args, data.open_held_out(args.reading()) is not None)
+        check_format(args)
+        spec = args.row_spec()
+        data.check_row_spec(spec)
+        open_training(data, spec)
+        check_held_out(args, open_held_out(data, spec) is not None)
         return options
 
     launch.apply(argv, command, read_options)
     options = read_options()
     model_config, (adapter, data, args) = options[0], options[-3:]
-    reading = args.reading()
+    spec = args.row_spec()
     quieten()
     reference = [getattr(option, "ref_model_name_or_path", None) for option in options]
     inputs = model_config.model_name_or_path, model_config.tokenizer_name_or_path, *reference
@@ -56,10 +59,9 @@ def run_training(
     adapter.check_trains(adapter_base(model_config.model_name_or_path, model_config.model_revision) is not None)
 
     tokenizer = load_tokenizer(model_config)
-    prepare = partial(args.prepare, tokeniser=args.tokeniser(tokenizer))
-    train = read_dataset(data.open_training(reading), prepare)
-    source = data.open_held_out(reading)
-    held_out = None if source is None else read_dataset(source, prepare)
+    read = partial(read_dataset, options=args, tokeniser=make_tokeniser(args, tokenizer))
+    train, source = read(open_training(data, spec)), open_held_out(data, spec)
+    held_out = None if source is None else read(source)
     trainer = make_trainer(options, (train, held_out), tokenizer)
     with user_errors(trainer), handle_signals(trainer.stop_request):
         clear_earlier_run(args)

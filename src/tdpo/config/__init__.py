@@ -14,7 +14,6 @@ from tdpo.config.data import (
     PairOptions,
     RenderingOptions,
     SplitOptions,
-    check_format,
 )
 from tdpo.config.models import AdapterOptions, ModelConfig, ReferenceConfig
 from tdpo.config.run import APPLIED, RunOptions
@@ -54,7 +53,6 @@ __all__ = [
     "TDPOConfig",
     "check_at_least",
     "check_choices",
-    "check_format",
     "option",
     "seconds",
 ]

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from tdpo.config.checks import check_at_least, option
-from tdpo.data.cache import PairCache
-from tdpo.data.dataset import PairDataset, prepare_pairs
-from tdpo.data.formats import AUTO, FORMATS, Format, find_format
-from tdpo.data.formats.fields import NOT_OF_A_ROW
-from tdpo.data.row_spec import PAIRS_FROM, RowSpec, Side, parse_columns, parse_names
-from tdpo.data.sources import Source, open_mixture, open_source
-from tdpo.data.tokenise import Lengths, Rendering, Tokeniser
+from tdpo.config.checks import option
+from tdpo.config.row_spec import AUTO, PAIRS_FROM, RowSpec, Side, parse_columns, parse_names
+from tdpo.config.tokens import NOT_OF_A_ROW, Lengths, Rendering
 from tdpo.errors import UserError
 
 DATASET_HELP = (
@@ -69,19 +64,6 @@ class DataConfig(SplitOptions):
             raise UserError("give either --dataset_name or --datasets, which names several")
         self.side(True)
 
-    def open_training(self, reading: RowSpec) -> Source:
-        """Opens the rows to train on, each with the options it is read by.
-
-        Args:
-            reading: How rows of ``dataset_name`` become records; those of ``datasets`` have their own.
-        """
-        return self._open(reading, self.dataset_train_split, self.side(False))
-
-    def _open(self, reading: RowSpec, split: str, side: Side | None) -> Source:
-        if self.dataset_name:
-            return open_source(self.dataset_name, split, self.dataset_config).read_by(replace(reading, side=side))
-        return open_mixture(self.datasets, split, lambda own: replace(own, side=side), self.split_seed)
-
 
 @dataclass
 class EvalDataConfig(DataConfig):
@@ -97,20 +79,14 @@ class EvalDataConfig(DataConfig):
         if self.eval_dataset_name and self.test_fraction is not None:
             raise UserError("--eval_dataset_name and --test_fraction contradict each other: both name held-out data")
 
-    def open_held_out(self, reading: RowSpec) -> Source | None:
-        """Opens the rows of ``eval_dataset_name``, or those that ``test_fraction`` holds out; None without either."""
-        if self.eval_dataset_name:
-            return open_source(self.eval_dataset_name, self.dataset_test_split, self.dataset_config).read_by(reading)
-        return None if self.test_fraction is None else self._open(reading, self.dataset_train_split, self.side(True))
-
-    def check_reading(self, reading: RowSpec) -> None:
+    def check_row_spec(self, spec: RowSpec) -> None:
         """Refuses format options of a single dataset with ``datasets``, which have their own.
 
         Raises:
             UserError: naming them.
         """
-        given = reading.given() + [
-            name for name in ("format", "columns", "ignore_columns") if getattr(reading, name) not in (AUTO, ())
+        given = spec.given() + [
+            name for name in ("format", "columns", "ignore_columns") if getattr(spec, name) not in (AUTO, ())
         ]
         if self.datasets and not self.eval_dataset_name and given:
             names = ", ".join("--dataset_format" if name == "format" else f"--{name}" for name in given)
@@ -123,8 +99,9 @@ class FormatOptions:
 
     dataset_format: str = option(
         AUTO,
-        f"Format of the rows: {', '.join(FORMATS)}, or module:function, a Python function from a row to "
-        "one of these, to several or to None; auto infers it from the columns.",
+        "Format of the rows: preference, swift, openai, sharegpt, alpaca, hh, implicit, shp, stackexchange, answers, "
+        "ranked, labelled, scored, in sft also completion, messages, answer, text, or module:function, a Python "
+        "function from a row to one of these, to several or to None; auto infers it from the columns.",
     )
     columns: dict[str, str] | str | None = option(
         None, "Columns under other names: prompt=question,chosen=good,... or JSON."
@@ -143,7 +120,7 @@ class FormatOptions:
     min_margin: float | None = option(None, "Least difference of scores under --pairs_from margin.")
     min_score_ratio: float | None = option(None, "Least ratio of scores in the format shp, 2 by default.")
 
-    def reading(self) -> RowSpec:
+    def row_spec(self) -> RowSpec:
         """Returns how rows are read under these options.
 
         Raises:
@@ -226,7 +203,7 @@ def _json_or_text(value: str) -> Any:
 class LengthOptions:
     """How long sequences may be, and what happens to rows that do not fit.
 
-    See :class:`tdpo.data.tokenise.Lengths`.
+    See :class:`tdpo.config.tokens.Lengths`.
     """
 
     max_length: int | None = option(512, "Longest sequence in tokens, prompt and response together; None for no limit.")
@@ -260,23 +237,6 @@ class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
     )
     cache_dir: str | None = option(None, "Folder for tokenised pairs; default $TDPO_CACHE, or else ~/.cache/tdpo.")
 
-    def pair_cache(self) -> PairCache | None:
-        """Returns the cache of tokenised pairs, or None if they are not cached."""
-        return PairCache(self.cache_dir) if self.cache_dataset else None
-
-    def tokeniser(self, tokenizer: Any) -> Tokeniser:
-        """Returns the tokenizer under these options.
-
-        Raises:
-            UserError: if it has no end-of-sequence token, or the options do not go together.
-        """
-        check_at_least(self, 1, "dataset_num_proc")
-        return Tokeniser(tokenizer, self.lengths(), processes=self.dataset_num_proc, rendering=self.rendering())
-
-    def prepare(self, data: Iterable[Any], tokeniser: Tokeniser | None, name: str = "dataset") -> PairDataset:
-        """Tokenises data under these options; see :func:`tdpo.data.dataset.prepare_pairs`."""
-        return prepare_pairs(data, tokeniser, self.reading(), self.on_bad_row, name, self.pair_cache())  # type: ignore[arg-type]
-
     def lengths(self) -> Lengths:
         """Returns the truncation of these options; a default prompt length gives way to a short ``max_length``."""
         longest, prompt = self.longest(), self.max_prompt_length
@@ -285,14 +245,3 @@ class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
         elif prompt is None:
             prompt = longest - 1
         return Lengths(longest, prompt, self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
-
-
-def check_format(options: FormatOptions, formats: Mapping[str, Format]) -> None:
-    """Refuses an unknown format, and options that contradict each other, before any data is read.
-
-    Raises:
-        UserError: naming the option.
-    """
-    if options.dataset_format != AUTO:
-        find_format(options.dataset_format, formats)
-    options.reading()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from tdpo.config.checks import check_at_least, check_choices, option
-from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError
 
 DTYPES = Literal["float32", "bfloat16", "float16", "float64", "auto"]
@@ -56,7 +55,7 @@ class ModelConfig(LoadingOptions):
     )
     eos_token: str | None = option(None, "End-of-sequence token to use instead of the tokenizer's own.")
     chat_template_path: str | None = option(
-        None, f"Chat template to use instead of the tokenizer's own: a Jinja file, or one of {', '.join(TEMPLATES)}."
+        None, "Chat template to use instead of the tokenizer's own: a Jinja file, or one of chatml, zephyr, dialogue."
     )
 
     def __post_init__(self) -> None:

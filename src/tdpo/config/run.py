@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,12 +14,13 @@ from transformers import TrainingArguments
 from tdpo.config.arguments import check_fixed
 from tdpo.config.checks import check_at_least, option, seconds
 from tdpo.config.models import LoadingOptions, ModelConfig
-from tdpo.counterparts import hint
-from tdpo.distributed.sharding import load_without_sharding
 from tdpo.errors import UserError
 
+logger = logging.getLogger("tdpo")
 APPLIED = "TDPO_ACCELERATE_CONFIG"
 """Environment variable that says which ``--accelerate_config`` has been applied to this process."""
+LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+"""Environment variable by which accelerate lets every process but one load empty weights."""
 
 
 @dataclass
@@ -72,6 +74,8 @@ class RunOptions(LoadingOptions, TrainingArguments):
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         unknown = [name for name in kwargs if name not in known]
         if unknown and not takes_any:
+            from tdpo.counterparts import hint
+
             raise UserError("\n".join(f"{cls.__name__} has no {n!r}.{hint(n, known)}" for n in unknown))
         return super().__new__(cls)
 
@@ -128,3 +132,19 @@ class RunOptions(LoadingOptions, TrainingArguments):
             trust_remote_code=self.trust_remote_code,
             model_init_kwargs=self.model_init_kwargs,
         )
+
+
+def load_without_sharding(deepspeed: bool) -> None:
+    """Makes every process load whole weights from here on, whatever the launcher's settings say.
+
+    Args:
+        deepspeed: Whether the run is DeepSpeed's.
+    """
+    if os.environ.get(LOADS_EMPTY, "false").lower() in ("true", "1"):
+        os.environ[LOADS_EMPTY] = "false"
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("fsdp_cpu_ram_efficient_loading is off: every process reads the whole model, to prove it")
+    if deepspeed:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # what makes from_pretrained partition while it loads; accelerate has its own

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from tdpo import objectives
 from tdpo.config.checks import check_at_least, check_choices, option
-from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, RenderingOptions, check_format
+from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, RenderingOptions
 from tdpo.config.run import RunOptions
-from tdpo.data.formats import FORMATS
-from tdpo.data.sft import SFT_FORMATS, SFTDataset, prepare_sft
-from tdpo.data.tokenise import Lengths, Tokeniser
+from tdpo.config.tokens import Lengths
 from tdpo.errors import UserError
-from tdpo.ops import BackendName
 
 CACHE_HELP = (
     "Folder with the reference's hidden states; filled where it is empty, refused where it belongs to other weights, "
@@ -62,7 +58,7 @@ class LayoutOptions:
 class ScoringOptions(LayoutOptions):
     """How pairs are scored; it does not change a result."""
 
-    backend: BackendName = option(
+    backend: Literal["auto", "naive", "chunked", "triton"] = option(
         "auto",
         "Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, "
         "triton does so with kernels of its own on a GPU; auto is triton where it runs.",
@@ -125,7 +121,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
         check_at_least(self, 1, "logits_budget")
         self.build_objective()
         self.lengths()
-        check_format(self, FORMATS)
+        self.row_spec()
 
     def _check_following(self) -> None:
         fields = type(self).__dataclass_fields__
@@ -162,17 +158,9 @@ class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, R
         check_choices(self)
         self.lengths()
         self.rendering()
-        check_format(self, SFT_FORMATS)
+        self.row_spec()
 
     def lengths(self) -> Lengths:
         """Returns the truncation of these options: half of an overlong example may be its prompt."""
         longest = self.longest()
         return Lengths(longest, max(longest // 2, 1), self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
-
-    def tokeniser(self, tokenizer: Any) -> Tokeniser:
-        """Returns the tokenizer under these options."""
-        return Tokeniser(tokenizer, self.lengths(), rendering=self.rendering())
-
-    def prepare(self, data: Iterable[Any], tokeniser: Tokeniser, name: str = "dataset") -> SFTDataset:
-        """Tokenises data under these options; see :func:`tdpo.data.sft.prepare_sft`."""
-        return prepare_sft(data, tokeniser, self.reading(), self.on_bad_row, name, self.train_on)  # type: ignore[arg-type]

@@ -49,9 +49,9 @@ class PairCache:
         self.folder = Path(chosen).expanduser() / "pairs"
 
     def fetch(self, key: str, build: Build) -> tuple[PairTable, DataReport]:
-        """The pairs of a key, read if they are there and made otherwise.
+        """Returns the pairs of a key, read from the cache or made.
 
-        Of several processes that ask at once, one makes them and the others wait and read. A folder that cannot be
+        Of several processes that ask at once, one makes them while the rest wait and then read. A folder that cannot be
         written costs a warning, not the run: the pairs then stay in memory.
         """
         found = self._read(key)
@@ -62,7 +62,7 @@ class PairCache:
                 return self._read(key, quiet=True) or self._make(key, build)
         except _NotWritten as error:
             logger.warning(
-                "%s: the tokenised pairs cannot be kept there (%s); the run goes on without. --cache_dir or %s names "
+                "%s: the tokenised pairs cannot be kept there (%s); the run continues without. --cache_dir or %s names "
                 "another folder",
                 self.folder,
                 error,

@@ -13,7 +13,7 @@ from tdpo.types import Message
 def without_nulls(value: Any) -> Any:
     """Removes keys whose value is null from objects, at every depth; nulls in lists stay.
 
-    A table gives every object the keys of all rows, so that a null there cannot be told from a missing key. The same
+    A table gives every object the keys of all rows, so a null there is the same as a missing key. The same
     is removed from JSON, so that a dataset has the same ids in every file format. Nulls inside JSON text stay.
 
     Example:

@@ -102,8 +102,8 @@ class ChatRenderer:
     def _undivided(self, asked: str, asking: Chat, rendered: Sequence[str], arguments: dict[str, Any]) -> str:
         """Describes a prompt that no response continues, with the argument of the template that would change it."""
         message = (
-            "the chat template renders the prompt differently for different responses, so that they cannot be "
-            f"separated from it; it ends in {self._marks.remove(asked)[-40:]!r}."
+            "the chat template renders the prompt differently for different responses, so the two cannot be separated; "
+            f"it ends in {self._marks.remove(asked)[-40:]!r}."
         )
         names = dict.fromkeys(ASKS_IF_DEFINED.findall(self._template.source))
         for name, value in itertools.product(names, (True, False)):

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.cache import PairCache
 from tdpo.data.calls import as_object, map_arguments, without_nulls
 from tdpo.data.dataset import NoPairLeft, check_fits, prepare_pairs
 from tdpo.data.formats import DataReport, OnBadRow, RowError, to_records
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import Source
 from tdpo.data.table import PairTable
 from tdpo.data.tokenise import Tokeniser, Turns

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.cache import PairCache, cache_key, in_memory, rows_fingerprint
 from tdpo.data.formats import DataReport, OnBadRow, iter_records, name_of
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.table import PairTable, record_batch
 from tdpo.data.tokenise import Tokeniser, outside_vocabulary

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.dataset import ExampleDataset, check_limits
 from tdpo.data.formats import AUTO, DataReport, OnBadRow, iter_records, name_of
 from tdpo.data.pack import pack_sequence_trees, pack_sequences
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.supervised import SFT_FORMATS, Exchange
 from tdpo.data.tokenise import Ids, Tokeniser, Turns
@@ -90,7 +90,7 @@ def pack_examples(examples: Sequence[SFTExample], trees: bool = False, every_tok
 
     Args:
         examples: The examples.
-        trees: Lets several examples share a row, each blind to the others.
+        trees: Lets several examples share a row, none of which sees another.
         every_token: Puts the last token of each, which predicts nothing, in those rows too.
     """
     prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]

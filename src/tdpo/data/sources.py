@@ -16,10 +16,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tdpo.counterparts import ENTRY_SPELLINGS, hint
+from tdpo.config.row_spec import RowSpec, parse_columns, parse_json, parse_names
 from tdpo.data.dialects import SPLITS
 from tdpo.data.readers import READERS, Unreadable, first_line, kind_of, read_values, table_values
-from tdpo.data.row_spec import RowSpec, parse_columns, parse_json, parse_names
 from tdpo.errors import UserError
 
 STDIN = "-"
@@ -246,6 +245,8 @@ def mixed_dataset(entry: Any, place: int) -> MixedDataset:
     kinds = {item.name: item.type for item in fields(MixedDataset)}
     for key in content:
         if key not in kinds:
+            from tdpo.counterparts import ENTRY_SPELLINGS, hint
+
             raise UserError(f"{where}: unknown field {key!r}.{hint(str(key), kinds, ENTRY_SPELLINGS)}")
     if not isinstance(content.get("name"), str) or not content["name"]:
         raise UserError(f"{where}: no name; expected a file, folder, glob or hub name in its field 'name'")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+from tdpo.config.row_spec import RowSpec, parse_json
 from tdpo.data.formats import FORMATS, DataReport, Format, RowDropped, RowError, chat_options, is_empty
 from tdpo.data.formats.fields import as_text, assistant_turn, field_of, first_of, read_turns
 from tdpo.data.formats.prompts import CHAT_USES, QUESTIONS, SYSTEMS, history_messages, joined_question, with_system
 from tdpo.data.formats.refused import LABELS
-from tdpo.data.row_spec import RowSpec, parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 

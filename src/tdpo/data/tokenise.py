@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tdpo.config.tokens import Lengths, Rendering, TruncationMode
 from tdpo.data.continuation import Anchor, encode_continuations, find_anchors
 from tdpo.data.encode import TextEncoder
 from tdpo.data.formats import BAD_ROW_ADVICE, BadRows, DataReport, OnBadRow, RowError
@@ -26,52 +26,6 @@ REFUSED_ADVICE = (
     f"{BAD_ROW_ADVICE}, --chat_template_path gives another template, --ignore_columns leaves out a column such as "
     "'system'"
 )
-TruncationMode = Literal["keep_end", "keep_start"]
-OnOverlong = Literal["truncate", "drop", "error"]
-SpecialTokens = Literal["text", "tokens"]
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """How chats are rendered, and what special-token text in plain texts is.
-
-    Attributes:
-        template_arguments: Arguments of the chat template for all rows; a row's ``chat_template_kwargs`` win.
-        special_tokens: ``"tokens"`` encodes special-token text in plain texts as those tokens, for texts that are
-            rendered chats already, and adds no second start or end token. ``"text"`` encodes it as plain text, as None
-            does; with None, a dataset most of whose texts are rendered chats is refused.
-    """
-
-    template_arguments: Mapping[str, Any] = field(default_factory=dict)
-    special_tokens: SpecialTokens | None = None
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How long sequences may be, in tokens, and what happens to longer ones.
-
-    A pair is overlong if its prompt and its longer response together exceed ``max_length``. Truncation first cuts the
-    prompt to ``max_prompt_length``, then the responses to what remains, so a response never becomes empty. A response
-    that is cut loses its end token: the model is not taught to stop in the middle of a sentence.
-
-    Attributes:
-        max_length: Longest sequence, prompt and response together.
-        max_prompt_length: What is left of the prompt of an overlong pair.
-        truncation_mode: ``"keep_end"`` keeps a prompt's last tokens (dialogues), ``"keep_start"`` its first.
-        on_overlong: ``"truncate"``, ``"drop"`` or ``"error"``.
-    """
-
-    max_length: int = 512
-    max_prompt_length: int = 256
-    truncation_mode: TruncationMode = "keep_end"
-    on_overlong: OnOverlong = "truncate"
-
-    def __post_init__(self) -> None:
-        if self.max_prompt_length < 1 or self.max_length <= self.max_prompt_length:
-            raise UserError(
-                f"--max_length {self.max_length} must be larger than --max_prompt_length {self.max_prompt_length}, and "
-                "both positive: a truncated prompt has to leave room for a response"
-            )
 
 
 class Turns(NamedTuple):

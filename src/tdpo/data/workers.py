@@ -17,7 +17,6 @@ from tdpo.data.formats import DataReport, OnBadRow
 from tdpo.data.table import record_batch
 from tdpo.data.tokenise import Lengths, Rendering, Tokeniser
 from tdpo.errors import UserError
-from tdpo.files import check_shared_memory
 from tdpo.types import PreferenceRecord
 
 AHEAD = 2
@@ -49,7 +48,6 @@ def batches_of_workers(
     Raises:
         UserError: of the first chunk that has one; or if a process ended without a word.
     """
-    check_shared_memory("--dataset_num_proc", tokeniser.processes)
     context = multiprocessing.get_context("spawn")  # threads may have started here, which a fork would not survive
     pool = ProcessPoolExecutor(
         tokeniser.processes,
@@ -67,7 +65,7 @@ def batches_of_workers(
             yield _collected(waiting.popleft(), report)
     except BrokenProcessPool as error:
         raise UserError(
-            f"{report.source}: a process that tokenised it ended without a word, for want of memory? A smaller "
+            f"{report.source}: a process that tokenised it ended without a message, perhaps out of memory. A smaller "
             "--dataset_num_proc needs less. From Python, a script that asks for processes has to begin with "
             "if __name__ == '__main__'"
         ) from error

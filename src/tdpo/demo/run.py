@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import tdpo
-from tdpo import objectives
+from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, objectives
 from tdpo.data.dataset import prepare_pairs
 from tdpo.data.tokenise import Tokeniser
 from tdpo.demo import show, world
@@ -34,7 +34,6 @@ from tdpo.evaluate.diversity import Estimate, measure_samples
 from tdpo.evaluate.generate import Sampling
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.reference import Reference
-from tdpo.train import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer
 
 WARMUP = 0.05
 CLIP = 10.0
@@ -138,7 +137,7 @@ class PointCallback(TrainerCallback):
     ) -> None:
         """Adds a point: the trainer's metrics on held-out pairs, and samples of the policy as it stands."""
         if self.reference is None:
-            raise ValueError("the callback was not told the reference")
+            raise ValueError("the callback has no reference")
         named = {key.removeprefix("eval_"): value for key, value in metrics.items()}
         held_out = {key: value for key, value in named.items() if "/" in key or key == "loss"}
         point, self.completions = self.world.measure(model, self.reference, state.global_step, held_out)
@@ -293,7 +292,7 @@ def _report(result: DemoResult, the_world: World, samples: Mapping[str, Sequence
     console.print()
     console.print(show.side_by_side(prompts[0], shown))
     console.print(f"\nAll numbers: {folder}/results.json   figure: {folder}/frontier.png", soft_wrap=True, markup=False)
-    console.print("Go on from here:", markup=False)
+    console.print("Next steps:", markup=False)
     for command in show.next_commands(folder):
         console.print(f"  {command}", soft_wrap=True, markup=False)
     console.print(f"{result.seconds['total']:.0f} s in all", markup=False)

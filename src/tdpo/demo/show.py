@@ -155,7 +155,7 @@ def draw(result: DemoResult, path: Path) -> Path:
 
 
 def side_by_side(prompt: str, completions: Mapping[str, tuple[str, float]]) -> Table:
-    """One held-out prompt as every model goes on from it, with the reward."""
+    """Renders one held-out prompt with the completion and reward of every model."""
     table = _table(escape(f'One held-out prompt: "{prompt} ..."'))
     table.add_column("model", no_wrap=True)
     table.add_column("sample")
@@ -166,7 +166,7 @@ def side_by_side(prompt: str, completions: Mapping[str, tuple[str, float]]) -> T
 
 
 def next_commands(output_dir: Path) -> Sequence[str]:
-    """Commands that go on with the models the demo left behind."""
+    """Returns commands that use the models of the demo."""
     folder = shlex.quote(str(output_dir))
     return (
         f"tdpo eval --model_name_or_path {folder}/tdpo2 --ref_model_name_or_path {folder}/sft "

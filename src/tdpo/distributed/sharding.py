@@ -22,23 +22,6 @@ from typing_extensions import override
 from tdpo.errors import UserError
 
 logger = logging.getLogger("tdpo")
-LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-
-
-def load_without_sharding(deepspeed: bool) -> None:
-    """Makes every process load whole weights from here on, whatever the launcher's settings say.
-
-    Args:
-        deepspeed: Whether the run is DeepSpeed's.
-    """
-    if os.environ.get(LOADS_EMPTY, "false").lower() in ("true", "1"):
-        os.environ[LOADS_EMPTY] = "false"
-        if os.environ.get("RANK", "0") == "0":
-            logger.warning("fsdp_cpu_ram_efficient_loading is off: every process reads the whole model, to prove it")
-    if deepspeed:
-        from transformers.integrations import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()  # what makes from_pretrained partition while it loads; accelerate has its own
 
 
 def allow_fsdp_on_cpus(args: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdpo import ops
 from tdpo.data.pack import pack_sequences
 from tdpo.models.hidden import response_hidden
-from tdpo.models.policy import evaluating
+from tdpo.models.probe import evaluating
 from tdpo.models.reference import Reference, reference_hidden
 from tdpo.ops.heads import chunk_rows, default_logits_budget
 from tdpo.ops.numerics import head_logits, statistics_dtype

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from tdpo.errors import UserError
-from tdpo.models.policy import causal_lm, evaluating, position_limit
+from tdpo.models.policy import causal_lm, position_limit
+from tdpo.models.probe import evaluating
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def sample_ids(
 ) -> list[list[list[int]]]:
     """Samples responses to P prompts.
 
-    The model runs in evaluation mode and is handed back in the mode it came in. Its ``generation_config`` is set aside
+    The model runs in evaluation mode and is returned in the mode it had. Its ``generation_config`` is replaced
     meanwhile, so no default of the checkpoint (a top-k of 50, a repetition penalty) changes the distribution.
 
     Args:
@@ -126,7 +127,7 @@ def _generation_config(sampling: Sampling, ends: list[int], pad_token_id: int) -
 
 @contextmanager
 def _plain_defaults(model: nn.Module) -> Iterator[None]:
-    """Sets the checkpoint's own generation defaults aside: ``generate`` merges them into whatever it is given."""
+    """Replaces the checkpoint's generation defaults, which ``generate`` would merge into its arguments."""
     lm = causal_lm(model)
     own = lm.generation_config
     lm.generation_config = GenerationConfig()

@@ -11,11 +11,11 @@ from torch import nn
 
 from tdpo import ops
 from tdpo.errors import UserError
-from tdpo.models.policy import evaluating
+from tdpo.models.probe import evaluating
 from tdpo.models.reference import check_comparable
 from tdpo.objectives import Objective
 from tdpo.score import LayoutChoice, packer, score_batch
-from tdpo.train.metrics import MetricSums
+from tdpo.train.metrics import Sums, pair_columns, pair_means
 from tdpo.train.progress import bar, figures
 from tdpo.types import TokenisedPair
 
@@ -58,15 +58,17 @@ def evaluate_pairs(
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     pack = packer(layout, [policy, reference])
     device = next(policy.parameters()).device
-    sums = MetricSums(objective.parameters["beta"])
+    sums, beta = Sums(), objective.parameters["beta"]
     shown = bar(Console(stderr=True, quiet=not progress), transient=True)
     with evaluating(policy, reference), torch.no_grad(), shown:
         task = shown.add_task("evaluating", total=len(batches), figures="")
         for batch in batches:
             packed = pack(batch).to(device)
-            sums.add(score_batch(policy, reference, packed, objective, backend, logits_budget))
-            shown.update(task, advance=1, figures=figures(sums.means()) if shown.console.is_terminal else "")
-    metrics = sums.means()
+            scores = score_batch(policy, reference, packed, objective, backend, logits_budget)
+            sums.add(pair_columns(scores, beta))
+            so_far = pair_means(sums.state()) if shown.console.is_terminal else {}
+            shown.update(task, advance=1, figures=figures(so_far))
+    metrics = pair_means(sums.state())
     for name in ("rewards", "implicit_rewards"):
         p = metrics[f"{name}/accuracies"]
         metrics[f"{name}/accuracies_stderr"] = math.sqrt(p * (1 - p) / len(pairs))

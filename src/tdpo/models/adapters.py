@@ -1,15 +1,15 @@
-"""What tdpo has to know of peft: which parameters an adapter owns, what the model is without it, how it is merged."""
+"""Adds, checks, switches off and merges peft's adapters, and separates their parameters from those of the base."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdpo.errors import UserError
 from tdpo.models.multimodal import exclude_idle_parts
@@ -21,12 +21,12 @@ KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether the model is wrapped by peft."""
+    """Returns whether the model is wrapped by peft."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def with_adapter(model: Any, peft_config: Any) -> Any:
-    """Wraps a model in a new adapter.
+    """Adds a new adapter to a model.
 
     Raises:
         UserError: for a model that has one, and for adapters that change the prompt instead of weights.
@@ -39,7 +39,7 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
         raise UserError("model has an adapter already; leave peft_config (--use_peft) out to continue training it")
     peft_config = exclude_idle_parts(model, peft_config)
     try:
-        with ties_are_known():
+        with silence_tied_warnings():
             adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:
         kind = causal_lm(model).config.model_type
@@ -47,19 +47,15 @@ def with_adapter(model: Any, peft_config: Any) -> Any:
             f"peft_config: {error} (for a model of type {kind}; --lora_target_modules names layers, or all-linear)"
         ) from error
     check_tunes_weights(adapted)
-    _warn_of_lost_names(adapted, peft_config)
-    return adapted
-
-
-def _warn_of_lost_names(adapted: Any, peft_config: Any) -> None:
-    """Warns of names in a list that no module has, which peft passes over as long as another one is found."""
-    known = [f".{name}" for name, _ in adapted.named_modules()]
+    # peft ignores names in a list that no module has as long as it finds another one.
+    modules = [f".{name}" for name, _ in adapted.named_modules()]
     for option in ("target_modules", "modules_to_save"):
         asked = getattr(peft_config, option, None)
         names = sorted(asked) if isinstance(asked, list | tuple | set) else []
-        lost = [name for name in names if not any(module.endswith(f".{name}") for module in known)]
-        if lost:
-            logger.warning("%s: %s has no module %s", option, type(causal_lm(adapted)).__name__, ", ".join(lost))
+        missing = [name for name in names if not any(module.endswith(f".{name}") for module in modules)]
+        if missing:
+            logger.warning("%s: %s has no module %s", option, type(causal_lm(adapted)).__name__, ", ".join(missing))
+    return adapted
 
 
 def check_tunes_weights(model: Any) -> None:
@@ -88,7 +84,7 @@ def check_tunes_weights(model: Any) -> None:
 
 
 def warn_of_dropout(peft_config: Any) -> None:
-    """Says that the dropout an adapter's configuration asks for is off like the model's own."""
+    """Warns that the dropout of an adapter's configuration is off like the model's own."""
     dropout = getattr(peft_config, "lora_dropout", 0.0)
     if dropout:
         logger.warning(
@@ -98,8 +94,8 @@ def warn_of_dropout(peft_config: Any) -> None:
 
 
 @contextmanager
-def ties_are_known() -> Iterator[None]:
-    """Silences peft's advice about tied weights under an adapter, which :func:`merged` takes care of."""
+def silence_tied_warnings() -> Iterator[None]:
+    """Silences peft's advice about tied weights under an adapter, which :func:`merge_adapter` takes care of."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Model has `tie_word_embeddings=True` and a tied layer")
         warnings.filterwarnings("ignore", message=r"Input and output embeddings are no longer tied")
@@ -108,7 +104,7 @@ def ties_are_known() -> Iterator[None]:
 
 
 def base_name(name: str, prefix: str) -> str | None:
-    """The name a tensor of an adapted model has in its base; None for one that belongs to the adapter.
+    """Returns the name a tensor of an adapted model has in its base; None for one that belongs to the adapter.
 
     Args:
         name: Its name in the state of ``get_base_model()``.
@@ -129,51 +125,56 @@ def base_name(name: str, prefix: str) -> str | None:
     return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
 
 
-def tuner_prefix(model: Any) -> str:
-    """What the names of the tuner's own parameters begin with."""
-    return getattr(model.base_model, "prefix", "")
+def base_tensors(model: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of an adapted model that are its base's, under their names in the base.
+
+    Args:
+        model: The adapted model.
+        named: Names in ``get_base_model()`` and tensors.
+    """
+    prefix = getattr(model.base_model, "prefix", "")
+    for name, tensor in named:
+        plain = base_name(name, prefix)
+        if plain is not None:
+            yield plain, tensor
 
 
-def moves_its_base(model: Any) -> str:
-    """Why the model with its adapter switched off is not the model the adapter was put on, in words; empty if it is."""
+def find_changed_base(model: Any) -> str:
+    """Explains why the model with its adapter off is not the model the adapter was added to; empty if it is."""
     for config in model.peft_config.values():
         init = getattr(config, "init_lora_weights", True)
         if init not in KEEPING_INITS:
             return f"init_lora_weights={init!r} changes the weights of the base"
         if getattr(config, "layer_replication", None):
             return "layer_replication changes the layers of the base"
-    prefix = tuner_prefix(model)
-    for name, parameter in model.get_base_model().named_parameters():
-        if parameter.requires_grad and base_name(name, prefix) is not None:
-            return f"{name} of the base is trained too"
-    return ""
+    named = base_tensors(model, model.get_base_model().named_parameters())
+    return next((f"{name} of the base is trained too" for name, weight in named if weight.requires_grad), "")
 
 
-def frozen_base(model: Any) -> list[nn.Parameter]:
+def frozen_base(model: Any) -> list[Any]:
     """Returns the weights under an adapter that training leaves as they are; none for a model without an adapter."""
     if not has_adapter(model):
         return []
-    prefix = tuner_prefix(model)
-    named = model.get_base_model().named_parameters()
-    return [weight for name, weight in named if not weight.requires_grad and base_name(name, prefix) is not None]
+    named = base_tensors(model, model.get_base_model().named_parameters())
+    return [weight for _, weight in named if not weight.requires_grad]
 
 
-def changes_nothing(model: Any) -> bool:
-    """Whether the model still equals its base, as under a new LoRA, whose B is 0; False for tuners of other kinds."""
-    return not moves_its_base(model) and all(_changes_nothing(layer) for layer in adapter_layers(model))
+def equals_base(model: Any) -> bool:
+    """Returns whether the model equals its base, as under a new LoRA, whose B is 0; False for tuners of other kinds."""
+    return not find_changed_base(model) and all(map(_layer_equals_base, adapter_layers(model)))
 
 
-def _changes_nothing(layer: Any) -> bool:
+def _layer_equals_base(layer: Any) -> bool:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     active = layer.active_adapters
     if isinstance(layer, TrainableTokensWrapper):
-        return True  # the layer inside it is looked at on its own
+        return True  # the layer inside it is one of the layers too
     if isinstance(layer, TrainableTokensLayer):
-        rows = [(layer.trainable_tokens_delta, layer.trainable_tokens_original, name) for name in active]
-        return all(torch.equal(now[name], original[name]) for now, original, name in rows if name in now)
+        now, original = layer.trainable_tokens_delta, layer.trainable_tokens_original
+        return all(torch.equal(now[name], original[name]) for name in active if name in now)
     if isinstance(layer, ModulesToSaveWrapper):
         original = layer.original_module.state_dict()
         saved = [layer.modules_to_save[name].state_dict() for name in active if name in layer.modules_to_save]
@@ -186,7 +187,7 @@ def _changes_nothing(layer: Any) -> bool:
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
-    """Every layer an adapter can be switched off in, modules that are saved whole among them."""
+    """Returns every layer that an adapter can be switched off in, modules that are saved whole among them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -194,8 +195,8 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def switched_off(layers: list[Any]) -> Iterator[None]:
-    """The layers without their adapter; afterwards each is as it was, and what took a gradient takes it again.
+def adapter_disabled(layers: list[Any]) -> Iterator[None]:
+    """Switches the adapter of layers off, and restores each layer and what took a gradient afterwards.
 
     peft's own ``disable_adapter`` makes every parameter of the active adapter trainable when it ends, also those that
     were frozen on purpose.
@@ -213,19 +214,27 @@ def switched_off(layers: list[Any]) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def merged(model: Any) -> Any:
-    """The adapted model as a plain one: the adapter's change is added to the weights, saved modules take their places.
+def merge_adapter(model: Any) -> Any:
+    """Merges an adapter into its base: its change is added to the weights, saved modules replace their originals.
+
+    Returns:
+        The model without peft's wrappers.
 
     Raises:
         UserError: for a model without an adapter, or where a merged weight is not finite.
     """
     if not has_adapter(model):
         raise UserError("the model has no adapter, so there is nothing to merge")
-    config = model.get_base_model().config
-    tied = [part for part in (config, config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
-    untied = _untie(model.get_base_model())
+    lm = model.get_base_model()
+    tied = [part for part in (lm.config, lm.config.get_text_config()) if getattr(part, "tie_word_embeddings", False)]
+    layers = lm.get_output_embeddings(), lm.get_input_embeddings()
+    head, embedding = (without_adapter(layer) for layer in layers)
+    # peft adds a layer's change to its weight in place, and so would change a layer that shares the weight.
+    untied = head.weight is embedding.weight and layers != (head, embedding)
+    if untied:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     try:
-        with ties_are_known():
+        with silence_tied_warnings():
             plain = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"the adapter cannot be merged: {error}") from error
@@ -236,22 +245,6 @@ def merged(model: Any) -> Any:
         # Loading would tie them again, and so lose what was trained in one of them.
         part.tie_word_embeddings = head.weight is embedding.weight
     return plain
-
-
-def _untie(lm: Any) -> bool:
-    """Gives the head its own copy of a weight it shares with the embedding, if an adapter is on either of the two.
-
-    peft adds a layer's change to its weight in place, and so would change the other layer as well.
-
-    Returns:
-        Whether it did.
-    """
-    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-    plain_head, plain_embedding = without_adapter(head), without_adapter(embedding)
-    if plain_head.weight is not plain_embedding.weight or (plain_head is head and plain_embedding is embedding):
-        return False
-    plain_head.weight = nn.Parameter(plain_head.weight.detach().clone(), requires_grad=False)
-    return True
 
 
 def without_adapter(layer: Any) -> Any:

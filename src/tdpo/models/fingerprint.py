@@ -1,4 +1,4 @@
-"""What makes a reference that reference: a hash of its weights, and of what in its config states depend on."""
+"""Hashes a reference's weights and the entries of its config that hidden states depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdpo.models.adapters import base_name, has_adapter, tuner_prefix
+from tdpo.models.adapters import base_tensors, has_adapter
 from tdpo.models.policy import causal_lm
 
 PIECE = 16 << 20
@@ -27,44 +27,42 @@ ADAPTER_WITHOUT_EFFECT = {"base_model_name_or_path", "inference_mode", "peft_ver
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a model's state, as hexadecimal digits.
+    """Computes the SHA-256 of names, dtypes, shapes and bytes of a model's state, as hexadecimal digits.
 
     Pieces are hashed on several threads, so it runs at the speed of memory or of the cores, whichever is less.
     """
-    return _hash_of(causal_lm(model).state_dict().items())
+    return _tensors_hash(causal_lm(model).state_dict().items())
 
 
 def base_weights_hash(model: Any) -> str:
-    """:func:`weights_hash` of an adapted model's base, equal to that of the base before the adapter was put on."""
-    prefix = tuner_prefix(model)
-    named = ((base_name(name, prefix), tensor) for name, tensor in model.get_base_model().state_dict().items())
-    return _hash_of((name, tensor) for name, tensor in named if name is not None)
+    """Computes :func:`weights_hash` of an adapted model's base, equal to the base's before the adapter was added."""
+    return _tensors_hash(base_tensors(model, model.get_base_model().state_dict().items()))
 
 
 def config_hash(model: Any, with_adapter: bool = True) -> str:
-    """SHA-256 of the config's entries that matter, and of the adapter's where it belongs to the reference."""
-    told: dict[str, Any] = {"model": _without(causal_lm(model).config.to_dict(), WITHOUT_EFFECT)}
+    """Computes the SHA-256 of the config's relevant entries, and of the adapter's where it belongs to the reference."""
+    entries = {"model": _without(causal_lm(model).config.to_dict(), WITHOUT_EFFECT)}
     if with_adapter and has_adapter(model):
-        told["adapter"] = {
+        entries["adapter"] = {
             name: _without(config.to_dict(), ADAPTER_WITHOUT_EFFECT) for name, config in model.peft_config.items()
         }
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=_plain).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
 def bytes_hash(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the bytes of some tensors in their order."""
-    return _hash_of((str(number), tensor) for number, tensor in enumerate(tensors))
+    """Computes the SHA-256 of the bytes of some tensors in their order."""
+    return _tensors_hash((str(index), tensor) for index, tensor in enumerate(tensors))
 
 
-def _hash_of(named: Iterable[tuple[str, Any]]) -> str:
+def _tensors_hash(named: Iterable[tuple[str, Any]]) -> str:
     total = hashlib.sha256()
     known: dict[tuple[Any, ...], list[str]] = {}
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         for name, tensor in sorted((item for item in named if isinstance(item[1], Tensor)), key=lambda item: item[0]):
-            place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-            if place not in known:  # tied weights are there under two names
-                known[place] = list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), _pieces(tensor)))
-            total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), known[place]]).encode())
+            memory = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if memory not in known:  # tied weights are there under two names
+                known[memory] = list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), _pieces(tensor)))
+            total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), known[memory]]).encode())
     return total.hexdigest()
 
 
@@ -76,7 +74,7 @@ def _pieces(tensor: Tensor) -> Iterator[Any]:
 
 
 def _without(entries: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """The entries, those of configs within configs too, whose names are not among ``names``."""
+    """Drops the named entries and those without effect, in nested configs too."""
     return {
         str(key): _without(value, names) if isinstance(value, dict) else value
         for key, value in entries.items()

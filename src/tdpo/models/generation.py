@@ -1,4 +1,4 @@
-"""Keeps a model's generation config so that it can be saved, and so that the saved model ends where responses do."""
+"""Repairs a model's generation config so that it can be saved, and so that generation stops where responses end."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def add_end_token(model: Any, tokenizer: Any, last_tokens: Iterable[int]) -> Non
 
 
 def adopt_generation_config(model: Any, folder: str | Path) -> None:
-    """Gives an adapted model the generation config that was saved beside its adapter, where there is one."""
+    """Loads the generation config that was saved beside an adapter, where there is one."""
     if (Path(folder).expanduser() / GENERATION_CONFIG_NAME).is_file():
         model.get_base_model().generation_config = GenerationConfig.from_pretrained(str(Path(folder).expanduser()))
 

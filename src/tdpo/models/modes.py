@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from tdpo.errors import UserError
-from tdpo.models.policy import (
-    HALF,
-    body_states,
-    causal_lm,
-    disable_dropout,
+from tdpo.models.policy import body_states, causal_lm, disable_dropout, position_limit
+from tdpo.models.probe import (
+    MODEL_ERRORS,
     evaluating,
-    position_limit,
+    last_result,
+    measured,
+    probe_ids,
     probing,
     relative_difference,
+    tolerance,
 )
 
 logger = logging.getLogger("tdpo")
@@ -50,10 +50,6 @@ class ModeGap:
     noise: float
     arithmetic: float
     gradient: float
-
-
-_gaps: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, ModeGap]] = weakref.WeakKeyDictionary()
-_kept_in_evaluation: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def prepare_training_mode(policy: nn.Module, disable: bool) -> ModeGap:
@@ -103,10 +99,10 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
         disable: Whether the policy is to train without noise.
     """
     lm, gap = causal_lm(policy), prepare_training_mode(policy, disable)
-    name, tolerance = type(lm).__name__, 5e-2 if _dtype(lm) in HALF else 1e-3
-    _kept_in_evaluation.discard(lm)
-    if (gap.noise and disable) or (cached and not gap.noise and gap.arithmetic > tolerance):
-        _kept_in_evaluation.add(lm)
+    name, limit = type(lm).__name__, tolerance(next(lm.parameters()).dtype)
+    kept = bool((gap.noise and disable) or (cached and not gap.noise and gap.arithmetic > limit))
+    measured(lm, "kept in evaluation", None, lambda: kept, again=True)
+    if kept:
         logger.warning(
             "%s computes something else in training mode (its hidden states differ by %.1e), and no setting switches "
             "that off: the policy is trained in evaluation mode, so that it starts equal to its reference. Gradient "
@@ -114,39 +110,74 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
             name,
             max(gap.noise, gap.arithmetic),
         )
-    elif not gap.noise and gap.gradient > tolerance:
+    elif not gap.noise and gap.gradient > limit:
         logger.warning(
             "%s computes something else where gradients are recorded (its hidden states differ by %.1e); the "
             "reference runs without, so the KL does not start at 0",
             name,
             gap.gradient,
         )
-    if differs_by_mode(policy):
+    if _follows_policy(policy):
         for model in reference:
             disable_dropout(model)  # a copy from before the policy's was switched off may run in training mode now
             known_gap(model, again=model is not policy)
 
 
 def known_gap(model: nn.Module, again: bool = False) -> ModeGap:
-    """Returns :func:`measure_modes` of a model, measured once for each dtype unless ``again``."""
+    """Measures a model's modes by :func:`measure_modes`, once for each dtype unless ``again``."""
     lm = causal_lm(model)
-    known = _gaps.get(lm)
-    if again or known is None or known[0] != _dtype(lm):
-        known = _gaps[lm] = _dtype(lm), measure_modes(lm)
-    return known[1]
+    return measured(lm, "modes", next(lm.parameters()).dtype, lambda: measure_modes(lm), again)
 
 
-def differs_by_mode(model: nn.Module) -> bool:
-    """Returns whether training mode was measured to differ from evaluation mode without being random."""
-    _, gap = _gaps.get(causal_lm(model)) or (None, None)
-    return gap is not None and gap.arithmetic > 0 and not gap.noise
+def measure_modes(model: nn.Module) -> ModeGap:
+    """Runs a short sequence in evaluation mode and in training mode and compares the hidden states.
+
+    Random number generators and the modes of all modules are restored.
+    """
+    lm = causal_lm(model)
+    cuda = lm.get_input_embeddings().weight.device.type == "cuda"
+    random_state = torch.cuda.get_rng_state if cuda else torch.get_rng_state
+    with probing(lm):
+        quiet = [_states(lm), _states(lm)]
+        _set_mode(lm, True)
+        loud, drawn = [_states(lm), _states(lm)], random_state()
+        recorded = _states(lm, gradients=True)
+        noise, arithmetic = relative_difference(*loud), relative_difference(loud[0], quiet[0])
+        if not noise and not torch.equal(drawn, random_state()):  # they may matter to few tokens only
+            noise = relative_difference(_states(lm, MANY_ROWS), _states(lm, MANY_ROWS))
+    unsteady = 10 * relative_difference(*quiet)  # kernels may add up in any order
+    return ModeGap(
+        noise if noise > unsteady else 0.0,
+        arithmetic if arithmetic > unsteady else 0.0,
+        relative_difference(recorded, loud[0]),
+    )
+
+
+def _states(lm: Any, rows: int = 1, gradients: bool = False) -> Tensor:
+    """Returns the hidden states ``[R * T, D]`` of short sequences, in the mode the model is in."""
+    ids = probe_ids(lm, rows, min(PROBED_TOKENS, position_limit(lm) or PROBED_TOKENS))
+    with torch.set_grad_enabled(gradients):
+        return body_states(lm, input_ids=ids).detach().flatten(0, 1)
+
+
+def _set_mode(model: nn.Module, training: bool) -> None:
+    """Sets the mode of all modules but the embedding, whose noise in training is added on purpose (NEFTune)."""
+    model.train(training)
+    causal_lm(model).get_input_embeddings().eval()
+
+
+def _follows_policy(model: nn.Module) -> bool:
+    """Returns whether a reference runs in the policy's mode: training was measured to differ without being random."""
+    lm = causal_lm(model)
+    gap = last_result(lm, "modes")
+    return gap is not None and gap.arithmetic > 0 and not gap.noise and not last_result(lm, "kept in evaluation")
 
 
 @contextmanager
 def policy_mode(model: nn.Module) -> Iterator[None]:
     """Leaves the policy in its mode, or in evaluation mode where :func:`prepare_reference_mode` decided so."""
     lm = causal_lm(model)
-    if lm not in _kept_in_evaluation:
+    if not last_result(lm, "kept in evaluation"):
         yield
         return
     embedding, training = lm.get_input_embeddings(), lm.training
@@ -155,14 +186,9 @@ def policy_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def reference_mode(model: nn.Module) -> Iterator[None]:
-    """Runs a reference in evaluation mode; one that :func:`same_mode` put in the policy's mode stays in it."""
-    if _follows_policy(model):
-        yield
-        return
-    with evaluating(model):
-        yield
+def reference_mode(model: nn.Module) -> Any:
+    """Returns a context of evaluation mode; a reference that :func:`same_mode` put in the policy's mode stays in it."""
+    return nullcontext() if _follows_policy(model) else evaluating(model)
 
 
 @contextmanager
@@ -176,39 +202,6 @@ def same_mode(policy: nn.Module, reference: Any) -> Iterator[None]:
         yield
 
 
-def _set_mode(model: nn.Module, training: bool) -> None:
-    """Sets the mode of all modules but the embedding, whose noise in training is added on purpose (NEFTune)."""
-    model.train(training)
-    causal_lm(model).get_input_embeddings().eval()
-
-
-def _follows_policy(model: nn.Module) -> bool:
-    return differs_by_mode(model) and causal_lm(model) not in _kept_in_evaluation
-
-
-def measure_modes(model: nn.Module) -> ModeGap:
-    """Runs a short sequence in evaluation mode and in training mode and compares the hidden states.
-
-    Random number generators and the modes of all modules are restored.
-    """
-    lm = causal_lm(model)
-    device = lm.get_input_embeddings().weight.device
-    with probing(lm), torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(lm):
-        quiet = [_states(lm), _states(lm)]
-        _set_mode(lm, True)
-        loud, drawn = [_states(lm), _states(lm)], _random_state(device)
-        recorded = _states(lm, gradients=True)
-        noise, arithmetic = relative_difference(*loud), relative_difference(loud[0], quiet[0])
-        if not noise and not torch.equal(drawn, _random_state(device)):  # they may matter to few tokens only
-            noise = relative_difference(_states(lm, MANY_ROWS), _states(lm, MANY_ROWS))
-    unsteady = relative_difference(*quiet)  # kernels may add up in any order
-    return ModeGap(
-        noise if noise > 10 * unsteady else 0.0,
-        arithmetic if arithmetic > 10 * unsteady else 0.0,
-        relative_difference(recorded, loud[0]),
-    )
-
-
 def _switch_off(lm: Any) -> list[str]:
     """Sets dropout in the configs, which some models read at every call, and jitter in the modules to 0.
 
@@ -217,57 +210,32 @@ def _switch_off(lm: Any) -> list[str]:
     Returns:
         The names that were set.
     """
-    owners: dict[str, list[tuple[Any, float]]] = {}
-    searched = [(config, "drop", "config.") for config in _configs(lm.config)]
+    configs = [lm.config]
+    for config in configs:  # grows by the configs within it
+        configs += [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    found: dict[str, list[tuple[Any, str, float]]] = {}
+    searched = [(config, "drop", "config.") for config in configs]
     for owner, word, prefix in [*searched, *((module, "jitter", "") for module in lm.modules())]:
         for name, value in vars(owner).items():
-            if word in name and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
-                owners.setdefault(prefix + name, []).append((owner, value))
-    unused = [name for name, values in owners.items() if not _evaluation_uses(lm, name, values)]
+            if word in name and type(value) in (int, float) and value > 0:
+                found.setdefault(prefix + name, []).append((owner, name, value))
+    unused = [name for name, values in found.items() if not _evaluation_uses(lm, values)]
     for name in unused:
-        _set(name, [(owner, type(value)(0)) for owner, value in owners[name]])
+        for owner, attribute, value in found[name]:
+            setattr(owner, attribute, type(value)(0))
     return unused
 
 
-def _configs(config: Any) -> list[Any]:
-    """Returns a config and the configs within it."""
-    return [
-        config,
-        *(inner for value in vars(config).values() if hasattr(value, "to_dict") for inner in _configs(value)),
-    ]
-
-
-def _set(name: str, values: list[tuple[Any, Any]]) -> None:
-    for owner, value in values:
-        setattr(owner, name.removeprefix("config."), value)
-
-
-def _evaluation_uses(lm: Any, name: str, values: list[tuple[Any, float]]) -> bool:
+def _evaluation_uses(lm: Any, values: list[tuple[Any, str, float]]) -> bool:
     """Returns whether the states of evaluation mode change when a number is replaced, by NaN where that is allowed."""
-    other = 0.9 if "drop" in name else math.nan  # torch checks the range of a probability in any mode
     with evaluating(lm):
         before = _states(lm)
-        _set(name, [(owner, other) for owner, _ in values])
+        for owner, name, _ in values:
+            setattr(owner, name, 0.9 if "drop" in name else math.nan)  # torch checks a probability's range in any mode
         try:
             return not torch.equal(_states(lm), before)
-        except (ArithmeticError, RuntimeError, TypeError, ValueError):
+        except MODEL_ERRORS:
             return True
         finally:
-            _set(name, values)
-
-
-def _states(lm: Any, rows: int = 1, gradients: bool = False) -> Tensor:
-    """Returns the hidden states ``[R * T, D]`` of short sequences, in the mode the model is in."""
-    embedding = lm.get_input_embeddings().weight
-    count = min(PROBED_TOKENS, position_limit(lm) or PROBED_TOKENS)
-    ids = (torch.arange(rows * count, device=embedding.device).view(rows, -1) * 7919 + 3) % embedding.shape[0]
-    with torch.set_grad_enabled(gradients), torch.autocast(embedding.device.type, enabled=False):
-        return body_states(lm, input_ids=ids).detach().flatten(0, 1)
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _dtype(lm: Any) -> torch.dtype:
-    return next(lm.parameters()).dtype
+            for owner, name, value in values:
+                setattr(owner, name, value)

@@ -1,4 +1,4 @@
-"""Multimodal models on rows of text: which of their weights take part, and the processor that is saved with them."""
+"""Multimodal models trained on text alone: finds the weights that text does not reach, and keeps their processors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from tdpo.errors import UserError
-from tdpo.models.policy import body_states, causal_lm, evaluating, probing
+from tdpo.models.policy import body_states, causal_lm
+from tdpo.models.probe import probe_ids, probing
 
 logger = logging.getLogger("tdpo")
 PROCESSOR_FILES = (
@@ -26,7 +25,7 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
 )
-"""What a processor's folder holds beside the tokenizer's files."""
+"""Files of a processor beside those of its tokenizer."""
 
 
 def tokenizer_of(processing_class: Any) -> Any:
@@ -77,7 +76,7 @@ def copy_processor(model: Any, folder: Path) -> None:
 
 
 def find_file(name: str, file: str, revision: str | None = None) -> str | None:
-    """Returns where a file of a folder or hub name is, None if it has none."""
+    """Returns the path of a file of a folder or hub name, None if it has none."""
     try:
         return cached_file(
             name,
@@ -109,59 +108,51 @@ def idle_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     lm: Any = causal_lm(model)
     if not is_multimodal(lm):
         return {}
-    head = lm.get_output_embeddings()
-    reached = {id(parameter) for parameter in head.parameters()}
+    reached = {id(parameter) for parameter in lm.get_output_embeddings().parameters()}
     frozen = [parameter for parameter in lm.parameters() if not parameter.requires_grad]
 
-    def ran(module: nn.Module, inputs: Any, output: Any) -> None:
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
         own = module.parameters(recurse=False)
         reached.update(id(parameter) for parameter in own if not parameter.is_floating_point())
 
-    handles = [module.register_forward_hook(ran) for module in lm.modules()]
+    handles = [module.register_forward_hook(record) for module in lm.modules()]
     try:
-        with probing(lm), evaluating(lm), torch.enable_grad():
+        with probing(lm, gradients=True):
             for parameter in frozen:  # the graph holds trainable weights alone
                 parameter.requires_grad_(parameter.is_floating_point())
-            ids = torch.tensor([[3, 4, 5]], device=head.weight.device)
-            reached.update(_weights_behind(body_states(lm, input_ids=ids)))
+            nodes: list[Any] = [body_states(lm, input_ids=probe_ids(lm, 1, 3)).grad_fn]
     finally:
         for handle in handles:
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return dict(_outermost(lm, "", reached))
-
-
-def _weights_behind(states: Tensor) -> Iterator[int]:
-    """Yields the ids of the leaves of a tensor's autograd graph."""
-    pending, seen = [states.grad_fn], set()
-    while pending:
-        node: Any = pending.pop()
-        if node is None or node in seen:
+    visited: set[Any] = {None}
+    while nodes:
+        node = nodes.pop()
+        if node not in visited:
+            visited.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if hasattr(node, "variable"):  # a leaf of the graph
+                reached.add(id(node.variable))
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, module in lm.named_modules():
+        inner = list(module.parameters())
+        if any(f"{name}.".startswith(f"{part}.") for part in parts):
             continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield id(node.variable)
-        pending += [following for following, _ in node.next_functions]
-
-
-def _outermost(module: nn.Module, name: str, reached: set[int]) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    parameters = list(module.parameters())
-    if parameters and not any(id(parameter) in reached for parameter in parameters):
-        yield name, parameters
-        return
-    prefix = f"{name}." if name else ""
-    for own, parameter in module.named_parameters(recurse=False):
-        if id(parameter) not in reached:
-            yield prefix + own, [parameter]
-    for child, part in module.named_children():
-        yield from _outermost(part, prefix + child, reached)
+        if inner and not any(id(parameter) in reached for parameter in inner):
+            parts[name] = inner
+            continue
+        prefix = f"{name}." if name else ""
+        for own, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in reached:
+                parts[prefix + own] = [parameter]
+    return parts
 
 
 def freeze_idle_parts(model: nn.Module) -> None:
     """Freezes what rows of text alone do not reach, and logs one line that names it.
 
-    Without, data parallelism waits for gradients that never come, and decay could move weights that no row trains.
+    Otherwise data parallelism waits for gradients that never come, and decay could move weights that no row trains.
     """
     parts = {
         name: parameters
@@ -172,11 +163,11 @@ def freeze_idle_parts(model: nn.Module) -> None:
         for parameter in parameters:
             parameter.requires_grad_(False)
     if parts:
-        logger.warning("frozen, since text alone does not reach them: %s", _described(parts))
+        logger.warning("frozen, since text alone does not reach them: %s", _describe(parts))
 
 
 def exclude_idle_parts(model: nn.Module, peft_config: Any) -> Any:
-    """Keeps an adapter away from what rows of text alone do not reach, and logs one line that names it.
+    """Excludes what rows of text alone do not reach from an adapter, and logs one line that names it.
 
     The names of a language model's layers are often those of its vision tower too, where an adapter would stay at zero.
 
@@ -193,10 +184,10 @@ def exclude_idle_parts(model: nn.Module, peft_config: Any) -> Any:
     elif asked:
         patterns.append(rf"(.*\.)?({'|'.join(map(re.escape, asked))})")
     peft_config.exclude_modules = "|".join(f"(?:{pattern})" for pattern in patterns)
-    logger.warning("no adapter, since text alone does not reach them: %s", _described(parts))
+    logger.warning("no adapter, since text alone does not reach them: %s", _describe(parts))
     return peft_config
 
 
-def _described(parts: dict[str, list[nn.Parameter]]) -> str:
+def _describe(parts: dict[str, list[nn.Parameter]]) -> str:
     sizes = {name: sum(parameter.numel() for parameter in parameters) for name, parameters in parts.items()}
     return ", ".join(f"{name} ({size:,} weights)" for name, size in sizes.items())

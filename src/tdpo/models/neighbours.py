@@ -8,24 +8,25 @@ another way is reported.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdpo.data.pack import as_padded
-from tdpo.models.policy import (
-    HALF,
-    body_states,
-    causal_lm,
-    evaluating,
-    position_limit,
+from tdpo.models.policy import body_states, causal_lm, position_limit
+from tdpo.models.probe import (
+    MODEL_ERRORS,
+    last_result,
+    measured,
+    probe_ids,
     probing,
     relative_difference,
+    tolerance,
 )
 from tdpo.types import PackedBatch
 
@@ -36,13 +37,13 @@ LONGEST = 1 << 20
 
 @dataclass(frozen=True)
 class NeighbourPlan:
-    """How the states of a sequence depend on more than the sequence.
+    """Describes how the states of a sequence depend on more than the sequence.
 
     Attributes:
         switch: Sequences longer than this have other rotary frequencies, None where all have the same.
-        of_each_length: Whether every longer length has its own (dynamic NTK), not all of them the same (LongRoPE).
+        of_each_length: True where every longer length has its own (dynamic NTK), not all of them the same (LongRoPE).
         rotaries: The modules that compute them.
-        reason: Why states depend on other sequences all the same, in words; empty if they do not.
+        reason: Reason why states depend on other sequences all the same; empty if they do not.
     """
 
     switch: int | None = None
@@ -51,40 +52,13 @@ class NeighbourPlan:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module that turns positions into frequencies, to be repeated with other positions."""
-
-    name: str
-    module: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def first_row(self, positions: Tensor) -> list[Tensor]:
-        """Repeats the call with other positions and returns the outputs of their first row."""
-        return [output[0] for output in _tensors(self.module(self.args[0], positions, *self.args[2:], **self.kwargs))]
-
-
-def _tensors(output: Any) -> tuple[Tensor, ...]:
-    """Returns the outputs as a tuple; some models return one complex tensor instead of cosines and sines."""
-    return (output,) if isinstance(output, Tensor) else tuple(output)
-
-
-_plans: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, NeighbourPlan]] = weakref.WeakKeyDictionary()
-
-
 def neighbour_plan(model: nn.Module) -> NeighbourPlan:
     """Measures how a model's states depend on more than their own sequence, once for each model and dtype.
 
     Call it before a model is wrapped or sharded; :func:`sequence_states` uses that measurement.
     """
     lm = causal_lm(model)
-    dtype = next(lm.parameters()).dtype
-    if lm not in _plans or _plans[lm][0] != dtype:
-        device = next(lm.parameters()).device.type
-        with probing(lm), evaluating(lm), torch.no_grad(), torch.autocast(device, enabled=False):
-            _plans[lm] = dtype, _measure(lm)
-    return _plans[lm][1]
+    return measured(lm, "neighbours", next(lm.parameters()).dtype, lambda: _measure(lm))
 
 
 def sequence_states(model: nn.Module, batch: PackedBatch, run: Callable[[PackedBatch], Tensor]) -> Tensor:
@@ -95,7 +69,8 @@ def sequence_states(model: nn.Module, batch: PackedBatch, run: Callable[[PackedB
         batch: The batch.
         run: Computes the hidden states ``[R, T, D]`` of a batch.
     """
-    plan, rows = _plan(model), laid_out(model, batch)
+    rows = laid_out(model, batch)
+    plan = last_result(causal_lm(model), "neighbours")
     if (rows is batch and batch.layout == "tree") or plan.switch is None:
         return run(batch).flatten(0, 1)[batch.source_index]
     with own_frequencies(plan, (rows.tree_ids >= 0).sum(1)):
@@ -107,7 +82,8 @@ def laid_out(model: nn.Module, batch: PackedBatch) -> PackedBatch:
 
     One branch of a tree may be longer than the switch, the other one shorter: such batches run in padded rows.
     """
-    plan = _plan(model)
+    # A plan made while the weights were whole stays: wrappers may have put weights of fewer bits in place.
+    plan = last_result(causal_lm(model), "neighbours") or neighbour_plan(model)
     if batch.layout == "padded" or plan.switch is None or int(batch.position_ids.max()) + 2 <= plan.switch:
         return batch
     rows = as_padded(batch)
@@ -115,14 +91,9 @@ def laid_out(model: nn.Module, batch: PackedBatch) -> PackedBatch:
     return rows if plan.of_each_length or shortest <= plan.switch + 1 else batch
 
 
-def _plan(model: nn.Module) -> NeighbourPlan:
-    _, plan = _plans.get(causal_lm(model)) or (None, neighbour_plan(model))
-    return plan
-
-
 @contextmanager
 def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
-    """Gives every row the rotary frequencies of its own length.
+    """Computes the rotary frequencies of every row for the length of that row.
 
     Args:
         plan: The model's plan, with a switch.
@@ -132,29 +103,9 @@ def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
     longer = sorted({length for length in lengths_R.tolist() if length > switch})
     if not plan.of_each_length:
         longer = longer[-1:]
-
-    def of_each_row(own: Any) -> Any:
-        def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            def of_length(length: int) -> tuple[Tensor, ...]:
-                last = position_ids.new_full(
-                    (*position_ids.shape[:-1], 1), length - 1
-                )  # it looks at the largest position
-                positions = torch.cat([position_ids.clamp(max=length - 1), last], -1)
-                return tuple(output[..., :-1, :] for output in _tensors(own(x, positions, *args, **kwargs)))
-
-            of_length(1)  # dynamic NTK keeps the frequencies of the longest sequence so far until a short one comes
-            outputs, shorter = of_length(switch), switch
-            for length in longer:
-                is_longer = (lengths_R > shorter)[:, None, None]
-                outputs = tuple(torch.where(is_longer, a, b) for a, b in zip(of_length(length), outputs, strict=True))
-                shorter = length
-            return outputs if len(outputs) > 1 else outputs[0]
-
-        return forward
-
     patched = [(module, vars(module).get("forward")) for module in plan.rotaries]
     for module, _ in patched:
-        module.forward = of_each_row(module.forward)
+        module.forward = partial(_row_frequencies, module.forward, switch, longer, lengths_R[:, None, None])
     try:
         yield
     finally:
@@ -165,88 +116,110 @@ def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
                 module.forward = own
 
 
+def _row_frequencies(
+    forward: Any, switch: int, longer: list[int], lengths_R11: Tensor, x: Tensor, position_ids: Tensor, *args: Any,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Computes frequencies once for each length and picks each row's: a rotary module's forward."""
+    outputs: tuple[Tensor, ...] = ()
+    shorter = 1
+    # Dynamic NTK keeps the frequencies of the longest sequence so far until a short one comes, so length 1 is first.
+    for length in (1, switch, *longer):
+        last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)  # the largest position decides
+        positions = torch.cat([position_ids.clamp(max=length - 1), last], -1)
+        found = tuple(output[..., :-1, :] for output in _tensors(forward(x, positions, *args, **kwargs)))
+        if length > switch:
+            is_longer = lengths_R11 > shorter
+            found = tuple(torch.where(is_longer, new, old) for new, old in zip(found, outputs, strict=True))
+        outputs, shorter = found, length
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    """Returns the outputs as a tuple; some models return one complex tensor instead of cosines and sines."""
+    return (output,) if isinstance(output, Tensor) else tuple(output)
+
+
+Rotary = tuple[str, nn.Module, Callable[[Tensor], tuple[Tensor, ...]]]
+"""Name and module of a rotary embedding, and its frequencies ``[R, T, ...]`` as a function of positions ``[R, T]``."""
+
+
 def _measure(lm: Any) -> NeighbourPlan:
-    embedding = lm.get_input_embeddings().weight
-    ids = (torch.arange(2 * PROBED_TOKENS, device=embedding.device).view(2, -1) * 7 + 3) % embedding.shape[0]
+    ids = probe_ids(lm, 2, PROBED_TOKENS)
     others = torch.stack([ids[0], ids[1, :1].expand_as(ids[1])])  # one token again and again fills an expert
-    with _recorded(lm) as calls:
-        states = body_states(lm, input_ids=ids)
-    tolerance = 5e-2 if states.dtype in HALF else 1e-3
-    misfit = relative_difference(body_states(lm, input_ids=others)[:1], states[:1])
-    if misfit > tolerance:
-        return NeighbourPlan(reason=f"its hidden states change by {misfit:.1e} with the other sequences of a batch")
-    near = torch.arange(PROBED_TOKENS, device=ids.device)[None]
-    switching = [(call, switch) for call in calls if (switch := _switch(call, near, position_limit(lm) or LONGEST))]
-    if not switching:
-        return NeighbourPlan()
-    switches = {switch for _, switch in switching}
-    modules = tuple({id(call.module): call.module for call, _ in switching}.values())
-    of_each_length = any(_differs(call, near, switch + 1, switch + PROBED_TOKENS) for call, switch in switching)
-    plan = NeighbourPlan(min(switches), of_each_length, modules)
-    in_layer = any(part.isdigit() for call, _ in switching for part in call.name.split("."))
-    # Checkpointing runs a module within a layer again in the backward, where rows have no frequencies of their own.
-    if in_layer or len(switches) > 1 or not _is_proven(lm, plan, ids, near, tolerance):
-        return NeighbourPlan(
-            reason=f"a sequence of more than {plan.switch} tokens changes the positions of the others in its batch"
-        )
-    return plan
-
-
-@contextmanager
-def _recorded(lm: Any) -> Iterator[list[_Call]]:
-    """Records the calls of modules without weights that are given positions."""
-    calls: list[_Call] = []
-
-    def record(name: str) -> Any:
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
-            others = dict(kwargs)
-            if len(args) == 1 and "position_ids" in others:
-                args = (*args, others.pop("position_ids"))
-            if len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point():
-                calls.append(_Call(name, module, args, others))
-
-        return hook
-
+    rotaries: list[Rotary] = []
     handles = [
-        module.register_forward_pre_hook(record(name), with_kwargs=True)
+        module.register_forward_pre_hook(partial(_record, rotaries, name), with_kwargs=True)
         for name, module in lm.named_modules()
         if name and next(module.parameters(), None) is None
     ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+    with probing(lm):
+        try:
+            states = body_states(lm, input_ids=ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        limit = tolerance(states.dtype)
+        misfit = relative_difference(body_states(lm, input_ids=others)[:1], states[:1])
+        if misfit > limit:
+            return NeighbourPlan(reason=f"its hidden states change by {misfit:.1e} with the other sequences of a batch")
+        near = torch.arange(PROBED_TOKENS, device=ids.device)[None]
+        longest = position_limit(lm) or LONGEST
+        switching = [(rotary, switch) for rotary in rotaries if (switch := _switch(rotary[2], near, longest))]
+        if not switching:
+            return NeighbourPlan()
+        switches = {switch for _, switch in switching}
+        modules = tuple({id(module): module for (_, module, _), _ in switching}.values())
+        of_each_length = any(
+            _differs(frequencies, near, switch + 1, switch + PROBED_TOKENS) for (_, _, frequencies), switch in switching
+        )
+        plan = NeighbourPlan(min(switches), of_each_length, modules)
+        # Checkpointing runs a module within a layer again in the backward, where rows have no frequencies of their own.
+        in_layer = any(part.isdigit() for (name, _, _), _ in switching for part in name.split("."))
+        if not in_layer and len(switches) == 1 and _mixed_lengths_differ(lm, plan, ids, near) < limit:
+            return plan
+    return NeighbourPlan(
+        reason=f"a sequence of more than {plan.switch} tokens changes the positions of the others in its batch"
+    )
 
 
-def _differs(call: _Call, near: Tensor, length: int, other: int) -> bool:
+def _record(rotaries: list[Rotary], name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Records a call with integer positions, as a pre-hook of a module without weights."""
+    kwargs = dict(kwargs)
+    if len(args) == 1 and "position_ids" in kwargs:
+        args = (*args, kwargs.pop("position_ids"))
+    if len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point():
+        rotaries.append((name, module, lambda positions: _tensors(module(args[0], positions, *args[2:], **kwargs))))
+
+
+def _differs(frequencies: Callable[[Tensor], tuple[Tensor, ...]], near: Tensor, length: int, other: int) -> bool:
     """Compares the frequencies of a short row beside a sequence of one length and beside one of another length."""
     rows = []
     for longest in (length, other):
-        call.first_row(near)
-        rows.append(call.first_row(torch.cat([near, near + longest - near.shape[1]])))
-    return any(not torch.equal(one, two) for one, two in zip(*rows, strict=True))
+        frequencies(near)
+        rows.append(frequencies(torch.cat([near, near + longest - near.shape[1]])))
+    return any(not torch.equal(one[0], two[0]) for one, two in zip(*rows, strict=True))
 
 
-def _switch(call: _Call, near: Tensor, limit: int) -> int | None:
+def _switch(frequencies: Callable[[Tensor], tuple[Tensor, ...]], near: Tensor, limit: int) -> int | None:
     """Finds the longest sequence that does not change the frequencies of a short one beside it; None if none does."""
     low, high = near.shape[1], limit
     try:
-        if high <= low or not _differs(call, near, low, high):
+        if high <= low or not _differs(frequencies, near, low, high):
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if _differs(call, near, near.shape[1], middle) else (middle, high)
-    except Exception:  # it does something else with its second argument
+            low, high = (low, middle) if _differs(frequencies, near, near.shape[1], middle) else (middle, high)
+    except MODEL_ERRORS:  # a module that uses its second argument for something else
         return None
     return low
 
 
-def _is_proven(lm: Any, plan: NeighbourPlan, ids: Tensor, near: Tensor, tolerance: float) -> bool:
+def _mixed_lengths_differ(lm: Any, plan: NeighbourPlan, ids: Tensor, near: Tensor) -> float:
     """Compares a short and a long sequence in one batch with each of them alone."""
     length = (plan.switch or 0) + 1
     positions = torch.cat([near, near + length - near.shape[1]])
     alone = [body_states(lm, input_ids=ids[i : i + 1], position_ids=positions[i : i + 1]) for i in range(2)]
     with own_frequencies(plan, torch.tensor([near.shape[1], length], device=ids.device)):
         together = body_states(lm, input_ids=ids, position_ids=positions)
-    return relative_difference(together, torch.cat(alone)) < tolerance
+    return relative_difference(together, torch.cat(alone))

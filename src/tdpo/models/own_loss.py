@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdpo.errors import UserError
-from tdpo.models.policy import body_of, causal_lm, evaluating, head_of
+from tdpo.models.policy import body_of, causal_lm, head_of
+from tdpo.models.probe import HALF, probe_ids, probing
 from tdpo.types import PackedBatch
 
 logger = logging.getLogger("tdpo")
@@ -27,6 +28,7 @@ BALANCING = "load_balancing_loss_func"
 """What transformers calls the function in the module of every such model."""
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 """What configs call the coefficient."""
+PROBED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,16 @@ class RouterLoss:
 @contextmanager
 def collect_router_logits(model: nn.Module) -> Iterator[list[tuple[Tensor, ...]]]:
     """Collects the router logits of every pass through the model's body, the latest last."""
-    body = body_of(model)
-    collected: list[Any] = []
-
-    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "output_router_logits": True}
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        collected.append(getattr(output, "router_logits", None))
-
-    handles = [body.register_forward_pre_hook(ask, with_kwargs=True), body.register_forward_hook(keep)]
+    head_of(model)  # proves a model that is new, whose probes would be collected too
+    body, collected = body_of(model), list[Any]()
+    handles = [
+        body.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "output_router_logits": True}), with_kwargs=True
+        ),
+        body.register_forward_hook(
+            lambda module, args, output: collected.append(getattr(output, "router_logits", None))
+        ),
+    ]
     try:
         yield collected
     finally:
@@ -83,8 +85,10 @@ def find_router_loss(model: nn.Module, coefficient: float | None = None) -> Rout
     lm = causal_lm(model)
     text = lm.config.get_text_config()
     own, asked = _own_coefficient(text), getattr(text, "output_router_logits", None)
-    if coefficient == 0 or (coefficient is None and not (own and asked)):
-        if coefficient is None and own and asked is False and _has_balance(lm):
+    if coefficient == 0:
+        return None
+    if coefficient is None and not (own and asked):
+        if own and asked is False and _adds_balance(lm):
             logger.warning(
                 "%s: the load-balancing loss of its routers is left out, since output_router_logits is off in its "
                 "config; --router_aux_loss_coef %g adds it with the config's coefficient, as TRL does, and 0 leaves it "
@@ -106,55 +110,51 @@ def _own_coefficient(*owners: Any) -> float:
     return next((float(value) for value in values if isinstance(value, int | float)), 0.0)
 
 
-def _prove_balance(lm: Any) -> Callable[[tuple[Tensor, ...], Tensor], Tensor] | None:
-    """Returns the model's own function with the sizes its forward passes, checked against the forward's result.
-
-    None where the forward has no such result.
-    """
-    ids = _probe_ids(lm)
-    mask = torch.ones_like(ids)
-    with evaluating(lm), torch.no_grad(), _recorded_balancing(lm) as calls, collect_router_logits(lm) as collected:
-        try:
-            output = type(lm).forward(
-                lm, input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False
-            )
-        except Exception as error:  # whatever a model may raise that cannot compute one from these inputs
-            raise _unknown(lm) from error
-    theirs = getattr(output, "aux_loss", None)
-    if theirs is None:
-        return None
-    if len(calls) == 1 and isinstance(theirs, Tensor) and collected and isinstance(collected[-1], tuple):
-        function, (_, *sizes, _) = calls[0]
-
-        def balance(router_logits: tuple[Tensor, ...], mask_RT: Tensor) -> Tensor:
-            return function(router_logits, *sizes, mask_RT)
-
-        if torch.allclose(balance(collected[-1], mask), theirs, rtol=1e-3):
-            return balance
-    raise _unknown(lm)
-
-
-def _has_balance(lm: Any) -> bool:
-    """Whether the option could add the term; some configs have a coefficient that no forward uses (Llama 4)."""
+def _adds_balance(lm: Any) -> bool:
+    """Returns whether the option could add the term; some configs have a coefficient that no forward uses (Llama 4)."""
     try:
         return _prove_balance(lm) is not None
     except UserError:
         return False
 
 
-def _unknown(lm: Any) -> UserError:
-    return UserError(
+def _prove_balance(lm: Any) -> Callable[[tuple[Tensor, ...], Tensor], Tensor] | None:
+    """Returns the model's own function with the sizes its forward passes, checked against the forward's result.
+
+    None where the forward has no such result.
+    """
+    unknown = UserError(
         f"{type(lm).__name__} computes the load-balancing loss of its routers in a way that is not known; "
         "--router_aux_loss_coef 0 trains without it"
     )
+    ids = probe_ids(lm, 1, PROBED_TOKENS)
+    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "output_router_logits": True, "use_cache": False}
+    try:
+        with probing(lm), collect_router_logits(lm) as collected, _recorded_balancing(lm) as calls:
+            theirs = getattr(type(lm).forward(lm, **inputs), "aux_loss", None)
+    except UserError as error:  # the model cannot compute one from these inputs
+        raise unknown from error
+    if theirs is None:
+        return None
+    if len(calls) != 1 or not (isinstance(theirs, Tensor) and collected and isinstance(collected[-1], tuple)):
+        raise unknown
+    function, (_, *sizes, _) = calls[0]
+
+    def balance(router_logits: tuple[Tensor, ...], mask_RT: Tensor) -> Tensor:
+        return function(router_logits, *sizes, mask_RT)
+
+    if not torch.allclose(balance(collected[-1], mask), theirs, rtol=1e-3):
+        raise unknown
+    return balance
 
 
 @contextmanager
 def _recorded_balancing(lm: Any) -> Iterator[list[tuple[Callable[..., Tensor], tuple[Any, ...]]]]:
     """Records the calls of the balancing function in the module that defines the model: function and arguments."""
+    calls: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = []
     modules = [sys.modules[cls.__module__] for cls in type(lm).__mro__]
     module: Any = next((module for module in modules if hasattr(module, BALANCING)), None)
-    calls: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = []
     if module is None:
         yield calls
         return
@@ -178,36 +178,24 @@ def warn_of_other_terms(model: nn.Module) -> None:
     cannot compute a loss of its own is passed over.
     """
     lm = causal_lm(model)
-    ids = _probe_ids(lm)
-    devices = [ids.device] if ids.device.type == "cuda" else []
-    with _training(lm), torch.no_grad(), torch.random.fork_rng(devices):
-        try:
+    ids = probe_ids(lm, 1, PROBED_TOKENS)
+    try:
+        with probing(lm):
+            lm.train()
             output = type(lm).forward(lm, input_ids=ids, labels=ids, use_cache=False)
-        except Exception:
-            return
+    except UserError as error:
+        logger.debug("no loss of the model's own to compare with: %s", error)
+        return
     if not isinstance(output.loss, Tensor) or output.logits.shape[:2] != ids.shape:
         return
     entropy = F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
     aux = getattr(output, "aux_loss", None)
     known = _own_coefficient(lm, lm.config.get_text_config()) * aux if isinstance(aux, Tensor) else 0.0
     other = float(output.loss - entropy - known)
-    half = output.logits.dtype in (torch.float16, torch.bfloat16)
-    if abs(other) > (2e-2 if half else 1e-4) * max(1.0, float(entropy)):
+    limit = 2e-2 if output.logits.dtype in HALF else 1e-4
+    if abs(other) > limit * max(1.0, float(entropy)):
         logger.warning(
             "%s: its own loss has a term beyond the cross-entropy of its logits (%.3g on a probe), which this training "
             "leaves out",
             type(lm).__name__, other,
         )  # fmt: skip
-
-
-def _probe_ids(lm: Any) -> Tensor:
-    head = head_of(lm)
-    return (torch.arange(8, device=head.weight.device) + 3)[None] % head.vocab_size
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; afterwards every module gets back the mode it had."""
-    with evaluating(model):
-        model.train()
-        yield

@@ -1,55 +1,95 @@
-"""The reference: where its hidden states come from.
+"""References: the models, or the cache, that hidden states of the reference come from.
 
-:class:`FrozenCopy` is a second model, or a second adapter over the policy's base; :class:`AdapterOff` the policy
-without its adapter; :class:`CachedHidden` reads what one of them gave once. :class:`LiveReference` is any model at this
-moment: one that is only scored, or the policy before its first step. Which one a run takes is decided in
-:mod:`tdpo.train.references`.
+:class:`LiveReference` runs a model as it is at this moment; :class:`FrozenCopy` a second model, or a second adapter
+over the policy's base; :class:`AdapterOff` the policy without its adapter; :class:`CachedHidden` reads what one of them
+computed once. :mod:`tdpo.train.references` chooses one for a run.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tdpo.distributed.sharding import cast_weights, frozen_weights_dtype, shard_frozen
 from tdpo.errors import UserError
-from tdpo.models.adapters import adapter_layers, frozen_base, moves_its_base, switched_off
+from tdpo.models.adapters import adapter_disabled, adapter_layers, find_changed_base, frozen_base
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import reference_mode
 from tdpo.models.policy import body_of, causal_lm, head_of, prove_head, unwrapped
-from tdpo.models.store import HiddenStore
 from tdpo.types import Head, Hidden, PackedBatch
 
+if TYPE_CHECKING:
+    from tdpo.models.store import HiddenStore
 
-class Reference(Protocol):
-    """Anything that gives the reference's hidden states of a batch, and the head they are meant for."""
 
+class Reference(ABC):
+    """Computes the reference's hidden states of a batch, and returns the head they are meant for.
+
+    The defaults are those of a reference that runs no model.
+    """
+
+    @abstractmethod
     def states(self, batch: PackedBatch) -> Tensor:
-        """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
+        """Computes the hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
 
+    @abstractmethod
     def head(self) -> Head:
-        """The head. Where it is the policy's, its weight may be whole only within the policy's head."""
+        """Returns the head. Where it is the policy's, its weight may be whole only within the policy's head."""
 
     def models(self) -> list[nn.Module]:
-        """The models that run a batch for it, so that a layout can be proven on them."""
+        """Returns the models that run a batch for it, so that a layout can be proven on them."""
+        return []
 
+    @abstractmethod
     def to(self, device: torch.device | str) -> None:
-        """Moves what is the reference's own; the policy's place is the trainer's business."""
+        """Moves the reference's own weights; the trainer moves the policy's."""
 
     def cast_weights(self, dtype: torch.dtype) -> Reference:
-        """The same reference with weights of fewer bits; a policy it reads from stays as it is."""
+        """Returns the reference with weights of fewer bits; a policy it reads from stays as it is."""
+        return self
 
     def prepare(self, accelerator: Any) -> None:
-        """Brings what is the reference's own to its device, shared out between processes where the policy will be."""
+        """Moves the reference's own weights to their device, sharded where the policy will be."""
+        self.to(accelerator.device)
 
 
-class FrozenCopy:
-    """A second model in evaluation mode whose parameters take no gradient.
+class LiveReference(Reference):
+    """Runs a model as it is at this moment; a policy is no longer a reference after its first step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @override
+    def models(self) -> list[nn.Module]:
+        return [self.model]
+
+    @override
+    def to(self, device: torch.device | str) -> None:
+        pass  # the model is the trainer's
+
+    @override
+    def cast_weights(self, dtype: torch.dtype) -> Reference:
+        return type(self)(cast_weights(copy.deepcopy(self.model), dtype))
+
+    @override
+    def states(self, batch: PackedBatch) -> Tensor:
+        with reference_mode(self.model), torch.no_grad():
+            return response_states(self.model, batch)
+
+    @override
+    def head(self) -> Head:
+        return head_of(self.model)
+
+
+class FrozenCopy(LiveReference):
+    """Runs a second model in evaluation mode whose parameters take no gradient.
 
     Args:
         model: The model.
@@ -57,7 +97,8 @@ class FrozenCopy:
     """
 
     def __init__(self, model: nn.Module, shared: Sequence[nn.Parameter] = ()) -> None:
-        self.model, self.shared = model.eval().requires_grad_(False), shared
+        super().__init__(model.eval().requires_grad_(False))
+        self.shared = shared
         self._head: Head | None = None
 
     @classmethod
@@ -76,22 +117,23 @@ class FrozenCopy:
         shared = {id(weight) for weight in self.shared}
         return [weight for weight in self.model.parameters() if id(weight) not in shared]
 
-    def models(self) -> list[nn.Module]:
-        """The frozen model."""
-        return [self.model]
+    @property
+    def sharded(self) -> bool:
+        """True where this process holds only a part of the body."""
+        return self._head is not None
 
+    @override
     def to(self, device: torch.device | str) -> None:
-        """Moves the frozen model; one that is there already stays untouched, as models in few bits must."""
-        if self.copied[0].device != torch.device(device):
+        if self.copied[0].device != torch.device(device):  # models in few bits must not be moved, not even in place
             self.model.to(device)
 
+    @override
     def cast_weights(self, dtype: torch.dtype) -> FrozenCopy:
-        """Casts this reference in place."""
-        self._unshare()
+        self._copy_shared()
         cast_weights(self.model, dtype)
         return self
 
-    def _unshare(self) -> None:
+    def _copy_shared(self) -> None:
         """Copies the shared weights too, in the same modules: what was proven of the model stays proven."""
         own = {id(weight): copy.deepcopy(weight) for weight in self.shared}
         for module in self.model.modules():
@@ -100,22 +142,15 @@ class FrozenCopy:
                     setattr(module, name, own[id(weight)])
         self.shared = ()
 
-    @property
-    def sharded(self) -> bool:
-        """Whether this process holds but a part of the body."""
-        return self._head is not None
-
+    @override
     def prepare(self, accelerator: Any) -> None:
-        """Shards the body where weights are sharded; the head, which every step reads whole, stays whole.
-
-        Under mixed precision it gets the policy's, so that equal models give equal states.
-        """
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            self._unshare()  # these engines replace or empty the policy's weights
-        dtype = frozen_weights_dtype(accelerator)
+            self._copy_shared()  # these engines replace or empty the policy's weights
+        dtype = frozen_weights_dtype(accelerator)  # the policy's, so that equal models give equal states
         if dtype is not None:
             self.cast_weights(dtype)
-        head = head_of(self.model).map(torch.detach)  # the parameter itself is emptied
+        # Every step reads the whole head, so it is kept beside the sharded body, which empties the parameter.
+        head = head_of(self.model).map(torch.detach)
         if shard_frozen(body_of(self.model), accelerator):
             self._head = head.map(lambda tensor: tensor.to(accelerator.device))
         else:
@@ -132,18 +167,13 @@ class FrozenCopy:
             for own, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
                 own.lerp_(theirs.to(own.device, own.dtype), share)
 
-    def states(self, batch: PackedBatch) -> Tensor:
-        """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
-        with reference_mode(self.model), torch.no_grad():
-            return response_states(self.model, batch)
-
+    @override
     def head(self) -> Head:
-        """The frozen model's."""
         return self._head or head_of(self.model)
 
 
-class AdapterOff:
-    """The policy with its adapter switched off: no second copy of the weights, and one head unless it is trained.
+class AdapterOff(LiveReference):
+    """Runs the policy with its adapter switched off: no second copy of the weights, and one head unless it is trained.
 
     Modules the adapter saves whole (``modules_to_save``, a trained head say) step back to what they were copied from.
 
@@ -155,74 +185,30 @@ class AdapterOff:
     """
 
     def __init__(self, policy: Any) -> None:
-        reason = moves_its_base(policy)
+        reason = find_changed_base(policy)
         if reason:
             raise UserError(
                 f"--reference adapter_off: {reason}, so the policy without its adapter is not what the adapter was "
                 "put on; --reference frozen keeps a copy"
             )
-        self.policy = policy
+        super().__init__(policy)
         self._layers = adapter_layers(policy)
         in_head = set(causal_lm(policy).get_output_embeddings().modules())
         self._head_layers = [layer for layer in self._layers if layer in in_head]
 
-    def models(self) -> list[nn.Module]:
-        """The policy's model, which runs for both."""
-        return [self.policy]
-
-    def to(self, device: torch.device | str) -> None:
-        """Nothing here is the reference's own."""
-
-    def cast_weights(self, dtype: torch.dtype) -> AdapterOff:
-        """Returns a copy with its weights cast."""
-        return AdapterOff(cast_weights(copy.deepcopy(self.policy), dtype))
-
-    def prepare(self, accelerator: Any) -> None:
-        """Nothing here is the reference's own."""
-
+    @override
     def states(self, batch: PackedBatch) -> Tensor:
-        """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
-        with reference_mode(self.policy), switched_off(self._layers), torch.no_grad():
-            return response_states(self.policy, batch)
+        with adapter_disabled(self._layers):
+            return super().states(batch)
 
+    @override
     def head(self) -> Head:
-        """The policy's; what it was copied from where it is trained."""
-        with switched_off(self._head_layers):
-            return head_of(self.policy)
+        with adapter_disabled(self._head_layers):
+            return super().head()
 
 
-class LiveReference:
-    """A model as it is at this moment, left as it is; a policy is no reference any more after its first step."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def models(self) -> list[nn.Module]:
-        """The model."""
-        return [self.model]
-
-    def to(self, device: torch.device | str) -> None:
-        """Nothing here is the reference's own."""
-
-    def cast_weights(self, dtype: torch.dtype) -> LiveReference:
-        """Returns a copy with its weights cast."""
-        return LiveReference(cast_weights(copy.deepcopy(self.model), dtype))
-
-    def prepare(self, accelerator: Any) -> None:
-        """Nothing here is the reference's own."""
-
-    def states(self, batch: PackedBatch) -> Tensor:
-        """Hidden states ``[N, D]`` of the batch's response tokens, without gradient."""
-        with reference_mode(self.model), torch.no_grad():
-            return response_states(self.model, batch)
-
-    def head(self) -> Head:
-        """The model's."""
-        return head_of(self.model)
-
-
-class CachedHidden:
-    """Hidden states read from disk, exactly as the reference gave them in the cache's dtype; its body is gone.
+class CachedHidden(Reference):
+    """Reads hidden states from disk, exactly as the reference computed them in the cache's dtype; no model runs.
 
     Args:
         store: Holds the states of every pair that will be asked for.
@@ -232,32 +218,16 @@ class CachedHidden:
     def __init__(self, store: HiddenStore, head: Head) -> None:
         self.store, self._head = store, head.map(lambda tensor: tensor.detach().clone())
 
-    def models(self) -> list[nn.Module]:
-        """None: nothing runs."""
-        return []
-
+    @override
     def to(self, device: torch.device | str) -> None:
-        """Moves the head; states follow their batch."""
         self._head = self._head.map(lambda tensor: tensor.to(device))
 
-    def cast_weights(self, dtype: torch.dtype) -> CachedHidden:
-        """This one: its states have the dtype they were kept in."""
-        return self
-
-    def prepare(self, accelerator: Any) -> None:
-        """Moves the head."""
-        self.to(accelerator.device)
-
+    @override
     def head(self) -> Head:
-        """The copy."""
         return self._head
 
+    @override
     def states(self, batch: PackedBatch) -> Tensor:
-        """Hidden states ``[N, D]`` of the batch's response tokens.
-
-        Raises:
-            UserError: naming the rows of pairs the cache does not hold.
-        """
         states = self.store.states(batch.pair_keys, batch.lengths, batch.pair_rows)
         # A cache of fewer bits than the head is widened, and the head is never cast to fewer bits.
         dtype = torch.promote_types(states.dtype, self._head.weight.dtype)
@@ -265,12 +235,12 @@ class CachedHidden:
 
 
 def as_reference(reference: nn.Module | Reference) -> Reference:
-    """A reference strategy as it is; a model as one."""
+    """Returns a reference as it is, and a model as a reference that runs it."""
     return LiveReference(reference) if isinstance(reference, nn.Module) else reference
 
 
 def reference_hidden(reference: nn.Module | Reference, batch: PackedBatch) -> Hidden:
-    """States ``[N, D]`` and head of a reference whose weights are whole."""
+    """Computes the states ``[N, D]`` of a reference whose weights are whole, and returns them with its head."""
     live = as_reference(reference)
     return Hidden(live.states(batch), live.head())
 

@@ -1,9 +1,9 @@
-"""The reference's hidden states on disk: shards of whole pairs, found by what the pairs say, bound to one key.
+"""Keeps the reference's hidden states on disk, found by the tokens of a pair and bound to one reference.
 
-A folder holds ``manifest.json`` with the key (:class:`CacheKey`) and shards in safetensors. A shard is written aside
-and renamed, so it is there whole or not at all, and its name is made of its content, so processes never write the same
-file for different things. Pairs are found by :attr:`tdpo.types.TokenisedPair.key`: order, subsets and the cutting into
-batches do not matter, and a pair whose tokens changed is another pair, which is not there.
+A folder holds ``manifest.json`` with the key (:class:`CacheKey`) and shards in safetensors. Shards are written
+atomically, and their names are hashes of their content, so processes never write the same file for different content.
+Pairs are found by :attr:`tdpo.types.TokenisedPair.key`: order, subsets and batches do not matter, and a pair whose
+tokens changed is another pair, which the cache lacks.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,12 +29,14 @@ from tdpo.types import TokenisedPair
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARDS = "hidden-*.safetensors"
+TENSORS = ("pairs", "lengths", "hidden")
+"""Tensors of a shard: keys ``[P]``, lengths ``[P, 2]`` of chosen and rejected, states ``[N, D]``."""
 NAMED_ROWS = 10
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """Everything the cached states depend on beside the pairs.
+    """Identifies the reference that states belong to: everything they depend on beside the pairs.
 
     Attributes:
         weights: Hash of the reference's weights.
@@ -68,21 +69,15 @@ class CacheKey:
         return getattr(torch, self.dtype)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the states of a pair are: the shard, its first row there, and how long the two responses are."""
-
-    shard: Path
-    start: int
-    lengths: tuple[int, int]
-
-
 class HiddenStore:
-    """Cached hidden states of one reference in one folder.
+    """Reads and writes the cached hidden states of one reference in one folder.
 
     Args:
-        folder: Where they are, or will be.
-        key: What they must have been made with.
+        folder: The folder of the cache, which may be new.
+        key: What the states must have been made with.
+
+    Attributes:
+        filled_for: :func:`pairs_hash` of the pairs the folder was filled for; empty for a new folder.
 
     Raises:
         UserError: if the folder holds states made with anything else, or a file that is not what it should be.
@@ -91,21 +86,21 @@ class HiddenStore:
     def __init__(self, folder: Path, key: CacheKey) -> None:
         self.folder, self.key = folder, key
         self.filled_for = ""
-        self._places: dict[int, _Place] = {}
-        self._tensors: dict[Path, Tensor] = {}
+        self._shards: dict[Path, Tensor] = {}
+        # Shard, first row in it, and the lengths of the chosen and the rejected response, by the pair's key.
+        self._locations: dict[int, tuple[Path, int, tuple[int, int]]] = {}
         self._read_manifest()
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def bytes_per_token(self) -> int:
-        """Bytes on disk per response token; 0 while there are none."""
-        shards = {place.shard for place in self._places.values()}
-        return self._tensors[next(iter(shards))][0].nbytes if shards else 0
+        """Returns the bytes on disk per response token; 0 while there are none."""
+        return next((states[0].nbytes for states in self._shards.values() if len(states)), 0)
 
     def missing(self, pairs: Iterable[TokenisedPair]) -> list[TokenisedPair]:
-        """Those of the pairs the store does not hold, each once.
+        """Returns the pairs that the store lacks, each once.
 
         Raises:
             UserError: if two pairs with different tokens have one key, which 64 bits make unlikely, not impossible.
@@ -113,24 +108,22 @@ class HiddenStore:
         seen: dict[int, TokenisedPair] = {}
         for pair in pairs:
             other = seen.setdefault(pair.key, pair)
-            if (other.prompt_ids, other.chosen_ids, other.rejected_ids) != (
-                pair.prompt_ids,
-                pair.chosen_ids,
-                pair.rejected_ids,
+            if any(
+                getattr(other, part) != getattr(pair, part) for part in ("prompt_ids", "chosen_ids", "rejected_ids")
             ):
                 raise UserError(f"rows {other.row} and {pair.row}: their keys collide; the cache cannot hold both")
-        return [pair for key, pair in seen.items() if key not in self._places]
+        return [pair for key, pair in seen.items() if key not in self._locations]
 
     def claim(self, pairs: Iterable[TokenisedPair]) -> None:
-        """Writes down, once, by one process and before the first shard, what the folder is for.
+        """Writes the manifest; one process calls it once, before the first shard.
 
         Args:
-            pairs: What it is going to hold beside what it holds.
+            pairs: The pairs that will be added.
         """
-        self.filled_for = pairs_hash([*self._places, *(pair.key for pair in pairs)])
+        self.filled_for = pairs_hash([*self._locations, *(pair.key for pair in pairs)])
         content = {"key": dataclasses.asdict(self.key), "digest": self.key.digest, "pairs": self.filled_for}
         content["versions"] = {"torch": torch.__version__}
-        with _told_in_words(self.folder):
+        with _write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(f"*{PARTIAL}-*"):
                 left.unlink(missing_ok=True)
@@ -140,11 +133,11 @@ class HiddenStore:
         """Writes one shard.
 
         Args:
-            pairs: Whose states they are.
-            states_ND: Their tokens in the order of the pairs, chosen before rejected, in the key's dtype.
+            pairs: The pairs.
+            states_ND: States of their tokens in the order of the pairs, chosen before rejected, in the key's dtype.
 
         Raises:
-            UserError: if the dtype cannot hold the states, or the disk cannot take them.
+            UserError: if the dtype cannot hold the states, or the disk is full or read-only.
         """
         if not bool(states_ND.isfinite().all()):
             raise UserError(
@@ -156,31 +149,30 @@ class HiddenStore:
             "lengths": torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),
             "hidden": states_ND.contiguous(),
         }
-        told = {"key": self.key.digest, "content": _content_hash(tensors)}
-        name = f"hidden-{told['content'][:24]}.safetensors"
-        with _told_in_words(self.folder):
-            atomic_write(self.folder / name, save(tensors, metadata=told))
+        metadata = {"key": self.key.digest, "content": bytes_hash(tensors[name] for name in TENSORS)}
+        name = f"hidden-{metadata['content'][:24]}.safetensors"
+        with _write_errors(self.folder):
+            atomic_write(self.folder / name, save(tensors, metadata=metadata))
 
     def refresh(self) -> None:
-        """Looks at the folder again: shards that other processes wrote are found."""
+        """Opens the shards that other processes wrote since the last time."""
         for path in sorted(self.folder.glob(SHARDS)):
-            if path not in self._tensors:
+            if path not in self._shards:
                 self._open(path)
 
     def verify(self, rank: int = 0, processes: int = 1) -> None:
-        """Holds the bytes of every shard against the hash in it; processes share the work.
+        """Compares the bytes of every shard with the hash in it; processes share the work.
 
         Raises:
             UserError: naming the shard that changed.
         """
-        for path in sorted(self._tensors)[rank::processes]:
+        for path in sorted(self._shards)[rank::processes]:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("pairs", "lengths", "hidden")}
-                if file.metadata().get("content") != _content_hash(tensors):
-                    raise UserError(f"{path}: its content changed since it was written; remove it and fill anew")
+                if file.metadata().get("content") != bytes_hash(file.get_tensor(name) for name in TENSORS):
+                    raise UserError(f"{path}: its content changed since it was written; remove it and fill it again")
 
     def states(self, keys: Sequence[int], lengths: Sequence[int], rows: Tensor | None = None) -> Tensor:
-        """The states ``[N, D]`` of some pairs in their order, on the CPU, in the dtype of the cache.
+        """Reads the states ``[N, D]`` of some pairs in their order, on the CPU, in the dtype of the cache.
 
         Args:
             keys: Key of each pair.
@@ -188,35 +180,38 @@ class HiddenStore:
             rows: Source row of each pair, for messages.
 
         Raises:
-            UserError: naming the pairs that are not there.
+            UserError: naming the pairs that the cache lacks.
         """
         if len(lengths) != 2 * len(keys):
             raise UserError("--reference cached: the batch does not say its pairs (a data_collator of your own?)")
-        absent = [number for number, key in enumerate(keys) if key not in self._places]
+        absent = [index for index, key in enumerate(keys) if key not in self._locations]
         if absent:
-            named = [int(rows[number]) if rows is not None else number + 1 for number in absent]
-            raise UserError(self.lacks(named, len(keys)))
+            raise UserError(
+                self.lacks([index + 1 if rows is None else int(rows[index]) for index in absent], len(keys))
+            )
         parts = []
-        for number, key in enumerate(keys):
-            place = self._places[key]
-            if place.lengths != tuple(lengths[2 * number : 2 * number + 2]):
-                raise UserError(f"{place.shard}: a pair has other lengths there than in the batch; keys collide")
-            parts.append(self._tensors[place.shard][place.start : place.start + sum(place.lengths)])
+        for index, key in enumerate(keys):
+            shard, start, own = self._locations[key]
+            if own != tuple(lengths[2 * index : 2 * index + 2]):
+                raise UserError(f"{shard}: a pair has other lengths there than in the batch; keys collide")
+            parts.append(self._shards[shard][start : start + sum(own)])
         return torch.cat(parts)
 
     def lacks(self, rows: Sequence[int], of: int) -> str:
-        """Says in words which pairs are not there."""
+        """Returns the message that names the pairs the cache lacks."""
         named = ", ".join(map(str, rows[:NAMED_ROWS])) + (", ..." if len(rows) > NAMED_ROWS else "")
         return (
             f"--reference_cache {self.folder}: it lacks {len(rows)} of {of} pairs (rows {named}): tokens changed since "
-            "it was filled, or it was not filled to its end. tdpo cache-reference adds pairs to it"
+            "it was filled, or filling was interrupted. tdpo cache-reference adds pairs to it"
         )
 
     def _read_manifest(self) -> None:
         path = self.folder / MANIFEST
         if not path.is_file():
             if any(self.folder.glob(SHARDS)):
-                raise UserError(f"--reference_cache {self.folder}: shards without {MANIFEST}; remove them to fill anew")
+                raise UserError(
+                    f"--reference_cache {self.folder}: shards without {MANIFEST}; remove them and fill it again"
+                )
             return
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -224,55 +219,50 @@ class HiddenStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: cannot be read as the manifest of a reference cache: {error}") from error
         ours = dataclasses.asdict(self.key)
-        other = [name for name in ours if stored.get(name) != ours[name]]
-        if other:
+        hashed = {"weights": "other weights", "config": "another config of the reference"}
+        differences = [
+            hashed.get(name, f"{name} {stored.get(name)} (now {value})")
+            for name, value in ours.items()
+            if stored.get(name) != value
+        ]
+        if differences:
             raise UserError(
-                f"--reference_cache {self.folder} is stale: it was filled with {_differences(stored, ours, other)}. "
-                "Nothing of it was used; name another folder, or remove this one to fill it anew"
+                f"--reference_cache {self.folder} is stale: it was filled with {' and '.join(differences)}. "
+                "Nothing of it was used; name another folder, or remove this one to fill it again"
             )
 
     def _open(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
-                told = file.metadata() or {}
-                keys, lengths, hidden = (file.get_tensor(name) for name in ("pairs", "lengths", "hidden"))
+                metadata = file.metadata() or {}
+                keys, lengths, hidden = (file.get_tensor(name) for name in TENSORS)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); remove it and fill anew") from error
-        if told.get("key") != self.key.digest:
+            raise UserError(f"{path}: cannot be read ({error}); remove it and fill it again") from error
+        if metadata.get("key") != self.key.digest:
             raise UserError(f"{path}: it belongs to another reference cache; remove it")
-        whole = keys.shape[:1] == lengths.shape[:1] and int(lengths.sum()) == hidden.shape[0]
-        if not whole or hidden.dtype != self.key.torch_dtype:
-            raise UserError(f"{path}: its tensors do not fit together; remove it and fill anew")
-        starts = (lengths.sum(1).cumsum(0) - lengths.sum(1)).tolist()
-        for key, start, (chosen, rejected) in zip(keys.tolist(), starts, lengths.tolist(), strict=True):
-            self._places.setdefault(key, _Place(path, start, (chosen, rejected)))
-        self._tensors[path] = hidden  # a view of the mapped file: read from disk when it is looked at
+        complete = keys.shape[:1] == lengths.shape[:1] and int(lengths.sum()) == hidden.shape[0]
+        if not complete or hidden.dtype != self.key.torch_dtype:
+            raise UserError(f"{path}: its tensors do not fit together; remove it and fill it again")
+        start = 0
+        for key, (chosen, rejected) in zip(keys.tolist(), lengths.tolist(), strict=True):
+            self._locations.setdefault(key, (path, start, (chosen, rejected)))
+            start += chosen + rejected
+        self._shards[path] = hidden  # a view of the mapped file: read from disk when it is used
 
 
 def pairs_hash(keys: Iterable[int]) -> str:
-    """SHA-256 of a set of pairs' keys, whatever their order and however often each is there."""
+    """Computes the SHA-256 of a set of pairs' keys, independent of their order."""
     return hashlib.sha256(" ".join(map(str, sorted(set(keys)))).encode()).hexdigest()
 
 
-def _content_hash(tensors: dict[str, Tensor]) -> str:
-    return bytes_hash(tensors[name] for name in ("pairs", "lengths", "hidden"))
-
-
-def _differences(stored: dict[str, Any], ours: dict[str, Any], names: Sequence[str]) -> str:
-    """What differs between two keys in words; hashes are not shown, nobody can read them."""
-    hashed = {"weights": "other weights", "config": "another config of the reference"}
-    return " and ".join(
-        hashed[name] if name in hashed else f"{name} {stored.get(name)} (now {ours[name]})" for name in names
-    )
-
-
 @contextlib.contextmanager
-def _told_in_words(folder: Path) -> Any:
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Raises errors of the disk as one message that names the folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--reference_cache {folder}: cannot be written: {reason}. Shards written before stay, and filling goes on "
-            "from them"
+            f"--reference_cache {folder}: cannot be written: {reason}. Shards written before stay, and filling "
+            "continues from them"
         ) from error

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tdpo.data.pack import pack_padded, pack_trees
-from tdpo.models.policy import body_states, causal_lm, evaluating
+from tdpo.models.policy import body_states, causal_lm
+from tdpo.models.probe import evaluating
 from tdpo.types import PackedBatch, TokenisedPair
 
 UNPROBED = ("window_size", "attention_window", "local_window_size", "attention_chunk_size", "chunk_size", "block_size")

@@ -86,7 +86,7 @@ def direction_(
 
 
 def _blocks(logits_nV: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Yields a few rows at a time, on a CPU a multiple of its threads, with so many scratch blocks ``[B, V]``."""
+    """Yields a few rows at a time, on a CPU a multiple of its threads, with that many scratch blocks ``[B, V]``."""
     total, vocab = logits_nV.shape
     device = logits_nV.device.type
     step = max(1, ELEMENTS_AT_A_TIME.get(device, 2**23) // max(vocab, 1))

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.lines
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; markers say the same a second time.
+# Okabe and Ito's colours, distinguishable with any colour vision; markers repeat the information.
 STYLES = {
     "sft": ("#555555", "o"),
     "dpo": ("#D55E00", "s"),
@@ -26,10 +25,8 @@ STYLES = {
 SPARE_STYLES = (("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"))
 LABELS = {"sft": "SFT", "dpo": "DPO", "tdpo1": "TDPO1", "tdpo2": "TDPO2"}
 INK, GRID = "#222222", "#E3E3E3"
-LABEL_GAP = 0.055
-"""Smallest distance of two labels, in heights of the panel."""
-LABEL_WIDTH = 0.15
-"""Width of a label, in widths of the panel."""
+DASHES = (0, (4, 2))
+"""Line style of chosen responses; that of rejected ones is solid."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def overview_figure(
     reward_label: str = "mean reward of samples",
     caption: str = "",
 ) -> Figure:
-    """Two panels side by side, 1600 x 720 pixels when saved by :func:`save_figure`.
+    """Draws two panels side by side, 1600 x 720 pixels when saved by :func:`save_figure`.
 
     Args:
         frontier: Points by objective, in the order they are joined; see :func:`draw_frontier`.
@@ -82,8 +79,8 @@ def overview_figure(
     """
     with matplotlib.rc_context(_rc()):
         figure = Figure(figsize=(16, 7.2), facecolor="white")
-        left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.24})
-        figure.subplots_adjust(left=0.065, right=0.895, top=0.91, bottom=0.21 if caption else 0.11)
+        left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.18})
+        figure.subplots_adjust(left=0.065, right=0.98, top=0.91, bottom=0.21 if caption else 0.11)
         draw_frontier(left, frontier, reward_label)
         draw_kl_growth(right, growth)
         if caption:
@@ -92,62 +89,44 @@ def overview_figure(
 
 
 def draw_frontier(axes: Axes, curves: Mapping[str, Sequence[FrontierPoint]], reward_label: str) -> None:
-    """Reward against KL(policy || reference), one line a policy, standard errors as crosses; upper left is better."""
-    ends = []
+    """Draws reward against KL(policy || reference), one line a policy, standard errors as crosses."""
     for index, (name, points) in enumerate(curves.items()):
         colour, marker = style_of(name, index)
-        kl, reward = [p.kl for p in points], [p.reward for p in points]
         axes.errorbar(
-            kl, reward, xerr=[p.kl_error for p in points], yerr=[p.reward_error for p in points], color=colour,
-            marker=marker, markersize=8, markeredgecolor="white", linewidth=1.8, elinewidth=1.0, alpha=0.95, zorder=3,
+            [p.kl for p in points], [p.reward for p in points], xerr=[p.kl_error for p in points],
+            yerr=[p.reward_error for p in points], label=LABELS.get(name, name), color=colour, marker=marker,
+            markersize=8, markeredgecolor="white", linewidth=1.8, elinewidth=1.0, alpha=0.95, zorder=3,
         )  # fmt: skip
         for point in points:
             axes.annotate(
                 point.note, (point.kl, point.reward), xytext=(7, -12), textcoords="offset points", fontsize=10
             )
-        ends.append((LABELS.get(name, name), kl[-1], reward[-1], colour))
     axes.set_title("Reward against divergence from the reference", loc="left")
     axes.set_xlabel("KL(policy || reference) along samples, nats per response")
     axes.set_ylabel(reward_label)
     _plain_axes(axes)
-    axes.margins(x=0.04, y=0.12)
-    for (label, x, y, colour), shift in zip(ends, _label_shifts(axes, [(x, y) for _, x, y, _ in ends]), strict=True):
-        axes.annotate(
-            label, (x, y), xytext=(12, shift), textcoords="offset points", color=colour, fontweight="bold", va="center",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-        )  # fmt: skip
+    axes.margins(x=0.06, y=0.12)
+    # Lines start at the lower left, where every policy equals the reference: the lower right is free.
+    axes.legend(loc="lower right", frameon=False)
 
 
 def draw_kl_growth(axes: Axes, curves: Mapping[str, KLCurve]) -> None:
-    """Sequential KL over training steps: solid for rejected responses, dashed for chosen ones."""
-    ends = []
+    """Draws sequential KL over training steps: solid for rejected responses, dashed for chosen ones."""
     for index, (name, curve) in enumerate(curves.items()):
         colour, marker = style_of(name, index)
-        shared: dict[str, Any] = {
-            "color": colour,
-            "marker": marker,
-            "markersize": 7,
-            "markeredgecolor": "white",
-            "clip_on": False,
-        }
-        axes.plot(curve.steps, curve.rejected, linewidth=2.2, **shared, zorder=3)
-        axes.plot(curve.steps, curve.chosen, linewidth=1.6, linestyle=(0, (4, 2)), **shared, zorder=3)
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 7, "markeredgecolor": "white"}
         label = LABELS.get(name, name)
-        ends += [(f"{label} rejected", curve.rejected[-1], colour), (f"{label} chosen", curve.chosen[-1], colour)]
+        rejected, chosen = f"{label} rejected", f"{label} chosen"
+        axes.plot(curve.steps, curve.rejected, label=rejected, linewidth=2.2, clip_on=False, zorder=3, **style)
+        axes.plot(
+            curve.steps, curve.chosen, label=chosen, linewidth=1.6, linestyle=DASHES, clip_on=False, zorder=3, **style
+        )
     axes.set_title("Sequential KL on held-out pairs over training", loc="left")
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("KL(reference || policy), nats per response")
     _plain_axes(axes)
     axes.set_ylim(bottom=0)
-    low, high = axes.get_ylim()
-    heights = spread([(value - low) / (high - low) for _, value, _ in ends], LABEL_GAP)
-    for (label, _, colour), height in zip(ends, heights, strict=True):
-        axes.text(1.015, height, label, transform=axes.transAxes, color=colour, va="center", fontsize=12)
-    handles = [
-        matplotlib.lines.Line2D([], [], color=INK, linewidth=2.2, label="rejected responses"),
-        matplotlib.lines.Line2D([], [], color=INK, linewidth=1.6, linestyle=(0, (4, 2)), label="chosen responses"),
-    ]
-    axes.legend(handles=handles, loc="upper left", frameon=False)
+    axes.legend(loc="upper left", frameon=False, handlelength=3.5)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
@@ -158,50 +137,8 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def style_of(name: str, index: int = 0) -> tuple[str, str]:
-    """Colour and marker of an objective; others take spare ones by their place."""
+    """Returns colour and marker of an objective; one without its own takes a spare pair by its index."""
     return STYLES.get(name) or SPARE_STYLES[index % len(SPARE_STYLES)]
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Moves values apart to at least ``gap``, keeping their order and the mean of those that had to move.
-
-    Example:
-        >>> [round(v, 2) for v in spread([0.5, 0.52, 0.9], 0.1)]
-        [0.46, 0.56, 0.9]
-    """
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    # Labels that would touch form a group, which stands evenly spaced around the mean of its members.
-    groups: list[list[int]] = []
-    for i in order:
-        groups.append([i])
-        while len(groups) > 1 and _edge(groups[-1], values, gap, -1) < _edge(groups[-2], values, gap, 1) + gap:
-            groups[-2:] = [groups[-2] + groups[-1]]
-    placed = [0.0] * len(values)
-    for group in groups:
-        for rank, i in enumerate(group):
-            placed[i] = _edge(group, values, gap, -1) + rank * gap
-    return placed
-
-
-def _edge(group: Sequence[int], values: Sequence[float], gap: float, side: int) -> float:
-    """Lowest (-1) or highest (+1) place of a group of labels around the mean of where they want to be."""
-    return sum(values[i] for i in group) / len(group) + side * gap * (len(group) - 1) / 2
-
-
-def _label_shifts(axes: Axes, places: Sequence[tuple[float, float]]) -> list[float]:
-    """Vertical shifts, in points, that keep labels at these places apart from others near them."""
-    height = axes.bbox.height / axes.figure.dpi * 72
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    shifts = [0.0] * len(places)
-    columns: list[list[int]] = []  # labels that could meet, because they start less than a label's width apart
-    for i in sorted(range(len(places)), key=lambda i: places[i][0]):
-        near = columns and places[i][0] - places[columns[-1][-1]][0] < LABEL_WIDTH * (right - left)
-        columns[-1].append(i) if near else columns.append([i])
-    for column in columns:
-        wished = [(places[i][1] - low) / (high - low) * height for i in column]
-        for i, place, wish in zip(column, spread(wished, LABEL_GAP * height), wished, strict=True):
-            shifts[i] = place - wish
-    return shifts
 
 
 def _plain_axes(axes: Axes) -> None:

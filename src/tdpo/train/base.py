@@ -10,15 +10,16 @@ from typing import Any
 
 from accelerate.utils import TorchDynamoPlugin
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from typing_extensions import override
 
-from tdpo.config import RunOptions, seconds
+from tdpo.config import ModelConfig, RunOptions, seconds
 from tdpo.distributed import sharding
 from tdpo.errors import UserError
 from tdpo.files import check_writable
 from tdpo.models.adapters import warn_of_dropout
-from tdpo.models.compiling import compile_layers
+from tdpo.models.compiling import compile_layers, uncompiled
+from tdpo.models.load import load_model
 from tdpo.models.multimodal import freeze_idle_parts
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpointing, preflight, progress
@@ -26,12 +27,20 @@ from tdpo.train.attempts import RunStart
 from tdpo.train.checkpointing import CheckpointingTrainer
 from tdpo.train.evaluation import EvaluatingTrainer
 from tdpo.train.inputs import prepare_held_out, prepare_training
+from tdpo.train.metrics import Sums
 from tdpo.train.sampling import make_loader
 from tdpo.train.step import LossSinceLog, NonFiniteLoss
 from tdpo.train.stopping import StopCallback, StopRequest
 
-__all__ = ["BatchMeanTrainer", "NonFiniteLoss", "compile_models", "prepare_policy"]
+__all__ = ["BatchMeanTrainer", "NonFiniteLoss", "load_policy", "prepare_policy"]
 logger = logging.getLogger("tdpo")
+
+
+def load_policy(model: str | nn.Module, args: RunOptions) -> tuple[Any, ModelConfig]:
+    """Returns the model to train, loaded if it is a name, and the options it is loaded with."""
+    set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
+    config = args.model_config(model)
+    return load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model), config
 
 
 def prepare_policy(policy: nn.Module, args: RunOptions, peft_config: Any) -> RouterLoss | None:
@@ -52,12 +61,6 @@ def prepare_policy(policy: nn.Module, args: RunOptions, peft_config: Any) -> Rou
         )
     warn_of_other_terms(policy)
     return router
-
-
-def compile_models(args: RunOptions, *models: nn.Module) -> None:
-    """Compiles the layers of some models where ``args.torch_compile`` says so."""
-    if args.torch_compile:
-        compile_layers(models, args.torch_compile_backend, args.torch_compile_mode)
 
 
 class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
@@ -92,10 +95,8 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         preflight.check_processes(args, sharded)
         self.loss_is_scaled_for_ga = False
-        self.loss_since_log = LossSinceLog()
+        self.loss_since_log, self.train_metrics, self._step_losses = LossSinceLog(), Sums(), []
         self.run_parts = {"loss": self.loss_since_log}
-        if self.train_metrics is not None:
-            self.run_parts["metrics"] = self.train_metrics
         self.checkpoint_files = []
         self.stop_request = StopRequest(None if args.max_time is None else seconds(args.max_time))
         self.add_callback(StopCallback(self.stop_request))
@@ -108,7 +109,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
             preflight.check_training(self, sharded)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Switches off accelerate's compilation; layers are compiled one by one, in :func:`compile_models`."""
+        """Switches off accelerate's compilation; layers are compiled one by one."""
         return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     @override
@@ -135,6 +136,11 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
             args.dataloader_drop_last,
         )
 
+    def compile_models(self, *models: nn.Module) -> None:
+        """Compiles the layers of some models if ``args.torch_compile`` is on."""
+        if self.args.torch_compile:
+            compile_layers(models, self.args.torch_compile_backend, self.args.torch_compile_mode)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as ``transformers.Trainer.train``; True resumes from the newest complete checkpoint.
 
@@ -153,7 +159,7 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
             for file in self.checkpoint_files:
                 file.load(folder)
         self.stop_request.start()
-        self._begun = True
+        self.has_trained = True
         try:
             return super().train(None if folder is None else str(folder), *args, **kwargs)
         finally:

@@ -12,17 +12,20 @@ from typing_extensions import override
 
 from tdpo.errors import UserError
 from tdpo.train.inputs import prepare_held_out
-from tdpo.train.metrics import MetricSums
-from tdpo.train.sampling import FILLER, make_loader
+from tdpo.train.metrics import Sums
+from tdpo.train.sampling import DUMMY, make_loader
 from tdpo.train.step import StepTrainer
+
+TOTAL, ITEMS = "loss_sum", "items"
+"""Names of the sum of the losses and of the count of items among the sums of an evaluation."""
 
 
 class EvaluatingTrainer(StepTrainer):
     """A Trainer whose evaluation sums losses and metrics over all items and processes."""
 
-    eval_metrics: MetricSums | None = None
-    """What :meth:`loss_sum` reports beside the loss, summed over an evaluation."""
-    _begun = False
+    eval_metrics: Sums
+    has_trained = False
+    """Training has begun in this process, so that engines have sharded the weights."""
 
     def prepare_dataset(self, data: Iterable[Any], name: str) -> Any:
         """Tokenises rows in any form ``train_dataset`` may be in.
@@ -74,14 +77,12 @@ class EvaluatingTrainer(StepTrainer):
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:  # fmt: skip
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self._begun:
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.has_trained:
             raise UserError(
                 "under FSDP and DeepSpeed an evaluation needs weights that training has sharded: evaluate after "
                 "train(), or use --eval_on_start"
             )
-        self._loss_and_count = torch.zeros(2, dtype=torch.float64)
-        if self.eval_metrics is not None:
-            self.eval_metrics.reset()
+        self.eval_metrics = Sums()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         exact = {f"{metric_key_prefix}_{name}": value for name, value in self.end_evaluation().items()}
         return output._replace(metrics={**(output.metrics or {}), **exact})
@@ -90,19 +91,17 @@ class EvaluatingTrainer(StepTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Computes the loss of a batch without gradient and adds it to the sums that :meth:`end_evaluation` reads."""
-        weight = 0.0 if inputs.pop(FILLER, False) else 1.0
+        weight = 0.0 if inputs.pop(DUMMY, False) else 1.0
         with torch.no_grad(), self.compute_loss_context_manager():
             total, outputs = self.loss_sum(model, inputs)
-        if self.eval_metrics is not None:
-            self.eval_metrics.add(outputs, weight)
-        count = self.item_count(inputs)
-        sums = torch.stack([total.double().cpu(), torch.tensor(float(count)).double()])
-        self._loss_and_count += weight * sums
+        count = torch.full_like(total, self.item_count(inputs))
+        self.eval_metrics.add({**self.metric_columns(outputs), TOTAL: total, ITEMS: count}, weight)
         return total / count, None, None
 
     def end_evaluation(self) -> dict[str, float]:
         """Returns the metrics of the evaluation that just ended, over all processes, without prefix."""
-        sums = self._loss_and_count.float().to(self.args.device)
-        total, count = self.accelerator.gather(sums[None]).sum(0).tolist()
-        metrics = {} if self.eval_metrics is None else self.eval_metrics.take(self.accelerator)
-        return {"loss": total / max(count, 1.0)} | metrics
+        sums = self.eval_metrics.take(self.accelerator)
+        if not sums:
+            return {}
+        loss = sums.pop(TOTAL) / sums.pop(ITEMS)
+        return {"loss": loss} | self.metric_means(sums)

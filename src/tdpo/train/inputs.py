@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tdpo.config import RunOptions
-from tdpo.counterparts import OPTIONS, Counterpart, hint
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
 
@@ -57,6 +56,8 @@ def check_keywords(unknown: Mapping[str, Any], options: type[RunOptions], known:
         elif name in options.__dataclass_fields__:
             raise UserError(f"{name} is a field of {options.__name__}: pass args={options.__name__}({name}=...)")
         else:
+            from tdpo.counterparts import OPTIONS, Counterpart, hint
+
             fields, option = options.__dataclass_fields__, OPTIONS.get(name, Counterpart()).option
             place = f" It is a field of {options.__name__}: pass args={options.__name__}({option}=...)."
             advice = hint(name, [*known, *fields])

@@ -8,155 +8,105 @@ mixture-of-experts model before its coefficient, where it is part of the loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerCallback
+from typing_extensions import override
 
-from tdpo.data.pack import pack_padded
 from tdpo.score import PairScores, token_counts
-from tdpo.types import PairStats, TokenisedPair, TokenStats
 
+logger = logging.getLogger("tdpo")
 SIDES = ("chosen", "rejected")
+METRICS = (
+    "loss",
+    *(f"{reward}/{of}" for reward in ("rewards", "implicit_rewards") for of in (*SIDES, "accuracies", "margins")),
+    *(f"logps/{side}" for side in SIDES),
+    *(f"{kl}/{of}" for kl in ("kl", "kl_per_token") for of in (*SIDES, "margin")),
+)
+"""Names of the metrics that every evaluation of pairs reports."""
 
 
 class Sums:
-    """Named sums over a log or an evaluation.
+    """Named sums since the last log or over an evaluation, in one tensor, so that reading them synchronises once."""
 
-    Attributes:
-        sums: One tensor, so that reading it synchronises once; None before the first batch.
-    """
-
-    sums: Tensor | None = None
-    _names: Sequence[str] = ()
+    def __init__(self) -> None:
+        self.reset()
 
     def reset(self) -> None:
         """Clears the sums."""
-        self.sums = None
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
 
-    def add_columns(self, columns: dict[str, Tensor], weight: float = 1.0) -> None:
+    def add(self, columns: dict[str, Tensor], weight: float = 1.0) -> None:
         """Adds the columns of a batch; nothing leaves the device. With weight 0 it adds 0, also for NaN."""
-        sums = torch.stack([value.sum(dtype=torch.float32) for value in columns.values()])
+        if not columns:
+            return
+        sums = torch.stack([value.detach().sum(dtype=torch.float32) for value in columns.values()])
         sums = weight * sums if weight else torch.zeros_like(sums)
         self._names = list(columns)
-        self.sums = sums if self.sums is None else self.sums.to(sums.device) + sums
-
-    def merge(self, gathered: Tensor) -> None:
-        """Replaces the sums by those of all processes, ``[processes, metrics]``."""
-        self.sums = gathered.sum(0)
-
-    def total(self) -> dict[str, float]:
-        """Returns the sums by name, empty before the first batch; a float holds each exactly."""
-        return {} if self.sums is None else dict(zip(self._names, self.sums.tolist(), strict=True))
-
-    def means(self) -> dict[str, float]:
-        """Computes the metrics from the sums, empty before the first batch."""
-        raise NotImplementedError("abstract: a subclass knows what its sums are divided by")
+        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Returns the means over all processes and clears the sums."""
-        if self.sums is not None:
-            self.merge(accelerator.gather(self.sums.to(accelerator.device)[None]))
-        means = self.means()
+        """Returns the sums over all processes by name and clears them; empty before the first batch."""
+        if self._sums is not None:
+            self._sums = accelerator.gather(self._sums.to(accelerator.device)[None]).sum(0)
+        sums = self.state()
         self.reset()
-        return means
+        return sums
 
-    state = total
+    def state(self) -> dict[str, float]:
+        """Returns the sums of this process by name, for a checkpoint; a float holds each exactly."""
+        return {} if self._sums is None else dict(zip(self._names, self._sums.tolist(), strict=True))
 
     def load(self, state: dict[str, float]) -> None:
-        """Restores what :meth:`state` returned, from a checkpoint."""
+        """Restores what :meth:`state` returned."""
         self._names = list(state)
-        self.sums = torch.tensor(list(state.values()), dtype=torch.float32) if state else None
-
-
-class MetricSums(Sums):
-    """Sums of every metric over the pairs seen so far.
-
-    Example:
-        >>> MetricSums(beta=0.1).means()
-        {}
-    """
-
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
-
-    def add(self, scores: PairScores, weight: float = 1.0) -> None:
-        """Adds the pairs of a batch, none of them with weight 0."""
-        self.add_columns(pair_columns(scores, self.beta), weight)
-
-    def means(self) -> dict[str, float]:
-        """Returns every metric as its mean over the pairs added, empty if there were none."""
-        total = self.total()
-        if not total:
-            return {}
-        pairs = total.pop("pairs")
-        tokens = {side: total.pop(f"tokens/{side}") for side in SIDES}
-        means = {name: value / pairs for name, value in total.items()}
-        chosen, rejected = (total[f"kl/{side}"] / tokens[side] for side in SIDES)
-        per_token = {"chosen": chosen, "rejected": rejected, "margin": chosen - rejected}
-        return means | {f"kl_per_token/{name}": value for name, value in per_token.items()}
-
-
-class RouterLossMean(Sums):
-    """The mean of the unweighted router losses of batches."""
-
-    def add(self, router_loss: Tensor, weight: float = 1.0) -> None:
-        """Adds the loss of a batch, nothing with weight 0."""
-        self.add_columns({"aux_loss": router_loss, "batches": torch.ones_like(router_loss)}, weight)
-
-    def means(self) -> dict[str, float]:
-        """Returns the mean as ``aux_loss``, empty before the first batch."""
-        total = self.total()
-        return {"aux_loss": total["aux_loss"] / max(total["batches"], 1.0)} if total else {}
-
-
-def metric_names() -> list[str]:
-    """Lists the names of all metrics; no pair is needed.
-
-    Example:
-        >>> metric_names()[:3]
-        ['loss', 'rewards/chosen', 'rewards/rejected']
-    """
-    zero, batch = torch.zeros(1), pack_padded([TokenisedPair([0], [0], [0])])
-    stats = PairStats(zero, zero, zero, zero)
-    sums = MetricSums(beta=1.0)
-    sums.add(PairScores(zero, zero, zero, stats, zero, zero, TokenStats(zero, zero, zero), batch))
-    return list(sums.means())
+        self._sums = torch.tensor(list(state.values()), dtype=torch.float32) if state else None
 
 
 def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:
-    """Computes every metric of every pair, ``[P]`` each, under the names they are logged by."""
+    """Computes every metric of every pair, ``[P]`` each, under the names they are logged by, and the counts."""
     stats, tokens = scores.stats, token_counts(scores.batch)
     columns = {"pairs": torch.ones_like(scores.loss), "loss": scores.loss}
     columns |= {f"tokens/{side}": tokens[:, index] for index, side in enumerate(SIDES)}
-    columns |= compared("rewards", scores.chosen_reward, scores.rejected_reward)
-    columns |= compared("implicit_rewards", beta * stats.chosen_logratio, beta * stats.rejected_logratio)
+    for name, chosen, rejected in (
+        ("rewards", scores.chosen_reward, scores.rejected_reward),
+        ("implicit_rewards", beta * stats.chosen_logratio, beta * stats.rejected_logratio),
+    ):
+        margin = chosen - rejected
+        columns |= {f"{name}/chosen": chosen, f"{name}/rejected": rejected, f"{name}/margins": margin}
+        columns[f"{name}/accuracies"] = (1 + margin.sign()) / 2  # a tie is 1/2
     columns |= {"logps/chosen": scores.chosen_logp, "logps/rejected": scores.rejected_logp}
-    columns |= {
-        "kl/chosen": stats.chosen_kl,
-        "kl/rejected": stats.rejected_kl,
-        "kl/margin": stats.chosen_kl - stats.rejected_kl,
-    }
+    columns |= {"kl/chosen": stats.chosen_kl, "kl/rejected": stats.rejected_kl}
+    columns["kl/margin"] = stats.chosen_kl - stats.rejected_kl
     if scores.aux_loss is not None:
         columns["aux_loss"] = scores.aux_loss.expand_as(scores.loss)
-    return {name: value.detach() for name, value in columns.items()}
+    return columns
 
 
-def compared(name: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """Compares both sides of a reward: its margin, and whether it ranks the pair as the data does; a tie is 1/2."""
-    margin = chosen - rejected
-    return {
-        f"{name}/chosen": chosen,
-        f"{name}/rejected": rejected,
-        f"{name}/accuracies": (1 + margin.sign()) / 2,
-        f"{name}/margins": margin,
-    }
+def pair_means(sums: dict[str, float]) -> dict[str, float]:
+    """Computes the mean of every metric over pairs from the sums of :func:`pair_columns`; empty without pairs.
+
+    Example:
+        >>> pair_means({})
+        {}
+    """
+    if not sums:
+        return {}
+    pairs = sums["pairs"]
+    means = {name: value / pairs for name, value in sums.items() if name != "pairs" and not name.startswith("tokens/")}
+    for side in SIDES:
+        means[f"kl_per_token/{side}"] = sums[f"kl/{side}"] / sums[f"tokens/{side}"]
+    means["kl_per_token/margin"] = means["kl_per_token/chosen"] - means["kl_per_token/rejected"]
+    return means
 
 
-class DisplacementWatch:
-    """Notices likelihood displacement: chosen and rejected responses both becoming less likely, log after log.
+class DisplacementWatch(TrainerCallback):
+    """Warns of likelihood displacement: chosen and rejected responses both become less likely, log after log.
 
     The margin of a preference loss can grow while both sides fall, and probability moves to unrated responses.
 
@@ -171,7 +121,7 @@ class DisplacementWatch:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all logs, as at the start of a run."""
+        """Clears what earlier logs showed, as at the start of a run."""
         self._falling, self._warned = 0, False
         self._last: tuple[float, float] | None = None
 
@@ -183,6 +133,12 @@ class DisplacementWatch:
         """Restores what :meth:`state` returned."""
         self._falling, self._warned = state["falling"], state["warned"]
         self._last = None if state["last"] is None else tuple(state["last"])
+
+    @override
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        warning = self.warning(logs) if logs and "implicit_rewards/chosen" in logs else None
+        if warning is not None:
+            logger.warning(warning)
 
     def warning(self, metrics: dict[str, float]) -> str | None:
         """Reads one log's metrics and returns a warning, once, when both log-ratios keep falling and have fallen far.

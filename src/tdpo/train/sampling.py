@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from tdpo.files import check_shared_memory
-
-FILLER = "filler"
-"""Key of a batch that only keeps a process busy while other processes work; it counts for nothing."""
+DUMMY = "dummy"
+"""Key of a batch that is only run because other processes have one; it counts for nothing."""
 
 
 class DummyIndex(int):
-    """Index of an item that is only run so that a process has a batch; another process may train on the item."""
+    """Index of an item that is run only so that a process has a batch; it counts for nothing there."""
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
@@ -67,17 +62,12 @@ class BalancedBatchSampler(Sampler[list[int]]):
         pairs = len(self.lengths)
         return pairs // self._round if self.drop_last else -(-pairs // self._round)
 
-    def order(self) -> list[int]:
-        """Returns the pairs of the epoch in the order they are taken."""
-        if self.seed is None:
-            order = list(range(len(self.lengths)))
-        else:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        return order[: len(self) * self._round]
-
     def __iter__(self) -> Iterator[list[int]]:
-        order = self.order()
+        order = list(range(len(self.lengths)))
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        order = order[: len(self) * self._round]
         step = self._round * self.accumulation
         for start in range(0, len(order), step):
             pairs = order[start : start + step]
@@ -110,43 +100,18 @@ def balance(items: Sequence[int], lengths: Sequence[int], count: int) -> list[li
     return blocks
 
 
-@dataclass(frozen=True)
-class _Marked(Dataset[Any]):
-    """A dataset whose items are marked as fillers or not."""
+class _Batches(Dataset[Any]):
+    """A dataset that returns collated batches; those of a :class:`DummyIndex` carry the key :data:`DUMMY`."""
 
-    items: Any
+    def __init__(self, items: Any, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> None:
+        self.items, self.collate = items, collate
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Any, bool]:
-        return self.items[index], isinstance(index, DummyIndex)
-
-
-@dataclass(frozen=True)
-class _MarkedCollator:
-    """Collates marked items; the batch of a filler carries the key :data:`FILLER`."""
-
-    collate: Callable[[Sequence[Any]], dict[str, Any]]
-
-    def __call__(self, marked: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
-        batch = self.collate([item for item, _ in marked])
-        return _Sent({**batch, FILLER: True} if marked[0][1] else batch)
-
-
-class _Sent(dict[str, Any]):
-    """A batch that a worker process sends through its pipe, as bytes.
-
-    Torch would put every tensor into shared memory, and where that is full its loader waits forever for the batch.
-    """
-
-    def __reduce__(self) -> Any:
-        plain = {name: isinstance(v, Tensor) and v.dtype != torch.bfloat16 for name, v in self.items()}
-        return _received, ({name: v.numpy() if plain[name] else v for name, v in self.items()},)
-
-
-def _received(sent: dict[str, Any]) -> dict[str, Any]:
-    return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in sent.items()}
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        batch = self.collate([self.items[index] for index in indices])
+        return {**batch, DUMMY: True} if isinstance(indices[0], DummyIndex) else batch
 
 
 def make_loader(
@@ -163,12 +128,10 @@ def make_loader(
         dataset.lengths(), batch_size, accumulation, seed, args.world_size, args.process_index, drop_last
     )
     workers = args.dataloader_num_workers
-    if workers:
-        check_shared_memory("--dataloader_num_workers", workers)
     plain: DataLoader[Any] = DataLoader(
-        _Marked(dataset),
+        _Batches(dataset, collate),
         batch_sampler=batches,
-        collate_fn=_MarkedCollator(collate),
+        collate_fn=dict,  # the dataset collates
         num_workers=workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 from typing_extensions import override
 
 from tdpo import ops
 from tdpo.config import SFTConfig
 from tdpo.data.dataset import Collator
+from tdpo.data.options import check_format, make_tokeniser, prepare
 from tdpo.data.pack import pack_trees
 from tdpo.data.sft import SFTDataset, check_lengths, pack_examples
 from tdpo.errors import UserError
 from tdpo.models.adapters import check_tunes_weights, with_adapter
-from tdpo.models.compiling import uncompiled
 from tdpo.models.hidden import response_states
-from tdpo.models.load import load_model
 from tdpo.models.modes import prepare_training_mode
 from tdpo.models.multimodal import tokenizer_of
 from tdpo.models.neighbours import laid_out
@@ -29,9 +28,8 @@ from tdpo.models.own_loss import collect_router_logits
 from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.models.redirect import run_in_forward, run_in_head
 from tdpo.score import packer
-from tdpo.train.base import BatchMeanTrainer, compile_models, prepare_policy
+from tdpo.train.base import BatchMeanTrainer, load_policy, prepare_policy
 from tdpo.train.inputs import check_keywords, check_types
-from tdpo.train.metrics import RouterLossMean
 from tdpo.types import Hidden, PackedBatch
 
 
@@ -54,7 +52,7 @@ class SFTTrainer(BatchMeanTrainer):
         UserError: for data, tokenizer and options that do not fit together.
     """
 
-    label = "fine-tuning"
+    label, items = "fine-tuning", "labels"
     args: SFTConfig
 
     def __init__(
@@ -73,9 +71,8 @@ class SFTTrainer(BatchMeanTrainer):
         check_keywords(unknown, SFTConfig, inspect.signature(SFTTrainer).parameters)
         args = SFTConfig(output_dir="sft-output") if args is None else args
         check_types(SFTConfig, args, processing_class, model=model)
-        set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
-        config = args.model_config(model)
-        policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
+        check_format(args)
+        policy, _ = load_policy(model, args)
         if peft_config is not None:
             policy = with_adapter(policy, peft_config)
         check_tunes_weights(policy)
@@ -85,7 +82,6 @@ class SFTTrainer(BatchMeanTrainer):
         prove_head(policy)
         prepare_training_mode(policy, args.disable_dropout)
         self._router = prepare_policy(policy, args, peft_config)
-        self.train_metrics = None if self._router is None else RouterLossMean()
         self._vocab_size, self._positions = head_of(policy).vocab_size, position_limit(policy)
         trees = packer(args.layout, [policy]) is pack_trees
         super().__init__(
@@ -99,7 +95,9 @@ class SFTTrainer(BatchMeanTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        compile_models(args, policy)
+        if self._router is not None:
+            self.run_parts["metrics"] = self.train_metrics
+        self.compile_models(policy)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Computes the summed negative log-likelihood of the batch's response tokens; only they meet the vocabulary.
@@ -124,15 +122,15 @@ class SFTTrainer(BatchMeanTrainer):
             return run_in_forward(model, self.model, step)
 
     @override
-    def item_count(self, inputs: dict[str, Any]) -> int:
-        return inputs["labels"].numel()
+    def metric_columns(self, outputs: Tensor | None) -> dict[str, Tensor]:
+        return {} if outputs is None else {"aux_loss": outputs, "batches": torch.ones_like(outputs)}
 
     @override
-    def rows_of(self, inputs: dict[str, Any]) -> str:
-        return f"rows {', '.join(str(row) for row in inputs['pair_rows'].tolist())}"
+    def metric_means(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"aux_loss": sums["aux_loss"] / max(sums["batches"], 1.0)} if sums else {}
 
     @override
     def prepare_dataset(self, data: Iterable[Any], name: str) -> SFTDataset:
-        dataset = self.args.prepare(data, self.args.tokeniser(self._tokenizer), name)
+        dataset = prepare(self.args, data, make_tokeniser(self.args, self._tokenizer), name)
         check_lengths(dataset, self._positions, self._vocab_size, len(self._tokenizer))
         return dataset

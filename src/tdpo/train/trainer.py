@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 from typing_extensions import override
 
 from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits
+from tdpo.data.options import check_format, make_tokeniser, prepare
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.distributed.sharding import frozen_weights_dtype
 from tdpo.errors import UserError
-from tdpo.models.compiling import uncompiled
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.modes import prepare_reference_mode
 from tdpo.models.multimodal import tokenizer_of
@@ -35,9 +35,9 @@ from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.objectives import Objective
 from tdpo.score import LogitsBudget, PairScores, batch_loss, packer, tree_refusal
 from tdpo.train import references
-from tdpo.train.base import BatchMeanTrainer, compile_models, prepare_policy
+from tdpo.train.base import BatchMeanTrainer, load_policy, prepare_policy
 from tdpo.train.inputs import check_keywords, check_types
-from tdpo.train.metrics import DisplacementWatch, MetricSums, metric_names
+from tdpo.train.metrics import METRICS, DisplacementWatch, pair_columns, pair_means
 from tdpo.types import PackedBatch
 
 logger = logging.getLogger("tdpo")
@@ -67,7 +67,7 @@ class TDPOTrainer(BatchMeanTrainer):
     Metrics, in training and (prefixed ``eval_``) in evaluation: see :mod:`tdpo.train.metrics`.
     """
 
-    label = "aligning"
+    label, rows = "aligning", "the pairs of rows"
     args: TDPOConfig
     objective: Objective
     reference: Reference
@@ -90,20 +90,16 @@ class TDPOTrainer(BatchMeanTrainer):
         check_keywords(unknown, TDPOConfig, inspect.signature(TDPOTrainer).parameters)
         args = TDPOConfig(output_dir="tdpo-output") if args is None else args
         check_types(TDPOConfig, args, processing_class, model=model, ref_model=ref_model)
-        set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
-        config = args.model_config(model)
-        policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
+        check_format(args)
+        policy, config = load_policy(model, args)
         given = load_model(config, ref_model) if isinstance(ref_model, str) else unwrapped(ref_model)
         if given is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
         self.args, self.objective = args, args.build_objective()
-        models = references.prepare_models(policy, given, peft_config, args)
-        policy, self.reference, self.reference_line = models.policy, models.reference, models.line
-        prepare_reference_mode(policy, self.reference.models(), models.cache is not None, args.disable_dropout)
+        policy, self.reference, self.reference_line, cache = references.prepare_models(policy, given, peft_config, args)
+        prepare_reference_mode(policy, self.reference.models(), cache is not None, args.disable_dropout)
         self._router = prepare_policy(policy, args, peft_config)
         self._budget = LogitsBudget(args.logits_budget)
-        self.train_metrics, self.eval_metrics = MetricSums(args.beta), MetricSums(args.beta)
-
         processing_class = processing_class or _tokenizer_of(policy, config, train_dataset)
         self._tokenizer = tokenizer_of(processing_class)
         self._vocab_size = head_of(policy).vocab_size
@@ -122,12 +118,14 @@ class TDPOTrainer(BatchMeanTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self._watch = self.run_parts["displacement"] = DisplacementWatch(args.beta)
-        if models.cache is None:
+        displacement = DisplacementWatch(args.beta)
+        self.add_callback(displacement)
+        self.run_parts |= {"metrics": self.train_metrics, "displacement": displacement}
+        if cache is None:
             self._start_reference(own=ref_model is None)
         else:
-            self._fill_cache(models, models.cache, pack)
-        compile_models(args, policy)  # a cache is filled without, so that it serves runs with and without
+            self._fill_cache(cache, pack)
+        self.compile_models(policy)  # a cache is filled without, so that it serves runs with and without
         logger.info(self.reference_line)
 
     def _start_reference(self, own: bool) -> None:
@@ -136,26 +134,27 @@ class TDPOTrainer(BatchMeanTrainer):
         Args:
             own: Whether the trainer chose the reference itself.
         """
-        args, policy = self.args, self.model
-        if isinstance(self.reference, FrozenCopy):
-            compile_models(args, self.reference.model)
-        self.reference.prepare(self.accelerator)
-        self.reference_line += references.describe_copy(self.reference)
-        if own:
-            references.warn_of_second_model(self.reference, policy, args)
+        args, policy, reference = self.args, self.model, self.reference
+        if isinstance(reference, FrozenCopy):
+            self.compile_models(reference.model)
+        reference.prepare(self.accelerator)
+        if isinstance(reference, FrozenCopy):
+            self.reference_line += references.describe_copy(reference, policy, warn=own and args.reference == "auto")
         if args.sync_ref_model:
-            sync = references.ReferenceSyncCallback(self.reference, policy, args)  # type: ignore[arg-type]
+            sync = references.ReferenceSyncCallback(reference, policy, args)  # type: ignore[arg-type]
             self.add_callback(sync)
             self.checkpoint_files.append(sync)
             share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self.reference_line += f"; every {every} steps it takes {share:g} of the policy"
 
-    def _fill_cache(self, models: references.Models, folder: Path, pack: Any) -> None:
+    def _fill_cache(self, folder: Path, pack: Any) -> None:
         """Fills the cache of the reference for all pairs of training and evaluation, and reads from it instead."""
+        from tdpo.train.reference_cache import FillOptions, cached_reference  # a run without a cache does not need it
+
         self.reference.to(self.args.device)
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         pairs = [pair for data in (self.train_dataset, *held_out.values()) for pair in data or ()]
-        run = references.FillOptions(
+        run = FillOptions(
             self.args.device,
             self.args.per_device_eval_batch_size,
             self.args.reference_cache_dtype,
@@ -168,9 +167,9 @@ class TDPOTrainer(BatchMeanTrainer):
             policy.to(self.args.device)
         dtype = frozen_weights_dtype(self.accelerator)
         if dtype is not None:
-            models = replace(models, reference=models.reference.cast_weights(dtype))
-            run = replace(run, precision="no")  # the weights are cast_weights, and nothing is cast on the way
-        self.reference = references.cached(models, folder, pairs, pack, run)
+            self.reference = self.reference.cast_weights(dtype)
+            run = replace(run, precision="no")  # the weights are cast, so autocast is not needed
+        self.reference = cached_reference(self.reference, folder, pairs, pack, run)
         if device != self.args.device:
             policy.to(device)
         self.reference.prepare(self.accelerator)
@@ -191,18 +190,18 @@ class TDPOTrainer(BatchMeanTrainer):
             return run_in_forward(model, self.model, step)
 
     @override
-    def item_count(self, inputs: dict[str, Any]) -> int:
-        return inputs["pair_rows"].numel()
+    def metric_columns(self, outputs: PairScores) -> dict[str, Tensor]:
+        return pair_columns(outputs, self.args.beta)
 
     @override
-    def rows_of(self, inputs: dict[str, Any]) -> str:
-        return f"the pairs of rows {', '.join(str(row) for row in inputs['pair_rows'].tolist())}"
+    def metric_means(self, sums: dict[str, float]) -> dict[str, float]:
+        return pair_means(sums)
 
     @override
     def prepare_dataset(self, data: Iterable[Any], name: str) -> PairDataset:
         tokens = None if self._tokenizer is None else len(self._tokenizer)
-        tokeniser = None if self._tokenizer is None else self.args.tokeniser(self._tokenizer)
-        dataset = self.args.prepare(data, tokeniser, name)
+        tokeniser = None if self._tokenizer is None else make_tokeniser(self.args, self._tokenizer)
+        dataset = prepare(self.args, data, tokeniser, name)
         check_fits(dataset, self._vocab_size, self._positions, dataset.report.source, tokens)
         if dataset is not data:  # the caller has the report of a PairDataset
             for line in dataset.report.lines()[1:]:
@@ -211,15 +210,7 @@ class TDPOTrainer(BatchMeanTrainer):
 
     @override
     def metric_names(self) -> list[str]:
-        return metric_names() + (["aux_loss"] if self._router else [])
-
-    def take_metrics(self) -> dict[str, float]:
-        """Returns the metrics since the last log, and warns where they show likelihood displacement."""
-        metrics = super().take_metrics()
-        warning = self._watch.warning(metrics) if metrics else None
-        if warning is not None:
-            logger.warning(warning)
-        return metrics
+        return [*METRICS] + (["aux_loss"] if self._router else [])
 
 
 def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tdpo.config.row_spec import SHP_SCORE_RATIO, RowSpec
 from tdpo.data.formats.fields import (
     as_text,
     assistant_turn,
@@ -21,7 +22,6 @@ from tdpo.data.formats.fields import (
 )
 from tdpo.data.formats.prompts import PROMPT_USES, check_placeholders, has_prompt, make_record, prompt_of, with_system
 from tdpo.data.formats.report import DataReport, RowDropped, RowError
-from tdpo.data.row_spec import SHP_SCORE_RATIO, RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord, Text
 
@@ -170,7 +170,7 @@ def pairs(answers: Sequence[Answer], spec: RowSpec) -> list[PreferenceRecord]:
         spec: The choice of pairs.
 
     Raises:
-        RowDropped: if there is no pair among them.
+        RowDropped: if they make no pair.
     """
     if spec.pairs_from == "best_worst":
         best = max(answers, key=lambda answer: answer.score)

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.formats.columns import UnusedColumns, with_system_column
 from tdpo.data.formats.fields import renamed
 from tdpo.data.formats.prompts import SYSTEMS
 from tdpo.data.formats.refused import refusal
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recognise
 from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, RowDropped, RowError
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, groups_of
 from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord
@@ -119,7 +119,7 @@ def _convert_group(
 
 
 def _usable(rows: Iterable[SourceRow], spec: RowSpec, bad: BadRows) -> Iterator[SourceRow]:
-    """Yields rows that could be read, without the columns to ignore and with the others renamed.
+    """Yields rows that could be read, without the columns to ignore and with other columns renamed.
 
     Raises:
         UserError: if a column to ignore is in none of them.

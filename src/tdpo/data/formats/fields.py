@@ -12,8 +12,9 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, TypeVar
 
+from tdpo.config.row_spec import parse_json
+from tdpo.config.tokens import NOT_OF_A_ROW
 from tdpo.data.formats.report import RowError
-from tdpo.data.row_spec import parse_json
 from tdpo.data.sources import SourceRow, describe
 from tdpo.errors import UserError
 from tdpo.types import Message, Text
@@ -21,11 +22,6 @@ from tdpo.types import Message, Text
 Value = TypeVar("Value")
 CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
 """Beginning of a chat that a table of texts holds."""
-NOT_OF_A_ROW = (
-    "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "padding",
-    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-)  # fmt: skip
-"""Arguments of ``apply_chat_template`` that are not for the template."""
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
     "observation": "tool", "tool": "tool", "function_call": "assistant", "developer": "developer", "prompter": "user",

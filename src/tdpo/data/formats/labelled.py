@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.formats.fields import as_text, field_of, first_of, number
 from tdpo.data.formats.prompts import PROMPT_USES, has_prompt, holds_turns, pair_record, prompt_of
 from tdpo.data.formats.report import RowDropped, RowError
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord
 

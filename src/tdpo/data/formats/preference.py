@@ -6,10 +6,10 @@ from typing import Any
 
 import regex
 
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.formats.fields import ASKING_ROLES, as_text, chat_options, check_kinds, field_of, first_of
 from tdpo.data.formats.prompts import PROMPTS, SYSTEMS, make_record, pair_record, prompt_of, shared_turns
 from tdpo.data.formats.report import RowDropped, RowError
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord
 

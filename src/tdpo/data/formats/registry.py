@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from tdpo.config.row_spec import AUTO, RowSpec
 from tdpo.data.formats import answers, labelled, preference, turns
 from tdpo.data.formats.prompts import CHAT_OPTIONS, CHAT_USES, PROMPT_USES, TURNS
 from tdpo.data.formats.report import DataReport, RowError
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Format:
         needs: Columns that a row of this format has.
         lacks: Columns that it does not have.
         matches: Decides about rows that have the columns.
-        options: Fields of :class:`~tdpo.data.row_spec.RowSpec` that it uses, of those that belong to single formats.
+        options: Fields of :class:`~tdpo.config.row_spec.RowSpec` that it uses, of those that belong to single formats.
         join: Makes records of what all rows gave, where rows belong together.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tdpo.config.row_spec import RowSpec
 from tdpo.data.formats.fields import (
     ASKING_ROLES,
     as_text,
@@ -16,7 +17,6 @@ from tdpo.data.formats.fields import (
 )
 from tdpo.data.formats.prompts import TURNS, has_prompt, instruction_messages, pair_record, prompt_of, turns_column
 from tdpo.data.formats.report import RowError
-from tdpo.data.row_spec import RowSpec
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord, Text
 

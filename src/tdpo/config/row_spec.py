@@ -12,6 +12,8 @@ from typing import Any, Literal
 from tdpo.errors import UserError
 from tdpo.types import Text
 
+AUTO = "auto"
+"""The format that is inferred from the columns."""
 PairsFrom = Literal["all", "best_worst", "margin"]
 PAIRS_FROM = ("all", "best_worst", "margin")
 SHP_SCORE_RATIO = 2.0

@@ -1,0 +1,86 @@
+"""Opens and prepares data as the options of :mod:`tdpo.config` ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, cast, overload
+
+from tdpo.config import DataConfig, EvalDataConfig, FormatOptions, PairOptions, SFTConfig, check_at_least
+from tdpo.config.row_spec import AUTO, RowSpec, Side
+from tdpo.data.cache import PairCache
+from tdpo.data.dataset import PairDataset, prepare_pairs
+from tdpo.data.formats import FORMATS, OnBadRow, find_format
+from tdpo.data.sft import SFT_FORMATS, SFTDataset, prepare_sft
+from tdpo.data.sources import Source, open_mixture, open_source
+from tdpo.data.tokenise import Tokeniser
+
+
+def open_training(data: DataConfig, spec: RowSpec) -> Source:
+    """Opens the rows to train on, each with the options it is read by.
+
+    Args:
+        data: The options that name the data.
+        spec: How rows of ``dataset_name`` become records; those of ``datasets`` have their own.
+    """
+    return _open(data, spec, data.side(False))
+
+
+def open_held_out(data: EvalDataConfig, spec: RowSpec) -> Source | None:
+    """Opens the rows of ``eval_dataset_name``, or those that ``test_fraction`` holds out; None without either."""
+    if data.eval_dataset_name:
+        return open_source(data.eval_dataset_name, data.dataset_test_split, data.dataset_config).read_by(spec)
+    return None if data.test_fraction is None else _open(data, spec, data.side(True))
+
+
+def _open(data: DataConfig, spec: RowSpec, side: Side | None) -> Source:
+    split = data.dataset_train_split
+    if data.dataset_name:
+        return open_source(data.dataset_name, split, data.dataset_config).read_by(replace(spec, side=side))
+    return open_mixture(data.datasets, split, lambda own: replace(own, side=side), data.split_seed)
+
+
+def check_format(options: FormatOptions) -> None:
+    """Refuses an unknown format, and options that contradict each other, before any data is read.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if options.dataset_format != AUTO:
+        find_format(options.dataset_format, SFT_FORMATS if isinstance(options, SFTConfig) else FORMATS)
+    options.row_spec()
+
+
+def make_tokeniser(options: PairOptions | SFTConfig, tokenizer: Any) -> Tokeniser:
+    """Returns the tokenizer under these options.
+
+    Raises:
+        UserError: if it has no end-of-sequence token, or the options do not go together.
+    """
+    processes = 1
+    if isinstance(options, PairOptions):
+        check_at_least(options, 1, "dataset_num_proc")
+        processes = options.dataset_num_proc
+    return Tokeniser(tokenizer, options.lengths(), processes=processes, rendering=options.rendering())
+
+
+def pair_cache(options: PairOptions) -> PairCache | None:
+    """Returns the cache of tokenised pairs, or None if they are not cached."""
+    return PairCache(options.cache_dir) if options.cache_dataset else None
+
+
+@overload
+def prepare(options: PairOptions, data: Any, tokeniser: Tokeniser | None, name: str = ...) -> PairDataset: ...
+@overload
+def prepare(options: SFTConfig, data: Any, tokeniser: Tokeniser | None, name: str = ...) -> SFTDataset: ...
+def prepare(
+    options: PairOptions | SFTConfig, data: Iterable[Any], tokeniser: Tokeniser | None, name: str = "dataset"
+) -> PairDataset | SFTDataset:
+    """Tokenises preference or supervised data under these options.
+
+    See :func:`tdpo.data.dataset.prepare_pairs` and :func:`tdpo.data.sft.prepare_sft`.
+    """
+    spec, on_bad_row = options.row_spec(), cast("OnBadRow", options.on_bad_row)
+    if isinstance(options, PairOptions):
+        return prepare_pairs(data, tokeniser, spec, on_bad_row, name, pair_cache(options))
+    return prepare_sft(data, tokeniser, spec, on_bad_row, name, options.train_on)  # type: ignore[arg-type]

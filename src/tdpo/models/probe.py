@@ -1,0 +1,97 @@
+"""Tools for the probes that measure a loaded model: quiet passes, tokens, differences, and a memory of the results."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tdpo.errors import UserError
+
+HALF = (torch.float16, torch.bfloat16)
+ABSENT = torch.finfo(torch.float16).min
+"""Logits at or below this value are vocabulary entries that the model leaves out."""
+MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+                ValueError)  # fmt: skip
+"""Errors that a model's code may raise for inputs it does not support."""
+Result = TypeVar("Result")
+
+_results: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+
+
+def measured(lm: nn.Module, name: str, state: Any, measure: Callable[[], Result], again: bool = False) -> Result:
+    """Returns the result of a measurement of a model; runs it where it is new or depends on a state that changed.
+
+    Args:
+        lm: The causal language model itself.
+        name: Name of the measurement.
+        state: Everything the result depends on that may change, such as the dtype.
+        measure: Runs the measurement.
+        again: Run it even so.
+    """
+    results = _results.setdefault(lm, {})
+    if again or name not in results or results[name][0] != state:
+        results[name] = state, measure()
+    return results[name][1]
+
+
+def last_result(lm: nn.Module, name: str) -> Any:
+    """Returns the latest result of a measurement, whatever changed since; None if there is none."""
+    return _results.get(lm, {}).get(name, (None, None))[1]
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts models in evaluation mode (no dropout) and restores the mode of every module afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def probing(lm: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Runs a probe in evaluation mode and without autocast, and restores modes and random states afterwards.
+
+    Raises:
+        UserError: for anything the model raises, naming the model, with the first line of the error.
+    """
+    device = next(lm.parameters()).device
+    # A trainer may have wrapped autocast around the forward; probes compare in the dtype of the weights.
+    precision = torch.autocast(device.type, enabled=False)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with evaluating(lm), torch.set_grad_enabled(gradients), precision, torch.random.fork_rng(devices):
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{type(lm).__name__} fails on a short probe: {type(error).__name__}: {line}") from error
+
+
+def probe_ids(lm: Any, rows: int, tokens: int) -> Tensor:
+    """Returns token ids ``[R, T]`` within the model's vocabulary, on the device of its embedding."""
+    embedding = lm.get_input_embeddings().weight
+    return (torch.arange(rows * tokens, device=embedding.device).view(rows, -1) + 3) % embedding.shape[0]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Returns the relative difference that rounding in a dtype explains."""
+    return 5e-2 if dtype in HALF else 1e-3
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Computes the largest difference within a row over the row's largest entry; entries absent in both agree."""
+    absent = (ours <= ABSENT) & (theirs <= ABSENT)
+    ours, theirs = (logits.to(torch.float32).masked_fill(absent, 0.0) for logits in (ours, theirs))
+    error = ((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1).clamp(min=1e-6)).max().item()
+    return error if error == error else float("inf")
