@@ -276,10 +276,10 @@ def test_rows_without_a_turn_to_learn_are_named(row: dict[str, Any], message: st
 
 def test_a_named_column_decides_between_several_answers() -> None:
     both = {"question": "42?", "query": "The river?", "answer": "The garden."}
-    assert show([both], reading=RowSpec(columns=parse_columns("question=query"))) == [ONE_TURN]
+    assert show([both], spec=RowSpec(columns=parse_columns("question=query"))) == [ONE_TURN]
     row = {"question": "The river?", "answer": "42", "solution": "The garden."}
-    assert show([row], reading=RowSpec(columns=parse_columns("solution=solution"))) == [ONE_TURN]
-    assert show([row], reading=RowSpec(columns=parse_columns("response=solution"))) == [ONE_TURN]
+    assert show([row], spec=RowSpec(columns=parse_columns("solution=solution"))) == [ONE_TURN]
+    assert show([row], spec=RowSpec(columns=parse_columns("response=solution"))) == [ONE_TURN]
 
 
 def test_a_function_of_the_users_returns_any_supervised_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,8 +288,8 @@ def test_a_function_of_the_users_returns_any_supervised_row(tmp_path: Path, monk
         "def pair(row):\n    return {'prompt': 'The', 'chosen': ' river', 'rejected': ' engine'}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert show([{"dialog": TWO_TURNS}], reading="my_sft_rows:convert") == [BOTH]
-    assert show([{"dialog": TWO_TURNS}], reading="my_sft_rows:pair") == [("The river" + END, " river" + END)]
+    assert show([{"dialog": TWO_TURNS}], spec="my_sft_rows:convert") == [BOTH]
+    assert show([{"dialog": TWO_TURNS}], spec="my_sft_rows:pair") == [("The river" + END, " river" + END)]
 
 
 def test_answers_labelled_as_unwanted_are_not_learnt() -> None:
@@ -322,7 +322,7 @@ def test_a_conversation_the_template_refuses_is_dropped_once_and_whole() -> None
     dataset = prepared(rows, tokenizer, on_bad_row="drop")
     assert [example.row for example in dataset] == [1, 3]
     assert list(dataset.report.dropped.values()) == [[2]]
-    doubled = prepared(rows, tokenizer, on_bad_row="drop", reading=RowSpec(weight=2))
+    doubled = prepared(rows, tokenizer, on_bad_row="drop", spec=RowSpec(weight=2))
     assert [example.row for example in doubled] == [1, 1, 3, 3]
     with pytest.raises(UserError, match="rows, row 2: the chat template refuses"):
         prepared(rows, tokenizer)

@@ -262,7 +262,7 @@ def test_a_hub_dataset_is_asked_for_once_it_is_read(monkeypatch: pytest.MonkeyPa
     assert not asked
     assert [row.fields for row in source] == ROWS
     assert asked == [("org/pairs", "en", "train[:10%]")]
-    assert [row.place for row in source][1] == "org/pairs (train[:10%]), row 2"
+    assert [row.location for row in source][1] == "org/pairs (train[:10%]), row 2"
     with pytest.raises(
         UserError, match=r"^dataset 'org/none': neither a local file nor loadable from the hub: no such dataset$"
     ):
@@ -273,7 +273,7 @@ def test_standard_input_is_read_as_often_as_it_is_asked_for(monkeypatch: pytest.
     lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     source = open_source("-", "train")
-    assert [row.place for row in source] == [f"standard input, row {number}" for number in (1, 2, 3)]
+    assert [row.location for row in source] == [f"standard input, row {number}" for number in (1, 2, 3)]
     assert [row.fields for row in source] == ROWS
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="standard input cannot be read by several processes; write it to a file"):

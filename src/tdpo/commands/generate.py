@@ -156,7 +156,7 @@ def _records(options: GenerateOptions, report: DataReport) -> Iterator[Preferenc
             (prompt,) = with_system(row, prompt_of(row))
             record = PreferenceRecord(prompt, "", "", row.source, row.row, **chat_options(row, prompt))
         except RowError as error:
-            raise UserError(f"{row.place}: {error}") from error
+            raise UserError(f"{row.location}: {error}") from error
         if spec.side is None or spec.side.holds(prompt):
             yield record
 

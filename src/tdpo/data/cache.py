@@ -160,10 +160,10 @@ def rows_fingerprint(rows: Iterable[Any]) -> str | None:
     """Fingerprint of rows by their content; None if JSON has no form for it, or code of the user's reads them."""
     digest = hashlib.sha256()
     try:
-        for reading, group in groups_of(rows):
-            if reading is not None and ":" in reading.format:
+        for spec, group in groups_of(rows):
+            if spec is not None and ":" in spec.format:
                 return None
-            digest.update(repr(reading).encode() + b"\n")
+            digest.update(repr(spec).encode() + b"\n")
             for row in group:
                 fields: Any = vars(row) if isinstance(row, PreferenceRecord) else row
                 if isinstance(row, SourceRow):

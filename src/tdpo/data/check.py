@@ -135,7 +135,7 @@ class Prepared:
 def prepare(
     rows: Source,
     tokeniser: Tokeniser,
-    reading: RowSpec,
+    spec: RowSpec,
     on_bad_row: OnBadRow,
     cache: PairCache | None,
     limits: tuple[int | None, int | None] = (None, None),
@@ -145,7 +145,7 @@ def prepare(
     Args:
         rows: The rows.
         tokeniser: Tokenizer and truncation.
-        reading: How rows are read.
+        spec: How rows are read.
         on_bad_row: ``"error"`` or ``"drop"``.
         cache: Where tokenised pairs are kept.
         limits: Vocabulary size and positions of the model, None where they are not known.
@@ -157,7 +157,7 @@ def prepare(
     table, report = PairTable([]), DataReport(rows.name)
     for how in dict.fromkeys((on_bad_row, "drop")):
         try:
-            dataset = prepare_pairs(rows, tokeniser, reading, how, cache=cache)
+            dataset = prepare_pairs(rows, tokeniser, spec, how, cache=cache)
         except UserError as error:
             errors.append(str(error))
             report = error.report if isinstance(error, NoPairLeft) else report
@@ -170,7 +170,7 @@ def prepare(
         check_fits(table, *limits, report.source, len(tokeniser.tokenizer))
     except UserError as error:
         errors.append(str(error))
-    records = to_records(rows, reading, "drop")[0] if len(table) else []
+    records = to_records(rows, spec, "drop")[0] if len(table) else []
     return Prepared(_of_pairs(records, table, tokeniser), table, report, "\n".join(dict.fromkeys(errors)))
 
 

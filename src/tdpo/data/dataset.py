@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
@@ -16,7 +17,7 @@ from tdpo.data.formats import DataReport, OnBadRow, iter_records, name_of
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.table import PairTable, record_batch
 from tdpo.data.tokenise import Tokeniser, outside_vocabulary
-from tdpo.data.workers import batches_made_here, batches_of_workers
+from tdpo.data.workers import record_batches
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
 
@@ -68,7 +69,7 @@ class PairDataset(ExampleDataset[TokenisedPair]):
         return self.examples
 
     def lengths(self) -> list[int]:
-        """Tokens of each pair, its prompt counted once."""
+        """Returns the tokens of each pair, its prompt counted once."""
         if isinstance(self.pairs, PairTable):
             return self.pairs.lengths().sum(1).tolist()
         return [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.pairs]
@@ -85,7 +86,7 @@ class Collator:
     pack: Callable[[Sequence[TokenisedPair]], PackedBatch]
 
     def __call__(self, pairs: Sequence[TokenisedPair]) -> dict[str, Any]:
-        """The batch of some pairs."""
+        """Packs pairs into a batch."""
         return self.pack(pairs).as_dict()
 
 
@@ -105,7 +106,7 @@ def prepare_pairs(
             :class:`~tdpo.data.sources.Source` reads them when they are needed) or dictionaries of columns (a
             ``datasets.Dataset`` is one), whose columns may also be ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
         tokeniser: Tokenizer and truncation; None will do for data that is tokenised.
-        format_name: A key of :data:`tdpo.data.formats.FORMATS`, ``"auto"``, or a whole reading.
+        format_name: A key of :data:`tdpo.data.formats.FORMATS`, ``"auto"``, or a complete ``RowSpec``.
         on_bad_row: ``"error"`` or ``"drop"``.
         name: What messages call rows that come from memory.
         cache: Where pairs are looked for before they are tokenised, and kept; None keeps them in memory alone.
@@ -115,7 +116,7 @@ def prepare_pairs(
     """
     if isinstance(data, PairDataset):
         return data
-    reading = RowSpec(format_name) if isinstance(format_name, str) else format_name
+    spec = RowSpec(format_name) if isinstance(format_name, str) else format_name
     rows = data if isinstance(data, Source) and tokeniser is not None else _rows(data, name)
     if isinstance(rows, list) and isinstance(rows[0], TokenisedPair):
         return PairDataset(rows, DataReport(name, "tokenised", len(rows), len(rows)))
@@ -123,7 +124,9 @@ def prepare_pairs(
         return PairDataset([_tokenised(row) for row in rows], _tokenised_report(rows))
     if tokeniser is None:
         raise UserError(f"{name_of(rows)}: text has to be tokenised and there is no tokenizer; pass processing_class")
-    return PairDataset(*_fetched(rows, tokeniser, reading, on_bad_row, cache))
+    build = partial(_build, rows, tokeniser, spec, on_bad_row)
+    key = None if cache is None else _cache_key(rows, tokeniser, spec, on_bad_row)
+    return PairDataset(*(in_memory(build) if cache is None or key is None else cache.fetch(key, build)))
 
 
 def _rows(data: Iterable[Any], name: str) -> list[Any]:
@@ -134,38 +137,29 @@ def _rows(data: Iterable[Any], name: str) -> list[Any]:
     return rows if isinstance(rows[0], TokenisedPair | PreferenceRecord | SourceRow) else from_memory(rows, name)
 
 
-def _fetched(
-    rows: Source | list[Any], tokeniser: Tokeniser, reading: RowSpec, on_bad_row: OnBadRow, cache: PairCache | None
-) -> tuple[PairTable, DataReport]:
-    """Returns the pairs from the cache if the rows have a fingerprint, and otherwise makes them in memory."""
-
-    def build() -> tuple[DataReport, Iterator[Any]]:
-        return _build(rows, tokeniser, reading, on_bad_row)
-
-    spec = tokeniser.encode.spec
-    if cache is None or spec is None or ":" in reading.format:
-        return in_memory(build)
-    fingerprint = rows.fingerprint() if isinstance(rows, Source) else None
-    fingerprint = fingerprint or rows_fingerprint(rows)
+def _cache_key(rows: Source | list[Any], tokeniser: Tokeniser, spec: RowSpec, on_bad_row: OnBadRow) -> str | None:
+    """Returns the key of the tokenised rows; None if something they depend on has no fingerprint."""
+    backend = tokeniser.encode.spec
+    if backend is None or ":" in spec.format:
+        return None
+    fingerprint = (rows.fingerprint() if isinstance(rows, Source) else None) or rows_fingerprint(rows)
     if fingerprint is None:
-        return in_memory(build)
-    limits = dataclasses.asdict(tokeniser.lengths)
-    key = cache_key(
+        return None
+    return cache_key(
         tokeniser.tokenizer,
-        spec,
+        backend,
         fingerprint,
-        reading=repr(reading),
+        reading=repr(spec),
         on_bad_row=on_bad_row,
         source=name_of(rows),
         template_arguments=dict(tokeniser.rendering.template_arguments),
         special_tokens=tokeniser.rendering.special_tokens,
-        **limits,
+        **dataclasses.asdict(tokeniser.lengths),
     )
-    return cache.fetch(key, build)
 
 
 def _build(
-    rows: Source | list[Any], tokeniser: Tokeniser, reading: RowSpec, on_bad_row: OnBadRow
+    rows: Source | list[Any], tokeniser: Tokeniser, spec: RowSpec, on_bad_row: OnBadRow
 ) -> tuple[DataReport, Iterator[Any]]:
     """Returns the report, and the record batches whose iteration fills it; text is read as it is tokenised."""
     first = next(iter(rows), None)
@@ -177,7 +171,7 @@ def _build(
         records: Iterable[Any] = rows
     else:
         report = DataReport(name_of(rows))
-        records = iter_records(rows, reading, on_bad_row, report)
+        records = iter_records(rows, spec, on_bad_row, report)
     if tokeniser.rendering.special_tokens is None:
         records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
     return report, _batches(records, tokeniser, report, on_bad_row)
@@ -188,8 +182,7 @@ def _batches(
 ) -> Iterator[Any]:
     left, kept = iter(records), 0
     chunks = iter(lambda: list(itertools.islice(left, CHUNK)), [])
-    make = batches_of_workers if tokeniser.processes > 1 else batches_made_here
-    for batch in make(chunks, tokeniser, report, on_bad_row):
+    for batch in record_batches(chunks, tokeniser, report, on_bad_row):
         kept += len(batch)
         yield batch
     report.kept = kept
@@ -208,7 +201,9 @@ def _tokenised(row: SourceRow) -> TokenisedPair:
         prompt, chosen, rejected = (list(row.fields[column]) for column in TOKENISED_COLUMNS)
         return TokenisedPair(prompt, chosen, rejected, row.row)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{row.place}: {', '.join(TOKENISED_COLUMNS)} must be lists of token ids: {error}") from error
+        raise UserError(
+            f"{row.location}: {', '.join(TOKENISED_COLUMNS)} must be lists of token ids: {error}"
+        ) from error
 
 
 def check_fits(
@@ -230,7 +225,7 @@ def check_fits(
         tokens: Tokens of the tokenizer, for the message.
 
     Raises:
-        UserError: naming the source, the pair's row (its place where the row is unknown) and what is too large.
+        UserError: naming the source, the pair's row (its number where the row is unknown) and what is too large.
     """
     table = pairs.pairs if isinstance(pairs, PairDataset) else pairs
     if isinstance(table, PairTable) and _table_fits(table, vocab_size, positions):

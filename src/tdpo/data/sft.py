@@ -117,7 +117,7 @@ def pack_examples(examples: Sequence[SFTExample], trees: bool = False, every_tok
 def prepare_sft(
     data: Iterable[Any],
     tokeniser: Tokeniser,
-    reading: str | RowSpec = AUTO,
+    spec: str | RowSpec = AUTO,
     on_bad_row: OnBadRow = "error",
     name: str = "dataset",
     train_on: TrainOn = "every_turn",
@@ -127,7 +127,7 @@ def prepare_sft(
     Args:
         data: An ``SFTDataset``, or an iterable of :class:`~tdpo.data.sources.SourceRow` or dictionaries of columns.
         tokeniser: Tokenizer and truncation.
-        reading: How rows are read that do not say so themselves.
+        spec: How rows are read that do not say so themselves.
         on_bad_row: ``"error"`` or ``"drop"``.
         name: What messages call rows that come from memory.
         train_on: Which assistant turns of a conversation are learnt.
@@ -141,7 +141,7 @@ def prepare_sft(
     if isinstance(rows, list) and not (rows and isinstance(rows[0], SourceRow)):
         rows = from_memory(rows, name)
     report = SFTReport(name_of(rows), train_on=train_on)
-    exchanges: list[Exchange] = list(iter_records(rows, reading, on_bad_row, report, SFT_FORMATS))
+    exchanges: list[Exchange] = list(iter_records(rows, spec, on_bad_row, report, SFT_FORMATS))
     if tokeniser.rendering.special_tokens is None:
         exchanges = list(tokeniser.texts.refuse_unless_chosen(exchanges, lambda e: (e.prompt, e.response)))
     examples: list[SFTExample] = []

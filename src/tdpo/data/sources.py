@@ -43,8 +43,8 @@ class SourceRow:
     notes: list[str] = field(default_factory=list, compare=False, repr=False)
 
     @property
-    def place(self) -> str:
-        """Source and row, for the beginning of a message."""
+    def location(self) -> str:
+        """Source and row, the beginning of a message."""
         return f"{self.source}, row {self.row}"
 
 
@@ -64,17 +64,17 @@ class Source:
         for part in self.parts:
             yield from part.read()
 
-    def read_by(self, reading: RowSpec) -> Source:
-        """Returns the same rows, to be converted by one reading."""
-        return Source(self.name, tuple(replace(part, reading=reading) for part in self.parts))
+    def read_by(self, spec: RowSpec) -> Source:
+        """Returns the same rows, to be converted as one specification says."""
+        return Source(self.name, tuple(replace(part, spec=spec) for part in self.parts))
 
     def fingerprint(self) -> str | None:
-        """Hashes the files and readings; None for the hub, and where code of the user's converts the rows."""
+        """Hashes the files and specifications; None for the hub, and where code of the user's converts the rows."""
         digest = hashlib.sha256(self.name.encode("utf-8", "surrogatepass"))
         for part in self.parts:
-            if not part.files or (part.reading is not None and ":" in part.reading.format):
+            if not part.files or (part.spec is not None and ":" in part.spec.format):
                 return None
-            digest.update(f"\n{part.reading}\n{part.split}".encode("utf-8", "surrogatepass"))
+            digest.update(f"\n{part.spec}\n{part.split}".encode("utf-8", "surrogatepass"))
             for path in part.files:
                 try:
                     with open(path, "rb") as file:
@@ -92,13 +92,13 @@ class Part:
     Attributes:
         read: Reads them.
         files: All that they depend on; none where that is not known.
-        reading: How they become records; None leaves it to the caller of the conversion.
+        spec: How they become records; None leaves it to the caller of the conversion.
         split: The split that is read of files that may hold several.
     """
 
     read: Callable[[], Iterator[SourceRow]]
     files: tuple[Path, ...] = ()
-    reading: RowSpec | None = None
+    spec: RowSpec | None = None
     split: str | None = None
 
 
@@ -132,8 +132,8 @@ class MixedDataset:
     min_score_ratio: float | None = None
     truncation_mode: Any = None
 
-    def reading(self, seed: int) -> RowSpec:
-        """How its rows become records."""
+    def spec(self, seed: int) -> RowSpec:
+        """Returns how its rows become records."""
         names = {item.name for item in fields(RowSpec)} & vars(self).keys()
         columns, ignored = parse_columns(self.columns), parse_names(self.ignore_columns)
         given = {name: getattr(self, name) for name in names}
@@ -182,13 +182,13 @@ def _open(name: str, split: str, config: str | None) -> Source:
 
 
 def groups_of(rows: Iterable[Any]) -> Iterator[tuple[RowSpec | None, Iterable[Any]]]:
-    """Yields the rows that share a reading, with it; None where a source names none, and for rows in memory."""
+    """Yields the rows that share a specification, with it; None where a source names none, and for rows in memory."""
     if not isinstance(rows, Source):
         yield None, rows
         return
-    for _, parts in itertools.groupby(rows.parts, key=lambda part: id(part.reading)):
+    for _, parts in itertools.groupby(rows.parts, key=lambda part: id(part.spec)):
         together = tuple(parts)
-        yield together[0].reading, Source(rows.name, together)
+        yield together[0].spec, Source(rows.name, together)
 
 
 def read_source(name: str, split: str, config: str | None = None) -> list[SourceRow]:
@@ -203,14 +203,14 @@ def read_source(name: str, split: str, config: str | None = None) -> list[Source
     return rows
 
 
-def open_mixture(datasets: Sequence[Any], split: str, readings: Callable[[RowSpec], RowSpec], seed: int) -> Source:
-    """Opens several datasets as one source, each with its own reading.
+def open_mixture(datasets: Sequence[Any], split: str, with_options: Callable[[RowSpec], RowSpec], seed: int) -> Source:
+    """Opens several datasets as one source, each with its own specification.
 
     Args:
         datasets: Mappings with the fields of :class:`MixedDataset`, or texts: a JSON object, or
             ``name,field=value,...``.
         split: Split of those that name none.
-        readings: Changes the reading of each, such as taking one side of a split.
+        with_options: Changes the specification of each, such as taking one side of a split.
         seed: Seed of weights that are not whole numbers.
 
     Raises:
@@ -219,18 +219,18 @@ def open_mixture(datasets: Sequence[Any], split: str, readings: Callable[[RowSpe
     if not datasets:
         raise UserError("--datasets names no dataset")
     opened = []
-    for place, entry in enumerate(datasets, 1):
-        known = mixed_dataset(entry, place)
+    for number, entry in enumerate(datasets, 1):
+        known = mixed_dataset(entry, number)
         try:
-            reading = readings(known.reading(seed))
+            spec = with_options(known.spec(seed))
         except UserError as error:
-            raise UserError(f"--datasets, entry {place} ({known.name}): {error}") from error
-        opened.append(open_source(known.name, known.split or split, known.config).read_by(reading))
+            raise UserError(f"--datasets, entry {number} ({known.name}): {error}") from error
+        opened.append(open_source(known.name, known.split or split, known.config).read_by(spec))
     parts = [part for source in opened for part in source.parts]
     return Source(" + ".join(source.name for source in opened), tuple(parts))
 
 
-def mixed_dataset(entry: Any, place: int) -> MixedDataset:
+def mixed_dataset(entry: Any, number: int) -> MixedDataset:
     """Parses one entry of the option ``datasets``.
 
     Example:
@@ -240,7 +240,7 @@ def mixed_dataset(entry: Any, place: int) -> MixedDataset:
     Raises:
         UserError: naming the entry, the unknown field and the nearest known one.
     """
-    where = f"--datasets, entry {place}"
+    where = f"--datasets, entry {number}"
     content = _entry_fields(entry, where)
     kinds = {item.name: item.type for item in fields(MixedDataset)}
     for key in content:

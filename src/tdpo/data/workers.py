@@ -1,4 +1,4 @@
-"""Tokenises chunks of records to record batches, in this process or in several, in the order of the chunks.
+"""Tokenises chunks of records into Arrow record batches, in this process or in several, in the order of the chunks.
 
 A new process imports the package and receives the tokenizer, which takes seconds before its first row; so processes
 are optional (``--dataset_num_proc``) and pay from some hundred thousand pairs on.
@@ -26,18 +26,10 @@ _tokeniser: Tokeniser | None = None
 """The tokeniser of this process, where it is a worker."""
 
 
-def batches_made_here(
+def record_batches(
     chunks: Iterable[list[PreferenceRecord]], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
 ) -> Iterator[Any]:
-    """Yields a record batch per chunk, made in this process; see :func:`batches_of_workers`."""
-    for chunk in chunks:
-        yield record_batch(tokeniser.pairs(chunk, report, on_bad_row))
-
-
-def batches_of_workers(
-    chunks: Iterable[list[PreferenceRecord]], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
-) -> Iterator[Any]:
-    """Yields a record batch per chunk, as one process would make it, in ``tokeniser.processes`` processes.
+    """Yields a record batch of token ids for each chunk, made in ``tokeniser.processes`` processes.
 
     Args:
         chunks: Records, read as they are handed out.
@@ -46,8 +38,12 @@ def batches_of_workers(
         on_bad_row: ``"error"`` or ``"drop"``.
 
     Raises:
-        UserError: of the first chunk that has one; or if a process ended without a word.
+        UserError: of the first chunk that has one; or if a process ended without a message.
     """
+    if tokeniser.processes == 1:
+        for chunk in chunks:
+            yield record_batch(tokeniser.pairs(chunk, report, on_bad_row))
+        return
     context = multiprocessing.get_context("spawn")  # threads may have started here, which a fork would not survive
     pool = ProcessPoolExecutor(
         tokeniser.processes,
@@ -86,6 +82,6 @@ def _begin(tokenizer: Any, lengths: Lengths, rendering: Rendering) -> None:
 
 def _tokenised(records: list[PreferenceRecord], source: str, on_bad_row: OnBadRow) -> tuple[Any, DataReport]:
     if _tokeniser is None:
-        raise RuntimeError("this process has no tokeniser; it was not started by batches_of_workers")
+        raise RuntimeError("this process has no tokeniser; it was not started by record_batches")
     report = DataReport(source)
     return record_batch(_tokeniser.pairs(records, report, on_bad_row)), report
