@@ -111,7 +111,7 @@ def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
     if bool(options.prompt) == bool(options.dataset_name):
         raise UserError("give either --prompt or --dataset_name")
     if options.prompt:
-        return [Turns(prompt, (), SourceRow("--prompt", n, {})) for n, prompt in enumerate(options.prompt, 1)]
+        return [Turns(PreferenceRecord(p, "", "", "--prompt", number), p) for number, p in enumerate(options.prompt, 1)]
     if options.num_prompts < 1:
         raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
     report = DataReport(str(options.dataset_name))
@@ -122,7 +122,7 @@ def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
     groups = itertools.groupby(records, _question)
     first = (next(group) for _, group in groups)
     asked = [
-        Turns.of(record, *(response for response in (record.chosen, record.rejected) if response))
+        Turns(record, record.prompt, [response for response in (record.chosen, record.rejected) if response])
         for record in itertools.islice(first, options.num_prompts)
     ]
     if report.dropped:
@@ -189,7 +189,7 @@ def _prompt_ids(tokeniser: Tokeniser, asked: list[Turns], options: GenerateOptio
     if cut:
         logger.warning("%d of %d prompts are cut to their last %d tokens", cut, len(ids), room)
     check_fits(
-        [TokenisedPair(prompt, prompt[:1], prompt[:1], turns.place.row)
+        [TokenisedPair(prompt, prompt[:1], prompt[:1], turns.record.row)
          for turns, prompt in zip(asked, ids, strict=True)],
         head_of(model).vocab_size, None, options.dataset_name or "--prompt", len(tokeniser.tokenizer),
     )  # fmt: skip

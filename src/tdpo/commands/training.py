@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tdpo.cli import COMMANDS
 from tdpo.commands.common import check_output, clear_earlier_run, console, quieten, read_dataset, user_errors
 from tdpo.commands.options import parse
 from tdpo.data.dataset import PairDataset
 from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training
-from tdpo.data.sft import SFTDataset
 from tdpo.distributed import launch
 from tdpo.models.load import adapter_base, load_tokenizer
 from tdpo.train.preflight import check_arguments
 from tdpo.train.stopping import handle_signals
 
-Datasets = tuple[PairDataset | SFTDataset, PairDataset | SFTDataset | None]
+if TYPE_CHECKING:
+    from tdpo.data.sft import SFTDataset
+
+Datasets = tuple["PairDataset | SFTDataset", "PairDataset | SFTDataset | None"]
 
 
 def run_training(

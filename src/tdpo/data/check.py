@@ -205,7 +205,7 @@ def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[Preferenc
         if chosen == rejected:
             found.alike.append(record.row)
         as_tokens = isinstance(record.prompt, str) and tokeniser.rendering.special_tokens == "tokens"
-        if not as_tokens and any(token in text for text in _texts(record) for token in tokeniser.chats.special.texts):
+        if not as_tokens and any(token in text for text in _texts(record) for token in tokeniser.special):
             found.special.append(record.row)
         seen.add(whole_pair)
         prompts.add(prompt)
@@ -268,8 +268,8 @@ def _whole_lengths(prepared: Prepared, tokeniser: Tokeniser) -> np.ndarray:
     lengths = prepared.pairs.lengths()
     cut = {row for rows in prepared.report.truncated.values() for row in rows}
     places = [place for place, record in enumerate(prepared.records) if record.row in cut]
-    turns = [Turns.of(r, r.chosen, r.rejected) for r in (prepared.records[place] for place in places)]
-    for place, ids in zip(places, tokeniser.unlimited().turns(turns, DataReport("")), strict=True):
+    turns = [Turns(r, r.prompt, (r.chosen, r.rejected)) for r in (prepared.records[place] for place in places)]
+    for place, ids in zip(places, tokeniser.encode_turns(turns, DataReport("")), strict=True):
         lengths[place] = [len(ids.prompt), *map(len, ids.responses)]
     return np.column_stack([lengths, lengths[:, 0] + lengths[:, 1:].max(1)])
 

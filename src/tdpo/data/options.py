@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from tdpo.config import DataConfig, EvalDataConfig, FormatOptions, PairOptions, SFTConfig, check_at_least
 from tdpo.config.row_spec import AUTO, RowSpec, Side
 from tdpo.data.cache import PairCache
 from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.formats import FORMATS, OnBadRow, find_format
-from tdpo.data.sft import SFT_FORMATS, SFTDataset, prepare_sft
 from tdpo.data.sources import Source, open_mixture, open_source
 from tdpo.data.tokenise import Tokeniser
+
+if TYPE_CHECKING:
+    from tdpo.data.sft import SFTDataset
 
 
 def open_training(data: DataConfig, spec: RowSpec) -> Source:
@@ -46,8 +48,11 @@ def check_format(options: FormatOptions) -> None:
     Raises:
         UserError: naming the option.
     """
+    formats = FORMATS
+    if isinstance(options, SFTConfig):
+        from tdpo.data.supervised import SFT_FORMATS as formats
     if options.dataset_format != AUTO:
-        find_format(options.dataset_format, SFT_FORMATS if isinstance(options, SFTConfig) else FORMATS)
+        find_format(options.dataset_format, formats)
     options.row_spec()
 
 
@@ -83,4 +88,6 @@ def prepare(
     spec, on_bad_row = options.row_spec(), cast("OnBadRow", options.on_bad_row)
     if isinstance(options, PairOptions):
         return prepare_pairs(data, tokeniser, spec, on_bad_row, name, pair_cache(options))
+    from tdpo.data.sft import prepare_sft  # preference training does not need it
+
     return prepare_sft(data, tokeniser, spec, on_bad_row, name, options.train_on)  # type: ignore[arg-type]

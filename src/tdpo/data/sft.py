@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -86,37 +85,30 @@ class SFTDataset(ExampleDataset[SFTExample]):
         return [len(example.prompt_ids) + len(example.response_ids) for example in self.examples]
 
 
-@dataclass(frozen=True)
-class SFTCollator:
-    """Makes a batch as the loader delivers it: the fields of a :class:`~tdpo.types.PackedBatch`.
+def pack_examples(examples: Sequence[SFTExample], trees: bool = False, every_token: bool = False) -> PackedBatch:
+    """Packs examples into rows, with the labels that are to be learnt.
 
-    Attributes:
-        packed: Whether several examples share a row, none of which sees another.
-        every_token: Whether the last token of each, which predicts nothing, is in the row too.
+    Args:
+        examples: The examples.
+        trees: Lets several examples share a row, none of which sees another.
+        every_token: Puts the last token of each, which predicts nothing, in those rows too.
     """
-
-    packed: bool
-    every_token: bool = False
-
-    def __call__(self, examples: Sequence[SFTExample]) -> dict[str, Any]:
-        """The batch of some examples."""
-        prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
-        pack = partial(pack_sequence_trees, every_token=self.every_token) if self.packed else pack_sequences
-        batch = pack(prompts, responses, [e.row for e in examples])
-        if any(example.labels is not None for example in examples):
-            batch = _with_labels(batch, [e.response_ids if e.labels is None else e.labels for e in examples])
-        return batch.as_dict()
-
-
-def _with_labels(batch: PackedBatch, labels: Sequence[list[int]]) -> PackedBatch:
-    """Replaces the labels of each sequence; masked tokens stay in the rows and leave the loss."""
-    flat_N = torch.tensor([label for sequence in labels for label in sequence])
-    kept_N = flat_N != MASKED
+    prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
+    rows = [e.row for e in examples]
+    if trees:
+        batch = pack_sequence_trees(prompts, responses, rows, every_token=every_token)
+    else:
+        batch = pack_sequences(prompts, responses, rows)
+    if all(example.labels is None for example in examples):
+        return batch
+    labels = [e.response_ids if e.labels is None else e.labels for e in examples]
+    labels_N = torch.tensor([label for sequence in labels for label in sequence])
+    kept_N = labels_N != MASKED
     counts = [sum(label != MASKED for label in sequence) for sequence in labels]
     return replace(
         batch,
         source_index=batch.source_index[kept_N],
-        labels=flat_N[kept_N],
+        labels=labels_N[kept_N],
         sequence_ids=batch.sequence_ids[kept_N],
         lengths=tuple(count for kept in counts for count in (kept, 0)),
     )
@@ -154,9 +146,9 @@ def prepare_sft(
         exchanges = list(tokeniser.texts.refuse_unless_chosen(exchanges, lambda e: (e.prompt, e.response)))
     examples: list[SFTExample] = []
     for start in range(0, len(exchanges), CHUNK):
-        turns = _encode(exchanges[start : start + CHUNK], tokeniser, report, on_bad_row)
-        sequences = (ids for conversation in turns for ids in _count(_sequences(conversation), conversation, report))
-        examples += [_example(ids) for ids in tokeniser.within_limits(sequences, report)]
+        turns = [turn for exchange in exchanges[start : start + CHUNK] for turn in _turns(exchange, train_on)]
+        sequences = _conversations(tokeniser.encode_turns(turns, report, on_bad_row), report)
+        examples += map(_example, tokeniser.truncate(sequences, report))
     if tokeniser.tokenizer.chat_template:
         for exchange in exchanges:
             if exchange.prompt and isinstance(exchange.prompt, str):
@@ -178,36 +170,29 @@ def check_lengths(
         check_limits(f"{dataset.report.source}, row {example.row}", ids, length, vocab_size, positions, tokens)
 
 
-def _encode(
-    exchanges: Sequence[Exchange], tokeniser: Tokeniser, report: SFTReport, on_bad_row: OnBadRow
-) -> Iterator[list[Ids]]:
-    """Encodes the turns to learn of each conversation as they are asked for, one after the other."""
-    turns = [turn for exchange in exchanges for turn in _turns(exchange, report.train_on)]
-    for _, group in itertools.groupby(tokeniser.encode_turns(turns, report, on_bad_row), lambda ids: id(ids.place)):
-        found = list(group)
-        exchange: Exchange = found[0].place  # type: ignore[assignment]
+def _turns(exchange: Exchange, train_on: TrainOn) -> list[Turns]:
+    """Returns the turns to learn of a conversation, each with all messages before it as its prompt."""
+    messages: Any = exchange.prompt
+    earlier = exchange.earlier if train_on == "every_turn" else ()
+    last = Turns(exchange, exchange.prompt, (exchange.response,))
+    return [*(Turns(exchange, messages[:index], ([messages[index]],)) for index in earlier), last]
+
+
+def _conversations(encoded: Iterable[Ids], report: SFTReport) -> Iterator[Ids]:
+    """Yields the sequences of each conversation, and counts them in the report."""
+    for _, group in itertools.groupby(encoded, lambda ids: id(ids.record)):
+        turns = list(group)
+        exchange: Exchange = turns[0].record  # type: ignore[assignment]
         count = len(_turns(exchange, report.train_on))
         # A weight repeats a conversation; of one that was refused at a later turn there are too few.
-        for start in range(0, len(found) - count + 1, count):
-            yield found[start : start + count]
-
-
-def _turns(exchange: Exchange, train_on: TrainOn) -> list[Turns]:
-    last = Turns.of(exchange, exchange.response)
-    earlier = exchange.earlier if train_on == "every_turn" else ()
-    return [*(last._replace(prompt=last.prompt[:k], responses=([last.prompt[k]],)) for k in earlier), last]  # type: ignore[list-item]
-
-
-def _count(sequences: Iterable[Ids], turns: Sequence[Ids], report: SFTReport) -> list[Ids]:
-    """Counts the sequences of a conversation in the report, and returns them."""
-    found = list(sequences)
-    exchange: Exchange = turns[0].place  # type: ignore[assignment]
-    for note in exchange.notes + ((SEPARATE,) if len(found) > 1 else ()):
-        report.notice(exchange, note)
-    if exchange.earlier:
-        report.conversations += 1
-        report.turns += 1 + len(exchange.earlier)
-    return found
+        for start in range(0, len(turns) - count + 1, count):
+            sequences = list(_sequences(turns[start : start + count]))
+            for note in exchange.notes + ((SEPARATE,) if len(sequences) > 1 else ()):
+                report.notice(exchange, note)
+            if exchange.earlier:
+                report.conversations += 1
+                report.turns += 1 + len(exchange.earlier)
+            yield from sequences
 
 
 def _sequences(turns: Sequence[Ids]) -> Iterator[Ids]:
@@ -219,9 +204,9 @@ def _sequences(turns: Sequence[Ids]) -> Iterator[Ids]:
     Yields:
         Prompt, and as two responses of one length what follows it and the labels of that.
     """
-    prompt, ids, labels = turns[0].prompt, list(turns[0].responses[0]), list(turns[0].responses[0])
-    for turn in turns[1:]:
-        asked, (response,) = turn.prompt, turn.responses
+    record, prompt, (response,), _ = turns[0]
+    ids, labels = list(response), list(response)
+    for _, asked, (response,), _ in turns[1:]:
         known = prompt + ids
         if asked[: len(known)] == known:
             gap = asked[len(known) :]
@@ -232,12 +217,12 @@ def _sequences(turns: Sequence[Ids]) -> Iterator[Ids]:
             ids.pop()
             masked = len(gap) - 1
         else:
-            yield turns[0]._replace(prompt=prompt, responses=[ids, labels])
+            yield Ids(record, prompt, [ids, labels])
             prompt, ids, labels = asked, list(response), list(response)
             continue
         ids += gap + response
         labels += [MASKED] * masked + response
-    yield turns[0]._replace(prompt=prompt, responses=[ids, labels])
+    yield Ids(record, prompt, [ids, labels])
 
 
 def _example(ids: Ids) -> SFTExample:
@@ -248,4 +233,4 @@ def _example(ids: Ids) -> SFTExample:
     response = response[: len(labels)]
     if not prompt:
         prompt, response, labels = response[:1], response[1:], labels[1:]
-    return SFTExample(prompt, response, ids.place.row, None if labels == response else labels)
+    return SFTExample(prompt, response, ids.record.row, None if labels == response else labels)

@@ -7,32 +7,22 @@ import itertools
 import json
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 
 from tdpo.data.calls import as_json_text, as_object, map_arguments
 from tdpo.data.formats import RowError
-from tdpo.data.omissions import Chat
+from tdpo.data.omissions import SENTINEL, Chat
 from tdpo.data.templates import TEMPLATES
 from tdpo.errors import UserError
 from tdpo.types import Message
 
-
-class FormOfCalls(NamedTuple):
-    """How a template expects tool calls.
-
-    Attributes:
-        null_content: Whether it shows them only of a message whose content is null.
-        as_text: Whether it expects their arguments as JSON text, not as an object.
-    """
-
-    null_content: bool = False
-    as_text: bool = False
+PROBE, ARGUMENT = SENTINEL.format(0), SENTINEL.format(1)
 
 
 class ChatTemplate:
-    """A tokenizer's chat template.
+    """Renders chats with a tokenizer's chat template.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -60,7 +50,7 @@ class ChatTemplate:
                 "the dataset holds chat messages and the tokenizer has no chat template: give one with "
                 f"--chat_template_path (a Jinja file, or one of {', '.join(TEMPLATES)}), or text columns instead of "
                 "messages; a text in 'question', 'query', 'problem', 'input' or 'instruction' is a user's turn, which "
-                "--columns prompt=question takes as it stands"
+                "--columns prompt=question takes as it is"
             )
         try:
             return self._tokenizer.apply_chat_template(
@@ -77,42 +67,45 @@ class ChatTemplate:
     def in_form(self, message: Message) -> Message:
         """Returns a message with its tool calls and content in the form that the template shows."""
         if message.get("tool_calls"):
-            form = self._form_of_calls
+            null_content, as_text = self._form_of_calls
             message = map_arguments(message, as_object)
-            if form.as_text:
+            if as_text:
                 message = map_arguments(message, as_json_text)
-            if form.null_content and not message["content"].strip():
+            if null_content and not message["content"].strip():
                 return {**message, "content": None}
         if self._content_in_parts and isinstance(message.get("content"), str):
             return {**message, "content": [{"type": "text", "text": message["content"]}]}
         return message
 
     @cached_property
-    def _form_of_calls(self) -> FormOfCalls:
-        """The first form in which the template shows a tool call, not as Python would print it."""
-        arguments = {"place": "qz1kv"}
+    def _form_of_calls(self) -> tuple[bool, bool]:
+        """Whether tool calls are shown only beside a null content, and whether their arguments are JSON text.
+
+        The first form in which the template shows a call, and not as Python would print it.
+        """
+        arguments = {"place": ARGUMENT}
         for null_content, as_text in itertools.product((False, True), repeat=2):
-            function = {"name": "qz0kv", "arguments": json.dumps(arguments) if as_text else arguments}
+            function = {"name": PROBE, "arguments": json.dumps(arguments) if as_text else arguments}
             call = {"id": "000000001", "type": "function", "function": function}
             shown = self._probe({"content": None if null_content else "", "tool_calls": [call]})
-            if "qz1kv" in shown and str(arguments) not in shown:
-                return FormOfCalls(null_content, as_text)
-        return FormOfCalls()
+            if ARGUMENT in shown and str(arguments) not in shown:
+                return null_content, as_text
+        return False, False
 
     @cached_property
     def _content_in_parts(self) -> bool:
         """Whether the template shows content only as a list of parts, as those of models that see images may."""
-        if "qz0kv" in self._probe({"content": "qz0kv"}):
+        parts = [{"type": "text", "text": PROBE}]
+        if PROBE in self._probe({"content": PROBE}):
             return False
-        parts = [{"type": "text", "text": "qz0kv"}]
         shown = self._probe({"content": parts})
-        return "qz0kv" in shown and str(parts) not in shown
+        return PROBE in shown and str(parts) not in shown
 
     def _probe(self, answer: Message) -> str:
         """Renders an assistant's message after a user's; empty if the template refuses it."""
-        shown = ""
         for question in ("a", [{"type": "text", "text": "a"}]):
             messages = [{"role": "user", "content": question}, {"role": "assistant", **answer}]
             with contextlib.suppress(RowError):
-                shown = shown or self.render(Chat(messages, None), self._arguments)
-        return shown
+                if shown := self.render(Chat(messages, None), self._arguments):
+                    return shown
+        return ""

@@ -1,23 +1,25 @@
-"""From records to token ids: one end token, no merge across the boundary, truncation that is counted."""
+"""Turns records into token ids: one end token, no merge across the boundary, truncation that is counted."""
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tdpo.config.tokens import Lengths, Rendering, TruncationMode
-from tdpo.data.chat import ChatRenderer
-from tdpo.data.continuation import ContinuationEncoder
+from tdpo.data.continuation import Anchor, encode_continuations, find_anchors
 from tdpo.data.encode import TextEncoder
-from tdpo.data.formats import BAD_ROW_ADVICE, BadRows, DataReport, OnBadRow, Placed, RowError
+from tdpo.data.formats import BAD_ROW_ADVICE, BadRows, DataReport, OnBadRow, RowError
 from tdpo.data.rendered import RenderedTexts
-from tdpo.data.sources import SourceRow
-from tdpo.data.special_tokens import Piece
+from tdpo.data.special_tokens import RenderedTurns, cut_after_end, special_texts
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
 if TYPE_CHECKING:
+    from tdpo.data.chat import ChatRenderer
     from tdpo.data.supervised import Exchange
 
 REFUSED_ADVICE = (
@@ -26,63 +28,38 @@ REFUSED_ADVICE = (
 )
 
 
-class Part(NamedTuple):
-    """A prompt or a response in pieces.
-
-    Attributes:
-        pieces: Texts in their order.
-        add_end: Whether the end token is put after them.
-    """
-
-    pieces: list[Piece]
-    add_end: bool = False
-
-
 class Turns(NamedTuple):
-    """A prompt and the responses to it, as they are tokenised together.
+    """A prompt and responses to it, which are tokenised together.
 
     Attributes:
+        record: The record they belong to: its location, tools, template arguments and truncation are theirs.
         prompt: Plain text, or chat messages.
-        responses: At least one, of the same kind.
-        place: The row they come from.
-        tools: Tools of a chat, see :class:`~tdpo.types.PreferenceRecord`.
-        arguments: Further arguments of the chat template.
-        truncation_mode: Which part of this prompt stays when it is cut; None is that of :class:`Lengths`.
+        responses: Responses of the same kind; none where a prompt is asked alone.
     """
 
+    record: PreferenceRecord | Exchange
     prompt: Text
-    responses: tuple[Text, ...]
-    place: Placed
-    tools: Any = None
-    arguments: dict[str, Any] | None = None
-    truncation_mode: TruncationMode | None = None
+    responses: Sequence[Text] = ()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What messages call the responses."""
+    def names(self) -> Sequence[str]:
+        """Names of the responses in messages."""
         return ("chosen", "rejected") if len(self.responses) == 2 else ("the response",) * len(self.responses)
-
-    @classmethod
-    def of(cls, record: PreferenceRecord | Exchange, *responses: Text) -> Turns:
-        """A record's prompt with some responses to it."""
-        return cls(record.prompt, responses, record, record.tools, record.chat_template_kwargs, record.truncation_mode)
 
 
 class Ids(NamedTuple):
     """Turns as ids.
 
     Attributes:
-        place: The row they come from.
+        record: The record they belong to.
         prompt: Ids of the prompt; empty only for an empty text where the tokenizer starts a text with nothing.
         responses: Ids of each response.
-        truncation_mode: As in :class:`Turns`.
         reason_identical: What made the responses identical, if they are.
     """
 
-    place: Placed
+    record: PreferenceRecord | Exchange
     prompt: list[int]
-    responses: list[list[int]]
-    truncation_mode: TruncationMode | None = None
+    responses: Sequence[list[int]]
     reason_identical: str = "after truncation"
 
 
@@ -92,9 +69,8 @@ class Tokeniser:
     Args:
         tokenizer: The tokenizer of the policy.
         lengths: Truncation.
-        encode: The encoder of another ``Tokeniser`` with the same tokenizer, to share it.
         processes: Processes that a whole dataset is tokenised in; see :mod:`tdpo.data.workers`.
-        rendering: Arguments of the chat template, and what special-token text in plain texts is.
+        rendering: Arguments of the chat template, and how special-token text in plain texts is encoded.
 
     Raises:
         UserError: if the tokenizer has no end-of-sequence token.
@@ -104,22 +80,17 @@ class Tokeniser:
         self,
         tokenizer: Any,
         lengths: Lengths | None = None,
-        encode: TextEncoder | None = None,
         processes: int = 1,
         rendering: Rendering | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.processes = processes
-        self.rendering = rendering or Rendering()
-        self.lengths = lengths or Lengths()
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no end-of-sequence token, so no response could ever end; name one with --eos_token"
             )
-        self.chats = ChatRenderer(tokenizer, self.rendering.template_arguments)
-        self.texts = RenderedTexts(tokenizer, self.chats.special.texts)
-        if encode is not None:
-            self.encode = encode
+        self.tokenizer, self.processes = tokenizer, processes
+        self.rendering, self.lengths = rendering or Rendering(), lengths or Lengths()
+        self.special = special_texts(tokenizer)
+        self.texts = RenderedTexts(tokenizer, self.special)
 
     @cached_property
     def encode(self) -> TextEncoder:
@@ -127,15 +98,24 @@ class Tokeniser:
         return TextEncoder(self.tokenizer)
 
     @cached_property
+    def _anchors(self) -> list[Anchor]:
+        return find_anchors(self.tokenizer, self.encode)
+
+    @cached_property
+    def _chats(self) -> ChatRenderer:
+        from tdpo.data.chat import ChatRenderer
+
+        return ChatRenderer(self.tokenizer, self.special, self.rendering.template_arguments)
+
+    @cached_property
     def bos(self) -> list[int]:
-        """What the tokenizer puts at the start of a text: nothing, a beginning-of-sequence token, or several tokens."""
+        """Ids that the tokenizer puts at the start of a text: none, its beginning-of-sequence token, or several."""
         for text in ("a", "1", "."):
             plain = self.encode([text])[0]
             whole = self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-            starts = range(len(whole) - len(plain) + 1) if plain else ()
-            start = next((start for start in starts if whole[start : start + len(plain)] == plain), None)
-            if start is not None:
-                return list(whole[:start])
+            for start in range(len(whole) - len(plain) + 1):
+                if plain and whole[start : start + len(plain)] == plain:
+                    return list(whole[:start])
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and whole[:1] == [bos] else []
 
@@ -147,87 +127,96 @@ class Tokeniser:
         return unknown if any(unknown in ids for ids in rare) else None
 
     def unlimited(self) -> Tokeniser:
-        """Returns a tokeniser that cuts nothing and shares the encoder of this one."""
-        limits = Lengths(max_length=2**31, max_prompt_length=2**30)
-        return Tokeniser(self.tokenizer, limits, self.encode, rendering=self.rendering)
+        """Returns the same tokeniser without truncation."""
+        unlimited = copy.copy(self)
+        unlimited.lengths = Lengths(max_length=2**31, max_prompt_length=2**30)
+        return unlimited
 
     def pairs(
         self, records: Sequence[PreferenceRecord], report: DataReport, on_bad_row: OnBadRow = "error"
     ) -> list[TokenisedPair]:
-        """Tokenises records; cuts, drops or refuses overlong ones as :class:`Lengths` says, and counts them.
+        """Tokenises records; truncates, drops or refuses overlong ones as :class:`Lengths` says, and counts them.
 
         Raises:
             UserError: for chats without a chat template, rows the template cannot render (unless ``on_bad_row`` is
                 ``"drop"``), and overlong rows under ``on_overlong: error``.
         """
-        turns = [Turns.of(record, record.chosen, record.rejected) for record in records]
+        turns = [Turns(record, record.prompt, (record.chosen, record.rejected)) for record in records]
         pairs = []
-        for ids in self.turns(turns, report, on_bad_row):
+        for ids in self.truncate(self.encode_turns(turns, report, on_bad_row), report):
             chosen, rejected = ids.responses
             if chosen == rejected:
-                report.drop(ids.place, f"chosen and rejected are identical {ids.reason_identical}")
+                report.drop(ids.record, f"chosen and rejected are identical {ids.reason_identical}")
                 continue
-            pairs.append(TokenisedPair(ids.prompt or self._beginning(ids.place), chosen, rejected, ids.place.row))
+            pairs.append(TokenisedPair(ids.prompt or self._first_ids(ids.record), chosen, rejected, ids.record.row))
         report.kept = len(pairs)
         return pairs
 
-    def turns(self, turns: Sequence[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
-        """Ids of prompts and responses, in order and within the limits; what is cut or dropped is counted."""
-        return self.within_limits(self.encode_turns(turns, report, on_bad_row), report)
-
-    def encode_turns(self, turns: Sequence[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
-        """Encodes prompts and responses of any length, in order. Of a place that is refused, the turns behind too."""
-        jobs: list[tuple[Turns, list[Part], Sequence[str]]] = []
+    def encode_turns(self, turns: Iterable[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
+        """Encodes prompts and responses of any length, in order; of a record that is refused, no later turns."""
         bad, refused = BadRows(report, on_bad_row), None
+        rendered: list[tuple[Turns, RenderedTurns]] = []
         for turn in turns:
-            if turn.place is refused:
+            if turn.record is refused:
                 continue
             try:
-                parts, noticed = self._pieces(turn)
+                rendered.append((turn, self._render(turn)))
             except RowError as error:
-                refused = turn.place
-                bad.add(turn.place, error)
+                refused = turn.record
+                bad.add(refused, error)
                 continue
-            jobs.append((turn, parts, noticed))
-            for what in noticed:
-                report.notice(turn.place, what)
+            for notice in rendered[-1][1].notices:
+                report.notice(turn.record, notice)
         bad.raise_error(REFUSED_ADVICE)
-        encoded = self._encode_pieces([part for _, parts, _ in jobs for part in parts])
         end = [self.tokenizer.eos_token_id]
-        for turn, parts, noticed in jobs:
-            prompt, *responses = (next(encoded) for _ in parts)
+        encoded = self._encode_pieces([text for _, text in rendered])
+        for (turn, text), (prompt, *responses) in zip(rendered, encoded, strict=True):
             if not all(responses):
-                bad.add(turn.place, f"the tokenizer leaves nothing of {turn.names[responses.index([])]}")
+                bad.add(turn.record, f"the tokenizer leaves nothing of {turn.names[responses.index([])]}")
                 continue
             if self._unknown is not None and any(self._unknown in ids for ids in (prompt, *responses)):
-                report.notice(turn.place, f"text that the tokenizer does not know becomes {self.tokenizer.unk_token!r}")
-            responses = [ids + end if part.add_end else ids for ids, part in zip(responses, parts[1:], strict=True)]
+                report.notice(
+                    turn.record, f"text that the tokenizer does not know becomes {self.tokenizer.unk_token!r}"
+                )
+            responses = [ids if ended else ids + end for ids, ended in zip(responses, text.ended, strict=True)]
             if isinstance(turn.prompt, str):
-                prompt = self._begun(prompt, responses)
-            found = Ids(turn.place, prompt, responses, turn.truncation_mode)
+                prompt = self._with_start(prompt, responses)
+            ids = Ids(turn.record, prompt, responses)
             if len(responses) > 1 and responses[0] == responses[1]:
-                found = found._replace(reason_identical=_reason_identical(turn, noticed))
-            yield found
+                ids = ids._replace(reason_identical=_reason_identical(turn, text.notices))
+            yield ids
         bad.raise_error(BAD_ROW_ADVICE)
 
-    def within_limits(self, encoded: Iterable[Ids], report: DataReport) -> Iterator[Ids]:
-        """Cuts, drops or refuses what is overlong, as :class:`Lengths` says; whatever is cut or dropped is counted."""
-        overlong = BadRows(report)
+    def truncate(self, encoded: Iterable[Ids], report: DataReport) -> Iterator[Ids]:
+        """Truncates, drops or refuses what is overlong, as :class:`Lengths` says, and counts it.
+
+        Raises:
+            UserError: for all overlong rows together, under ``on_overlong: error``.
+        """
+        limits, overlong = self.lengths, BadRows(report)
         for ids in encoded:
-            try:
-                fitted = self.fit(ids.prompt, ids.responses, ids.place, report, ids.truncation_mode)
-            except RowError as error:
-                overlong.add(ids.place, error)
-                continue
-            if fitted is not None:
-                prompt, responses = fitted
-                yield ids._replace(prompt=prompt, responses=responses)
+            prompt, longest, row = ids.prompt, max(map(len, ids.responses)), ids.record.row
+            if len(prompt) + longest <= limits.max_length:
+                yield ids
+            elif limits.on_overlong == "error":
+                lengths = f"prompt {len(prompt)} + response {longest} tokens"
+                overlong.add(ids.record, f"{lengths} exceed --max_length {limits.max_length}")
+            elif limits.on_overlong == "drop":
+                report.drop(ids.record, f"longer than {limits.max_length} tokens")
+            else:
+                if len(prompt) > limits.max_prompt_length:
+                    report.truncated["prompt"].append(row)
+                    prompt = self.cut_prompt(prompt, limits.max_prompt_length, ids.record.truncation_mode)
+                room = limits.max_length - len(prompt)
+                if longest > room:
+                    report.truncated["response"].append(row)
+                yield ids._replace(prompt=prompt, responses=[response[:room] for response in ids.responses])
         overlong.raise_error("--on_overlong truncate or drop would continue")
 
     def prompts(self, asked: Sequence[Text | Turns]) -> list[list[int]]:
-        """Ids of prompts, of any length: as training has them before responses, or as they are asked alone.
+        """Encodes prompts of any length: as training has them before responses, or as they are asked alone.
 
-        An empty prompt becomes what the tokenizer starts a text with.
+        An empty prompt becomes the ids that the tokenizer starts a text with.
 
         Args:
             asked: Prompts, or turns, whose responses may be none.
@@ -237,94 +226,22 @@ class Tokeniser:
                 rendered.
         """
         turns = [
-            one if isinstance(one, Turns) else Turns(one, (), SourceRow("prompts", number, {}))
+            one if isinstance(one, Turns) else Turns(PreferenceRecord(one, "", "", "prompts", number), one)
             for number, one in enumerate(asked, 1)
         ]
-        parts = []
+        rendered = []
         for turn in turns:
             try:
-                parts.append(self._pieces(turn)[0][0])
+                rendered.append(RenderedTurns(self._render(turn).prompt))
             except RowError as error:
-                raise UserError(f"{turn.place.source}, row {turn.place.row}: {error}") from error
-        ids = self._encode_pieces(parts)
-        begun = [
-            self._begun(found, ()) if isinstance(t.prompt, str) else found for t, found in zip(turns, ids, strict=True)
-        ]
-        return [found or self._beginning() for found in begun]
-
-    def _begun(self, prompt: list[int], responses: Sequence[list[int]]) -> list[int]:
-        """A prompt of plain text with what the tokenizer puts at the start of a text, unless the text has it."""
-        start = self.bos
-        written = self.rendering.special_tokens == "tokens" and start
-        if written and any(ids[: len(start)] == start for ids in ([prompt] if prompt else responses)):
-            return prompt
-        return start + prompt
-
-    def _pieces(self, turn: Turns) -> tuple[list[Part], Sequence[str]]:
-        """Prompt and responses as pieces of text, and what there is to notice about them."""
-        if isinstance(turn.prompt, str):
-            return self._pieces_of_texts(turn.prompt, [str(response) for response in turn.responses])
-        if not turn.responses:
-            prompt = self.chats.prompt(turn.prompt, turn.tools, turn.arguments)
-            return [Part(self.chats.special.pieces(prompt))], ()
-        chat = self.chats.chat(turn.prompt, turn.responses, turn.tools, turn.arguments, turn.names)  # type: ignore[arg-type]
-        responses = [
-            Part(self.chats.special.pieces(response, continues=True), add_end=not ended)
-            for response, ended in zip(chat.responses, chat.ended, strict=True)
-        ]
-        chosen = self.rendering.special_tokens is not None
-        ends = () if chosen else self.texts.notices_of_turns(turn.responses)  # type: ignore[arg-type]
-        return [Part(self.chats.special.pieces(chat.prompt)), *responses], (*chat.left_out, *ends)
-
-    def _pieces_of_texts(self, prompt: str, responses: Sequence[str]) -> tuple[list[Part], Sequence[str]]:
-        noticed = tuple(self.texts.notices(prompt, responses, chosen=self.rendering.special_tokens is not None))
-        if self.rendering.special_tokens != "tokens":
-            return [Part([Piece(prompt)]), *(Part([Piece(r, continues=True)], True) for r in responses)], noticed
-        cut = [self.chats.special.through_end(response) for response in responses]
-        ended = [Part([Piece(text, literal=False, continues=True)], not ended) for text, ended in cut]
-        return [Part([Piece(prompt, literal=False)]), *ended], noticed
-
-    def _encode_pieces(self, parts: Sequence[Part]) -> Iterator[list[int]]:
-        """Ids of every part; all pieces of a kind are encoded together."""
-        kinds: dict[tuple[bool, bool], list[str]] = {}
-        for part in parts:
-            for piece in part.pieces:
-                kinds.setdefault((piece.literal, piece.continues), []).append(piece.text)
-        encoded = {
-            (literal, continues): iter(self._continue(texts, literal) if continues else self.encode(texts, literal))
-            for (literal, continues), texts in kinds.items()
-        }
-        for part in parts:
-            ids = [next(encoded[piece.literal, piece.continues]) for piece in part.pieces]
-            yield ids[0] if len(ids) == 1 else [token for piece in ids for token in piece]
-
-    def fit(
-        self,
-        prompt: list[int],
-        responses: Sequence[list[int]],
-        place: Placed,
-        report: DataReport,
-        mode: TruncationMode | None = None,
-    ) -> tuple[list[int], list[list[int]]] | None:
-        """Prompt and responses within the limits, or None if the row is dropped; whatever is cut is counted."""
-        limits, longest = self.lengths, max(len(response) for response in responses)
-        if len(prompt) + longest <= limits.max_length:
-            return prompt, list(responses)
-        if limits.on_overlong == "error":
-            raise RowError(f"prompt {len(prompt)} + response {longest} tokens exceed --max_length {limits.max_length}")
-        if limits.on_overlong == "drop":
-            report.drop(place, f"longer than {limits.max_length} tokens")
-            return None
-        if len(prompt) > limits.max_prompt_length:
-            report.truncated["prompt"].append(place.row)
-            prompt = self.cut_prompt(prompt, limits.max_prompt_length, mode)
-        room = limits.max_length - len(prompt)
-        if longest > room:
-            report.truncated["response"].append(place.row)
-        return prompt, [response[:room] for response in responses]
+                raise UserError(f"{turn.record.source}, row {turn.record.row}: {error}") from error
+        encoded = [ids for (ids,) in self._encode_pieces(rendered)]
+        pairs = zip(turns, encoded, strict=True)
+        ids = [self._with_start(found, ()) if isinstance(turn.prompt, str) else found for turn, found in pairs]
+        return [found or self._first_ids() for found in ids]
 
     def cut_prompt(self, prompt: list[int], limit: int, mode: TruncationMode | None = None) -> list[int]:
-        """The part of a prompt that stays within a limit; what the tokenizer starts a text with stays at its start."""
+        """Returns what a limit leaves of a prompt; ids that the tokenizer starts a text with stay at its start."""
         if len(prompt) <= limit:
             return prompt
         if (mode or self.lengths.truncation_mode) == "keep_start":
@@ -333,15 +250,54 @@ class Tokeniser:
         head = next((start for start in starts if prompt[: len(start)] == start and limit > len(start)), [])
         return head + prompt[len(prompt) - limit + len(head) :]
 
-    def _beginning(self, place: Placed | None = None) -> list[int]:
+    def _render(self, turn: Turns) -> RenderedTurns:
+        """Returns prompt and responses as text to encode.
+
+        Raises:
+            RowError: for a chat that cannot be rendered.
+        """
+        prompt, record, chosen = turn.prompt, turn.record, self.rendering.special_tokens
+        responses: Any = turn.responses
+        if not isinstance(prompt, str):
+            chat = self._chats.render(prompt, responses, record.tools, record.chat_template_kwargs, turn.names)
+            ends = () if chosen else self.texts.notices_of_turns(responses)
+            return chat._replace(notices=[*chat.notices, *ends])
+        notices = list(self.texts.notices(prompt, responses, chosen=chosen is not None))
+        literal = chosen != "tokens"
+        cut = [(response, False) if literal else cut_after_end(response, self.special) for response in responses]
+        pieces = [[(text, literal, True)] for text, _ in cut]
+        return RenderedTurns([(prompt, literal, False)], pieces, [ended for _, ended in cut], notices)
+
+    def _encode_pieces(self, rendered: Sequence[RenderedTurns]) -> Iterator[list[list[int]]]:
+        """Yields ids of each prompt and its responses; all pieces of a kind are encoded in one batch."""
+        parts = [[turns.prompt, *turns.responses] for turns in rendered]
+        texts: dict[tuple[bool, bool], list[str]] = defaultdict(list)
+        for text, literal, continues in chain.from_iterable(chain.from_iterable(parts)):
+            texts[literal, continues].append(text)
+        encoded = {}
+        for (literal, continues), batch in texts.items():
+            anchors = self._anchors if continues else ()
+            encoded[literal, continues] = iter(encode_continuations(batch, literal, anchors, self.encode))
+        for pieces_of_parts in parts:
+            yield [
+                list(chain.from_iterable(next(encoded[literal, continues]) for _, literal, continues in pieces))
+                for pieces in pieces_of_parts
+            ]
+
+    def _with_start(self, prompt: list[int], responses: Sequence[list[int]]) -> list[int]:
+        """Returns a prompt of plain text behind the ids that start a text, unless its text has their tokens."""
+        start = self.bos
+        may_have_it = self.rendering.special_tokens == "tokens" and start
+        if may_have_it and any(ids[: len(start)] == start for ids in ([prompt] if prompt else responses)):
+            return prompt
+        return start + prompt
+
+    def _first_ids(self, record: PreferenceRecord | Exchange | None = None) -> list[int]:
+        """Returns the ids that an empty prompt becomes."""
         if self.bos or self.tokenizer.bos_token_id is not None:
             return self.bos or [self.tokenizer.bos_token_id]
-        where = f"{place.source}, row {place.row}: the" if place else "a"
+        where = f"{record.source}, row {record.row}: the" if record else "a"
         raise UserError(f"{where} prompt is empty and the tokenizer has no beginning-of-sequence token to start from")
-
-    @cached_property
-    def _continue(self) -> ContinuationEncoder:
-        return ContinuationEncoder(self.tokenizer, self.encode)
 
 
 def _reason_identical(turn: Turns, left_out: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from typing_extensions import override
 
 from tdpo import ops
 from tdpo.config import SFTConfig
+from tdpo.data.dataset import Collator
 from tdpo.data.options import check_format, make_tokeniser, prepare
 from tdpo.data.pack import pack_trees
-from tdpo.data.sft import SFTCollator, SFTDataset, check_lengths
+from tdpo.data.sft import SFTDataset, check_lengths, pack_examples
 from tdpo.errors import UserError
 from tdpo.models.adapters import check_tunes_weights, with_adapter
 from tdpo.models.hidden import response_states
@@ -81,10 +83,11 @@ class SFTTrainer(BatchMeanTrainer):
         prepare_training_mode(policy, args.disable_dropout)
         self._router = prepare_policy(policy, args, peft_config)
         self._vocab_size, self._positions = head_of(policy).vocab_size, position_limit(policy)
+        trees = packer(args.layout, [policy]) is pack_trees
         super().__init__(
             model=policy,
             args=args,
-            data_collator=SFTCollator(packer(args.layout, [policy]) is pack_trees, self._router is not None),
+            data_collator=Collator(partial(pack_examples, trees=trees, every_token=self._router is not None)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
