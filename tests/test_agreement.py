@@ -213,7 +213,7 @@ def test_generate_asks_the_prompts_of_training_token_by_token(
     for more in ((), ("--chat_template_kwargs", "brief=true")):
         rendering = Rendering({"brief": True} if more else {})
         pairs = prepare_pairs(
-            read_source(str(data), "train"), Tokeniser(tokenizer, Lengths(900, 800), None, 1, rendering)
+            read_source(str(data), "train"), Tokeniser(tokenizer, Lengths(900, 800), 1, rendering)
         )
         assert isinstance(pairs, PairDataset)
         assert asked_by_generate(monkeypatch, chat_folder, data, *more) == [pair.prompt_ids for pair in pairs][:5]

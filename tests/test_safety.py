@@ -260,7 +260,7 @@ def test_compiled_layers_change_nothing_but_time(tmp_path: Path, tokenizer: Any,
     lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"]) if adapter else None
     ends = []
     for number, options in enumerate(({}, {"torch_compile_backend": "aot_eager"})):
-        made = trainer(tmp_path / str(number), tokenizer, lora, learning_rate=1e-2, **options)
+        made = trainer(tmp_path / str(number), tokenizer, peft_config=lora, learning_rate=1e-2, **options)
         made.train()
         made.save_model()
         layers = causal_lm(made.model).model.layers
