@@ -1,4 +1,4 @@
-"""Training runs as processes of their own: one, or several under torchrun; what their folders hold afterwards."""
+"""Starts training runs as processes of their own, one or several under torchrun, and reads what they wrote."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of the tests, on one thread, with this project's sources and no accelerator."""
+    """Returns the environment of the tests, on one thread, with this project's sources and no GPU."""
     path = filter(None, [str(REPOSITORY / "src"), more.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH")])
     more["PYTHONPATH"] = os.pathsep.join(path)
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 def train_words(model: Path, data: Path, out: Path, *options: object) -> list[str]:
-    """The words of ``tdpo train`` on a CPU."""
+    """Returns the words of ``tdpo train`` on a CPU."""
     words = [
         "train", "--model_name_or_path", model, "--dataset_name", data, "--output_dir", out, "--use_cpu",
         "--disable_tqdm", "--learning_rate", "1e-2", *LENGTHS, *options,
@@ -39,7 +39,7 @@ def train_words(model: Path, data: Path, out: Path, *options: object) -> list[st
 
 
 def start(words: list[str], processes: int = 1, **more: str) -> subprocess.Popen[str]:
-    """Starts a command; several processes are torchrun's, and get its id."""
+    """Starts a command; several processes run under torchrun, whose process is returned."""
     launcher = [sys.executable] if processes == 1 else [*TORCHRUN, "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [*launcher, "-m", "tdpo", *words],
@@ -48,51 +48,53 @@ def start(words: list[str], processes: int = 1, **more: str) -> subprocess.Popen
 
 
 def finish(run: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
-    """Exit code and everything a run said; one that hangs fails the test."""
+    """Waits for a run and returns its exit code and its output; one that hangs fails the test."""
     try:
-        told, _ = run.communicate(timeout=timeout)
+        output, _ = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         run.kill()
         pytest.fail(f"no end within {timeout} s: {run.communicate()[0][-2000:]}")
-    return run.returncode, told
+    return run.returncode, output
 
 
 def completed(words: list[str], processes: int = 1, timeout: float = 60, **more: str) -> str:
-    """Runs a command that has to succeed."""
-    code, told = finish(start(words, processes, **more), timeout)
-    assert code == 0, told[-3000:]
-    return told
+    """Runs a command that has to succeed and returns its output."""
+    code, output = finish(start(words, processes, **more), timeout)
+    assert code == 0, output[-3000:]
+    return output
 
 
-def wait_for(happened: Callable[[], Any], run: subprocess.Popen[str], timeout: float = 60) -> None:
-    """Waits until something has happened in a run that goes on."""
+def wait_for(condition: Callable[[], Any], run: subprocess.Popen[str], timeout: float = 60) -> None:
+    """Waits until a condition holds; a run that ends before, or takes too long, fails the test."""
     end = time.monotonic() + timeout
-    while not happened():
+    while not condition():
         if run.poll() is not None or time.monotonic() > end:
             run.kill()
-            pytest.fail(f"ended or overdue ({run.returncode}): {run.communicate()[0][-2000:]}")
+            pytest.fail(f"ended early or takes too long ({run.returncode}): {run.communicate()[0][-2000:]}")
         time.sleep(0.002)
 
 
 def interrupted(run: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:
-    """Sends a signal, then as :func:`finish`."""
+    """Sends a signal to a run, waits for it, and returns its exit code and its output."""
     run.send_signal(number)
     return finish(run)
 
 
 def weights(folder: Path) -> Weights:
-    """The saved weights."""
+    """Reads the saved weights of a model."""
     return load_file(folder / "model.safetensors")
 
 
 def adapter_weights(folder: Path) -> Weights:
-    """The saved weights of an adapter."""
+    """Reads the saved weights of an adapter."""
     return load_file(folder / "adapter_model.safetensors")
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    """The logs of a finished run without what a clock says."""
+    """Reads the logs of a finished run without its timings."""
     logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    clocks = ("runtime", "per_second", "train_loss", "total_flos", "preparation")
-    kept = ({name: value for name, value in log.items() if not any(c in name for c in clocks)} for log in logs)
+    timings = ("runtime", "per_second", "train_loss", "total_flos", "preparation")
+    kept = (
+        {name: value for name, value in log.items() if not any(timing in name for timing in timings)} for log in logs
+    )
     return [log for log in kept if len(log) > 2]
