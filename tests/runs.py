@@ -1,4 +1,4 @@
-"""Training runs as processes of their own: one, or several under torchrun; what their folders hold afterwards."""
+"""Starts training runs as processes of their own, one or several under torchrun, and reads what they wrote."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def environment(**more: str) -> dict[str, str]:
+<<<<<<< HEAD
     """Returns the environment of the tests, on one thread, with this project's sources and no accelerator."""
+=======
+    """Returns the environment of the tests, on one thread, with this project's sources and no GPU."""
+>>>>>>> safety2
     path = filter(None, [str(REPOSITORY / "src"), more.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH")])
     more["PYTHONPATH"] = os.pathsep.join(path)
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
@@ -39,7 +43,7 @@ def train_words(model: Path, data: Path, out: Path, *options: object) -> list[st
 
 
 def start(words: list[str], processes: int = 1, **more: str) -> subprocess.Popen[str]:
-    """Starts a command; several processes are torchrun's, and get its id."""
+    """Starts a command; several processes run under torchrun, whose process is returned."""
     launcher = [sys.executable] if processes == 1 else [*TORCHRUN, "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [*launcher, "-m", "tdpo", *words],
@@ -48,7 +52,11 @@ def start(words: list[str], processes: int = 1, **more: str) -> subprocess.Popen
 
 
 def finish(run: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
+<<<<<<< HEAD
     """Returns the exit code and the output of a run; one that hangs fails the test."""
+=======
+    """Waits for a run and returns its exit code and its output; one that hangs fails the test."""
+>>>>>>> safety2
     try:
         output, _ = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -58,41 +66,60 @@ def finish(run: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
 
 
 def completed(words: list[str], processes: int = 1, timeout: float = 60, **more: str) -> str:
+<<<<<<< HEAD
     """Runs a command that has to succeed."""
+=======
+    """Runs a command that has to succeed and returns its output."""
+>>>>>>> safety2
     code, output = finish(start(words, processes, **more), timeout)
     assert code == 0, output[-3000:]
     return output
 
 
+<<<<<<< HEAD
 def wait_for(happened: Callable[[], Any], run: subprocess.Popen[str], timeout: float = 60) -> None:
     """Waits until something has happened in a run."""
+=======
+def wait_for(condition: Callable[[], Any], run: subprocess.Popen[str], timeout: float = 60) -> None:
+    """Waits until a condition holds; a run that ends before, or takes too long, fails the test."""
+>>>>>>> safety2
     end = time.monotonic() + timeout
-    while not happened():
+    while not condition():
         if run.poll() is not None or time.monotonic() > end:
             run.kill()
-            pytest.fail(f"ended or overdue ({run.returncode}): {run.communicate()[0][-2000:]}")
+            pytest.fail(f"ended early or takes too long ({run.returncode}): {run.communicate()[0][-2000:]}")
         time.sleep(0.002)
 
 
 def interrupted(run: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:
-    """Sends a signal, then as :func:`finish`."""
+    """Sends a signal to a run, waits for it, and returns its exit code and its output."""
     run.send_signal(number)
     return finish(run)
 
 
 def weights(folder: Path) -> Weights:
+<<<<<<< HEAD
     """Loads the saved weights."""
+=======
+    """Reads the saved weights of a model."""
+>>>>>>> safety2
     return load_file(folder / "model.safetensors")
 
 
 def adapter_weights(folder: Path) -> Weights:
+<<<<<<< HEAD
     """Loads the saved weights of an adapter."""
+=======
+    """Reads the saved weights of an adapter."""
+>>>>>>> safety2
     return load_file(folder / "adapter_model.safetensors")
 
 
 def history(folder: Path) -> list[dict[str, float]]:
     """Reads the logs of a finished run without its timings."""
     logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    clocks = ("runtime", "per_second", "train_loss", "total_flos", "preparation")
-    kept = ({name: value for name, value in log.items() if not any(c in name for c in clocks)} for log in logs)
+    timings = ("runtime", "per_second", "train_loss", "total_flos", "preparation")
+    kept = (
+        {name: value for name, value in log.items() if not any(timing in name for timing in timings)} for log in logs
+    )
     return [log for log in kept if len(log) > 2]

@@ -212,9 +212,7 @@ def test_generate_asks_the_prompts_of_training_token_by_token(
     tokenizer = chat_tokenizer("{% if brief %}Be brief.\n{% endif %}" + CALLS)
     for more in ((), ("--chat_template_kwargs", "brief=true")):
         rendering = Rendering({"brief": True} if more else {})
-        pairs = prepare_pairs(
-            read_source(str(data), "train"), Tokeniser(tokenizer, Lengths(900, 800), 1, rendering)
-        )
+        pairs = prepare_pairs(read_source(str(data), "train"), Tokeniser(tokenizer, Lengths(900, 800), 1, rendering))
         assert isinstance(pairs, PairDataset)
         assert asked_by_generate(monkeypatch, chat_folder, data, *more) == [pair.prompt_ids for pair in pairs][:5]
     closed = tmp_path / "asks.jinja"  # asks with a thought that answers lack: training takes the prompt before them

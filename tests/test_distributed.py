@@ -1,4 +1,4 @@
-"""One run, however it is shared: processes, accumulation and sharding give one trajectory, and nothing counts twice."""
+"""Processes, accumulation and sharding give the trajectory of one process, and no pair counts twice."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ LORA = ("--use_peft", "--lora_r", 4)
 
 @dataclass(frozen=True)
 class Way:
-    """How a run is shared; every way takes 8 pairs a step.
+    """How a run is distributed; every way takes 8 pairs a step.
 
     Attributes:
-        processes: How many.
+        processes: Number of processes.
         micro: Pairs of a micro-batch of one process.
         accumulation: Micro-batches of a step.
-        engine: What ``--accelerate_config`` names, if anything.
+        engine: The value of ``--accelerate_config``, or empty.
         options: Further options.
     """
 
@@ -63,7 +63,7 @@ WAYS = {
     "zero2": Way(2, 4, engine="zero2"),
     "zero3": Way(2, 4, engine="zero3"),
 }
-"""All weights are trained, against a frozen reference where nothing else is said."""
+"""All weights are trained, against a frozen reference unless the options name another."""
 ADAPTED = {
     "frozen": Way(options=(*LORA, "--reference", "frozen")),
     "adapter_off": Way(options=LORA),
@@ -77,7 +77,7 @@ ADAPTED = {
 
 @dataclass(frozen=True)
 class World:
-    """What a run starts from: a model's folder, and pairs to train on and to hold out."""
+    """The inputs of a run: a model's folder, training pairs and held-out pairs."""
 
     model: Path
     train: Path
@@ -92,7 +92,7 @@ def odd_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, odd_pairs: Path) -> World:
-    """Stories260k on dialogues of Anthropic HH where they are at hand, else the small world; both of odd counts."""
+    """Stories260k on dialogues of Anthropic HH where they are available, else a small model; both of odd counts."""
     if not (SHARED / "data").is_dir():
         return World(model_folder, odd_pairs, odd_pairs)
     dialogues = write_dialogues(SHARED, tmp_path_factory.mktemp("world") / "hh", 59, 11)
@@ -123,7 +123,11 @@ def run(way: Way, world: World, out: Path, *options: object) -> str:
 
 
 def _zero3_of_small_weights(folder: Path) -> str:
+<<<<<<< HEAD
     """ZeRO stage 3 that distributes every weight; by itself it leaves those of fewer than 100,000 numbers whole."""
+=======
+    """ZeRO stage 3 that shards every weight; by default it replicates those of fewer than 100,000 numbers."""
+>>>>>>> safety2
     settings, file = folder / "zero3.json", folder / "zero3.yaml"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -134,7 +138,7 @@ def _zero3_of_small_weights(folder: Path) -> str:
 
 
 class Runs:
-    """The runs of one world, each made when it is first asked for."""
+    """The runs of one world, each started when it is first used."""
 
     def __init__(self, world: World, folder: Path, ways: dict[str, Way], *options: object) -> None:
         self.world, self.folder, self.ways, self.options = world, folder, ways, options
@@ -169,7 +173,7 @@ def first_steps(tmp_path_factory: pytest.TempPathFactory, world: World) -> Runs:
 
 
 def assert_same_trajectory(ours: Path, theirs: Path, end: Callable[[Path], Weights] = weights) -> None:
-    """Loss, gradient norm and every metric of every step and of the evaluation, then the weights."""
+    """Compares loss, gradient norm and metrics of every step and of the evaluation, then the weights."""
     logs, expected = history(ours), history(theirs)
     assert len(logs) == len(expected) == 31
     for log, other in zip(logs, expected, strict=True):
@@ -185,14 +189,14 @@ def assert_same_trajectory(ours: Path, theirs: Path, end: Callable[[Path], Weigh
 
 
 def assert_close(ours: Weights, theirs: Weights, tolerance: float) -> None:
-    """Every tensor, to a part of its largest entry."""
+    """Compares every tensor, with a tolerance relative to its largest entry."""
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=tolerance * tensor.abs().max().item(), msg=name)
 
 
 def ways(*quick: str, slow: tuple[str, ...] = ()) -> list[Any]:
-    """Parameters; starting processes takes seconds, so what others all but show is left out unless asked for."""
+    """Returns parameters; processes start slowly, so ways that others nearly cover run only with ``-m slow``."""
     return [*quick, *(pytest.param(way, marks=pytest.mark.slow) for way in slow)]
 
 
@@ -204,7 +208,7 @@ def test_the_trajectory_is_that_of_one_process(trajectories: Runs, way: str) -> 
     assert_same_trajectory(trajectories[way], trajectories["one"])
 
 
-def test_the_trajectory_goes_somewhere(trajectories: Runs) -> None:
+def test_training_moves_the_weights_and_starts_at_log_2(trajectories: Runs) -> None:
     start, end = weights(trajectories.world.model), weights(trajectories["one"])
     assert (end["model.norm.weight"] - start["model.norm.weight"]).abs().max() > 100 * WEIGHTS
     losses = [log["loss"] for log in history(trajectories["one"]) if "loss" in log]
@@ -213,7 +217,7 @@ def test_the_trajectory_goes_somewhere(trajectories: Runs) -> None:
 
 @pytest.mark.parametrize("way", ways("accumulated 4", "cached", "ddp", "fsdp2", slow=("zero2", "zero3")))
 def test_the_gradient_of_the_first_step_is_that_of_one_process(first_steps: Runs, way: str) -> None:
-    """Tensor by tensor, as far as the weights it was added to do not round it."""
+    """Tensor by tensor, up to the rounding of the weights the gradient was added to."""
     start, ours, theirs = (weights(f) for f in (first_steps.world.model, first_steps[way], first_steps["one"]))
     for name, weight in start.items():
         gradient = (weight.double() - theirs[name].double()).abs().max().item()
@@ -225,7 +229,7 @@ def test_the_gradient_of_the_first_step_is_that_of_one_process(first_steps: Runs
 @pytest.mark.parametrize(
     "way", ways("adapter_off", "cached", "adapter_off, ddp", "adapter_off, fsdp2", slow=("adapter_off, zero3",))
 )
-def test_the_adapters_trajectory_is_that_against_a_frozen_copy_of_its_base(adapted: Runs, way: str) -> None:
+def test_the_adapters_trajectory_equals_that_with_a_frozen_copy_of_its_base(adapted: Runs, way: str) -> None:
     assert_same_trajectory(adapted[way], adapted["frozen"], adapter_weights)
 
 
@@ -235,13 +239,13 @@ def test_weights_really_are_sharded(trajectories: Runs, engine: str) -> None:
     _ = trajectories[engine]
     shares = re.search(r"weights: sharded, ([\d,]+) of ([\d,]+) in this process", trajectories.outputs[engine])
     assert shares is not None
-    own, whole = (int(number.replace(",", "")) for number in shares.groups())
-    assert own < 0.55 * whole
-    assert whole == sum(tensor.numel() for tensor in weights(trajectories.world.model).values())
+    local, total = (int(number.replace(",", "")) for number in shares.groups())
+    assert local < 0.55 * total
+    assert total == sum(tensor.numel() for tensor in weights(trajectories.world.model).values())
 
 
 @pytest.mark.parametrize("way", ways("fsdp2", slow=("zero2", "zero3")))
-def test_in_mixed_precision_policy_and_reference_begin_equal(world: World, tmp_path: Path, way: str) -> None:
+def test_in_mixed_precision_policy_and_reference_start_equal(world: World, tmp_path: Path, way: str) -> None:
     """These engines make the policy's weights bf16, so the reference's have to be too; and the loss is not rounded."""
     run(WAYS[way], world, tmp_path / "out", "--max_steps", 1, "--bf16")
     (log,) = [log for log in history(tmp_path / "out") if "loss" in log]
@@ -263,14 +267,14 @@ def test_an_evaluation_counts_every_pair_once(trajectories: Runs) -> None:
 
 def test_fewer_pairs_than_processes(tmp_path: Path, model_folder: Path) -> None:
     data = write_jsonl(tmp_path / "one.jsonl", preference_rows(1))
-    lonely = World(model_folder, data, data)
+    single = World(model_folder, data, data)
     for name in ("one", "ddp"):
-        run(WAYS[name], lonely, tmp_path / name, "--max_steps", 2, "--learning_rate", 0.05)
+        run(WAYS[name], single, tmp_path / name, "--max_steps", 2, "--learning_rate", 0.05)
     assert_close(weights(tmp_path / "ddp"), weights(tmp_path / "one"), WEIGHTS)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero3"])
-def test_what_several_processes_save_loads_as_any_model(trajectories: Runs, way: str) -> None:
+def test_a_model_saved_by_several_processes_loads(trajectories: Runs, way: str) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     logits = [AutoModelForCausalLM.from_pretrained(trajectories[name])(input_ids=ids).logits for name in ("one", way)]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
@@ -280,16 +284,16 @@ def test_what_several_processes_save_loads_as_any_model(trajectories: Runs, way:
 def test_a_sharded_run_resumes_bit_for_bit(world: World, tmp_path: Path, way: str) -> None:
     options = ["--optim", "adamw_torch", "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3]
     options += ["--eval_dataset_name", world.held_out]
-    run(WAYS[way], world, tmp_path / "whole", *options)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "parts" / "checkpoint-3")
-    run(WAYS[way], world, tmp_path / "parts", *options, "--resume")
-    ends = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    run(WAYS[way], world, tmp_path / "uninterrupted", *options)
+    shutil.copytree(tmp_path / "uninterrupted" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    run(WAYS[way], world, tmp_path / "resumed", *options, "--resume")
+    ends = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("uninterrupted", "resumed")]
     assert ends[0] == ends[1]
-    assert history(tmp_path / "whole") == history(tmp_path / "parts")
+    assert history(tmp_path / "uninterrupted") == history(tmp_path / "resumed")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_what_accelerate_launch_makes_of_it(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_sets_the_environment_of_accelerate_launch(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 

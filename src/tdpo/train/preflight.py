@@ -53,7 +53,7 @@ def check_arguments(args: RunOptions, held_out: bool) -> None:
 
 
 def check_trainer(trainer: Any, sharded: bool) -> None:
-    """Refuses a run that would fail, or prove to be without effect, at its end; adds the end token of the responses.
+    """Refuses a run that would fail, or turn out to be without effect, at its end; adds the end token of the responses.
 
     Args:
         trainer: A :class:`~tdpo.train.base.BatchMeanTrainer`.
