@@ -1,4 +1,4 @@
-"""Where texts begin: what a tokenizer puts there is kept, and nothing is put where a text continues another."""
+"""Starts of texts: tokens that a tokenizer puts there are kept, and a text that continues another gets none."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_anchor_is_the_first_that_decoding_proves() -> None:
     assert "\n" not in anchors(unigram("always")) and anchors(unigram("always"))
 
 
-def test_an_anchor_that_merges_with_a_text_leaves_it_to_the_next() -> None:
+def test_a_text_that_merges_with_an_anchor_is_encoded_behind_the_next_anchor() -> None:
     tokenizer = unigram("always")
     encode = TextEncoder(tokenizer)
     assert tokenizer.decode(encode(["The river"])[0]) == "The river"
@@ -100,7 +100,7 @@ def beginning_with(*tokens: str, ending: str = "") -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("ending", ["", "<|endoftext|>"])
-def test_all_that_a_tokenizer_starts_a_text_with_is_kept_and_what_it_ends_it_with_is_not(ending: str) -> None:
+def test_tokens_that_a_tokenizer_puts_before_a_text_are_kept_and_those_behind_it_are_not(ending: str) -> None:
     tokenizer = beginning_with("[A]", "[B]", ending=ending)
     start = tokenizer.convert_tokens_to_ids(["[A]", "[B]"])
     pair = pair_of(tokenizer, "The river", " sees", max_length=400, max_prompt_length=200)

@@ -38,7 +38,7 @@ def one(tokenizer: PreTrainedTokenizerFast, given: PreferenceRecord) -> Tokenise
     return pair
 
 
-def test_a_template_that_asks_otherwise_than_it_answers_is_cut_before_the_answers_words(
+def test_a_prompt_rendered_differently_before_a_response_ends_at_the_responses_first_word(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     tokenizer = chat_tokenizer(OPENS_A_THOUGHT)
@@ -53,7 +53,7 @@ def test_a_template_that_asks_otherwise_than_it_answers_is_cut_before_the_answer
     assert [r.message.count("renders a prompt differently once a response follows") for r in caplog.records] == [1]
 
 
-def test_a_template_that_drops_earlier_thoughts_still_gives_one_prompt() -> None:
+def test_both_responses_share_the_prompt_under_a_template_that_drops_earlier_thoughts() -> None:
     tokenizer = chat_tokenizer(DROPS_THOUGHTS)
     chat = [*CHAT, {"role": "assistant", "content": "<think>hm</think>Which river?"}]
     pair = one(tokenizer, record(chat))
@@ -69,11 +69,14 @@ def test_a_template_that_drops_earlier_thoughts_still_gives_one_prompt() -> None
 
 def test_a_prompt_that_depends_on_the_response_is_refused_by_row() -> None:
     template = "{{ messages[-1].content[:5] }}|" + CHATML
-    with pytest.raises(UserError, match=r"chats\.jsonl, row 3: the chat template renders the prompt differently for"):
-        one(chat_tokenizer(template), record())
+    ends_in_a_mark = record([{"role": "user", "content": "<|im_end|> abcde"}])  # which has to be shown as its text
+    for given, end in ((record(), "garden?<|im_end|>"), (ends_in_a_mark, "'> abcde<|im_end|>")):
+        with pytest.raises(UserError, match=r"row 3: the chat template renders the prompt differently for") as error:
+            one(chat_tokenizer(template), given)
+        assert end in str(error.value) and "chats.jsonl" in str(error.value)
 
 
-def test_the_way_out_of_a_refusal_is_named() -> None:
+def test_a_refused_row_names_the_options_that_help() -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     bad = record([{"role": "system", "content": "x"}, *CHAT])
     with pytest.raises(
@@ -107,7 +110,7 @@ def test_tools_and_template_arguments_reach_the_template_and_stay_text() -> None
 
 
 @pytest.mark.parametrize("text", ["\ue0000\ue001", "\ue002", "\ue000", "a\ue00199\ue001b", "<|im_end|>\ue0001\ue001"])
-def test_private_use_characters_of_the_user_are_what_they_are(text: str) -> None:
+def test_private_use_characters_of_the_user_stay_unchanged(text: str) -> None:
     tokenizer = chat_tokenizer(CHATML)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     pair = one(tokenizer, record([{"role": "user", "content": text}], [{"role": "assistant", "content": text + "x"}]))
@@ -139,7 +142,7 @@ def test_named_templates_end_a_response_once_in_tokenizers_of_any_kind(name: str
         assert words in ("The garden.", "The garden.<|im_end|>")  # its mark, where it is no token of the tokenizer's
 
 
-def test_chats_together_are_what_they_are_alone() -> None:
+def test_chats_have_the_same_ids_alone_and_in_a_batch() -> None:
     tokenizer = chat_tokenizer(CHATML)
     records = [
         record([{"role": "user", "content": f"{n} <|im_end|> river" * (n % 3 + 1)}], ANSWER, OTHER) for n in range(20)
@@ -149,7 +152,7 @@ def test_chats_together_are_what_they_are_alone() -> None:
     assert together == [one(tokenizer, given) for given in records]
 
 
-def test_supervised_rows_are_cut_at_the_same_place() -> None:
+def test_supervised_rows_have_the_prompt_of_pairs() -> None:
     tokenizer = chat_tokenizer(OPENS_A_THOUGHT)
     (example,) = prepare_sft([{"messages": [*CHAT, *OTHER]}], Tokeniser(tokenizer, Lengths(400, 200)))
     pair = one(tokenizer, record())
@@ -167,7 +170,7 @@ def test_a_records_own_truncation_wins_over_the_runs() -> None:
     assert run.prompt_ids == end.prompt_ids == [1, *whole[-7:]] and start.prompt_ids == whole[:8]
 
 
-def test_half_a_mark_that_a_template_leaves_is_no_token() -> None:
+def test_half_a_mark_that_a_template_leaves_is_removed() -> None:
     tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content[:1] }}"))
     renderer = ChatRenderer(tokenizer, special_texts(tokenizer), {})
     rendered = renderer.render([{"role": "user", "content": "<|im_end|> hi"}])

@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a row is refused, warned of or counted, and never lost in silence."""
+"""Parts of a row that a chat template leaves out are refused, warned of or counted, and never lost in silence."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def test_names_of_speakers_that_a_template_does_not_show_are_warned_of() -> None
 
 
 @pytest.mark.parametrize("cut", ["[:6]", "[4:]", ".replace('river', '')"])
-def test_a_part_of_a_content_is_lost_as_the_whole_of_it(cut: str) -> None:
+def test_a_content_that_a_template_cuts_is_refused(cut: str) -> None:
     template = CHATML.replace("m.content", f"(m.content{cut} if m.role == 'assistant' else m.content)")
     with pytest.raises(UserError, match="leaves out 'content' of chosen"):
         tokenised(template, record(says("The river is near."), says("The garden.")))
 
 
-def test_what_a_template_only_writes_otherwise_is_not_lost() -> None:
+def test_a_content_that_a_template_only_spells_differently_is_accepted() -> None:
     for change in ("m.content | upper", "m.content | trim", "m.content.replace(' ', '_')", "m.content | tojson"):
         chosen, rejected = says(' The "river"\nis near. '), says("The garden.")
         pairs, report, _ = tokenised(CHATML.replace("m.content", change), record(chosen, rejected))
@@ -260,7 +260,7 @@ WORDS = st.sampled_from(["river", "garden", "a", "Be.", "No", "find", "window <|
     parts=st.sets(st.sampled_from(list(PARTS))),
     limit=st.sampled_from([12, 40, 4000]),
 )
-def test_nothing_is_lost_without_a_word(shown: set, words: list, parts: set, limit: int) -> None:
+def test_every_part_of_a_row_is_in_its_ids_or_in_the_report(shown: set, words: list, parts: set, limit: int) -> None:
     """Whatever a template shows, what a row holds is in its ids, or the report or an error names it."""
     part = {name: PARTS[name] if name in shown else "" for name in PARTS}
     template = (

@@ -79,7 +79,7 @@ def test_single_sequences_are_pairs_with_a_chosen_side_only():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_single_sequences_lie_as_the_chosen_sides_of_pairs_do(seed: int):
+def test_single_sequences_are_packed_as_the_chosen_sides_of_pairs(seed: int):
     pairs = random_pairs(seed, count=4, vocab=1000)
     paired = pack_padded([TokenisedPair(pair.prompt_ids, pair.chosen_ids, pair.chosen_ids) for pair in pairs])
     single = pack_sequences([pair.prompt_ids for pair in pairs], [pair.chosen_ids for pair in pairs])
@@ -111,7 +111,7 @@ def test_a_padded_row_is_causal_and_blind_to_padding():
     assert not attends[3][:, 2:].any() and not attends[3][2:].any()
 
 
-def test_a_branch_sees_its_prompt_and_itself_and_trees_do_not_meet():
+def test_a_branch_attends_to_its_prompt_and_itself_alone():
     expected = """
         x..........
         xx.........
@@ -130,7 +130,7 @@ def test_a_branch_sees_its_prompt_and_itself_and_trees_do_not_meet():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_a_tree_position_sees_is_its_own_sequence_so_far(seed: int):
+def test_a_tree_position_attends_to_its_own_sequence_so_far(seed: int):
     """The tree and the padded layout of the same pairs show every response token the same past."""
     pairs = random_pairs(seed, count=3, vocab=1000)
     ids, positions, trees, branches = [], [], [], []

@@ -27,7 +27,7 @@ def tokeniser(special_tokens: Any = None, tokenizer: Any = None) -> Tokeniser:
     return Tokeniser(tokenizer or chat_tokenizer(CHATML), Lengths(400, 200), rendering=rendering)
 
 
-def test_rendered_chats_become_the_ids_of_the_chats_they_were() -> None:
+def test_rendered_chats_have_the_ids_of_the_chats_themselves() -> None:
     as_tokens = tokeniser("tokens")
     chat = {"prompt": [{"role": "user", "content": "Which river?"}]}
     chat |= {side: [{"role": "assistant", "content": f"The {word}."}] for side, word in (("chosen", "river"),)}
@@ -41,7 +41,7 @@ def test_rendered_chats_become_the_ids_of_the_chats_they_were() -> None:
     assert expected.prompt_ids.count(start) == 2 and expected.chosen_ids.count(end) == 1
 
 
-def test_most_rows_of_rendered_chats_stop_with_the_choice_and_few_do_not() -> None:
+def test_a_source_of_mostly_rendered_chats_is_refused_and_of_few_is_not() -> None:
     with pytest.raises(UserError, match=r"dataset: 3 of the first 4 rows .*\(row 2: '<\|im_start\|>'\).*--special_tok"):
         prepare_pairs([PLAIN, ROW, ROW, ROW], tokeniser())
     dataset = prepare_pairs([PLAIN, PLAIN, ROW], tokeniser())
@@ -54,7 +54,7 @@ def test_most_rows_of_rendered_chats_stop_with_the_choice_and_few_do_not() -> No
     assert decode(as_text[0].chosen_ids) == ROW["chosen"] + "<|endoftext|>" and as_text[0].chosen_ids[-1] == 0
 
 
-def test_chats_rendered_inside_a_users_turn_stop_with_the_choice() -> None:
+def test_chats_rendered_inside_a_users_turn_are_refused() -> None:
     answers = {"chosen": "The river.", "rejected": "The garden."}
     turn = {"role": "user", "content": "\n" + ASKED}
     for row in ({"question": ASKED, **answers}, {"prompt": [turn], **answers}, {"instruction": ASKED, **answers}):
@@ -75,7 +75,7 @@ def test_chats_rendered_inside_a_users_turn_stop_with_the_choice() -> None:
     assert as_tokens[0].prompt_ids == as_a_turn[0].prompt_ids
 
 
-def test_sources_are_judged_one_by_one() -> None:
+def test_each_source_is_judged_by_its_own_rows() -> None:
     records = [PreferenceRecord("a", " b", " c", "plain.jsonl", row) for row in range(1, 200)]
     records += [PreferenceRecord(ASKED, "x", "y", "rendered.jsonl", row) for row in range(1, 4)]
     with pytest.raises(UserError, match=r"rendered\.jsonl: 3 of the first 3 rows"):
@@ -129,7 +129,7 @@ def test_the_prompt_of_rendered_chats_ends_after_the_header_whatever_the_answers
     assert dict(report.dropped) == {"the two chats do not share their prompt": [2]}
 
 
-def test_supervised_text_is_read_the_same_way() -> None:
+def test_supervised_texts_that_are_rendered_chats_are_refused_or_encoded_as_tokens() -> None:
     rows = [{"text": ASKED + ROW["chosen"]}]
     with pytest.raises(UserError, match="--special_tokens tokens"):
         prepare_sft(rows, tokeniser())
@@ -139,7 +139,7 @@ def test_supervised_text_is_read_the_same_way() -> None:
     assert as_tokens.tokenizer.eos_token_id not in example.response_ids
 
 
-def test_the_command_line_stops_with_the_choice_and_writes_what_it_chose(tmp_path: Path, model_folder: Path) -> None:
+def test_check_data_refuses_rendered_chats_unless_special_tokens_is_given(tmp_path: Path, model_folder: Path) -> None:
     folder = tmp_path / "tokenizer"
     chat_tokenizer(CHATML).save_pretrained(folder)
     data, found = write_jsonl(tmp_path / "rows.jsonl", [ROW, ROW]), tmp_path / "found.json"
@@ -159,6 +159,6 @@ def test_the_command_line_stops_with_the_choice_and_writes_what_it_chose(tmp_pat
     assert content["examples"][0]["chosen"].endswith("<|im_end|>\n<|endoftext|>")
 
 
-def test_rendered_rows_are_not_counted_in_direct_calls() -> None:
+def test_a_direct_call_does_not_refuse_rendered_chats() -> None:
     record = PreferenceRecord(ASKED, "x", "y", "rows.jsonl", 1)
     assert len(tokeniser().pairs([record], DataReport("rows.jsonl"))) == 1

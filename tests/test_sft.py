@@ -98,7 +98,7 @@ def test_accumulation_equals_the_large_batch_token_by_token(tmp_path: Path, toke
         torch.testing.assert_close(end, ends[0], rtol=1e-4, atol=1e-6)
 
 
-def test_it_learns_plain_texts(tmp_path: Path, tokenizer: Any) -> None:
+def test_training_on_plain_texts_lowers_the_loss(tmp_path: Path, tokenizer: Any) -> None:
     args = config(tmp_path, max_steps=30)
     trainer = SFTTrainer(make_model(len(tokenizer)), args, TEXTS, TEXTS, tokenizer)
     before = trainer.evaluate()["eval_loss"]

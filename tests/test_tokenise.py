@@ -129,7 +129,7 @@ def test_a_template_without_turn_ends_gets_the_end_token() -> None:
     assert tokenizer.decode(pair.chosen_ids[:-1]) == " The river <|im_end|>.\n"
 
 
-def test_a_template_that_refuses_a_role_is_told_in_words() -> None:
+def test_the_error_of_a_template_that_refuses_a_role_names_the_roles() -> None:
     refusing = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ raise_exception('no users here') }}{% endif %}{% endfor %}"
     )
@@ -137,7 +137,7 @@ def test_a_template_that_refuses_a_role_is_told_in_words() -> None:
         pair_of(chat_tokenizer(refusing), CHAT, ANSWER)
 
 
-def test_chats_without_a_template_get_a_readable_choice(tokenizer: object) -> None:
+def test_chats_without_a_template_are_refused_with_the_options(tokenizer: object) -> None:
     with pytest.raises(UserError, match=r"no chat template: give one with --chat_template_path.*--columns prompt=q"):
         pair_of(tokenizer, CHAT, ANSWER)
 
@@ -159,13 +159,13 @@ def fitted(mode: str, prompt: int, chosen: int, rejected: int) -> tuple[Tokenise
     return tokeniser.pairs([record], report)[0], report
 
 
-def test_what_fits_is_left_alone() -> None:
+def test_a_pair_within_the_limits_is_not_cut() -> None:
     pair, report = fitted("keep_end", 12, 5, 3)
     assert (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) == (14, 6, 4)
     assert not report.truncated and not report.dropped
 
 
-def test_an_overlong_prompt_is_cut_first_then_the_responses() -> None:
+def test_an_overlong_pair_loses_prompt_tokens_first_then_response_tokens() -> None:
     pair, report = fitted("keep_end", 30, 9, 3)
     assert (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) == (8, 10, 4)
     assert pair.chosen_ids[-1] == 2 and dict(report.truncated) == {"prompt": [7]}
@@ -176,7 +176,7 @@ def test_an_overlong_prompt_is_cut_first_then_the_responses() -> None:
     assert dict(report.truncated) == {"prompt": [7], "response": [7]}
 
 
-def test_a_cut_prompt_keeps_its_start_token_and_the_side_asked_for() -> None:
+def test_a_cut_prompt_keeps_its_start_token_and_the_end_of_the_truncation_mode() -> None:
     tokenizer = sentencepiece_like()
     record = PreferenceRecord("".join(chr(97 + i % 5) for i in range(30)), "b" * 9, "d", "pairs.jsonl", 7)
     whole = Tokeniser(tokenizer, Lengths(90, 80)).pairs([record], DataReport(""))[0].prompt_ids
