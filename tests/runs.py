@@ -23,11 +23,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def environment(**more: str) -> dict[str, str]:
-<<<<<<< HEAD
-    """Returns the environment of the tests, on one thread, with this project's sources and no accelerator."""
-=======
     """Returns the environment of the tests, on one thread, with this project's sources and no GPU."""
->>>>>>> safety2
     path = filter(None, [str(REPOSITORY / "src"), more.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH")])
     more["PYTHONPATH"] = os.pathsep.join(path)
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
@@ -52,11 +48,7 @@ def start(words: list[str], processes: int = 1, **more: str) -> subprocess.Popen
 
 
 def finish(run: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
-<<<<<<< HEAD
-    """Returns the exit code and the output of a run; one that hangs fails the test."""
-=======
     """Waits for a run and returns its exit code and its output; one that hangs fails the test."""
->>>>>>> safety2
     try:
         output, _ = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -66,23 +58,14 @@ def finish(run: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
 
 
 def completed(words: list[str], processes: int = 1, timeout: float = 60, **more: str) -> str:
-<<<<<<< HEAD
-    """Runs a command that has to succeed."""
-=======
     """Runs a command that has to succeed and returns its output."""
->>>>>>> safety2
     code, output = finish(start(words, processes, **more), timeout)
     assert code == 0, output[-3000:]
     return output
 
 
-<<<<<<< HEAD
-def wait_for(happened: Callable[[], Any], run: subprocess.Popen[str], timeout: float = 60) -> None:
-    """Waits until something has happened in a run."""
-=======
 def wait_for(condition: Callable[[], Any], run: subprocess.Popen[str], timeout: float = 60) -> None:
     """Waits until a condition holds; a run that ends before, or takes too long, fails the test."""
->>>>>>> safety2
     end = time.monotonic() + timeout
     while not condition():
         if run.poll() is not None or time.monotonic() > end:
@@ -98,20 +81,12 @@ def interrupted(run: subprocess.Popen[str], number: signal.Signals) -> tuple[int
 
 
 def weights(folder: Path) -> Weights:
-<<<<<<< HEAD
-    """Loads the saved weights."""
-=======
     """Reads the saved weights of a model."""
->>>>>>> safety2
     return load_file(folder / "model.safetensors")
 
 
 def adapter_weights(folder: Path) -> Weights:
-<<<<<<< HEAD
-    """Loads the saved weights of an adapter."""
-=======
     """Reads the saved weights of an adapter."""
->>>>>>> safety2
     return load_file(folder / "adapter_model.safetensors")
 
 

@@ -123,11 +123,7 @@ def run(way: Way, world: World, out: Path, *options: object) -> str:
 
 
 def _zero3_of_small_weights(folder: Path) -> str:
-<<<<<<< HEAD
-    """ZeRO stage 3 that distributes every weight; by itself it leaves those of fewer than 100,000 numbers whole."""
-=======
     """ZeRO stage 3 that shards every weight; by default it replicates those of fewer than 100,000 numbers."""
->>>>>>> safety2
     settings, file = folder / "zero3.json", folder / "zero3.yaml"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
