@@ -30,7 +30,7 @@ INTERRUPTED = 130
 
 
 def usage() -> str:
-    """What ``tdpo --help`` prints."""
+    """Returns what ``tdpo --help`` prints."""
     commands = "\n".join(f"  {name:<15} {summary}" for name, summary in COMMANDS.items())
     return (
         f"tdpo {__version__}: token-level direct preference optimization of language models\n\n"
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> int:
-    """What ``tdpo`` runs: :func:`main`, and then the end of the group of processes this one may be in.
+    """Runs :func:`main`, then ends the process group that this process may be in.
 
     A thread of gloo's may still hold the tensors of the last collective, and needs Python's lock to let go of them. If
     the interpreter is ending by then it aborts, and a finished run looks like a failed one; so it gets the lock here.

@@ -66,7 +66,7 @@ class GenerateOptions(FormatOptions, RenderingOptions, SplitOptions):
     )
 
     def sampling(self) -> Sampling:
-        """How responses are drawn."""
+        """Returns how responses are drawn under these options."""
         return Sampling(
             self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.num_samples, self.batch_size, self.seed
         )
@@ -103,7 +103,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
-    """The prompts asked for, as training has them where they come from preference rows.
+    """Returns the requested prompts, encoded as in training where they come from preference rows.
 
     Raises:
         UserError: if there are none, or both kinds are given.
@@ -133,12 +133,12 @@ def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
 
 
 def _question(record: PreferenceRecord) -> tuple[Any, ...]:
-    """What is asked of a model; rows without responses each ask their own."""
+    """Returns the key by which rows ask the same; rows without responses each have their own."""
     return record.prompt, record.tools, record.chat_template_kwargs, None if record.chosen else record.row
 
 
 def _records(options: GenerateOptions, report: DataReport) -> Iterator[PreferenceRecord]:
-    """Records of the dataset; rows without responses, with a column of prompts alone, give records without them."""
+    """Yields records of the dataset; rows that hold prompts alone give records without responses."""
     spec = replace(options.row_spec(), side=options.side(test=True))
     source = open_source(str(options.dataset_name), options.dataset_test_split, options.dataset_config)
     head = list(itertools.islice(source, LOOKED_AT))
@@ -169,7 +169,7 @@ def _renamed(row: SourceRow, spec: RowSpec) -> SourceRow:
 
 
 def _holds_a_pair(row: SourceRow, spec: RowSpec) -> bool:
-    """Whether the row alone makes records; scored completions, one a row, are asked row by row."""
+    """Returns whether the row alone makes records; scored completions, one a row, are asked row by row."""
     name = recognise(_renamed(row, spec).fields, FORMATS)
     return name is not None and FORMATS[name].join is None
 
@@ -197,13 +197,13 @@ def _prompt_ids(tokeniser: Tokeniser, asked: list[Turns], options: GenerateOptio
 
 
 def _padding(model: Any, tokenizer: Any) -> int | None:
-    """The token that fills short prompts; attention never sees it, but the model must have a row for it."""
+    """Returns the token that fills short prompts; attention never sees it, but the model must have a row for it."""
     padding = tokenizer.pad_token_id
     return padding if padding is not None and padding < head_of(model).vocab_size else None
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those the checkpoint names (end of turn)."""
+    """Returns every token that ends a response: the tokenizer's, and those the checkpoint names (end of turn)."""
     named = model.generation_config.eos_token_id
     named = [named] if isinstance(named, int) else list(named or [])
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

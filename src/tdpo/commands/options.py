@@ -56,7 +56,7 @@ class Parser(HfArgumentParser):
             action.type = _or_none(action.type)
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parses; what may be one text or a list of them is a text where it is one."""
+        """Parses words; an option that takes one text or a list of them gets a text where it is one."""
         namespace, rest = super().parse_known_args(*args, **kwargs)
         for name, kinds in self.kinds.items():
             value = getattr(namespace, name, None)
@@ -74,7 +74,7 @@ class Parser(HfArgumentParser):
         raise UserError(f"{message} (tdpo {self.prog.split()[-1]} --help lists the options)")
 
     def format_help(self) -> str:
-        """Every option with its value, meaning and default, in the groups the dataclasses define."""
+        """Returns every option with its value, meaning and default, in the groups the dataclasses define."""
         width = min(shutil.get_terminal_size((110, 20)).columns, 140)
         lines = [
             f"{self.prog}: {self.description}",
@@ -88,7 +88,7 @@ class Parser(HfArgumentParser):
         return "\n".join(lines) + "\n"
 
     def _groups(self) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
-        """Options by the class that defines them last; the user's own questions before transformers' many."""
+        """Returns options by the class that defines them last, those of transformers after all others."""
         known: set[str] = set()
         for dataclass_type in self.dataclass_types:
             fields = {field.name: field for field in dataclasses.fields(dataclass_type)}

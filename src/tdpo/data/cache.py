@@ -71,7 +71,7 @@ class PairCache:
             return in_memory(build)
 
     def _read(self, key: str, quiet: bool = False) -> tuple[PairTable, DataReport] | None:
-        """The entry of a key, or None if there is none or it is damaged."""
+        """Returns the entry of a key, or None if there is none or it is damaged."""
         about, pairs = self._about(key), self._pairs(key)
         if not about.is_file():
             return None
@@ -130,13 +130,13 @@ class PairCache:
 
 
 def in_memory(build: Build) -> tuple[PairTable, DataReport]:
-    """The pairs made and kept in memory."""
+    """Makes the pairs and keeps them in memory."""
     report, batches = build()
     return PairTable(list(batches)), report
 
 
 def cache_key(tokenizer: Any, spec: str, data: str, **options: Any) -> str:
-    """What pairs are found again by: the same on every process and in every run.
+    """Returns the key of pairs in the cache: the same on every process and in every run.
 
     Args:
         tokenizer: The transformers tokenizer, for its special tokens and chat template.
@@ -157,7 +157,7 @@ def cache_key(tokenizer: Any, spec: str, data: str, **options: Any) -> str:
 
 
 def rows_fingerprint(rows: Iterable[Any]) -> str | None:
-    """Fingerprint of rows by their content; None if JSON has no form for it, or code of the user's reads them."""
+    """Hashes rows by their content; None if JSON has no form for it, or a user's function reads them."""
     digest = hashlib.sha256()
     try:
         for spec, group in groups_of(rows):

@@ -99,7 +99,7 @@ class DataCheck:
         return hints
 
     def as_json(self) -> dict[str, Any]:
-        """All of it for ``--json``."""
+        """Returns everything for ``--json``."""
         rows = {
             item.name: getattr(self, item.name)
             for item in dataclasses.fields(self)
@@ -220,7 +220,7 @@ def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[Preferenc
 
 
 def examples(prepared: Prepared, tokeniser: Tokeniser, count: int) -> list[dict[str, Any]]:
-    """The first pairs with ids as they are trained on, and their text with special tokens."""
+    """Returns the first pairs with ids as they are trained on, and their text with special tokens."""
     found = []
     for record, pair in zip(prepared.records[:count], prepared.pairs[:count], strict=True):
         sides = {name: getattr(pair, f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
@@ -232,7 +232,7 @@ def examples(prepared: Prepared, tokeniser: Tokeniser, count: int) -> list[dict[
 
 
 def clean_rows(prepared: Prepared, found: DataCheck) -> list[dict[str, Any]]:
-    """The records of the pairs in the format ``preference``, without those that ``found`` would leave out."""
+    """Returns the pairs as rows of the format ``preference``, without those that ``found`` would leave out."""
     rows = []
     for place, record in enumerate(prepared.records):
         if place not in found.left_out:
@@ -243,13 +243,13 @@ def clean_rows(prepared: Prepared, found: DataCheck) -> list[dict[str, Any]]:
 
 
 def whole(record: PreferenceRecord, tokeniser: Tokeniser) -> TokenisedPair:
-    """A record tokenised without truncation."""
+    """Tokenises a record without truncation."""
     (pair,) = tokeniser.unlimited().pairs([record], DataReport(record.source))
     return pair
 
 
 def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairTable, tokeniser: Tokeniser) -> list[PreferenceRecord]:
-    """The records that became pairs: both are in the order of the source, and some records were dropped between."""
+    """Returns the records that became pairs: both are in the order of the source, some records were dropped between."""
     rows = pairs.rows().tolist()
     made, became = Counter(record.row for record in records), Counter(rows)
 
@@ -264,7 +264,7 @@ def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairTable, tokeniser: 
 
 
 def _whole_lengths(prepared: Prepared, tokeniser: Tokeniser) -> np.ndarray:
-    """``[P, 4]``: lengths as they would be without truncation; only what was cut is tokenised again."""
+    """Computes ``[P, 4]`` lengths without truncation; only what was cut is tokenised again."""
     lengths = prepared.pairs.lengths()
     cut = {row for rows in prepared.report.truncated.values() for row in rows}
     places = [place for place, record in enumerate(prepared.records) if record.row in cut]
@@ -282,20 +282,20 @@ def _without_end(pairs: PairTable, tokeniser: Tokeniser) -> list[int]:
 
 
 def _plain_prompt(record: PreferenceRecord) -> str:
-    """A prompt with all that the template is asked with."""
+    """Returns a prompt with everything that the template receives for it."""
     more = [without_nulls(record.tools), record.chat_template_kwargs]
     return _plain(record.prompt) + (json.dumps(more, sort_keys=True) if any(more) else "")
 
 
 def _plain(text: Text) -> str:
-    """A text, or whole messages, without differences of white space and case."""
+    """Returns a text, or whole messages, without differences of white space and case."""
     if not isinstance(text, str):
         text = "\n".join(f"{message['role']}: {message['content']}{_more_of(message)}" for message in text)
     return " ".join(text.split()).casefold()
 
 
 def _more_of(message: Message) -> str:
-    """What a message holds beside its content, tool calls in one form."""
+    """Returns what a message holds beside its content, tool calls in one form."""
     if len(message) <= 2:
         return ""
     try:

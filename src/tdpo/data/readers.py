@@ -42,7 +42,7 @@ def kind_of(path: Path) -> str:
 
 
 def read_values(path: Path, shown: str | None = None, split: str | None = None) -> Rows:
-    """The values of a file's rows with their numbers from 1, read as they are asked for.
+    """Yields the values of a file's rows with their numbers from 1.
 
     Args:
         path: The file; its suffix says how it is read.
@@ -77,7 +77,7 @@ def read_values(path: Path, shown: str | None = None, split: str | None = None) 
 
 
 def table_values(batches: Iterator[Any]) -> Rows:
-    """Rows of Arrow record batches or tables as objects."""
+    """Yields rows of Arrow record batches or tables as objects."""
     number = 0
     for batch in batches:
         batch.validate(full=True)  # without it offsets that a damaged file holds are followed into foreign memory
@@ -99,7 +99,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed."""
+    """Opens a file's bytes, decompressed."""
     suffix = path.suffix.lower().removeprefix(".")
     if suffix == "zst":
         import pyarrow
@@ -110,7 +110,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(file: IO[bytes], shown: str) -> Iterator[bytes]:
-    """Lines without a byte order mark."""
+    """Yields lines without a byte order mark."""
     for number, line in enumerate(file):
         if number == 0:
             if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:2]:
@@ -131,7 +131,7 @@ def _read_jsonl(file: IO[bytes], shown: str) -> Rows:
 
 
 def _value(line: bytes) -> Any:
-    """The value of one line of JSON, or why there is none."""
+    """Parses one line of JSON; returns the reason as :class:`Unreadable` where it cannot."""
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except json.JSONDecodeError as error:
@@ -143,7 +143,7 @@ def _value(line: bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, unless a key stands in it twice and one of its values would be lost."""
+    """Makes an object, and refuses a repeated key, of whose values one would be lost."""
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -176,7 +176,7 @@ def _read_json(file: IO[bytes], shown: str, split: str | None = None) -> Rows:
 
 
 def _whole(number: int, first: bytes, file: IO[bytes], shown: str, rows_of: Callable[[Any], list[Any]]) -> Rows:
-    """The rows of a file that is one JSON value over several lines, or else an object a line after all.
+    """Yields the rows of a file that is one JSON value over several lines, or else an object a line after all.
 
     Args:
         number: Number of the first line that is not blank.
@@ -246,7 +246,7 @@ def _read_parquet(file: IO[bytes], shown: str) -> Rows:
 
 
 def _read_arrow(file: IO[bytes], shown: str) -> Rows:
-    """An Arrow file, or the stream of one that ``datasets`` writes."""
+    """Reads an Arrow file, or the stream of one that ``datasets`` writes."""
     import pyarrow
 
     seekable = _seekable(file)
@@ -264,7 +264,7 @@ def _read_arrow(file: IO[bytes], shown: str) -> Rows:
 
 
 def _seekable(file: IO[bytes]) -> IO[bytes]:
-    """A file on disk as it is, the content of a compressed one in memory."""
+    """Returns a file on disk as it is, and the content of a compressed one in memory."""
     on_disk = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
     return file if on_disk else io.BytesIO(file.read())
 

@@ -81,7 +81,7 @@ class SFTDataset(ExampleDataset[SFTExample]):
         super().__init__(examples, report)
 
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """Returns the tokens of each example."""
         return [len(example.prompt_ids) + len(example.response_ids) for example in self.examples]
 
 

@@ -400,7 +400,7 @@ def _hub_rows(name: str, split: str, config: str | None) -> Iterator[SourceRow]:
 
 
 def _dataset_rows(loaded: Any, shown: str) -> Iterator[SourceRow]:
-    """Rows of a ``datasets.Dataset``, which stays on disk; its batches are Arrow's, not its own decoded columns."""
+    """Yields rows of a ``datasets.Dataset``, which stays on disk; batches are Arrow's, not its own decoded columns."""
     tables = loaded.with_format("arrow").iter(1000)
     return (_source_row(shown, number, value) for number, value in table_values(tables))
 

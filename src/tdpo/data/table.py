@@ -46,7 +46,7 @@ class PairTable(Sequence[TokenisedPair]):
 
     @classmethod
     def mapped(cls, path: Path) -> PairTable:
-        """The pairs of an Arrow file, mapped into memory.
+        """Maps the pairs of an Arrow file into memory.
 
         Raises:
             OSError: if it cannot be read.
@@ -82,26 +82,26 @@ class PairTable(Sequence[TokenisedPair]):
                 yield _pair(block, place)
 
     def lengths(self) -> np.ndarray:
-        """``[P, 3]`` int64: tokens of prompt, chosen and rejected response of each pair."""
+        """Returns ``[P, 3]`` int64: tokens of prompt, chosen and rejected response of each pair."""
         if not self._blocks:
             return np.zeros((0, len(SIDES)), dtype=np.int64)
         return np.concatenate([np.stack([np.diff(o) for o in block.offsets], 1) for block in self._blocks]).astype(int)
 
     def rows(self) -> np.ndarray:
-        """``[P]`` int64: the source row of each pair."""
+        """Returns ``[P]`` int64: the source row of each pair."""
         return np.concatenate([block.rows for block in self._blocks] or [np.zeros(0, dtype=np.int64)])
 
     def largest_id(self) -> int:
-        """The largest id of all, -1 without any."""
+        """Returns the largest id of all, -1 without any."""
         return max((int(v.max()) for block in self._blocks for v in block.values if v.size), default=-1)
 
     def smallest_id(self) -> int:
-        """The smallest id of all, 0 without any."""
+        """Returns the smallest id of all, 0 without any."""
         return min((int(v.min()) for block in self._blocks for v in block.values if v.size), default=0)
 
 
 def record_batch(pairs: Sequence[TokenisedPair]) -> Any:
-    """Pairs as a record batch of :data:`SCHEMA`."""
+    """Packs pairs into a record batch of :data:`SCHEMA`."""
     columns = []
     for name in SIDES:
         sides: list[list[int]] = [getattr(pair, name) for pair in pairs]

@@ -79,7 +79,7 @@ class Evidence:
 
 
 def explain(text: str) -> list[Evidence]:
-    """Every lexicon word of the text at its first occurrence, with its contribution, in order.
+    """Lists every lexicon word of the text at its first occurrence, with its contribution, in order.
 
     Example:
         >>> explain("The plot was never dull, and the cast was very warm, very warm.")
@@ -95,14 +95,14 @@ def explain(text: str) -> list[Evidence]:
 
 
 def _modifier(clause: list[str]) -> float:
-    """The factor that the words before it in its clause give a lexicon word."""
+    """Returns the factor that the words before it in its clause give a lexicon word."""
     before = clause[-1] if clause else ""
     degree = INTENSIFIED if before in INTENSIFIERS else DIMINISHED if before in DIMINISHERS else 1.0
     return degree * (NEGATED if any(word in NEGATIONS for word in clause[-NEGATION_REACH:]) else 1.0)
 
 
 def reward(text: str) -> float:
-    """Sentiment of a text, strictly between -1 and 1; the rules are at the head of this module.
+    """Scores the sentiment of a text, strictly between -1 and 1; the rules are at the head of this module.
 
     Example:
         >>> round(reward("The music was superb."), 3), round(reward("It was superb, superb, superb."), 3)

@@ -103,7 +103,7 @@ class DemoResult:
         return {"sft": self.sft} | {name: points[-1] for name, points in self.trajectories.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """Every number as plain JSON; a standard error that does not exist is null."""
+        """Returns every number as plain JSON; a standard error that does not exist is null."""
         whole = asdict(self) | {"rows": {name: asdict(point) for name, point in self.rows.items()}}
         return _plain(whole)
 

@@ -102,7 +102,7 @@ class World:
         return self.folder / "sft"
 
     def sampling(self, num_samples: int, seed: int) -> Sampling:
-        """Plain sampling from the model's distribution; ``seed`` is added to the demo's."""
+        """Returns plain sampling from the model's distribution; ``seed`` is added to the demo's."""
         return Sampling(
             max_new_tokens=self.options.max_new_tokens,
             num_samples=num_samples,
@@ -113,7 +113,7 @@ class World:
     def measure(
         self, policy: nn.Module, reference: nn.Module | Reference, step: int, held_out: Mapping[str, float]
     ) -> tuple[Point, list[str]]:
-        """One sample per held-out prompt, with the same seed for every policy, and what the samples say."""
+        """Draws one sample per held-out prompt, with the same seed for every policy, and measures the samples."""
         prompts = self.texts.held_out_prompts
         prompt_ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
         responses = [samples[0] for samples in world.complete(policy, self.tokenizer, prompts, self.sampling(1, 2))]
@@ -181,7 +181,7 @@ def _fine_tune(the_world: World, stages: show.Stages) -> None:
 
 
 def _make_pairs(the_world: World, stages: show.Stages) -> list[dict[str, Any]]:
-    """Training rows; the held-out rows stay with the world."""
+    """Makes training rows; the held-out rows stay with the world."""
     options, texts = the_world.options, the_world.texts
     with stages.stage("preference pairs") as stage:
         sampling = the_world.sampling(options.samples_per_prompt, seed=1)
@@ -212,7 +212,7 @@ def _make_pairs(the_world: World, stages: show.Stages) -> list[dict[str, Any]]:
 
 
 def _measure_reference(the_world: World) -> tuple[Point, list[str]]:
-    """The SFT model against itself: its own reward and entropy, and the zeros everything starts from."""
+    """Measures the SFT model: its reward and entropy, and the zeros every trajectory starts from."""
     sft = the_world.model
     pairs = prepare_pairs(the_world.held_out_rows, Tokeniser(the_world.tokenizer)).pairs
     held_out = evaluate_pairs(sft, sft, pairs, objectives.dpo(the_world.options.beta), EVALUATION_BATCH)
@@ -260,7 +260,7 @@ def _align(
 
 
 def _shared(options: DemoOptions, output_dir: Path) -> dict[str, Any]:
-    """Training arguments that fine-tuning and every objective have in common."""
+    """Returns the training arguments that fine-tuning and every objective have in common."""
     return {
         "output_dir": str(output_dir),
         "seed": options.seed,

@@ -71,7 +71,7 @@ class StageCallback(TrainerCallback):
         self.stage = stage
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One optimizer step further."""
+        """Advances the progress bar by one optimizer step."""
         self.stage.update(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class StageCallback(TrainerCallback):
 
 
 def result_table(rows: Mapping[str, Point]) -> Table:
-    """The models side by side, 80 columns wide; :func:`legend` says what the columns mean."""
+    """Renders the models side by side, 80 columns wide; :func:`legend` explains the columns."""
     table = _table("Measured on held-out prompts and pairs")
     for header in (
         "model", "reward", "KL(pi||\nref)", "entropy", "distinct\n2-grams", "tokens", "accuracy",
@@ -105,7 +105,7 @@ def result_table(rows: Mapping[str, Point]) -> Table:
 
 
 def legend(result: DemoResult) -> str:
-    """What the columns mean, in plain lines."""
+    """Explains the columns, in plain lines."""
     options, pairs = result.options, result.data["held_out_pairs"]
     return (
         f"On {options.held_out_prompts} samples, one a prompt, ± standard errors: reward, the sentiment from -1 to 1 "
@@ -120,7 +120,7 @@ def legend(result: DemoResult) -> str:
 
 
 def plus_minus(estimate: Estimate, digits: int) -> str:
-    """A mean with its standard error.
+    """Formats a mean with its standard error.
 
     Example:
         >>> plus_minus(Estimate(0.2849, 0.0204, 256), 2)
@@ -130,7 +130,7 @@ def plus_minus(estimate: Estimate, digits: int) -> str:
 
 
 def draw(result: DemoResult, path: Path) -> Path:
-    """The demo's figure: every measured point, and the sequential KL on held-out pairs over training."""
+    """Draws the demo's figure: every measured point, and the sequential KL on held-out pairs over training."""
     options = result.options
     figure = overview_figure(
         frontier={name: [_frontier_point(p) for p in points] for name, points in result.trajectories.items()}

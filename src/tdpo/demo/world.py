@@ -118,7 +118,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 96, layers: int = 3) -> LlamaForCausalLM:
-    """A small Llama with random weights and a tied head; the caller's random state is left as it was."""
+    """Builds a small Llama with random weights and a tied head; the caller's random state is left as it was."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -171,7 +171,7 @@ def rank_samples(
 
 
 def every_pair(ranked: Iterable[Ranked], margin: float) -> list[ScoredPair]:
-    """Training pairs as the DPO and TDPO papers make them for IMDb: every two completions of a prompt.
+    """Makes training pairs as the DPO and TDPO papers do for IMDb: of every two completions of a prompt.
 
     Two completions whose rewards differ by less than ``margin`` say nothing and make no pair, so four samples give up
     to six.
@@ -190,7 +190,7 @@ def every_pair(ranked: Iterable[Ranked], margin: float) -> list[ScoredPair]:
 
 
 def extreme_pairs(ranked: Iterable[Ranked], margin: float) -> list[ScoredPair]:
-    """Held-out pairs: the best against the worst completion of each prompt, so that pairs are independent."""
+    """Makes held-out pairs of the best and the worst completion of each prompt, so that pairs are independent."""
     ends = (Ranked(r.prompt, [r.completions[0], r.completions[-1]]) for r in ranked if len(r.completions) > 1)
     return every_pair(ends, margin)
 

@@ -38,7 +38,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
-        """Mean and standard error of ``[S]`` values.
+        """Computes mean and standard error of ``[S]`` values.
 
         Example:
             >>> Estimate.of(torch.tensor([1.0, 2.0, 3.0, 6.0]))
@@ -94,7 +94,7 @@ def measure_samples(
     responses: Sequence[list[int]],
     batch_size: int = 32,
 ) -> Diversity:
-    """Divergence from the reference and diversity of responses that the policy sampled; see :class:`Diversity`.
+    """Measures divergence and diversity of responses that the policy sampled; see :class:`Diversity`.
 
     The mean KL estimates KL(policy || reference) of whole responses without bias when the responses were drawn from
     the policy's own distribution (temperature 1, no top-k, no top-p), up to the length they were cut at. Samples
@@ -125,7 +125,7 @@ def sample_stats(
     responses: Sequence[list[int]],
     batch_size: int = 32,
 ) -> SampleStats:
-    """Per-sample sums of :func:`measure_samples`: one forward pass of each model, never ``[N, V]`` for a large N.
+    """Computes sums per sample with one forward pass of each model, never ``[N, V]`` for a large N.
 
     Raises:
         ValueError: if prompts and responses do not match in number, there are none, or one of them is empty.
@@ -144,7 +144,7 @@ def sample_stats(
 
 
 def _batch_sums(policy: nn.Module, reference: nn.Module | Reference, batch: PackedBatch) -> Tensor:
-    """KL, log-ratio and entropy of each row, ``[3, S]`` on the CPU."""
+    """Computes KL, log-ratio and entropy of each row, ``[3, S]`` on the CPU."""
     hidden, ref_hidden = response_hidden(policy, batch), reference_hidden(reference, batch)
     # The operation gives KL(second || first). Trained against, the reference comes second; here the roles are swapped,
     # so that it is KL(policy || reference) that comes out, and "logp" is the reference's.
@@ -155,7 +155,7 @@ def _batch_sums(policy: nn.Module, reference: nn.Module | Reference, batch: Pack
 
 
 def predictive_entropy(hidden: Hidden, logits_budget: int | None = None) -> Tensor:
-    """Entropy of the next-token distribution at every position, ``[N]`` in nats, in chunks of bounded memory.
+    """Computes the entropy of the next token at every position, ``[N]`` in nats, in chunks of bounded memory.
 
     Args:
         hidden: States ``[N, D]`` and head.
@@ -179,7 +179,7 @@ def predictive_entropy(hidden: Hidden, logits_budget: int | None = None) -> Tens
 
 
 def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
-    """Distinct n-grams over all n-grams of a set of sequences (Li et al. 2016, arXiv 1510.03055).
+    """Computes the share of distinct n-grams of a set of sequences (Li et al. 2016, arXiv 1510.03055).
 
     It falls as a set grows, so compare sets of one size. 0 where no sequence has n items.
 

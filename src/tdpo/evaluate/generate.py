@@ -91,7 +91,7 @@ def sample_ids(
 
 
 def _generate(model: nn.Module, prompts: Sequence[list[int]], config: GenerationConfig) -> list[list[int]]:
-    """One batch, left-padded so that every response starts in the same column."""
+    """Samples one batch, left-padded so that every response starts in the same column."""
     width = max(len(prompt) for prompt in prompts)
     pad = int(config.pad_token_id)
     device = next(model.parameters()).device
@@ -102,7 +102,7 @@ def _generate(model: nn.Module, prompts: Sequence[list[int]], config: Generation
 
 
 def _generation_config(sampling: Sampling, ends: list[int], pad_token_id: int) -> GenerationConfig:
-    """Everything explicit: transformers fills a missing top_k with 50."""
+    """Makes every setting explicit: transformers fills a missing top_k with 50."""
     greedy = sampling.temperature == 0
     drawing: dict[str, Any] = (
         {"do_sample": False}
@@ -145,7 +145,7 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 
 def _until_end(response: list[int], ends: list[int]) -> list[int]:
-    """The ids up to and including the first end token; ``generate`` fills the rest of the row with padding."""
+    """Returns the ids up to and including the first end token; ``generate`` pads the rest of the row."""
     for index, token in enumerate(response):
         if token in ends:
             return response[: index + 1]

@@ -28,7 +28,7 @@ BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
 def counts_table(found: DataCheck, title: str) -> Table:
-    """What became of the rows, and what was found in those that are left."""
+    """Renders counts of rows by what became of them, and what was found in those that are left."""
     report = found.report
     table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("rows", justify="right")
@@ -65,7 +65,7 @@ def counts_table(found: DataCheck, title: str) -> Table:
 
 
 def lengths_table(found: DataCheck) -> Table:
-    """Tokens by percentile."""
+    """Renders tokens by percentile."""
     table = Table(title="tokens, before anything is cut", title_justify="left", title_style="bold", show_edge=False)
     table.add_column("")
     names = {0: "least", 50: "median", 100: "most"}
@@ -105,14 +105,14 @@ def histogram(lengths: np.ndarray, limit: int | None, bars: int = 14, width: int
 
 
 def _edges(low: int, high: int, limit: int, bars: int) -> list[int]:
-    """Round bounds of at most ``bars`` steps from ``low`` to ``high``, the limit among them if it lies between."""
+    """Returns round bounds of at most ``bars`` steps from ``low`` to ``high``, with the limit if it is between."""
     step = next(s for s in (f * 10**e for e in range(10) for f in (1, 2, 5)) if (high - low) // s + 1 <= bars)
     edges = list(range((low - 1) // step * step, high + step, step))
     return sorted({*edges, limit}) if edges[0] < limit < edges[-1] else edges
 
 
 def example(pair: TokenisedPair, uncut: TokenisedPair, tokenizer: Any, title: str) -> Panel:
-    """One pair with its parts marked: what is learnt, what is only read, what was cut, which tokens are special."""
+    """Renders one pair with its parts marked: in the loss, read only, cut, special tokens."""
     bos = _kept_start(pair.prompt_ids, uncut.prompt_ids)
     cut = len(uncut.prompt_ids) - len(pair.prompt_ids)
     prompt = Text()
@@ -134,7 +134,7 @@ def example(pair: TokenisedPair, uncut: TokenisedPair, tokenizer: Any, title: st
 
 
 def legend() -> Text:
-    """What the colours of an example mean."""
+    """Explains the colours of an example."""
     return Text.assemble(
         "examples: ", ("prompt, masked", STYLES["prompt"]), "  ", ("chosen", STYLES["chosen"]), "  ",
         ("rejected", STYLES["rejected"]), "  ", ("special token", STYLES["special"]), "  ", ("cut off", STYLES["cut"]),
@@ -147,7 +147,7 @@ def _heading(name: str, kept: int, cut: int, part: str) -> Text:
 
 
 def _kept_start(kept: Sequence[int], uncut: Sequence[int]) -> int:
-    """Tokens at the beginning of a prompt cut at its beginning that stayed: what the tokenizer starts a text with."""
+    """Counts the tokens that stayed at the beginning of a prompt whose beginning was cut, such as a start token."""
     cut = len(uncut) - len(kept)
     if not cut or list(kept) == list(uncut[cut:]):
         return 0
@@ -155,7 +155,7 @@ def _kept_start(kept: Sequence[int], uncut: Sequence[int]) -> int:
 
 
 def _marked(ids: Sequence[int], tokenizer: Any, part: str) -> Text:
-    """Ids as text in the colour of their part, special tokens in their own."""
+    """Renders ids as text in the colour of their part, special tokens in their own."""
     text = Text()
     for special, run in _runs(ids, tokenizer):
         shown = tokenizer.decode(run, clean_up_tokenization_spaces=False)
@@ -171,7 +171,7 @@ def _cut(ids: Sequence[int], tokenizer: Any) -> Text:
 
 
 def _runs(ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[bool, list[int]]]:
-    """Neighbouring ids that are all special, or all not."""
+    """Groups neighbouring ids that are all special, or all not."""
     known = set(tokenizer.all_special_ids)
     known |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     run: list[int] = []
