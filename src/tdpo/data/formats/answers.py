@@ -163,7 +163,7 @@ def completion_pairs(completions: Sequence[Answer], spec: RowSpec, report: DataR
 
 
 def pairs(answers: Sequence[Answer], spec: RowSpec) -> list[PreferenceRecord]:
-    """Makes pairs of the answers to one prompt: all that differ in score, best and worst, or all that differ by a margin.
+    """Makes pairs of the answers to one prompt: all that differ in score, best and worst, or by a margin.
 
     Args:
         answers: The answers in their order.
