@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdpo import objectives
 from tdpo.data.pack import pack_padded, pack_trees
-from tdpo.models.hidden import _sparse_embedding_gradient
+from tdpo.models.hidden import sparse_embedding_gradient
 from tdpo.score import batch_loss, score_batch
 
 VOCAB = 60
@@ -101,7 +101,7 @@ def test_only_a_plain_lookup_of_a_trained_tied_weight_gets_a_sparse_gradient() -
     table = policy.get_input_embeddings()
 
     def is_sparse() -> bool:
-        with _sparse_embedding_gradient(policy):
+        with sparse_embedding_gradient(policy):
             return policy.get_input_embeddings().sparse
 
     assert is_sparse() and not table.sparse

@@ -16,7 +16,7 @@ from tdpo import ops
 from tdpo.data.dataset import check_fits
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
-from tdpo.models.hidden import response_states
+from tdpo.models.hidden import response_states, sparse_embedding_gradient
 from tdpo.models.modes import known_gap, same_mode
 from tdpo.models.neighbours import laid_out, neighbour_plan
 from tdpo.models.own_loss import RouterLoss, collect_router_logits
@@ -247,7 +247,9 @@ def batch_loss(
     with recording as router_logits:
         with same_mode(policy, live):
             ref_states = live.states(batch)
-        total, outcome, stats, tokens = run_in_head(policy, response_states(policy, batch), loss)
+        with sparse_embedding_gradient(policy):
+            states = response_states(policy, batch)
+        total, outcome, stats, tokens = run_in_head(policy, states, loss)
     scores = _scores(outcome, stats, tokens, batch)
     if router is None:
         return total, scores

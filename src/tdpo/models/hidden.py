@@ -26,7 +26,7 @@ def response_states(model: nn.Module, batch: PackedBatch) -> Tensor:
         # Padded rows are padded at the end and attention is causal: no mask is needed, and the fastest path stays.
         return tree_states(model, rows) if rows.layout == "tree" else body_states(model, input_ids=rows.input_ids)
 
-    with policy_mode(model), _sparse_embedding_gradient(model):
+    with policy_mode(model):
         return sequence_states(model, batch, run)
 
 
@@ -36,7 +36,7 @@ def response_hidden(model: nn.Module, batch: PackedBatch) -> Hidden:
 
 
 @contextmanager
-def _sparse_embedding_gradient(model: nn.Module) -> Iterator[None]:
+def sparse_embedding_gradient(model: nn.Module) -> Iterator[None]:
     """Makes the gradient of an embedding that is also the trained head sparse.
 
     Autograd adds its few rows to the head's gradient then, without a second table ``[V, D]``, which would raise the
