@@ -22,6 +22,10 @@ from tdpo.train.sampling import DUMMY
 from tdpo.train.stopping import StopRequest
 
 
+if not hasattr(Trainer, "_get_grad_norm"):  # where losses are checked; without it they would not be, silently
+    raise ImportError("this version of transformers is not supported: its Trainer computes no gradient norm; use 5.23")
+
+
 class NonFiniteLoss(UserError):
     """The loss of a batch is NaN or infinite. Nothing was updated with it."""
 
