@@ -21,7 +21,6 @@ from tdpo.train.metrics import Sums
 from tdpo.train.sampling import DUMMY
 from tdpo.train.stopping import StopRequest
 
-
 if not hasattr(Trainer, "_get_grad_norm"):  # where losses are checked; without it they would not be, silently
     raise ImportError("this version of transformers is not supported: its Trainer computes no gradient norm; use 5.23")
 
