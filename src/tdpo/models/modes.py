@@ -89,8 +89,8 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
     """Makes policy and reference compute the same in training as long as their weights are equal.
 
     Where training mode still differs from evaluation mode after :func:`prepare_training_mode`, the reference runs in
-    training mode with the policy. If that mode is random, or the reference is read from a cache, the policy stays in
-    evaluation mode instead, where gradients are computed as well.
+    training mode with the policy. If that mode is random although noise is to be switched off, or differs from
+    a cached reference by more than rounding, the policy stays in evaluation mode, where gradients are computed as well.
 
     Args:
         policy: The policy in its adapter, before any wrapper.

@@ -9,8 +9,11 @@ pairs takes two products for the logits of policy and reference, one pass for st
 on ``[P]`` sums for the factors, and one product each for the gradients in hidden states and head. That is 3 products
 with a frozen head and 4 with a trained one, as many as plain autograd takes, with the memory of one group.
 
-A pair too large for a group is taken in blocks. Only a trained head makes that a second pass: its gradient sums over
-rows, whose factors must be known.
+A pair too large for a group is taken in blocks. With a frozen head each row of the states' gradient is scaled later. A
+trained head's gradient is a sum over rows, so the factors must be known first, and the logits are computed twice (the
+reference's only where c is not 0).
+
+The direction here is the negative of the one in docs/algorithm.md.
 
 Shapes: N response tokens, n tokens of one group, P pairs, D hidden width, V vocabulary.
 """
