@@ -109,7 +109,7 @@ def test_mistakes_in_options_are_named(capsys: pytest.CaptureFixture, tmp_path: 
     assert "--objective dpo: dpo has no alpha (tdpo2 does)" in mistake(
         capsys, *start, "--objective", "dpo", "--alpha", "0.5"
     )
-    assert "invalid choice: 'ppo'" in mistake(capsys, *start, "--objective", "ppo")
+    assert "unknown objective 'ppo'; there are: dpo, tdpo1" in mistake(capsys, *start, "--objective", "ppo")
     assert "--model_name_or_path" in mistake(capsys, "train")
     assert "nofile.yaml: No such file" in mistake(capsys, *start, "--config", "nofile.yaml")
     assert "arguments are required: --output_dir" in mistake(capsys, *start[:5])

@@ -21,12 +21,12 @@ def scores(logratios: list[list[float]], kls: list[list[float]], tokens: list[li
     ids = torch.repeat_interleave(torch.arange(2 * pairs), count.flatten())
     none = torch.zeros(0, dtype=torch.int64)
     batch = PackedBatch(none, none, none, none, none, ids, ids, torch.arange(pairs))
-    stats = PairStats(ratio[:, 0], ratio[:, 1], kl[:, 0], kl[:, 1])
-    zero = torch.zeros(len(ids))
     logp = torch.arange(2.0 * pairs).view(-1, 2)
+    stats = PairStats(*(side for both in (ratio, kl, logp, count.float()) for side in both.unbind(1)))
+    zero = torch.zeros(len(ids))
     outcome, token_stats = objectives.tdpo1(0.5)(stats), TokenStats(zero, zero, zero)
     rewards = outcome.chosen_reward, outcome.rejected_reward
-    return PairScores(outcome.loss, *rewards, stats, logp[:, 0], logp[:, 1], token_stats, batch)
+    return PairScores(outcome.loss, *rewards, stats, token_stats, batch)
 
 
 def test_means_are_over_pairs_and_per_token_values_over_tokens() -> None:

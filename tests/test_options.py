@@ -231,7 +231,7 @@ def test_init_kwargs_reach_the_model_and_refuse_what_has_an_option(
 def test_importing_the_options_imports_no_other_stage() -> None:
     code = "import sys, tdpo.config; print(*sorted({m.split('.')[1] for m in sys.modules if m.startswith('tdpo.')}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["config", "errors", "objectives", "types"]
+    assert run.stdout.split() == ["config", "errors", "loading", "objectives", "types"]
 
 
 def test_help_names_every_format_and_template() -> None:

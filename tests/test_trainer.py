@@ -335,8 +335,8 @@ def test_displacement_is_warned_of_once(tmp_path: Path, tokenizer: Any, caplog: 
     ("options", "message"),
     [
         ({"objective": "dpo", "alpha": 0.5}, "--alpha 0.5 contradicts --objective dpo"),
-        ({"objective": "ppo"}, "--objective ppo: there are dpo, tdpo1, tdpo2"),
-        ({"beta": -1.0}, "--beta must be a positive number"),
+        ({"objective": "ppo"}, "unknown objective 'ppo'; there are: dpo, tdpo1, tdpo2"),
+        ({"beta": -1.0}, "beta must be a positive number"),
         ({"max_length": 10, "max_prompt_length": 10}, "--max_length 10 must be larger"),
         ({"truncation_mode": "middle"}, "--truncation_mode middle: there are keep_end, keep_start"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor has no effect"),

@@ -24,6 +24,7 @@ from numeric_worlds import (
     random_pairs,
     tiny_llama,
 )
+from test_objective_family import FAMILY
 from torch import Tensor
 
 import tdpo
@@ -288,6 +289,25 @@ def test_the_fused_loss_is_the_specifications(name: str, parameters: dict, alive
     assert_close_to(*gradients, rtol=1e-4)
 
 
+@pytest.mark.parametrize("alive", [8, 1000], ids=["two_passes_for_the_long_pair", "all_at_once"])
+@pytest.mark.parametrize("objective", FAMILY, ids=str)
+def test_weighted_losses_of_every_objective_are_the_specifications(objective: objectives.Objective, alive: int):
+    problem = on_the_device(head_problem(tokens=sum(LENGTHS), vocab=37, spread=0.7, dtype=torch.float32))
+    weights = 2 * torch.rand(2, sum(LENGTHS), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    weights[0, 1], weights[1, 2], weights[:, 4] = 0, 0, 0
+    results = []
+    for backend in ("triton", "naive"):
+        arguments = problem.labels, LENGTHS, objective, budget_for(alive, 37, torch.float32), backend, weights
+        reference = problem.reference if objective.uses_reference else None
+        total, outcome, _, _ = ops.pair_loss(problem.policy, reference, *arguments)
+        results.append((outcome.loss, torch.autograd.grad(total, problem.leaves)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    assert_close_to(results[0][1], results[1][1], rtol=1e-4)
+    if alive == 1000:
+        (of_states, _) = results[0][1]
+        assert not of_states[4].any() and of_states[3].any()
+
+
 @pytest.mark.parametrize("closeness", [None, 0.02], ids=["far", "near"])
 def test_half_precision_errs_no_more_than_eager_does(closeness: float | None):
     """Truth: float64 on the rounded inputs. Eager: logits in bfloat16, the rest in float32."""
@@ -422,9 +442,10 @@ def compiled(kernel, pointers, sizes, **constants):
     return len(binary.asm["cubin"])
 
 for flag in (True, False):
-    names = "logits", "ref_logits", "labels", "ratios", "columns"
+    names = "logits", "ref_logits", "labels", "ratios", "alone", "columns"
     sizes = "total", "vocab", "stride", "ref_stride"
-    print(compiled(kernels._stats_kernel, names, sizes, WITH_DIRECTION=flag, BLOCK=kernels.MAX_BLOCK))
+    flags = {"WITH_DIRECTION": flag, "WITH_KL_ALONE": flag}
+    print(compiled(kernels._stats_kernel, names, sizes, **flags, BLOCK=kernels.MAX_BLOCK))
     names = "logits", "ref_logits", "labels", "log_zs", "ref_log_zs", "logp_weights", "kl_weights"
     print(compiled(kernels._direction_kernel, names, sizes[1:], WITH_REFERENCE=flag, BLOCK=kernels.MAX_BLOCK))
 """

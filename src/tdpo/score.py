@@ -26,8 +26,7 @@ from tdpo.models.reference import Reference, as_reference, check_comparable
 from tdpo.models.trees import tree_plan
 from tdpo.objectives import Objective
 from tdpo.ops.heads import default_logits_budget
-from tdpo.ops.numerics import sum_pairs, sum_responses
-from tdpo.types import Hidden, PackedBatch, PairLoss, PairStats, TokenisedPair, TokenStats
+from tdpo.types import Hidden, PackedBatch, PairLoss, PairStats, PairTokens, TokenisedPair, TokenStats
 
 LayoutChoice = Literal["auto", "tree", "padded"]
 logger = logging.getLogger("tdpo")
@@ -41,9 +40,7 @@ class PairScores:
         loss: Loss of each pair, ``[P]``.
         chosen_reward: The objective's implicit reward of each chosen response, ``[P]``.
         rejected_reward: The same of each rejected response.
-        stats: Sums over response tokens, ``[P]``, in nats.
-        chosen_logp: ``[P]`` log-probability of the chosen response under the policy, in nats.
-        rejected_logp: ``[P]``, the same of the rejected response.
+        stats: Sums over response tokens, ``[P]``, in nats, without token weights.
         tokens: The token statistics ``[N]`` the sums were made of.
         batch: The layout, with the sequence (``sequence_ids``) and the token (``labels``) of each statistic.
         aux_loss: Load-balancing loss of the policy's routers, a scalar without its coefficient, where it is part of the
@@ -54,16 +51,24 @@ class PairScores:
     chosen_reward: Tensor
     rejected_reward: Tensor
     stats: PairStats
-    chosen_logp: Tensor
-    rejected_logp: Tensor
     tokens: TokenStats
     batch: PackedBatch
     aux_loss: Tensor | None = None
 
+    @property
+    def chosen_logp(self) -> Tensor | None:
+        """``[P]`` log-probability of the chosen response under the policy, in nats."""
+        return self.stats.chosen_logp
+
+    @property
+    def rejected_logp(self) -> Tensor | None:
+        """``[P]`` log-probability of the rejected response under the policy, in nats."""
+        return self.stats.rejected_logp
+
 
 def score_pairs(
     policy: nn.Module,
-    reference: nn.Module | Reference,
+    reference: nn.Module | Reference | None,
     pairs: Sequence[TokenisedPair],
     objective: Objective,
     layout: LayoutChoice = "auto",
@@ -75,7 +80,8 @@ def score_pairs(
         policy: A transformers causal language model. Gradients flow into it when they are on; its training mode is
             left as it is, so call ``policy.eval()`` first where dropout must be off. A reference whose training mode
             is another arithmetic without being random runs in the policy's mode, any other in evaluation mode.
-        reference: A second causal language model with the same vocabulary, or a reference strategy. Never trained.
+        reference: A second causal language model with the same vocabulary, or a reference strategy. Never trained. None
+            for an objective without one (``simpo``); log-ratios and KL are then NaN.
         pairs: P tokenised pairs; all of them run at once.
         objective: One of :mod:`tdpo.objectives`.
         layout: ``"tree"``: every prompt once, proven on both models by a probe; ``"padded"``: one sequence a row;
@@ -96,7 +102,7 @@ def score_pairs(
 
 def pair_loss(
     policy: nn.Module,
-    reference: nn.Module | Reference,
+    reference: nn.Module | Reference | None,
     pairs: Sequence[TokenisedPair],
     objective: Objective,
     layout: LayoutChoice = "auto",
@@ -144,7 +150,7 @@ def pair_loss(
 
 
 def lay_out(
-    policy: nn.Module, reference: nn.Module | Reference, pairs: Sequence[TokenisedPair], layout: LayoutChoice
+    policy: nn.Module, reference: nn.Module | Reference | None, pairs: Sequence[TokenisedPair], layout: LayoutChoice
 ) -> PackedBatch:
     """Checks that pairs and models fit each other, and lays the pairs out on the policy's device.
 
@@ -157,7 +163,7 @@ def lay_out(
     prove_head(policy)
     if isinstance(reference, nn.Module):
         check_comparable(policy, unwrapped(reference))
-    models = [policy, *as_reference(reference).models()]
+    models = [policy, *([] if reference is None else as_reference(reference).models())]
     if policy.training and known_gap(policy).arithmetic:
         for model in models:
             known_gap(model)
@@ -210,7 +216,7 @@ class LogitsBudget:
 
 def batch_loss(
     policy: nn.Module,
-    reference: nn.Module | Reference,
+    reference: nn.Module | Reference | None,
     batch: PackedBatch,
     objective: Objective,
     backend: ops.BackendName = "auto",
@@ -228,29 +234,28 @@ def batch_loss(
         logits_budget: Memory for logits; None for the device's default.
         router: Load-balancing loss of the policy's routers, added to the loss of every pair.
     """
-    live, budget = as_reference(reference), logits_budget or LogitsBudget()
+    live, budget = _live(reference, objective), logits_budget or LogitsBudget()
 
     def loss(states: Tensor) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
-        hidden, ref_hidden = Hidden(states, head_of(policy)), Hidden(ref_states, live.head())
+        hidden, ref_hidden = Hidden(states, head_of(policy)), None if live is None else Hidden(ref_states, live.head())
         compute = partial(ops.pair_loss, hidden, ref_hidden, batch.labels, batch.lengths, objective)
         try:
-            return compute(budget.size, backend=backend)
+            return compute(budget.size, backend, batch.weights)
         except torch.OutOfMemoryError:
             if budget.halved:
                 raise
         # Outside the handler, whose traceback would keep the failed attempt's tensors alive. Only work inside the head
         # is repeated, where no other process waits.
         budget.halve(states.device)
-        return compute(budget.size, backend=backend)
+        return compute(budget.size, backend, batch.weights)
 
     recording: AbstractContextManager[Any] = nullcontext() if router is None else collect_router_logits(policy)
     with recording as router_logits:
-        with same_mode(policy, live):
-            ref_states = live.states(batch)
+        ref_states = _reference_states(policy, live, batch)
         with sparse_embedding_gradient(policy):
             states = response_states(policy, batch)
         total, outcome, stats, tokens = run_in_head(policy, states, loss)
-    scores = _scores(outcome, stats, tokens, batch)
+    scores = PairScores(outcome.loss, outcome.chosen_reward, outcome.rejected_reward, stats, tokens, batch)
     if router is None:
         return total, scores
     # A reference that runs in the policy's body runs before the policy: its logits are not the last.
@@ -262,33 +267,39 @@ def batch_loss(
 
 def score_batch(
     policy: nn.Module,
-    reference: nn.Module | Reference,
+    reference: nn.Module | Reference | None,
     batch: PackedBatch,
     objective: Objective,
     backend: ops.BackendName = "auto",
     logits_budget: int | None = None,
 ) -> PairScores:
     """Computes :func:`score_pairs` of a batch on the policy's device, without the checks."""
-    live = as_reference(reference)
+    live = _live(reference, objective)
 
     def token_stats(states: Tensor) -> tuple[Tensor, ...]:
-        hidden, ref_hidden = Hidden(states, head_of(policy)), Hidden(ref_states, live.head())
+        hidden, ref_hidden = Hidden(states, head_of(policy)), None if live is None else Hidden(ref_states, live.head())
         tokens = ops.response_stats(hidden, ref_hidden, batch.labels, backend, logits_budget)
         return tokens.logp, tokens.ref_logp, tokens.kl
 
-    with same_mode(policy, live):
-        ref_states = live.states(batch)
+    ref_states = _reference_states(policy, live, batch)
     tokens = TokenStats(*run_in_head(policy, response_states(policy, batch), token_stats))
-    stats = PairStats(*sum_pairs(tokens, batch.sequence_ids, batch.num_pairs))
-    return _scores(objective(stats), stats, tokens, batch)
+    outcome = objective.pair_loss(PairTokens.of(tokens, batch.sequence_ids, batch.num_pairs, batch.weights))
+    stats = PairTokens.of(tokens, batch.sequence_ids, batch.num_pairs).sums
+    return PairScores(outcome.loss, outcome.chosen_reward, outcome.rejected_reward, stats, tokens, batch)
 
 
-def _scores(outcome: PairLoss, stats: PairStats, tokens: TokenStats, batch: PackedBatch) -> PairScores:
-    logp = sum_responses(tokens.logp.detach(), batch.sequence_ids, batch.num_pairs)
-    rewards = outcome.chosen_reward, outcome.rejected_reward
-    return PairScores(outcome.loss, *rewards, stats, logp[0], logp[1], tokens, batch)
+def _live(reference: nn.Module | Reference | None, objective: Objective) -> Reference | None:
+    """Returns the reference's strategy; None for an objective without a reference, which then does not run."""
+    if not objective.uses_reference:
+        return None
+    if reference is None:
+        raise UserError(f"{objective} compares with a reference; pass one")
+    return as_reference(reference)
 
 
-def token_counts(batch: PackedBatch) -> Any:
-    """Counts the response tokens per pair and side, ``[P, 2]`` int64."""
-    return torch.bincount(batch.sequence_ids, minlength=2 * batch.num_pairs).view(-1, 2)
+def _reference_states(policy: nn.Module, live: Reference | None, batch: PackedBatch) -> Any:
+    """Returns the reference's hidden states of response tokens; None without a reference."""
+    if live is None:
+        return None
+    with same_mode(policy, live):
+        return live.states(batch)

@@ -13,6 +13,7 @@ import sys
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -111,6 +112,8 @@ class PackedBatch:
         lengths: 2P token counts on the host: chosen and rejected response of each pair in turn.
         layout: ``"padded"``: one sequence a row, so a causal mask is enough. ``"tree"``: the mask is needed.
         pair_keys: P numbers on the host, :attr:`TokenisedPair.key` of each pair; empty for sequences of other origin.
+        weights: ``[2, N]`` float32: of each response token, the weight on its log-probability and on its KL in the
+            objective; None for 1 everywhere.
     """
 
     input_ids: Tensor
@@ -124,6 +127,7 @@ class PackedBatch:
     lengths: tuple[int, ...] = ()
     layout: Layout = "padded"
     pair_keys: tuple[int, ...] = ()
+    weights: Tensor | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -219,12 +223,65 @@ class PairStats:
         rejected_logratio: The same of the rejected response.
         chosen_kl: Sequential KL(reference || policy) along the chosen response.
         rejected_kl: The same along the rejected response.
+        chosen_logp: sum_t log pi(y_t) of the chosen response; None where only the four sums above are given.
+        rejected_logp: The same of the rejected response.
+        chosen_length: Number of tokens of the chosen response, in the dtype of the sums.
+        rejected_length: The same of the rejected response.
     """
 
     chosen_logratio: Tensor
     rejected_logratio: Tensor
     chosen_kl: Tensor
     rejected_kl: Tensor
+    chosen_logp: Tensor | None = None
+    rejected_logp: Tensor | None = None
+    chosen_length: Tensor | None = None
+    rejected_length: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """The statistics of the N response tokens of P pairs as an objective sees them, in nats.
+
+    Attributes:
+        logratio: ``[N]``, log pi(y_t) - log pi_ref(y_t), times the token's weight.
+        kl: ``[N]``, KL(reference || policy) at the position of y_t, times the token's KL weight.
+        logp: ``[N]``, log pi(y_t), times the token's weight.
+        sequence_ids: ``[N]`` int64, ``2p`` for chosen and ``2p + 1`` for rejected tokens of pair p.
+        num_pairs: P.
+    """
+
+    logratio: Tensor
+    kl: Tensor
+    logp: Tensor
+    sequence_ids: Tensor
+    num_pairs: int
+
+    @classmethod
+    def of(
+        cls, tokens: TokenStats, sequence_ids: Tensor, num_pairs: int, weights_2N: Tensor | None = None
+    ) -> PairTokens:
+        """Builds the statistics of pairs from those of tokens.
+
+        Args:
+            tokens: Statistics ``[N]``.
+            sequence_ids: ``[N]``, the response of each token.
+            num_pairs: P.
+            weights_2N: Weights on log-probabilities and on KL; None for 1 everywhere.
+        """
+        logratio, kl, logp = tokens.logp - tokens.ref_logp, tokens.kl, tokens.logp
+        if weights_2N is not None:
+            weights, kl_weights = weights_2N.to(logp.dtype)
+            logratio, kl, logp = weights * logratio, kl_weights * kl, weights * logp
+        return cls(logratio, kl, logp, sequence_ids, num_pairs)
+
+    @cached_property
+    def sums(self) -> PairStats:
+        """Sums over each response; a length is the number of its tokens, whatever their weights."""
+        columns = (self.logratio, self.kl, self.logp, torch.ones_like(self.logp))
+        zeros = self.logp.new_zeros(2 * self.num_pairs)
+        summed = (zeros.index_add(0, self.sequence_ids, column).view(-1, 2).t() for column in columns)
+        return PairStats(*(side for sides in summed for side in sides))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tdpo import objectives
 from tdpo.config.checks import check_at_least, check_choices, option
@@ -23,23 +23,46 @@ CACHE_DTYPE = {
 }
 
 
-@dataclass
-class ObjectiveOptions:
-    """The objective and its parameters."""
+def _with_parameters(options: type) -> type:
+    """Adds an option for every parameter of the registered objectives, with the help of those that have it."""
+    helps: dict[str, dict[str, list[str]]] = {}
+    for name, objective in objectives.OBJECTIVES.items():
+        for parameter in fields(objective):
+            default = "" if parameter.default is None else f" {parameter.default} by default."
+            helps.setdefault(parameter.name, {}).setdefault(f"{parameter.metadata['help']}{default}", []).append(name)
+            options.__annotations__[parameter.name] = f"{str(parameter.type).removesuffix(' | None')} | None"
+            setattr(options, parameter.name, parameter.metadata.get("choices"))
+    for name, texts in helps.items():
+        text = " ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
+        setattr(options, name, option(None, text, getattr(options, name)))
+    return options
 
-    objective: str = option("tdpo2", "Preference objective.", list(objectives.OBJECTIVES))
-    beta: float = option(0.1, "Strength of the tie to the reference, in every objective. The paper's is 0.1.")
-    alpha: float | None = option(
-        None, "Weight of the sequential-KL difference in tdpo2, 0.5 by default. Others have none."
+
+@dataclass
+@_with_parameters
+class ObjectiveOptions:
+    """The objective and its parameters. None is the objective's own default; a parameter it lacks is an error."""
+
+    if TYPE_CHECKING:  # of the fields that _with_parameters adds, those that editors should complete
+        beta: float | None = None
+        alpha: float | None = None
+    objective: str = option(
+        objectives.DEFAULT,
+        f"Preference objective: {', '.join(objectives.OBJECTIVES)}, or module:Class for one of your own.",
+    )
+    objective_args: dict[str, Any] | None = option(
+        None, "Parameters of an objective of your own by name; those of the objectives above are options."
     )
 
     def build_objective(self) -> objectives.Objective:
         """Builds the objective of these options.
 
         Raises:
-            UserError: for an unknown name or a parameter the objective does not have.
+            UserError: for an unknown name, or a parameter that the objective does not have or cannot have.
         """
-        return objectives.build(self.objective, beta=self.beta, alpha=self.alpha)
+        names = {parameter.name for objective in objectives.OBJECTIVES.values() for parameter in fields(objective)}
+        given = {name: getattr(self, name) for name in sorted(names)}
+        return objectives.build(self.objective, **given, **(self.objective_args or {}))
 
 
 @dataclass
@@ -73,9 +96,9 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
     """Arguments of tdpo.TDPOTrainer: all of ``transformers.TrainingArguments`` and the fields below.
 
     Args:
-        objective: ``"dpo"``, ``"tdpo1"`` or ``"tdpo2"``.
-        beta: Strength of the tie to the reference.
-        alpha: Weight of the sequential-KL difference in ``tdpo2`` (None: 0.5); an error with any other objective.
+        objective: A name of :data:`tdpo.objectives.OBJECTIVES`, or ``module:Class``.
+        objective_args: Parameters of an objective of your own. Those of the registered ones (``beta``, ``alpha``, ...)
+            are fields; None is the objective's own default.
         max_length: Longest sequence in tokens.
         max_prompt_length: What is left of the prompt of a longer pair.
         dataset_format: Format of the rows, ``"auto"`` to infer it from the columns.

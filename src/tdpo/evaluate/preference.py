@@ -58,7 +58,7 @@ def evaluate_pairs(
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     pack = packer(layout, [policy, reference])
     device = next(policy.parameters()).device
-    sums, beta = Sums(), objective.parameters["beta"]
+    sums, beta = Sums(), objective.reward_scale
     shown = bar(Console(stderr=True, quiet=not progress), transient=True)
     with evaluating(policy, reference), torch.no_grad(), shown:
         task = shown.add_task("evaluating", total=len(batches), figures="")

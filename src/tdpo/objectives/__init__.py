@@ -1,43 +1,73 @@
-"""Preference objectives: pure functions of pair statistics. ``OBJECTIVES`` is the only list of them."""
+"""Preference objectives: functions of the token statistics of pairs. ``OBJECTIVES`` is the only list of them."""
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 from tdpo.errors import UserError, nearest
-from tdpo.objectives.base import Objective, preference_loss
-from tdpo.objectives.dpo import dpo
-from tdpo.objectives.tdpo import tdpo1, tdpo2
+from tdpo.loading import load_object
+from tdpo.objectives.base import Objective, SumObjective, parameter, preference_loss
+from tdpo.objectives.dpo import DPO, DPOP, FDPO, IPO, CalDPO, RobustDPO, SimPO
+from tdpo.objectives.tdpo import TBPO, TDPO1, TDPO2
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"dpo": dpo, "tdpo1": tdpo1, "tdpo2": tdpo2}
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (DPO, TDPO1, TDPO2, FDPO, IPO, RobustDPO, DPOP, CalDPO, SimPO, TBPO)
+}
+DEFAULT = TDPO2.name
 
-__all__ = ["OBJECTIVES", "Objective", "build", "dpo", "preference_loss", "tdpo1", "tdpo2"]
+dpo, tdpo1, tdpo2, tbpo = DPO, TDPO1, TDPO2, TBPO
+fdpo, ipo, robust, dpop, cal_dpo, simpo = FDPO, IPO, RobustDPO, DPOP, CalDPO, SimPO
+
+__all__ = [
+    "DEFAULT", "DPO", "DPOP", "FDPO", "IPO", "OBJECTIVES", "TBPO", "TDPO1", "TDPO2", "CalDPO", "Objective", "RobustDPO",
+    "SimPO", "SumObjective", "build", "cal_dpo", "dpo", "dpop", "fdpo", "find_objective", "ipo", "parameter",
+    "parameter_names", "preference_loss", "robust", "simpo", "tbpo", "tdpo1", "tdpo2",
+]  # fmt: skip
 
 
-def build(name: str, **parameters: float | None) -> Objective:
+def find_objective(name: str) -> type[Objective]:
+    """Returns the class of an objective by its name in the registry, or as ``module:Class``.
+
+    Raises:
+        UserError: for an unknown name, and for a class that is no :class:`Objective`.
+    """
+    if ":" not in name:
+        if name not in OBJECTIVES:
+            raise UserError(
+                f"unknown objective {name!r}; there are: {', '.join(OBJECTIVES)}, and module:Class for one of your "
+                f"own.{nearest(name, OBJECTIVES)}"
+            )
+        return OBJECTIVES[name]
+    found = load_object(name, "--objective")
+    if not (isinstance(found, type) and issubclass(found, Objective) and dataclasses.is_dataclass(found)):
+        raise UserError(f"--objective {name}: it must be a frozen dataclass that inherits tdpo.objectives.Objective")
+    return found
+
+
+def build(name: str, **parameters: Any) -> Objective:
     """Builds an objective by name; a parameter given as None takes the objective's own default.
 
     Raises:
-        UserError: for an unknown name, a parameter the objective does not have (never ignored silently), or a
-            beta or alpha that is not a positive (alpha: non-negative) finite number.
+        UserError: for an unknown name, a parameter the objective does not have (never ignored silently), or a value
+            outside the parameter's range.
 
     Example:
         >>> str(build("tdpo2", beta=0.2, alpha=None))
         'tdpo2(beta=0.2, alpha=0.5)'
     """
-    if name not in OBJECTIVES:
-        raise UserError(f"unknown objective {name!r}; there are: {', '.join(OBJECTIVES)}.{nearest(name, OBJECTIVES)}")
+    objective = find_objective(name)
     given = {key: value for key, value in parameters.items() if value is not None}
-    accepted = inspect.signature(OBJECTIVES[name]).parameters
     for key, value in given.items():
-        if key not in accepted:
-            takers = [n for n, f in OBJECTIVES.items() if key in inspect.signature(f).parameters]
+        if key not in parameter_names(objective):
+            owners = [n for n, other in OBJECTIVES.items() if key in parameter_names(other)]
             raise UserError(
-                f"--{key} {value:g} contradicts --objective {name}: {name} has no {key}"
-                + (f" ({', '.join(takers)} does)" if takers else "")
+                f"--{key} {value} contradicts --objective {name}: {name} has no {key}"
+                + (f" ({', '.join(owners)} {'does' if len(owners) == 1 else 'do'})" if owners else "")
             )
-        if not math.isfinite(value) or value < 0 or (key == "beta" and value == 0):
-            raise UserError(f"--{key} must be a {'positive' if key == 'beta' else 'non-negative'} number, got {value}")
-    return OBJECTIVES[name](**given)
+    return objective(**given)
+
+
+def parameter_names(objective: type[Objective]) -> list[str]:
+    """Returns the names of an objective's parameters."""
+    return [field.name for field in dataclasses.fields(objective)]

@@ -1,72 +1,105 @@
-"""Token-level Direct Preference Optimization (Zeng et al., ICML 2024, arXiv 2404.11999)."""
+"""Token-level objectives: TDPO (Zeng et al., ICML 2024, arXiv 2404.11999) and its relative TBPO."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 from torch import Tensor
+from typing_extensions import override
 
-from tdpo.objectives.base import Objective, preference_loss
-from tdpo.types import PairLoss, PairStats
+from tdpo.objectives.base import Objective, SumObjective, parameter, preference_loss
+from tdpo.objectives.dpo import BETA
+from tdpo.types import PairLoss, PairStats, PairTokens
 
 
-def tdpo1(beta: float = 0.1) -> Objective:
-    r"""Builds TDPO1, the token-level Bradley-Terry loss as derived: sequential KL with full weight on both sides.
+@dataclass(frozen=True)
+class TDPO1(SumObjective):
+    r"""TDPO1: the token-level Bradley-Terry loss as derived, with the whole sequential KL on both sides.
 
     .. math:: \mathcal L = -\log \sigma\big(\beta \, [(r_w - r_l) - (k_l - k_w)]\big)
 
-    with the log-ratio r and the sequential KL(reference || policy) k of chosen (w) and rejected (l) responses.
-
-    Args:
-        beta: Strength of the tie to the reference. 0.1 is the paper's.
-
-    Returns:
-        An objective of ``[P]`` statistics in nats; rewards are ``beta * (r + k)``, the sum of token advantages.
+    with the log-ratio r and the sequential KL(reference || policy) k of chosen (w) and rejected (l) responses. Rewards
+    are ``beta * (r + k)``, the sum of token advantages.
 
     Source: TDPO eq. 15.
 
     Example:
-        >>> import torch
-        >>> from tdpo.types import PairStats
         >>> zero = torch.zeros(1)
-        >>> round(tdpo1(beta=0.1)(PairStats(zero + 10, zero, zero, zero + 10)).loss.item(), 4)
+        >>> round(TDPO1(beta=0.1)(PairStats(zero + 10, zero, zero, zero + 10)).loss.item(), 4)
         0.6931
     """
 
-    def function(stats: PairStats) -> PairLoss:
+    name: ClassVar[str] = "tdpo1"
+    beta: float = parameter(0.1, BETA, above=0)
+
+    @override
+    def __call__(self, stats: PairStats) -> PairLoss:
         margin = stats.chosen_logratio - stats.rejected_logratio
-        return _with_rewards(beta, margin - (stats.rejected_kl - stats.chosen_kl), stats)  # eq. 15
-
-    return Objective("tdpo1", function, chosen_kl_ratio=1.0, rejected_kl_ratio=1.0, parameters={"beta": beta})
+        return _with_rewards(self.beta, margin - (stats.rejected_kl - stats.chosen_kl), stats)  # eq. 15
 
 
-def tdpo2(beta: float = 0.1, alpha: float = 0.5) -> Objective:
-    r"""Builds TDPO2: the KL difference weighted by alpha, and no gradient through the chosen side's KL.
+@dataclass(frozen=True)
+class TDPO2(SumObjective):
+    r"""TDPO2: the KL difference weighted by alpha, and no gradient through the chosen side's KL.
 
     .. math:: \mathcal L = -\log \sigma\big(\beta \, [(r_w - r_l) - \alpha \, (k_l - \mathrm{sg}(k_w))]\big)
 
-    Args:
-        beta: Strength of the tie to the reference. 0.1 is the paper's.
-        alpha: Weight of the sequential-KL difference. 0.5 is the paper's.
-
-    Returns:
-        An objective of ``[P]`` statistics in nats; rewards are ``beta * (r + k)``, as TDPO1's.
+    Rewards are ``beta * (r + k)``, as TDPO1's.
 
     Source: TDPO eq. 17 and 18.
 
     Example:
-        >>> import torch
-        >>> from tdpo.types import PairStats
         >>> zero = torch.zeros(1)
-        >>> round(tdpo2(beta=0.1, alpha=0.5)(PairStats(zero + 10, zero, zero, zero + 10)).loss.item(), 4)
+        >>> round(TDPO2(beta=0.1, alpha=0.5)(PairStats(zero + 10, zero, zero, zero + 10)).loss.item(), 4)
         0.4741
     """
 
-    def function(stats: PairStats) -> PairLoss:
-        margin = stats.chosen_logratio - stats.rejected_logratio
-        return _with_rewards(beta, margin - alpha * (stats.rejected_kl - stats.chosen_kl.detach()), stats)  # eq. 17
+    name: ClassVar[str] = "tdpo2"
+    beta: float = parameter(0.1, BETA, above=0)
+    alpha: float = parameter(0.5, "Weight of the difference in sequential KL.", at_least=0)
 
-    return Objective(
-        "tdpo2", function, chosen_kl_ratio=0.0, rejected_kl_ratio=alpha, parameters={"beta": beta, "alpha": alpha}
-    )
+    @override
+    def __call__(self, stats: PairStats) -> PairLoss:
+        margin = stats.chosen_logratio - stats.rejected_logratio
+        score = margin - self.alpha * (stats.rejected_kl - stats.chosen_kl.detach())  # eq. 17
+        return _with_rewards(self.beta, score, stats)
+
+
+@dataclass(frozen=True)
+class TBPO(Objective):
+    r"""TBPO-A with the logistic loss: compares the token advantages of both responses position by position.
+
+    .. math:: \mathcal L = \frac 1 T \sum_{t=1}^{T} -\log \sigma\big(\beta \, [(r + k)_{w,t} - (r + k)_{l,t}]\big),
+        \quad T = \min(|y_w|, |y_l|)
+
+    Tokens past the end of the shorter response have no gradient. Rewards are ``beta * (r + k)`` summed over a response.
+
+    Source: Nguyen et al. 2026 (arXiv 2605.12288).
+
+    Example:
+        >>> two, none = torch.tensor([2.0, 0.0, 2.0, 5.0]), torch.zeros(4)
+        >>> round(TBPO(beta=0.5).pair_loss(PairTokens(two, none, none, torch.tensor([0, 1, 0, 0]), 1)).loss.item(), 4)
+        0.3133
+    """
+
+    name: ClassVar[str] = "tbpo"
+    beta: float = parameter(0.1, BETA, above=0)
+
+    @override
+    def pair_loss(self, tokens: PairTokens) -> PairLoss:
+        ids, pairs = tokens.sequence_ids, tokens.num_pairs
+        advantage_N = self.beta * (tokens.logratio + tokens.kl)
+        order = torch.argsort(ids, stable=True)  # chosen and rejected tokens of each pair in turn
+        counts = torch.bincount(ids, minlength=2 * pairs)
+        index = torch.arange(len(ids), device=ids.device) - (counts.cumsum(0) - counts)[ids[order]]  # in its response
+        rows = torch.zeros(2 * pairs, int(counts.max()), dtype=advantage_N.dtype, device=ids.device)
+        chosen, rejected = rows.index_put((ids[order], index), advantage_N[order]).unflatten(0, (pairs, 2)).unbind(1)
+        shared = counts.view(pairs, 2).amin(1).clamp(min=1)
+        both = torch.arange(rows.shape[1], device=ids.device) < shared[:, None]
+        loss = torch.where(both, preference_loss(chosen - rejected), 0).sum(1) / shared
+        return PairLoss(loss, chosen.detach().sum(1), rejected.detach().sum(1))
 
 
 def _with_rewards(beta: float, score: Tensor, stats: PairStats) -> PairLoss:

@@ -67,7 +67,7 @@ def token_stats(
 
 def response_stats(
     policy: Hidden,
-    reference: Hidden,
+    reference: Hidden | None,
     labels: Tensor,
     backend: BackendName = "auto",
     logits_budget: int | None = None,
@@ -76,14 +76,14 @@ def response_stats(
 
     Args:
         policy: States ``[N, D]`` and head of the policy; differentiable.
-        reference: The same of the reference; constant.
+        reference: The same of the reference; constant. Without one, its log-probabilities and the KL are NaN.
         labels: ``[N]`` int64, the response tokens.
         backend: As in :func:`token_stats`.
         logits_budget: Bytes for the logits of a chunk, which the naive backend does not bound; None for the device's
             default.
     """
     _check_shapes(policy, reference, labels)
-    policy, reference = _in_autocast_dtype(policy), _in_autocast_dtype(reference)
+    policy, reference = _in_autocast_dtype(policy), reference and _in_autocast_dtype(reference)
     # Inside autocast the products would come out in half precision; the statistics need float32.
     with torch.autocast(policy.states.device.type, enabled=False):
         return choose_backend(backend, policy.states).token_stats(policy, reference, labels, logits_budget)
@@ -91,12 +91,13 @@ def response_stats(
 
 def pair_loss(
     policy: Hidden,
-    reference: Hidden,
+    reference: Hidden | None,
     labels: Tensor,
     lengths: Sequence[int],
     objective: Objective,
     logits_budget: int | None = None,
     backend: BackendName = "auto",
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
     """Computes the summed loss of whole pairs and their statistics, in one pass over the logits.
 
@@ -105,13 +106,15 @@ def pair_loss(
 
     Args:
         policy: States ``[N, D]`` and head of the policy; differentiable.
-        reference: The same of the reference; constant.
+        reference: The same of the reference; constant. Without one, its log-probabilities and the KL are NaN.
         labels: ``[N]`` int64, the response tokens; those of a pair are contiguous, chosen before rejected.
         lengths: Token counts of the 2P responses, chosen and rejected of each pair in turn.
         objective: One of :mod:`tdpo.objectives`.
         logits_budget: Bytes for the logits of a group of pairs, which the naive backend does not bound; None for the
             device's default.
         backend: As in :func:`token_stats`.
+        weights: ``[2, N]``, weights of the tokens' log-probabilities and KL in the objective; None for 1 everywhere.
+            The statistics returned are not weighted.
 
     Returns:
         The sum of the pairs' losses, a scalar that is differentiable once in states, weight and bias of the policy;
@@ -119,16 +122,16 @@ def pair_loss(
         gradient.
 
     Raises:
-        ValueError: if shapes or lengths disagree, or the objective's declared KL ratios are not those of its gradient.
+        ValueError: if shapes or lengths disagree.
         tdpo.UserError: as in :func:`token_stats`.
     """
     _check_shapes(policy, reference, labels)
     if len(lengths) % 2 or sum(lengths) != labels.numel():
         raise ValueError(f"lengths {list(lengths)[:8]}... are not 2P counts that add up to {labels.numel()} tokens")
-    policy, reference = _in_autocast_dtype(policy), _in_autocast_dtype(reference)
+    policy, reference = _in_autocast_dtype(policy), reference and _in_autocast_dtype(reference)
     with torch.autocast(policy.states.device.type, enabled=False):
         chosen = choose_backend(backend, policy.states)
-        return chosen.pair_loss(policy, reference, labels, lengths, objective, logits_budget)
+        return chosen.pair_loss(policy, reference, labels, lengths, objective, logits_budget, weights)
 
 
 def response_logp(policy: Hidden, labels: Tensor, logits_budget: int | None = None) -> Tensor:
@@ -144,8 +147,10 @@ def response_logp(policy: Hidden, labels: Tensor, logits_budget: int | None = No
         return chunked.response_logp(policy, labels, logits_budget)
 
 
-def _check_shapes(policy: Hidden, reference: Hidden, labels: Tensor) -> None:
+def _check_shapes(policy: Hidden, reference: Hidden | None, labels: Tensor) -> None:
     for name, side in (("policy", policy), ("reference", reference)):
+        if side is None:
+            continue
         states, weight, bias = side.states, side.head.weight, side.head.bias
         if states.ndim != 2 or weight.ndim != 2 or states.shape[1] != weight.shape[1]:
             raise ValueError(
@@ -155,7 +160,7 @@ def _check_shapes(policy: Hidden, reference: Hidden, labels: Tensor) -> None:
             raise ValueError(f"{name}: bias {list(bias.shape)} does not match the head {list(weight.shape)}")
         if labels.shape != states.shape[:1]:
             raise ValueError(f"labels {list(labels.shape)} do not match the {name}'s states {list(states.shape)}")
-    if policy.head.vocab_size != reference.head.vocab_size:
+    if reference is not None and policy.head.vocab_size != reference.head.vocab_size:
         raise ValueError(
             f"the policy's vocabulary has {policy.head.vocab_size} entries, the reference's "
             f"{reference.head.vocab_size}; KL(reference || policy) needs one vocabulary"

@@ -22,12 +22,14 @@ BackendName = Literal["auto", "naive", "chunked", "triton"]
 class Backend(Protocol):
     """The two forms of the operation, with the same values and gradients from every backend."""
 
-    def token_stats(self, policy: Hidden, reference: Hidden, labels_N: Tensor, logits_budget: int | None) -> TokenStats:
+    def token_stats(
+        self, policy: Hidden, reference: Hidden | None, labels_N: Tensor, logits_budget: int | None
+    ) -> TokenStats:
         """Computes the statistics of N response tokens, with arbitrary upstream gradients."""
 
     def pair_loss(
-        self, policy: Hidden, reference: Hidden, labels_N: Tensor, lengths: Sequence[int], objective: Objective,
-        logits_budget: int | None,
+        self, policy: Hidden, reference: Hidden | None, labels_N: Tensor, lengths: Sequence[int], objective: Objective,
+        logits_budget: int | None, weights_2N: Tensor | None = None,
     ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:  # fmt: skip
         """Computes the summed loss of P pairs, which is differentiable, and as constants what it was made of."""
 
@@ -43,15 +45,20 @@ class Chunked(Backend):
     kernels: ModuleType
 
     @override
-    def token_stats(self, policy: Hidden, reference: Hidden, labels_N: Tensor, logits_budget: int | None) -> TokenStats:
+    def token_stats(
+        self, policy: Hidden, reference: Hidden | None, labels_N: Tensor, logits_budget: int | None
+    ) -> TokenStats:
         return chunked.token_stats(policy, reference, labels_N, logits_budget, self.kernels)
 
     @override
     def pair_loss(
-        self, policy: Hidden, reference: Hidden, labels_N: Tensor, lengths: Sequence[int], objective: Objective,
-        logits_budget: int | None,
+        self, policy: Hidden, reference: Hidden | None, labels_N: Tensor, lengths: Sequence[int], objective: Objective,
+        logits_budget: int | None, weights_2N: Tensor | None = None,
     ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:  # fmt: skip
-        return fused.pair_loss(policy, reference, labels_N, lengths, objective, logits_budget, self.kernels)
+        if fused.kl_ratios(objective) is None:
+            tokens = self.token_stats(policy, reference, labels_N, logits_budget)
+            return naive.loss_of_tokens(tokens, lengths, objective, weights_2N)
+        return fused.pair_loss(policy, reference, labels_N, lengths, objective, logits_budget, weights_2N, self.kernels)
 
 
 def choose_backend(name: BackendName, states_ND: Tensor) -> Backend:

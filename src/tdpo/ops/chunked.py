@@ -24,13 +24,13 @@ LOGP_BUFFERS = 4
 
 
 def token_stats(
-    policy: Hidden, reference: Hidden, labels_N: Tensor, logits_budget: int | None, kernels: ModuleType
+    policy: Hidden, reference: Hidden | None, labels_N: Tensor, logits_budget: int | None, kernels: ModuleType
 ) -> TokenStats:
     """Computes what :func:`tdpo.ops.naive.token_stats` does with the memory of one block.
 
     Args:
         policy: Hidden states ``[N, D]`` and head; differentiable in states, weight and bias.
-        reference: The same of the reference; constant.
+        reference: The same of the reference; constant. Without one, its log-probabilities and the KL are NaN.
         labels_N: Response tokens, int64.
         logits_budget: Bytes the logits of a block may take; None for the device's default.
         kernels: The row operations: :mod:`tdpo.ops.rows` or :mod:`tdpo.ops.triton_kernels`.
@@ -64,6 +64,8 @@ class _TokenStats(torch.autograd.Function):
             kernels.row_stats_(heads.logits(rows), heads.ref_logits(rows), labels_N[rows]) for rows in heads.blocks()
         ]
         stats_5N = torch.cat(blocks, 1)
+        if reference is None:
+            stats_5N[1:3] = torch.nan
         ctx.save_for_backward(states_ND, weight_VD, bias_V, stats_5N)
         ctx.options = options
         logp, ref_logp, kl = (column.clone() for column in stats_5N[:3])

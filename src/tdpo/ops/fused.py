@@ -2,12 +2,13 @@
 
 Per token, the gradient of the loss in the logits is a scalar times a direction that is known before the sums are:
 
-    d loss / d logits = factor_t * ((1 - c) p + c p_ref - onehot(y_t)),    factor_t = -d loss / d logratio
+    d loss / d logits = factor_t * ((1 - c) p + c p_ref - onehot(y_t)),    factor_t = -d loss / d logp_t
 
-where c, the ratio of the gradients in KL and log-ratio, is a constant of the objective's side. So a group of whole
-pairs takes two products for the logits of policy and reference, one pass for statistics and direction, the objective
-on ``[P]`` sums for the factors, and one product each for the gradients in hidden states and head. That is 3 products
-with a frozen head and 4 with a trained one, as many as plain autograd takes, with the memory of one group.
+where c is the ratio of the gradients in the token's KL and log-probability: a constant of the objective's side, see
+:func:`kl_ratios`, times the ratio of the token's two weights. So a group of whole pairs takes two products for the
+logits of policy and reference, one pass for statistics and direction, the objective on the statistics for the factors,
+and one product each for the gradients in hidden states and head. That is 3 products with a frozen head and 4 with a
+trained one, as many as plain autograd takes, with the memory of one group. Without a reference it is one less.
 
 A pair too large for a group is taken in blocks. With a frozen head each row of the states' gradient is scaled later. A
 trained head's gradient is a sum over rows, so the factors must be known first, and the logits are computed twice (the
@@ -31,55 +32,88 @@ from torch import Tensor
 
 from tdpo.objectives.base import Objective
 from tdpo.ops.heads import BlockwiseHeads
-from tdpo.ops.numerics import sum_pairs
-from tdpo.types import Hidden, PairLoss, PairStats, TokenStats
+from tdpo.types import Hidden, PairLoss, PairStats, PairTokens, TokenStats
 
 
 def pair_loss(
     policy: Hidden,
-    reference: Hidden,
+    reference: Hidden | None,
     labels_N: Tensor,
     lengths: Sequence[int],
     objective: Objective,
     logits_budget: int | None,
+    weights_2N: Tensor | None,
     kernels: ModuleType,
 ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
     """Computes what :func:`tdpo.ops.naive.pair_loss` does in one pass over the logits; differentiable once.
 
     Args:
         policy: States ``[N, D]`` and head; differentiable.
-        reference: The same of the reference; constant.
+        reference: The same of the reference, constant; None for an objective without one.
         labels_N: Response tokens, int64; those of a pair are contiguous, chosen before rejected.
         lengths: 2P token counts, chosen and rejected of each pair in turn.
-        objective: The objective whose loss is summed.
+        objective: The objective whose loss is summed; :func:`kl_ratios` must have found its ratios.
         logits_budget: Bytes the logits of a group may take; None for the device's default.
+        weights_2N: Weights of the tokens' log-probabilities and KL; None for 1 everywhere.
         kernels: The row operations: :mod:`tdpo.ops.rows` or :mod:`tdpo.ops.triton_kernels`.
     """
-    check_ratios(objective)
     head = policy.head
-    options = head, reference, labels_N, lengths, objective, logits_budget, kernels, torch.is_grad_enabled()
-    total, pairs_7P, tokens_3N = _PairLoss.apply(policy.states, head.weight, head.bias, *options)
-    return total, PairLoss(*pairs_7P[:3]), PairStats(*pairs_7P[3:]), TokenStats(*tokens_3N)
+    options = head, reference, labels_N, lengths, objective, logits_budget, weights_2N, kernels, torch.is_grad_enabled()
+    total, pairs, tokens_3N = _PairLoss.apply(policy.states, head.weight, head.bias, *options)
+    return total, PairLoss(*pairs[:3]), PairStats(*pairs[3:]), TokenStats(*tokens_3N)
+
+
+@lru_cache(maxsize=64)
+def kl_ratios(objective: Objective) -> tuple[float, float] | None:
+    """Derives c of the chosen and the rejected side from an objective's derivatives at two points, once per objective.
+
+    Returns:
+        On each side, the derivative in a token's KL over that in its log-probability. None where that is no constant of
+        the side; the gradient's direction is then unknown before the sums are.
+
+    Example:
+        >>> from tdpo.objectives import tdpo1, tdpo2
+        >>> kl_ratios(tdpo1(beta=0.1)), kl_ratios(tdpo2(beta=0.1, alpha=0.5))
+        ((1.0, 1.0), (0.0, 0.5))
+    """
+    ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3])
+    steps = torch.arange(len(ids), dtype=torch.float64)
+    of_logp, of_kl = [], []
+    for sign in (1.0, -1.0):  # where one point saturates the loss, the other does not
+        with torch.enable_grad():
+            logp, kl = (sign * torch.sin(steps + 1)).requires_grad_(), (1 + torch.cos(steps)).requires_grad_()
+            loss = objective.pair_loss(PairTokens.of(TokenStats(logp, torch.cos(3 * steps), kl), ids, 2)).loss.sum()
+            gradients = torch.autograd.grad(loss, (logp, kl), allow_unused=True, materialize_grads=True)
+        of_logp.append(gradients[0])
+        of_kl.append(gradients[1])
+    ratios = []
+    for side in (0, 1):
+        a, b = (torch.cat(gradients)[(ids % 2 == side).repeat(2)] for gradients in (of_logp, of_kl))
+        ratio = float(b[a != 0][0] / a[a != 0][0]) if a.any() else 0.0
+        if ((b - ratio * a).abs() > 1e-9 * a.abs()).any():
+            return None
+        ratios.append(round(ratio, 12) + 0.0)  # never -0
+    return ratios[0], ratios[1]
 
 
 class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *options: Any) -> Any:
         """Computes loss, statistics and the gradient of the loss, group by group."""
-        head, reference, labels_N, lengths, objective, logits_budget, kernels, with_gradient = options
+        head, reference, labels_N, lengths, objective, logits_budget, weights_2N, kernels, with_gradient = options
         policy = Hidden(states_ND, replace(head, weight=weight_VD, bias=bias_V))
         needs = ctx.needs_input_grad[:3] if with_gradient else (False, False, False)
         heads = BlockwiseHeads(policy, reference, logits_budget, needs)
         groups = [
-            _group_loss(heads, labels_N, group, blocks, objective, kernels)
+            _group_loss(heads, labels_N, group, blocks, objective, weights_2N, kernels)
             for group, blocks in _groups(lengths, heads.block_rows)
         ]
-        tokens_3N, pairs_7P = (torch.cat(parts, 1) for parts in zip(*groups, strict=True))
+        tokens_3N, pairs = (torch.cat(parts, 1) for parts in zip(*groups, strict=True))
         sources = states_ND, weight_VD, bias_V
         ctx.gradients = heads.gradients()
         ctx.dtypes = [None if source is None else source.dtype for source in sources]
-        ctx.mark_non_differentiable(pairs_7P, tokens_3N)
-        return pairs_7P[0].sum(), pairs_7P, tokens_3N
+        ctx.mark_non_differentiable(pairs, tokens_3N)
+        return pairs[0].sum(), pairs, tokens_3N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -94,7 +128,7 @@ class _PairLoss(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(grad_total)
         cast = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return *cast, *[None] * 8  # for the options
+        return *cast, *[None] * 9  # for the options
 
 
 def _group_loss(
@@ -103,27 +137,33 @@ def _group_loss(
     lengths: Sequence[int],
     blocks: list[slice],
     objective: Objective,
+    weights_2N: Tensor | None,
     kernels: ModuleType,
 ) -> tuple[Tensor, Tensor]:
-    """Computes a group's token statistics ``[3, n]``, and loss, rewards and sums of its pairs ``[7, P]``.
+    """Computes a group's token statistics ``[3, n]``, and loss, rewards and sums of its pairs ``[11, P]``.
 
     Gradients are added up in ``heads``.
     """
     start, device = blocks[0].start, labels_N.device
     counts = torch.tensor(lengths, device=device)
     ids_n = torch.repeat_interleave(counts, output_size=sum(lengths))  # chosen 2p, rejected 2p + 1
-    sides = objective.chosen_kl_ratio, objective.rejected_kl_ratio
-    c_n = torch.tensor(sides, dtype=heads.wide, device=device)[ids_n % 2]
+    sides = kl_ratios(objective)
+    assert sides is not None, "such an objective takes two passes"
+    weights_2n = None if weights_2N is None else weights_2N[:, start : start + len(ids_n)].to(heads.wide)
+    c_n, alone_n = _token_ratios(torch.tensor(sides, dtype=heads.wide, device=device)[ids_n % 2], weights_2n)
     one_pass = heads.trains and (len(blocks) == 1 or not heads.trains_head)
     parts = []
     for rows in blocks:
+        local = slice(rows.start - start, rows.stop - start)
         # over the policy's logits, if there is a gradient: (1 - c) p + c p_ref - onehot(y)
-        c = c_n[rows.start - start : rows.stop - start] if one_pass else None
-        parts.append(kernels.row_stats_(heads.logits(rows), heads.ref_logits(rows), labels_N[rows], c))
+        ratios = (c_n[local], None if alone_n is None else alone_n[local]) if one_pass else ()
+        parts.append(kernels.row_stats_(heads.logits(rows), heads.ref_logits(rows), labels_N[rows], *ratios))
         if one_pass and len(blocks) > 1:
             heads.carry_back(rows)
     stats_5n = torch.cat(parts, 1)
-    factor_n, pairs_7P = _objective_gradient(TokenStats(*stats_5n[:3]), ids_n, len(lengths) // 2, objective)
+    if heads.reference is None:
+        stats_5n[1:3] = torch.nan
+    factor_n, pairs = _factors(TokenStats(*stats_5n[:3]), ids_n, len(lengths) // 2, objective, weights_2n)
     if one_pass and len(blocks) == 1:
         heads.carry_back(blocks[0], factor_n)
     elif one_pass and heads.grad_states is not None:
@@ -133,10 +173,22 @@ def _group_loss(
             local = slice(rows.start - start, rows.stop - start)
             weighs_kl = sides[rows.start - start >= lengths[0]] != 0
             logits, ref_logits = heads.logits(rows), heads.ref_logits(rows) if weighs_kl else None
-            minus_one = -torch.ones_like(factor_n[local])
-            kernels.direction_(logits, ref_logits, labels_N[rows], stats_5n[:, local], minus_one, -c_n[local])
+            logp_weight_n = -torch.ones_like(factor_n[local])
+            if alone_n is not None:
+                logp_weight_n[alone_n[local]] = 0
+            kernels.direction_(logits, ref_logits, labels_N[rows], stats_5n[:, local], logp_weight_n, -c_n[local])
             heads.carry_back(rows, factor_n[local])
-    return stats_5n[:3], pairs_7P
+    return stats_5n[:3], pairs
+
+
+def _token_ratios(c_n: Tensor, weights_2n: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Returns c of every token, and which tokens have a weight on their KL alone (their c is then 1)."""
+    if weights_2n is None:
+        return c_n, None
+    weights_n, kl_weights_n = weights_2n
+    alone_n = weights_n == 0
+    c_n = c_n * kl_weights_n / torch.where(alone_n, 1, weights_n)
+    return torch.where(alone_n, 1, c_n), alone_n
 
 
 def _groups(lengths: Sequence[int], limit: int) -> Iterator[tuple[Sequence[int], list[slice]]]:
@@ -158,32 +210,20 @@ def _groups(lengths: Sequence[int], limit: int) -> Iterator[tuple[Sequence[int],
         start, first = start + size, last
 
 
-def _objective_gradient(tokens: TokenStats, ids_n: Tensor, pairs: int, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Returns each token's factor on its direction, and loss, rewards and sums of the pairs ``[7, P]``."""
+def _factors(
+    tokens: TokenStats, ids_n: Tensor, pairs: int, objective: Objective, weights_2n: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns each token's factor on its direction, and loss, rewards and sums of the pairs ``[11, P]``."""
     with torch.enable_grad():
-        sums_4P = sum_pairs(tokens, ids_n, pairs).requires_grad_()
-        outcome = objective(PairStats(*sums_4P))
-        (grad_4P,) = torch.autograd.grad(outcome.loss.sum(), sums_4P)
-    factor_n = -grad_4P[:2].t().reshape(-1)[ids_n]  # minus, as the direction is the gradient of -(logp + c kl)
-    columns = outcome.loss.detach(), outcome.chosen_reward, outcome.rejected_reward, *sums_4P.detach()
-    return factor_n, torch.stack(columns)
-
-
-@lru_cache(maxsize=64)
-def check_ratios(objective: Objective) -> None:
-    """Compares an objective's declared KL ratios with its own derivatives, once per objective.
-
-    Raises:
-        ValueError: naming the side; every gradient of the fused loss would be wrong.
-    """
-    with torch.enable_grad():
-        sums = torch.tensor([[0.3], [-0.2], [0.7], [0.4]], dtype=torch.float64, requires_grad=True)
-        loss = objective(PairStats(*sums.unbind())).loss.sum()
-        (grad,) = torch.autograd.grad(loss, sums)
-    declared = (objective.chosen_kl_ratio, objective.rejected_kl_ratio)
-    for side, ratio, of_logratio, of_kl in zip(("chosen", "rejected"), declared, grad[:2], grad[2:], strict=True):
-        if abs(float(of_kl) - ratio * float(of_logratio)) > 1e-6 * abs(float(of_logratio)):
-            raise ValueError(
-                f"objective {objective.name} declares {side}_kl_ratio={ratio:g}, but its gradient in the {side} side's "
-                f"sequential KL is {float(of_kl):g} where that in the log-ratio is {float(of_logratio):g}"
-            )
+        logp_n, kl_n = tokens.logp.detach().requires_grad_(), tokens.kl.detach().requires_grad_()
+        seen = PairTokens.of(TokenStats(logp_n, tokens.ref_logp, kl_n), ids_n, pairs, weights_2n)
+        outcome = objective.pair_loss(seen)
+        gradients = torch.autograd.grad(outcome.loss.sum(), (logp_n, kl_n), allow_unused=True, materialize_grads=True)
+    factor_n = -gradients[0]  # minus, as the direction is the gradient of -(logp + c kl)
+    if weights_2n is not None:
+        factor_n = torch.where(weights_2n[0] == 0, -gradients[1], factor_n)
+    measured = (
+        seen if weights_2n is None else PairTokens.of(tokens, ids_n, pairs)
+    )  # weights do not change a measurement
+    columns = outcome.loss, outcome.chosen_reward, outcome.rejected_reward, *vars(measured.sums).values()
+    return factor_n, torch.stack([column.detach() for column in columns])

@@ -50,7 +50,8 @@ class BlockwiseHeads:
 
     Args:
         policy: Hidden states ``[N, D]`` and head of the policy.
-        reference: The same of the reference, which gets no gradient.
+        reference: The same of the reference, which gets no gradient; None for an objective without one, where the
+            policy's own logits stand in.
         logits_budget: Bytes the blocks of logits may take; None for the device's default.
         needs: Whether the gradients in the policy's states, weight and bias are wanted.
     """
@@ -58,19 +59,20 @@ class BlockwiseHeads:
     def __init__(
         self,
         policy: Hidden,
-        reference: Hidden,
+        reference: Hidden | None,
         logits_budget: int | None,
         needs: tuple[bool, ...] = (False, False, False),
     ) -> None:
         states_ND, head = policy.states, policy.head
         self.wide = statistics_dtype(states_ND.dtype)
-        self.policy, self.reference = _widened(policy, self.wide), _widened(reference, self.wide)
+        self.policy = _widened(policy, self.wide)
+        self.reference = None if reference is None else _widened(reference, self.wide)
         budget = default_logits_budget(states_ND.device) if logits_budget is None else logits_budget
         self.block_rows = min(chunk_rows(head, self.wide, budget), states_ND.shape[0])
         width = padded_vocab(head.vocab_size, self.wide)
         self._logits, self._ref_logits, self._slope = (
             states_ND.new_empty(self.block_rows if used else 0, width, dtype=self.wide)
-            for used in (True, True, head.soft_cap is not None)
+            for used in (True, reference is not None, head.soft_cap is not None)
         )
         wants_states, wants_weight, wants_bias = needs
         self.grad_states = torch.zeros_like(states_ND, dtype=self.wide) if wants_states else None
@@ -94,6 +96,8 @@ class BlockwiseHeads:
 
     def ref_logits(self, rows: slice) -> Tensor:
         """Returns the reference's logits ``[n, W]`` of a block, valid until the next call."""
+        if self.reference is None:
+            return self._logits[: rows.stop - rows.start]
         return _write_logits(self.reference, rows, self._ref_logits)
 
     def carry_back(self, rows: slice, factor_n: Tensor | None = None) -> None:

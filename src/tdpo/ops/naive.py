@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from tdpo.objectives.base import Objective
-from tdpo.ops.numerics import head_logits, kl_terms, sum_pairs
-from tdpo.types import Hidden, PairLoss, PairStats, TokenStats
+from tdpo.ops.numerics import head_logits, kl_terms
+from tdpo.types import Hidden, PairLoss, PairStats, PairTokens, TokenStats
 
 
-def token_stats(policy: Hidden, reference: Hidden, labels_N: Tensor, logits_budget: int | None = None) -> TokenStats:
+def token_stats(
+    policy: Hidden, reference: Hidden | None, labels_N: Tensor, logits_budget: int | None = None
+) -> TokenStats:
     """Computes token statistics from whole ``[N, V]`` logits of both models (TDPO eq. 12 for the KL).
 
     Args:
         policy: Hidden states ``[N, D]`` and head of the policy; differentiable in both.
-        reference: The same of the reference; constant, whatever its ``requires_grad``. Its width may differ.
+        reference: The same of the reference; constant, whatever its ``requires_grad``. Its width may differ. Without
+            one, its log-probabilities and the KL are NaN.
         labels_N: Response tokens, int64.
         logits_budget: Not used: the memory of this backend is not bounded.
 
@@ -26,16 +29,20 @@ def token_stats(policy: Hidden, reference: Hidden, labels_N: Tensor, logits_budg
         Statistics in nats, float32 (float64 for float64 hidden states).
     """
     logits_NV = head_logits(policy.states, policy.head)
+    if reference is None:
+        logp_N = logits_NV.log_softmax(-1).gather(1, labels_N[:, None])[:, 0]
+        return TokenStats(logp_N, *logp_N.new_full((2, len(logp_N)), torch.nan))
     return stats_from_logits(logits_NV, head_logits(reference.states, reference.head), labels_N)
 
 
 def pair_loss(
     policy: Hidden,
-    reference: Hidden,
+    reference: Hidden | None,
     labels_N: Tensor,
     lengths: Sequence[int],
     objective: Objective,
     logits_budget: int | None = None,
+    weights_2N: Tensor | None = None,
 ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
     """Computes the summed loss of P pairs, which is differentiable, and as constants what it was made of.
 
@@ -46,14 +53,21 @@ def pair_loss(
         lengths: 2P token counts, chosen and rejected of each pair in turn.
         objective: The objective whose loss is summed.
         logits_budget: Not used.
+        weights_2N: Weights of the tokens' log-probabilities and KL; None for 1 everywhere.
     """
-    tokens = token_stats(policy, reference, labels_N)
-    counts = torch.tensor(lengths, device=labels_N.device)
-    sums_4P = sum_pairs(tokens, torch.repeat_interleave(counts, output_size=len(labels_N)), len(lengths) // 2)
-    outcome = objective(PairStats(*sums_4P))
+    return loss_of_tokens(token_stats(policy, reference, labels_N), lengths, objective, weights_2N)
+
+
+def loss_of_tokens(
+    tokens: TokenStats, lengths: Sequence[int], objective: Objective, weights_2N: Tensor | None
+) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
+    """Computes what :func:`pair_loss` returns from differentiable token statistics."""
+    counts = torch.tensor(lengths, device=tokens.logp.device)
+    ids_N = torch.repeat_interleave(counts, output_size=len(tokens.logp))
+    outcome = objective.pair_loss(PairTokens.of(tokens, ids_N, len(counts) // 2, weights_2N))
     constants = TokenStats(tokens.logp.detach(), tokens.ref_logp, tokens.kl.detach())
-    total, outcome = outcome.loss.sum(), replace(outcome, loss=outcome.loss.detach())
-    return total, outcome, PairStats(*sums_4P.detach()), constants
+    sums = PairTokens.of(constants, ids_N, len(counts) // 2).sums
+    return outcome.loss.sum(), replace(outcome, loss=outcome.loss.detach()), sums, constants
 
 
 def stats_from_logits(logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor) -> TokenStats:

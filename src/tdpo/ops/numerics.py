@@ -1,4 +1,4 @@
-"""Arithmetic that every backend shares: logits in float32, a KL that keeps small values, and sums over responses.
+"""Arithmetic that every backend shares: logits in float32, and a KL that keeps small values.
 
 Shapes: N response tokens, D hidden width, V vocabulary.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdpo.types import Head, TokenStats
+from tdpo.types import Head
 
 SERIES_BELOW = 1e-2
 """Below this |log-ratio| the KL term is taken from its Taylor series: the closed form would cancel."""
@@ -40,17 +40,6 @@ def finish_logits(logits: Tensor, scale: float, soft_cap: float | None) -> Tenso
     if scale != 1.0:
         logits = logits * scale
     return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
-
-
-def sum_responses(values_N: Tensor, sequence_ids_N: Tensor, pairs: int) -> Tensor:
-    """Sums a token statistic over each response: ``[2, P]``, chosen and rejected."""
-    return values_N.new_zeros(2 * pairs).index_add(0, sequence_ids_N, values_N).view(pairs, 2).t()
-
-
-def sum_pairs(tokens: TokenStats, sequence_ids_N: Tensor, pairs: int) -> Tensor:
-    """Sums log-ratio and KL over each response: ``[4, P]``, the rows in the order of :class:`~tdpo.types.PairStats`."""
-    sides = tokens.logp - tokens.ref_logp, tokens.kl
-    return torch.cat([sum_responses(values_N, sequence_ids_N, pairs) for values_N in sides])
 
 
 def kl_terms(logp: Tensor, ref_logp: Tensor) -> Tensor:

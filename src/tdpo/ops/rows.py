@@ -29,17 +29,25 @@ IDENTITY_ABOVE = 2.0**-6
 """KL, relative to the shift between the two log-partition values, above which float32 keeps five of its digits."""
 
 
-def row_stats_(logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, kl_ratio_n: Tensor | None = None) -> Tensor:
+def row_stats_(
+    logits_nV: Tensor,
+    ref_logits_nV: Tensor,
+    labels_n: Tensor,
+    kl_ratio_n: Tensor | None = None,
+    kl_alone_n: Tensor | None = None,
+) -> Tensor:
     """Computes statistics ``[5, n]`` of a block and, with ``kl_ratio_n``, a gradient's direction in the same passes.
 
     The direction is ``(1 - c) p + c p_ref - onehot(label)``, the gradient of ``-(logp + c kl)`` in the logits: up to a
-    factor that of every objective, with c the ratio of its weights on KL and log-probability.
+    factor that of every objective, with c the ratio of its weights on KL and log-probability. Rows without a weight
+    on the log-probability get ``c (p_ref - p)``, the gradient of ``-c kl``.
 
     Args:
         logits_nV: The policy's logits; overwritten with the direction where ``kl_ratio_n`` is given.
         ref_logits_nV: The reference's logits.
         labels_n: Labels of the rows.
         kl_ratio_n: c of each row; None for the statistics alone.
+        kl_alone_n: bool, the rows whose log-probability has no weight; None for no row.
     """
     stats_5n = logits_nV.new_empty(5, len(logits_nV))
     for rows, (p_buffer, ref_p_buffer, difference, terms) in _blocks(logits_nV, SCRATCH):
@@ -53,6 +61,9 @@ def row_stats_(logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, kl_ra
         if kl_ratio_n is not None:
             torch.lerp(p, ref_p, kl_ratio_n[rows, None], out=z)
             z.scatter_add_(1, index, z.new_full(index.shape, -1.0))
+            if kl_alone_n is not None:
+                alone = kl_alone_n[rows]
+                z[alone] = kl_ratio_n[rows, None][alone] * (ref_p[alone] - p[alone])
     return stats_5n
 
 

@@ -36,17 +36,24 @@ Where it ends, the closed form has lost a factor of 32 to cancellation. Ending a
 """
 
 
-def row_stats_(logits_nV: Tensor, ref_logits_nV: Tensor, labels_n: Tensor, kl_ratio_n: Tensor | None = None) -> Tensor:
+def row_stats_(
+    logits_nV: Tensor,
+    ref_logits_nV: Tensor,
+    labels_n: Tensor,
+    kl_ratio_n: Tensor | None = None,
+    kl_alone_n: Tensor | None = None,
+) -> Tensor:
     """Computes :func:`tdpo.ops.rows.row_stats_` for float32 logits, in one kernel."""
     total, vocab = _checked(logits_nV, ref_logits_nV)
     stats_5n = torch.empty(5, total, dtype=torch.float32, device=logits_nV.device)
     block, warps = launch_shape(vocab)
     ratios = stats_5n if kl_ratio_n is None else kl_ratio_n.to(torch.float32).contiguous()
+    alone = stats_5n if kl_alone_n is None else kl_alone_n.to(torch.float32)
     with torch.cuda.device_of(logits_nV):
         _stats_kernel[(total,)](
-            logits_nV, ref_logits_nV, labels_n.contiguous(), ratios, stats_5n, total, vocab,
-            logits_nV.stride(0), ref_logits_nV.stride(0), WITH_DIRECTION=kl_ratio_n is not None, BLOCK=block,
-            num_warps=warps,
+            logits_nV, ref_logits_nV, labels_n.contiguous(), ratios, alone, stats_5n, total, vocab,
+            logits_nV.stride(0), ref_logits_nV.stride(0), WITH_DIRECTION=kl_ratio_n is not None,
+            WITH_KL_ALONE=kl_alone_n is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return stats_5n
 
@@ -108,17 +115,20 @@ def _stats_kernel(
     ref_logits: tl.tensor,
     labels: tl.tensor,
     ratios: tl.tensor,
+    alone: tl.tensor,
     columns: tl.tensor,
     total: tl.tensor,
     vocab: tl.tensor,
     stride: tl.tensor,
     ref_stride: tl.tensor,
     WITH_DIRECTION: tl.constexpr,
+    WITH_KL_ALONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Writes the statistics of one row into ``columns [5, n]``, in the order of :mod:`tdpo.ops.rows`.
 
-    With the direction, ``(1 - c) p + c p_ref - onehot`` goes over the policy's logits, c being the row's ratio.
+    With the direction, ``w (p - onehot) + c (p_ref - p)`` goes over the policy's logits, c being the row's ratio and w
+    0 in rows whose KL alone counts, 1 elsewhere.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -141,6 +151,7 @@ def _stats_kernel(
         tl.debug_barrier()  # the label's logit is read before another thread writes over it
     terms = tl.zeros([BLOCK], dtype=tl.float32)
     ratio = tl.load(ratios + row) if WITH_DIRECTION else 0.0
+    weight = 1.0 - tl.load(alone + row) if WITH_KL_ALONE else 1.0
     for start in range(0, vocab, BLOCK):
         word = start + lanes
         inside = word < vocab
@@ -150,8 +161,8 @@ def _stats_kernel(
         if WITH_DIRECTION:
             # The difference first: where both models agree it is exactly 0, fused multiply-adds or not.
             p = tl.exp(z - log_z)
-            mixed = p - ratio * (p - tl.exp(ref_z - ref_log_z))
-            tl.store(logits + word, mixed - tl.where(word == label, 1.0, 0.0), mask=inside)
+            mixed = weight * p - ratio * (p - tl.exp(ref_z - ref_log_z))
+            tl.store(logits + word, mixed - tl.where(word == label, weight, 0.0), mask=inside)
     tl.store(columns + 2 * total + row, tl.sum(terms, 0))
     tl.store(columns + 3 * total + row, log_z)
     tl.store(columns + 4 * total + row, ref_log_z)

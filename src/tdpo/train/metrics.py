@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from typing_extensions import override
 
-from tdpo.score import PairScores, token_counts
+from tdpo.score import PairScores
 
 logger = logging.getLogger("tdpo")
 SIDES = ("chosen", "rejected")
@@ -70,9 +70,9 @@ class Sums:
 
 def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:
     """Computes every metric of every pair, ``[P]`` each, under the names they are logged by, and the counts."""
-    stats, tokens = scores.stats, token_counts(scores.batch)
+    stats = scores.stats
     columns = {"pairs": torch.ones_like(scores.loss), "loss": scores.loss}
-    columns |= {f"tokens/{side}": tokens[:, index] for index, side in enumerate(SIDES)}
+    columns |= {"tokens/chosen": stats.chosen_length, "tokens/rejected": stats.rejected_length}  # type: ignore[dict-item]
     for name, chosen, rejected in (
         ("rewards", scores.chosen_reward, scores.rejected_reward),
         ("implicit_rewards", beta * stats.chosen_logratio, beta * stats.rejected_logratio),
@@ -80,7 +80,7 @@ def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:
         margin = chosen - rejected
         columns |= {f"{name}/chosen": chosen, f"{name}/rejected": rejected, f"{name}/margins": margin}
         columns[f"{name}/accuracies"] = (1 + margin.sign()) / 2  # a tie is 1/2
-    columns |= {"logps/chosen": scores.chosen_logp, "logps/rejected": scores.rejected_logp}
+    columns |= {"logps/chosen": stats.chosen_logp, "logps/rejected": stats.rejected_logp}  # type: ignore[dict-item]
     columns |= {"kl/chosen": stats.chosen_kl, "kl/rejected": stats.rejected_kl}
     columns["kl/margin"] = stats.chosen_kl - stats.rejected_kl
     if scores.aux_loss is not None:

@@ -118,7 +118,7 @@ class TDPOTrainer(BatchMeanTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        displacement = DisplacementWatch(args.beta)
+        displacement = DisplacementWatch(self.objective.reward_scale)
         self.add_callback(displacement)
         self.run_parts |= {"metrics": self.train_metrics, "displacement": displacement}
         if cache is None:
@@ -191,7 +191,7 @@ class TDPOTrainer(BatchMeanTrainer):
 
     @override
     def metric_columns(self, outputs: PairScores) -> dict[str, Tensor]:
-        return pair_columns(outputs, self.args.beta)
+        return pair_columns(outputs, self.objective.reward_scale)
 
     @override
     def metric_means(self, sums: dict[str, float]) -> dict[str, float]:
