@@ -106,7 +106,7 @@ def test_mistakes_in_options_are_named(capsys: pytest.CaptureFixture, tmp_path: 
     assert "no command 'trian'" in mistake(capsys, "trian")
     assert "Did you mean 'train'?" in mistake(capsys, "trian")
     assert "unknown option --bta. Did you mean 'beta'?" in mistake(capsys, *start, "--bta", "1")
-    assert "--objective dpo: dpo has no alpha (tdpo2 does)" in mistake(
+    assert "--objective dpo: dpo has no alpha (tdpo2, fdpo do)" in mistake(
         capsys, *start, "--objective", "dpo", "--alpha", "0.5"
     )
     assert "unknown objective 'ppo'; there are: dpo, tdpo1" in mistake(capsys, *start, "--objective", "ppo")
