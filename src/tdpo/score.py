@@ -40,11 +40,12 @@ class PairScores:
         loss: Loss of each pair, ``[P]``.
         chosen_reward: The objective's implicit reward of each chosen response, ``[P]``.
         rejected_reward: The same of each rejected response.
-        stats: Sums over response tokens, ``[P]``, in nats, without token weights.
-        tokens: The token statistics ``[N]`` the sums were made of.
-        batch: The layout, with the sequence (``sequence_ids``) and the token (``labels``) of each statistic.
-        aux_loss: Load-balancing loss of the policy's routers, a scalar without its coefficient, where it is part of the
-            loss.
+        stats: Log-ratio, sequential KL, log-probability and length of chosen and rejected responses, ``[P]`` each, in
+            nats; not weighted by token weights.
+        tokens: Statistics of each response token, ``[N]``.
+        batch: The packed batch; ``sequence_ids`` and ``labels`` say which response and which token each entry of
+            ``tokens`` belongs to.
+        aux_loss: Router load-balancing loss before its coefficient, a scalar; None if the loss does not include it.
     """
 
     loss: Tensor
@@ -78,22 +79,24 @@ def score_pairs(
 
     Args:
         policy: A transformers causal language model. Gradients flow into it when they are on; its training mode is
-            left as it is, so call ``policy.eval()`` first where dropout must be off. A reference whose training mode
-            is another arithmetic without being random runs in the policy's mode, any other in evaluation mode.
-        reference: A second causal language model with the same vocabulary, or a reference strategy. Never trained. None
-            for an objective without one (``simpo``); log-ratios and KL are then NaN.
-        pairs: P tokenised pairs; all of them run at once.
+            left as it is, so call ``policy.eval()`` first where dropout must be off.
+        reference: A second causal language model with the same vocabulary, or a reference strategy. Never trained. It
+            runs in evaluation mode; if training mode changes the results of both models without being random, in the
+            policy's mode. None for an objective without a reference (``simpo``); log-ratios and KL are then NaN.
+        pairs: P tokenised pairs, scored in one batch.
         objective: One of :mod:`tdpo.objectives`.
-        layout: ``"tree"``: every prompt once, proven on both models by a probe; ``"padded"``: one sequence a row;
-            ``"auto"``: trees where the models take them, padded rows elsewhere.
+        layout: ``"tree"``: each prompt is computed once and shared by its two responses; a short test run first checks
+            that both models compute this correctly. ``"padded"``: one sequence a row. ``"auto"``: trees where both
+            models pass the test, padded rows elsewhere and for float64 models.
         backend: See :func:`tdpo.ops.token_stats`.
 
     Returns:
         Losses, rewards and statistics per pair and per token, in nats.
 
     Raises:
-        UserError: if the vocabularies differ, ``"tree"`` is asked of a model that takes no trees, the model is no
-            causal language model, or a token id is outside the vocabulary.
+        UserError: without pairs, for an unknown layout, if the vocabularies differ, ``"tree"`` is asked of a model that
+            takes no trees, the model is no causal language model, a token id is outside the vocabulary, or a pair is
+            longer than the model's positions.
 
     Source: TDPO (arXiv 2404.11999), section 4; DPO (arXiv 2305.18290), eq. 7.
     """
@@ -110,12 +113,12 @@ def pair_loss(
 ) -> tuple[Tensor, PairScores]:
     """Computes the summed loss of preference pairs in one pass over the logits, for a training loop of one's own.
 
-    It costs no more than DPO and equals ``score_pairs(...).loss.sum()``, values and gradients. Divide it by the number
-    of pairs of an optimizer step for their mean.
+    It equals ``score_pairs(...).loss.sum()``, values and gradients. For a mean loss, divide it by the number of pairs
+    in the optimizer step.
 
     Args:
-        policy: As in :func:`score_pairs`; not wrapped in DDP or FSDP, which need the step inside their forward: there
-            use :class:`~tdpo.TDPOTrainer`.
+        policy: As in :func:`score_pairs`. Must not be wrapped in DDP or FSDP, whose gradient synchronisation runs only
+            for a call of the wrapper's own forward: there use :class:`~tdpo.TDPOTrainer`.
         reference: As in :func:`score_pairs`.
         pairs: As in :func:`score_pairs`.
         objective: As in :func:`score_pairs`.
@@ -154,6 +157,8 @@ def lay_out(
 ) -> PackedBatch:
     """Checks that pairs and models fit each other, and lays the pairs out on the policy's device.
 
+    Also measures what training mode changes, where the scoring needs to know.
+
     Raises:
         UserError: as :func:`score_pairs`.
     """
@@ -166,7 +171,7 @@ def lay_out(
     models = [policy, *([] if reference is None else as_reference(reference).models())]
     if policy.training and known_gap(policy).arithmetic:
         for model in models:
-            known_gap(model)
+            known_gap(model)  # fills the cache that same_mode reads
     check_fits(pairs, head_of(policy).vocab_size, position_limit(*models))
     return packer(layout, models)(pairs).to(next(policy.parameters()).device)
 
@@ -180,13 +185,13 @@ def packer(layout: str, models: Sequence[nn.Module]) -> Callable[[Sequence[Token
     if layout not in get_args(LayoutChoice):
         raise UserError(f"unknown layout {layout!r}; there are: {', '.join(get_args(LayoutChoice))}")
     for model in models:
-        neighbour_plan(model)  # while its weights are whole
+        neighbour_plan(model)  # fills the cache now: it cannot be measured once the weights are sharded
     if layout == "padded":
         return pack_padded
     refusal = tree_refusal(models)
     if layout == "tree" and refusal:
         raise UserError(f"--layout tree: this model takes no trees: {refusal}")
-    # Float64 is for comparisons to the last digit, and where a model rounds to float32 inside, digits depend on layout.
+    # Float64 users compare last digits. Models that round to float32 inside give other last digits in trees.
     exact = any(parameter.dtype == torch.float64 for model in models for parameter in model.parameters())
     return pack_padded if refusal or (exact and layout == "auto") else pack_trees
 
@@ -197,7 +202,7 @@ def tree_refusal(models: Sequence[nn.Module]) -> str:
 
 
 class LogitsBudget:
-    """The bytes that logits may take at a time, halved once when the device runs out of memory over them.
+    """Bytes of logits held at a time. Halved at most once, after an out-of-memory error.
 
     Args:
         size: Bytes, or None for the device's default.
@@ -211,7 +216,10 @@ class LogitsBudget:
         self.size, self.halved = max((self.size or default_logits_budget(device)) // 2, 1), True
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        logger.warning("out of memory over the logits: --logits_budget is %d bytes from here on, half of it", self.size)
+        logger.warning(
+            "out of memory while computing logits: --logits_budget is halved to %d bytes for the rest of the run",
+            self.size,
+        )
 
 
 def batch_loss(
@@ -223,7 +231,7 @@ def batch_loss(
     logits_budget: LogitsBudget | None = None,
     router: RouterLoss | None = None,
 ) -> tuple[Tensor, PairScores]:
-    """Computes :func:`pair_loss` of a batch on the policy's device, without the checks.
+    """Computes :func:`pair_loss` of a packed batch that is on the policy's device already; checks nothing.
 
     Args:
         policy: The policy.
@@ -231,34 +239,34 @@ def batch_loss(
         batch: The pairs.
         objective: One of :mod:`tdpo.objectives`.
         backend: See :func:`tdpo.ops.token_stats`.
-        logits_budget: Memory for logits; None for the device's default.
+        logits_budget: Memory for logits, halved by the call if the device runs out; None for the device's default.
         router: Load-balancing loss of the policy's routers, added to the loss of every pair.
     """
-    live, budget = _live(reference, objective), logits_budget or LogitsBudget()
+    ref, budget = _strategy(reference, objective), logits_budget or LogitsBudget()
 
-    def loss(states: Tensor) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
-        hidden, ref_hidden = Hidden(states, head_of(policy)), None if live is None else Hidden(ref_states, live.head())
+    def loss_in_head(states: Tensor) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
+        hidden, ref_hidden = Hidden(states, head_of(policy)), None if ref is None else Hidden(ref_states, ref.head())
         compute = partial(ops.pair_loss, hidden, ref_hidden, batch.labels, batch.lengths, objective)
         try:
             return compute(budget.size, backend, batch.weights)
         except torch.OutOfMemoryError:
             if budget.halved:
                 raise
-        # Outside the handler, whose traceback would keep the failed attempt's tensors alive. Only work inside the head
-        # is repeated, where no other process waits.
+        # Outside the handler, whose traceback would keep the failed attempt's tensors alive. The retry is safe with
+        # several processes: it repeats no collective operation.
         budget.halve(states.device)
         return compute(budget.size, backend, batch.weights)
 
     recording: AbstractContextManager[Any] = nullcontext() if router is None else collect_router_logits(policy)
     with recording as router_logits:
-        ref_states = _reference_states(policy, live, batch)
+        ref_states = _reference_states(policy, ref, batch)
         with sparse_embedding_gradient(policy):
             states = response_states(policy, batch)
-        total, outcome, stats, tokens = run_in_head(policy, states, loss)
+        total, outcome, stats, tokens = run_in_head(policy, states, loss_in_head)
     scores = PairScores(outcome.loss, outcome.chosen_reward, outcome.rejected_reward, stats, tokens, batch)
     if router is None:
         return total, scores
-    # A reference that runs in the policy's body runs before the policy: its logits are not the last.
+    # A reference that shares the policy's modules was recorded first: the policy's router logits are the last.
     aux = router.of_batch(router_logits[-1], laid_out(policy, batch))
     term = router.coefficient * aux
     scores = replace(scores, loss=scores.loss + term.detach(), aux_loss=aux.detach())
@@ -273,22 +281,22 @@ def score_batch(
     backend: ops.BackendName = "auto",
     logits_budget: int | None = None,
 ) -> PairScores:
-    """Computes :func:`score_pairs` of a batch on the policy's device, without the checks."""
-    live = _live(reference, objective)
+    """Computes :func:`score_pairs` of a packed batch that is on the policy's device already; checks nothing."""
+    ref = _strategy(reference, objective)
 
     def token_stats(states: Tensor) -> tuple[Tensor, ...]:
-        hidden, ref_hidden = Hidden(states, head_of(policy)), None if live is None else Hidden(ref_states, live.head())
+        hidden, ref_hidden = Hidden(states, head_of(policy)), None if ref is None else Hidden(ref_states, ref.head())
         tokens = ops.response_stats(hidden, ref_hidden, batch.labels, backend, logits_budget)
         return tokens.logp, tokens.ref_logp, tokens.kl
 
-    ref_states = _reference_states(policy, live, batch)
+    ref_states = _reference_states(policy, ref, batch)
     tokens = TokenStats(*run_in_head(policy, response_states(policy, batch), token_stats))
     outcome = objective.pair_loss(PairTokens.of(tokens, batch.sequence_ids, batch.num_pairs, batch.weights))
     stats = PairTokens.of(tokens, batch.sequence_ids, batch.num_pairs).sums
     return PairScores(outcome.loss, outcome.chosen_reward, outcome.rejected_reward, stats, tokens, batch)
 
 
-def _live(reference: nn.Module | Reference | None, objective: Objective) -> Reference | None:
+def _strategy(reference: nn.Module | Reference | None, objective: Objective) -> Reference | None:
     """Returns the reference's strategy; None for an objective without a reference, which then does not run."""
     if not objective.uses_reference:
         return None
@@ -297,9 +305,9 @@ def _live(reference: nn.Module | Reference | None, objective: Objective) -> Refe
     return as_reference(reference)
 
 
-def _reference_states(policy: nn.Module, live: Reference | None, batch: PackedBatch) -> Any:
+def _reference_states(policy: nn.Module, ref: Reference | None, batch: PackedBatch) -> Any:
     """Returns the reference's hidden states of response tokens; None without a reference."""
-    if live is None:
+    if ref is None:
         return None
-    with same_mode(policy, live):
-        return live.states(batch)
+    with same_mode(policy, ref):
+        return ref.states(batch)

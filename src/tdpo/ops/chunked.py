@@ -87,7 +87,7 @@ class _TokenStats(torch.autograd.Function):
             logits, ref_logits = heads.logits(rows), None if grad_kl is None else heads.ref_logits(rows)
             # d (a logp + b kl) / d logits = a (onehot - p) + b (p - p_ref)
             kernels.direction_(logits, ref_logits, labels_N[rows], stats_5N[:, rows], a_N[rows], b_N[rows])
-            heads.carry_back(rows)
+            heads.add_gradients(rows)
         sources = states_ND, weight_VD, bias_V
         gradients = [None if g is None else g.to(s.dtype) for g, s in zip(heads.gradients(), sources, strict=True)]
         return *gradients, *[None] * 5  # for the options

@@ -1,20 +1,23 @@
-"""The summed loss of pairs in one pass: statistics, objective and gradient while a group's logits are in memory.
+"""The summed loss of pairs and its gradient, computed in one pass over the logits, a group of pairs at a time.
 
-Per token, the gradient of the loss in the logits is a scalar times a direction that is known before the sums are:
+Per token, the gradient of the loss in the logits is a scalar times a vector, the direction. The direction needs only
+the logits of this token; the scalar needs the statistics of the whole pair:
 
     d loss / d logits = factor_t * ((1 - c) p + c p_ref - onehot(y_t)),    factor_t = -d loss / d logp_t
 
-where c is the ratio of the gradients in the token's KL and log-probability: a constant of the objective's side, see
-:func:`kl_ratios`, times the ratio of the token's two weights. So a group of whole pairs takes two products for the
-logits of policy and reference, one pass for statistics and direction, the objective on the statistics for the factors,
-and one product each for the gradients in hidden states and head. That is 3 products with a frozen head and 4 with a
-trained one, as many as plain autograd takes, with the memory of one group. Without a reference it is one less.
+where c is one constant for the chosen and one for the rejected responses, see :func:`kl_ratios`, times the ratio of the
+token's two weights. For a group of whole pairs this takes
 
-A pair too large for a group is taken in blocks. With a frozen head each row of the states' gradient is scaled later. A
-trained head's gradient is a sum over rows, so the factors must be known first, and the logits are computed twice (the
-reference's only where c is not 0).
+1. one matrix product for the policy's logits and one for the reference's, if the objective has a reference;
+2. one pass over the rows for token statistics and directions, which replace the policy's logits;
+3. the objective on the statistics, whose derivatives are the factors;
+4. one product for the gradient of the hidden states and, if the head is trained, one for the head's.
 
-The direction here is the negative of the one in docs/algorithm.md.
+That is 3 products with a frozen head and 4 with a trained one, as many as plain autograd takes, with the memory of one
+group. A pair too large for a group is computed in blocks of tokens. With a frozen head, the gradients of the states are
+computed unscaled, and each row is multiplied by its factor once the pair is complete. The gradient of a trained head is
+a sum over rows, so the factors must be known first: the logits are computed twice (the reference's only where c is not
+0), 5 or 6 products in all.
 
 Shapes: N response tokens, n tokens of one group, P pairs, D hidden width, V vocabulary.
 """
@@ -45,21 +48,26 @@ def pair_loss(
     weights_2N: Tensor | None,
     kernels: ModuleType,
 ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
-    """Computes what :func:`tdpo.ops.naive.pair_loss` does in one pass over the logits; differentiable once.
+    """Computes what :func:`tdpo.ops.naive.pair_loss` does in one pass over the logits.
 
     Args:
         policy: States ``[N, D]`` and head; differentiable.
-        reference: The same of the reference, constant; None for an objective without one.
+        reference: The reference's states and head, which get no gradient; None for an objective without one.
         labels_N: Response tokens, int64; those of a pair are contiguous, chosen before rejected.
-        lengths: 2P token counts, chosen and rejected of each pair in turn.
+        lengths: Token counts, length 2P: of chosen 0, rejected 0, chosen 1, ...
         objective: The objective whose loss is summed; :func:`kl_ratios` must have found its ratios.
         logits_budget: Bytes the logits of a group may take; None for the device's default.
         weights_2N: Weights of the tokens' log-probabilities and KL; None for 1 everywhere.
         kernels: The row operations: :mod:`tdpo.ops.rows` or :mod:`tdpo.ops.triton_kernels`.
+
+    Returns:
+        The sum of the losses, which supports one backward pass and no second derivatives; and without gradient the loss
+        and rewards of each pair, its sums, and the token statistics.
     """
     head = policy.head
     options = head, reference, labels_N, lengths, objective, logits_budget, weights_2N, kernels, torch.is_grad_enabled()
     total, pairs, tokens_3N = _PairLoss.apply(policy.states, head.weight, head.bias, *options)
+    # rows of pairs [11, P]: loss, chosen reward, rejected reward, then the columns of PairStats
     return total, PairLoss(*pairs[:3]), PairStats(*pairs[3:]), TokenStats(*tokens_3N)
 
 
@@ -142,42 +150,43 @@ def _group_loss(
 ) -> tuple[Tensor, Tensor]:
     """Computes a group's token statistics ``[3, n]``, and loss, rewards and sums of its pairs ``[11, P]``.
 
-    Gradients are added up in ``heads``.
+    Side effect: adds the group's gradients to ``heads``.
     """
     start, device = blocks[0].start, labels_N.device
     counts = torch.tensor(lengths, device=device)
     ids_n = torch.repeat_interleave(counts, output_size=sum(lengths))  # chosen 2p, rejected 2p + 1
-    sides = kl_ratios(objective)
-    assert sides is not None, "such an objective takes two passes"
+    ratios = kl_ratios(objective)
+    assert ratios is not None, "such an objective takes two passes"
     weights_2n = None if weights_2N is None else weights_2N[:, start : start + len(ids_n)].to(heads.wide)
-    c_n, alone_n = _token_ratios(torch.tensor(sides, dtype=heads.wide, device=device)[ids_n % 2], weights_2n)
-    one_pass = heads.trains and (len(blocks) == 1 or not heads.trains_head)
+    c_n, alone_n = _token_ratios(torch.tensor(ratios, dtype=heads.wide, device=device)[ids_n % 2], weights_2n)
+    # Write directions in this pass; otherwise there is no gradient, or a second pass follows.
+    directions_now = heads.trains and (len(blocks) == 1 or not heads.trains_head)
     parts = []
-    for rows in blocks:
-        local = slice(rows.start - start, rows.stop - start)
-        # over the policy's logits, if there is a gradient: (1 - c) p + c p_ref - onehot(y)
-        ratios = (c_n[local], None if alone_n is None else alone_n[local]) if one_pass else ()
-        parts.append(kernels.row_stats_(heads.logits(rows), heads.ref_logits(rows), labels_N[rows], *ratios))
-        if one_pass and len(blocks) > 1:
-            heads.carry_back(rows)
-    stats_5n = torch.cat(parts, 1)
+    for block in blocks:
+        local = slice(block.start - start, block.stop - start)
+        # With c, row_stats_ replaces the policy's logits by (1 - c) p + c p_ref - onehot(y).
+        c = (c_n[local], None if alone_n is None else alone_n[local]) if directions_now else ()
+        parts.append(kernels.row_stats_(heads.logits(block), heads.ref_logits(block), labels_N[block], *c))
+        if directions_now and len(blocks) > 1:
+            heads.add_gradients(block)
+    stats_5n = torch.cat(parts, 1)  # logp, ref_logp, kl, and the log-partition values that direction_ reads
     if heads.reference is None:
         stats_5n[1:3] = torch.nan
     factor_n, pairs = _factors(TokenStats(*stats_5n[:3]), ids_n, len(lengths) // 2, objective, weights_2n)
-    if one_pass and len(blocks) == 1:
-        heads.carry_back(blocks[0], factor_n)
-    elif one_pass and heads.grad_states is not None:
-        heads.grad_states[start : start + len(ids_n)].mul_(factor_n[:, None])
+    if directions_now and len(blocks) == 1:
+        heads.add_gradients(blocks[0], factor_n)
+    elif directions_now:
+        heads.scale_states(slice(start, start + len(ids_n)), factor_n)
     elif heads.trains:
-        for rows in blocks:  # of the only pair, which was too large, again
-            local = slice(rows.start - start, rows.stop - start)
-            weighs_kl = sides[rows.start - start >= lengths[0]] != 0
-            logits, ref_logits = heads.logits(rows), heads.ref_logits(rows) if weighs_kl else None
-            logp_weight_n = -torch.ones_like(factor_n[local])
+        for block in blocks:  # Second pass: the group is one oversized pair and its head is trained.
+            local = slice(block.start - start, block.stop - start)
+            is_rejected = local.start >= lengths[0]
+            ref_logits = heads.ref_logits(block) if ratios[is_rejected] else None
+            a_n = -torch.ones_like(factor_n[local])  # direction_ writes a (onehot - p) + b (p - p_ref)
             if alone_n is not None:
-                logp_weight_n[alone_n[local]] = 0
-            kernels.direction_(logits, ref_logits, labels_N[rows], stats_5n[:, local], logp_weight_n, -c_n[local])
-            heads.carry_back(rows, factor_n[local])
+                a_n[alone_n[local]] = 0
+            kernels.direction_(heads.logits(block), ref_logits, labels_N[block], stats_5n[:, local], a_n, -c_n[local])
+            heads.add_gradients(block, factor_n[local])
     return stats_5n[:3], pairs
 
 
@@ -197,17 +206,17 @@ def _groups(lengths: Sequence[int], limit: int) -> Iterator[tuple[Sequence[int],
     A pair that does not fit is a group of its own, in blocks that each hold tokens of one response.
     """
     start = first = 0
-    for last in range(2, len(lengths) + 1, 2):
-        size = sum(lengths[first:last])
-        if last < len(lengths) and size + sum(lengths[last : last + 2]) <= limit:
+    for stop in range(2, len(lengths) + 1, 2):
+        size = sum(lengths[first:stop])
+        if stop < len(lengths) and size + sum(lengths[stop : stop + 2]) <= limit:
             continue
         blocks = [slice(start, start + size)]
         if size > limit:
             middle = start + lengths[first]
             sides = (start, middle), (middle, start + size)
             blocks = [slice(row, min(row + limit, end)) for begin, end in sides for row in range(begin, end, limit)]
-        yield lengths[first:last], blocks
-        start, first = start + size, last
+        yield lengths[first:stop], blocks
+        start, first = start + size, stop
 
 
 def _factors(

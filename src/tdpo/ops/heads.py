@@ -100,7 +100,7 @@ class BlockwiseHeads:
             return self._logits[: rows.stop - rows.start]
         return _write_logits(self.reference, rows, self._ref_logits)
 
-    def carry_back(self, rows: slice, factor_n: Tensor | None = None) -> None:
+    def add_gradients(self, rows: slice, factor_n: Tensor | None = None) -> None:
         """Adds the gradients that follow from the gradient in a block's logits: two matrix products at most.
 
         Args:
@@ -125,6 +125,11 @@ class BlockwiseHeads:
             self._beta = 1
         if self.grad_bias is not None:
             self.grad_bias += grad_nV.sum(0) if factor_n is None else grad_nV.t() @ factor_n
+
+    def scale_states(self, rows: slice, factor_n: Tensor) -> None:
+        """Multiplies the gradients of a block's states, which :meth:`add_gradients` left unscaled."""
+        if self.grad_states is not None:
+            self.grad_states[rows].mul_(factor_n[:, None])
 
     def gradients(self) -> list[Tensor | None]:
         """Returns the gradients in states, weight and bias, in the statistics dtype; None where not wanted."""
