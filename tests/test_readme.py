@@ -21,7 +21,10 @@ SMALL_DEMO = {
     "batch_size": 8, "max_new_tokens": 40,
 }  # fmt: skip
 LAUNCHERS = ("tdpo", "torchrun", "srun", "scontrol")
-CODE_BLOCKS = {"README.md": (6, 1), "docs/python.md": (0, 4), "docs/training.md": (6, 0), "docs/distributed.md": (1, 0)}
+CODE_BLOCKS = {
+    "README.md": (6, 1), "docs/python.md": (0, 4), "docs/training.md": (6, 0), "docs/distributed.md": (1, 0),
+    "docs/objectives.md": (1, 1),
+}  # fmt: skip
 """Commands and blocks of Python that a page has at least, so that a change of its fences is noticed."""
 
 
@@ -59,6 +62,9 @@ def test_commands_and_python_of_a_page_run(
 ) -> None:
     folder = tmp_path if page == "README.md" else desk  # the README starts from nothing
     monkeypatch.chdir(folder)
+    if page == "docs/objectives.md":
+        (folder / "my_objectives.py").write_text(blocks(page, "python")[0])
+        monkeypatch.syspath_prepend(folder)
     commands = [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("tdpo ")]
     for command in commands:
         words = shlex.split(command)[1:]
