@@ -1,0 +1,128 @@
+"""``tdpo weights``: computes token weights from two models and writes tokenised pairs that carry them, as Parquet."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from tdpo.cli import COMMANDS
+from tdpo.commands.common import check_writable, console, quieten, read_dataset
+from tdpo.commands.options import parse
+from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions, check_at_least, check_choices, option
+from tdpo.data.dataset import check_fits
+from tdpo.data.options import check_format, make_tokeniser, open_training
+from tdpo.errors import UserError
+from tdpo.evaluate.weights import guidance_weights, importance_weights, response_logps
+from tdpo.files import atomic_write
+from tdpo.models.load import load_model, load_tokenizer
+from tdpo.models.policy import head_of, position_limit
+from tdpo.score import packer
+from tdpo.types import TokenisedPair
+
+PAIRS_PER_FILE = 1000
+FINGERPRINT = b"tdpo.weights"
+"""Key of the Parquet files' metadata that says what they were made from."""
+
+
+@dataclass
+class WeightOptions(PairOptions, LayoutOptions):
+    """Which weights are computed, and where they go."""
+
+    output_dir: str = option("", "Folder for the tokenised pairs with their weights; --dataset_name of tdpo train.")
+    positive_model: str | None = option(None, "Model trained towards chosen responses (TIS-DPO).")
+    negative_model: str | None = option(None, "Model trained towards rejected responses (TIS-DPO).")
+    weights_clamp: float = option(1.5, "Log-ratios of the two models beyond this, in nats, are equal (TIS-DPO).")
+    weights_range: list[float] = option(list, "Smallest and largest weight; 0.7 1.3 where left out (TIS-DPO).")
+    guide_model: str | None = option(None, "Model that guides, such as a DPO policy (TGDPO).")
+    weights_strength: float = option(0.5, "a in the weights 1 + a b log(guide / reference) (TGDPO).")
+    weights_beta: float = option(0.1, "b in the weights 1 + a b log(guide / reference): beta of the training (TGDPO).")
+    per_device_eval_batch_size: int = option(8, "Pairs run at a time.")
+    logits_budget: int | None = option(None, "Bytes for logits at a time.")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_format(self)
+        check_at_least(self, 1, "per_device_eval_batch_size", "logits_budget")
+        check_at_least(self, 0, "weights_clamp", "weights_strength", "weights_beta")
+        self.lengths()
+        self.weights_range = self.weights_range or [0.7, 1.3]
+        if len(self.weights_range) != 2 or not 0 <= self.weights_range[0] <= self.weights_range[1]:
+            raise UserError(f"--weights_range {self.weights_range}: expected two numbers, 0 <= smallest <= largest")
+        if not self.output_dir:
+            raise UserError("--output_dir is missing: the folder for the pairs with their weights")
+        both = bool(self.positive_model) + bool(self.negative_model)
+        if both == 1 or bool(both) == bool(self.guide_model):
+            raise UserError("give either --positive_model and --negative_model (TIS-DPO) or --guide_model (TGDPO)")
+
+    def models(self, reference: str) -> tuple[str, str]:
+        """Returns the models of the log-ratio: numerator and denominator."""
+        return (self.guide_model, reference) if self.guide_model else (self.positive_model, self.negative_model)  # type: ignore[return-value]
+
+    def weigh(self) -> partial[Tensor]:
+        """Returns the function from log-ratios of a response to its weights."""
+        if self.guide_model:
+            return partial(guidance_weights, strength=self.weights_strength, beta=self.weights_beta)
+        low, high = self.weights_range
+        return partial(importance_weights, clamp=self.weights_clamp, low=low, high=high)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command; run again after an interruption, it computes the files that are missing."""
+    model_config, data, options = parse(
+        "weights", COMMANDS["weights"], (ModelConfig, EvalDataConfig, WeightOptions), argv
+    )
+    quieten()
+    folder = Path(options.output_dir).expanduser()
+    check_writable(folder)
+    tokenizer = load_tokenizer(model_config)
+    spec = options.row_spec()
+    dataset = read_dataset(open_training(data, spec), options, make_tokeniser(options, tokenizer))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = options.models(model_config.model_name_or_path)
+    models = [load_model(model_config, name).to(device).eval() for name in names]
+    for model in models:
+        check_fits(dataset, head_of(model).vocab_size, position_limit(model), dataset.report.source, len(tokenizer))
+    pack, weigh = packer(options.layout, models), options.weigh()
+    about = {"models": names, "weigh": str(weigh.keywords), "pairs": [pair.key for pair in dataset.pairs]}
+    fingerprint = hashlib.sha256(json.dumps(about).encode()).hexdigest().encode()
+    starts = range(0, len(dataset), PAIRS_PER_FILE)
+    paths = [folder / f"train-{number:05d}-of-{len(starts):05d}.parquet" for number in range(len(starts))]
+    for path in sorted(folder.glob("*.parquet")):
+        if path not in paths or pq.read_schema(path).metadata.get(FINGERPRINT) != fingerprint:
+            raise UserError(f"{path} is of other models, options or pairs; remove it or give another --output_dir")
+    missing = [(path, start) for path, start in zip(paths, starts, strict=True) if not path.exists()]
+    for path, start in missing:
+        pairs = list(dataset.pairs[start : start + PAIRS_PER_FILE])
+        passes = (
+            response_logps(model, pairs, pack, options.per_device_eval_batch_size, options.logits_budget)
+            for model in models
+        )
+        weighted = []
+        for pair, numerators, denominators in zip(pairs, *passes, strict=True):
+            chosen, rejected = (a - b for a, b in zip(numerators, denominators, strict=True))
+            weights = weigh(chosen).tolist(), weigh(rejected, rejected=True).tolist()
+            weighted.append(replace(pair, chosen_weights=weights[0], rejected_weights=weights[1]))
+        atomic_write(path, _parquet(weighted, fingerprint))
+    console().print(
+        f"{len(dataset)} pairs with weights in {folder}: {len(missing)} of {len(paths)} files computed now; train with "
+        f"--dataset_name {folder}",
+        soft_wrap=True,
+    )
+
+
+def _parquet(pairs: Sequence[TokenisedPair], fingerprint: bytes) -> bytes:
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_weights", "rejected_weights")
+    table = pa.table({name: [getattr(pair, name) for pair in pairs] for name in columns})
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({FINGERPRINT: fingerprint}), buffer)
+    return buffer.getvalue()
