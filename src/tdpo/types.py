@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import sys
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -58,12 +59,20 @@ class TokenisedPair:
         chosen_ids: Ids of the preferred response.
         rejected_ids: Ids of the other response.
         row: Row number in the source, 0 if unknown; only used to name the pair in messages.
+        chosen_weights: Weight of each token of ``chosen_ids`` on its log-ratio in the objective; None for 1 everywhere.
+        rejected_weights: The same of ``rejected_ids``.
+        chosen_kl_weights: Weight of each token of ``chosen_ids`` on its KL; None for 1 everywhere.
+        rejected_kl_weights: The same of ``rejected_ids``.
     """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     row: int = 0
+    chosen_weights: list[float] | None = None
+    rejected_weights: list[float] | None = None
+    chosen_kl_weights: list[float] | None = None
+    rejected_kl_weights: list[float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -72,6 +81,10 @@ class TokenisedPair:
                     f"TokenisedPair (row {self.row}): {name} is empty; every response needs a prompt token to be "
                     "predicted from and at least one token of its own"
                 )
+        for name, ids in (("chosen", self.chosen_ids), ("rejected", self.rejected_ids)):
+            for column in (f"{name}_weights", f"{name}_kl_weights"):
+                if wrong := wrong_weights(getattr(self, column), len(ids)):
+                    raise ValueError(f"TokenisedPair (row {self.row}): {column} {wrong}")
 
     @property
     def key(self) -> int:
@@ -91,7 +104,25 @@ class TokenisedPair:
     @property
     def swapped(self) -> TokenisedPair:
         """The same pair with the preference turned around."""
-        return TokenisedPair(self.prompt_ids, self.rejected_ids, self.chosen_ids, self.row)
+        weights = self.rejected_weights, self.chosen_weights, self.rejected_kl_weights, self.chosen_kl_weights
+        return TokenisedPair(self.prompt_ids, self.rejected_ids, self.chosen_ids, self.row, *weights)
+
+
+def wrong_weights(weights: Sequence[float] | None, tokens: int) -> str:
+    """Describes what is wrong with the weights of a response; empty for none and for usable ones.
+
+    Example:
+        >>> wrong_weights([0.5, 1.0], 2), wrong_weights([0.5], 2), wrong_weights([0.0, 0.0], 2)
+        ('', 'has 1 numbers for 2 tokens', 'is 0 for every token')
+    """
+    if weights is None:
+        return ""
+    if len(weights) != tokens:
+        return f"has {len(weights)} numbers for {tokens} tokens"
+    for number, weight in enumerate(weights, 1):
+        if not 0 <= weight < math.inf:
+            return f"has {weight} for token {number}; a weight is a finite number of at least 0"
+    return "" if any(weights) else "is 0 for every token"
 
 
 @dataclass(frozen=True)
