@@ -174,8 +174,9 @@ class PackedBatch:
         return causal & same_tree & visible
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the fields by name, the form in which data loaders move a batch between devices."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Returns the fields by name, without those that are None: the form in which data loaders move a batch."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PackedBatch:
