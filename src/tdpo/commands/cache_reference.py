@@ -12,24 +12,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from tdpo.cli import COMMANDS
-from tdpo.commands.common import check_writable, console, quieten, read_dataset, user_errors
+from tdpo.commands.common import console, quieten, read_datasets, user_errors
 from tdpo.commands.options import parse
-from tdpo.config import (
-    CACHE_DTYPE,
-    CACHE_HELP,
-    EvalDataConfig,
-    LayoutOptions,
-    ModelConfig,
-    PairOptions,
-    check_at_least,
-    check_choices,
-    option,
-)
+from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions
+from tdpo.config.checks import check_values, option
+from tdpo.config.training import CACHE_DTYPE, CACHE_HELP
 from tdpo.data.dataset import check_fits
-from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training
+from tdpo.data.options import check_format
 from tdpo.errors import UserError
-from tdpo.models.load import load_model, load_tokenizer
+from tdpo.files import check_writable
+from tdpo.models.load import load_model
 from tdpo.models.policy import head_of, position_limit
 from tdpo.models.reference import FrozenCopy
 from tdpo.models.store import HiddenStore
@@ -49,9 +41,8 @@ class CacheOptions(PairOptions, LayoutOptions):
     use_cpu: bool = option(False, "Run on the CPU although there is an accelerator.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self, per_device_eval_batch_size=1)
         check_format(self)
-        check_at_least(self, 1, "per_device_eval_batch_size")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 contradict each other")
         self.lengths()
@@ -59,18 +50,13 @@ class CacheOptions(PairOptions, LayoutOptions):
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command; under torchrun or accelerate launch each process computes a part."""
-    model_config, data, options = parse(
-        "cache-reference", COMMANDS["cache-reference"], (ModelConfig, EvalDataConfig, CacheOptions), argv
-    )
-    spec = options.row_spec()
-    data.check_row_spec(spec)
+    model_config, data, options = parse("cache-reference", (ModelConfig, EvalDataConfig, CacheOptions), argv)
     quieten()
+    data.check_row_spec(options.row_spec())
     folder = Path(options.reference_cache).expanduser()
     check_writable(folder)
-    tokenizer = load_tokenizer(model_config)
-    tokeniser = make_tokeniser(options, tokenizer)
-    sources = (open_training(data, spec), open_held_out(data, spec))
-    datasets = [read_dataset(source, options, tokeniser) for source in sources if source is not None]
+    tokenizer, *datasets = read_datasets(model_config, data, options)
+    datasets = [dataset for dataset in datasets if dataset is not None]
     device = PartialState(cpu=options.use_cpu or not torch.cuda.is_available()).device
     model = load_model(model_config)
     for dataset in datasets:
@@ -79,10 +65,8 @@ def run(argv: Sequence[str]) -> None:
     reference = FrozenCopy(model)
     reference.to(device)
     precision = "bf16" if options.bf16 else "fp16" if options.fp16 else "no"
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    autocast: Any = nullcontext
-    if precision in dtypes:
-        autocast = partial(torch.autocast, device.type, dtype=dtypes[precision])
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast: Any = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype)
     fill_options = FillOptions(
         device, options.per_device_eval_batch_size, options.reference_cache_dtype, precision, autocast
     )

@@ -24,29 +24,35 @@ def option(default: Any, help_text: str, choices: Sequence[str] | None = None) -
     )
 
 
-def check_at_least(options: Any, least: float, *names: str) -> None:
-    """Refuses fields below a value; None is no value.
+def check_values(options: Any, **least: float) -> None:
+    """Refuses a value outside a field's choices or below the least one, whether a command line parsed it or not.
+
+    Args:
+        options: A dataclass of options.
+        **least: The least value by the name of the field; None is no value.
 
     Raises:
         UserError: naming the field.
     """
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name} must be at least {least:g}, got {value}")
-
-
-def check_choices(options: Any) -> None:
-    """Refuses a value outside a field's choices, also where no command line has parsed it.
-
-    Raises:
-        UserError: naming the field and its choices.
-    """
     for name, spec in options.__dataclass_fields__.items():
-        choices = spec.metadata.get("choices")
-        value = getattr(options, name)
+        choices, value = spec.metadata.get("choices"), getattr(options, name)
         if choices and isinstance(value, str) and value not in choices:
             raise UserError(f"--{name} {value}: there are {', '.join(map(str, choices))}")
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= bound:
+            raise UserError(f"--{name} must be at least {bound:g}, got {value}")
+
+
+def check_used(options: Any, switch: str, *beginnings: str) -> None:
+    """Refuses options that are set, have one of these beginnings and no effect, since the switch is off.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for name, spec in options.__dataclass_fields__.items():
+        if name.startswith(beginnings) and getattr(options, name) != spec.default and not getattr(options, switch):
+            raise UserError(f"--{name} has no effect without --{switch}")
 
 
 def seconds(text: str) -> float:

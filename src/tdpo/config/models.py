@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from tdpo.config.checks import check_at_least, check_choices, option
+from tdpo.config.checks import check_used, check_values, option
 from tdpo.errors import UserError
 
 DTYPES = Literal["float32", "bfloat16", "float16", "float64", "auto"]
@@ -64,7 +64,14 @@ class ModelConfig(LoadingOptions):
         Raises:
             UserError: for an argument that contradicts such a field, or is decided elsewhere.
         """
-        rest = _mapping(self.model_init_kwargs)
+        given: Any = self.model_init_kwargs
+        try:
+            given = json.loads(given) if isinstance(given, str) else given
+        except ValueError as error:
+            raise UserError(f"--model_init_kwargs is not valid JSON: {error}") from error
+        if not isinstance(given, dict | None):
+            raise UserError("--model_init_kwargs must be a mapping of arguments to values")
+        rest = dict(given or {})
         for key, name in INIT_KWARGS.items():
             value = rest.pop(key, None)
             if value is None:
@@ -80,17 +87,6 @@ class ModelConfig(LoadingOptions):
         if self.dtype not in get_args(DTYPES):
             raise UserError(f"--dtype {self.dtype}: there are {', '.join(get_args(DTYPES))}")
         self.model_init_kwargs = rest or None
-
-
-def _mapping(given: Any) -> dict[str, Any]:
-    """Parses the ``model_init_kwargs`` of a command line, a YAML file or Python."""
-    try:
-        content = json.loads(given) if isinstance(given, str) else given
-    except ValueError as error:
-        raise UserError(f"--model_init_kwargs is not valid JSON: {error}") from error
-    if not isinstance(content, dict | None):
-        raise UserError("--model_init_kwargs must be a mapping of arguments to values")
-    return dict(content or {})
 
 
 @dataclass
@@ -138,18 +134,13 @@ class AdapterOptions:
     use_bnb_nested_quant: bool = option(False, "Quantise the constants of the 4-bit quantisation too.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_at_least(self, 1, "lora_r", "lora_alpha")
+        check_values(self, lora_r=1, lora_alpha=1)
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        idle = [] if self.use_peft else self._given(("lora_", "use_rslora", "use_dora"))
-        if idle:
-            raise UserError(f"--{idle[0]} has no effect without --use_peft")
+        check_used(self, "use_peft", "lora_", "use_rslora", "use_dora")
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError("--load_in_4bit and --load_in_8bit contradict each other")
-        idle = [] if self.load_in_4bit else self._given(("bnb_", "use_bnb"))
-        if idle:
-            raise UserError(f"--{idle[0]} has no effect without --load_in_4bit")
+        check_used(self, "load_in_4bit", "bnb_", "use_bnb")
 
     def peft_config(self) -> Any:
         """Returns the ``peft.LoraConfig`` of these options, None without ``use_peft``."""
@@ -157,31 +148,23 @@ class AdapterOptions:
             return None
         from peft import LoraConfig
 
+        # One text is names with commas, all-linear or a regular expression; peft takes the last two as a text.
+        targets: Any = self.lora_target_modules
+        if targets and len(targets) == 1:
+            (targets,) = targets
+            if targets != "all-linear" and re.fullmatch(r"[\w.,-]+", targets):
+                targets = targets.split(",")
         return LoraConfig(
             task_type=self.lora_task_type,
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=_target_modules(self.lora_target_modules),
+            target_modules=targets,
             target_parameters=self.lora_target_parameters,
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )
-
-    def check_trains(self, loaded: bool) -> None:
-        """Refuses what would leave nothing to train, or put one adapter on another.
-
-        Args:
-            loaded: Whether the model that is named is an adapter already.
-
-        Raises:
-            UserError: naming the options.
-        """
-        if loaded and self.use_peft:
-            raise UserError("the model has an adapter already: leave --use_peft out to continue training it")
-        if self.quantization() and not (loaded or self.use_peft):
-            raise UserError("weights in 4 or 8 bits cannot be trained: add --use_peft, or continue from an adapter")
 
     def quantization(self) -> dict[str, Any] | None:
         """Returns the arguments of transformers' ``BitsAndBytesConfig``, None for weights as they are."""
@@ -189,25 +172,9 @@ class AdapterOptions:
             return {"load_in_8bit": True}
         if not self.load_in_4bit:
             return None
-        storage = {} if self.bnb_4bit_quant_storage is None else {"bnb_4bit_quant_storage": self.bnb_4bit_quant_storage}
         return {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
             "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
-            **storage,
+            "bnb_4bit_quant_storage": self.bnb_4bit_quant_storage,
         }
-
-    def _given(self, beginnings: tuple[str, ...]) -> list[str]:
-        """Lists the options whose names begin so and whose values differ from their defaults."""
-        fields = type(self).__dataclass_fields__
-        return [n for n, f in fields.items() if n.startswith(beginnings) and getattr(self, n) != f.default]
-
-
-def _target_modules(names: list[str] | None) -> list[str] | str | None:
-    """Returns names of layers as peft expects them: a list, or one text for ``all-linear`` and regular expressions."""
-    if not names or len(names) > 1:
-        return names
-    (only,) = names
-    if only == "all-linear" or not re.fullmatch(r"[\w.,-]+", only):
-        return only
-    return only.split(",")

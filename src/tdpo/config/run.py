@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 from transformers import TrainingArguments
 
-from tdpo.config.arguments import check_fixed
-from tdpo.config.checks import check_at_least, option, seconds
+from tdpo.config.arguments import FIXED
+from tdpo.config.checks import check_values, option, seconds
 from tdpo.config.models import LoadingOptions, ModelConfig
 from tdpo.errors import UserError
 
@@ -30,7 +30,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     learning_rate: float = option(5e-6, "The initial learning rate. The TDPO paper's is 5e-6.")
-    output_dir: str | None = option(None, "Folder for the model, its checkpoints and metrics. (required)")
+    output_dir: str | None = option(None, "Folder for the model, its checkpoints and metrics.")
     logging_steps: float = option(10, "Log every N optimizer steps.")
     logging_first_step: bool = option(True, "Log the first step too.")
     logging_nan_inf_filter: bool = option(
@@ -91,11 +91,11 @@ class RunOptions(LoadingOptions, TrainingArguments):
             raise UserError(
                 "--num_processes says how many processes --accelerate_config starts; it has no effect alone"
             )
-        check_fixed(self)
-        check_at_least(
-            self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
-        )
-        check_at_least(self, 0, "learning_rate", "router_aux_loss_coef", "neftune_noise_alpha")
+        for name, (value, reason) in FIXED.items():
+            if getattr(self, name) != value:
+                raise UserError(f"--{name} {reason}. Leave it at {value!r}")
+        check_values(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
+        check_values(self, learning_rate=0, router_aux_loss_coef=0, neftune_noise_alpha=0)
         if self.max_steps == 0:
             raise UserError("--max_steps 0 trains nothing: give a number of steps, or -1 to train --num_train_epochs")
         if self.max_steps < 0 and not self.num_train_epochs > 0:

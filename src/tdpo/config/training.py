@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tdpo import objectives
-from tdpo.config.checks import check_at_least, check_choices, option
+from tdpo.config.checks import check_used, check_values, option
 from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, RenderingOptions
 from tdpo.config.run import RunOptions
 from tdpo.config.tokens import Lengths
@@ -109,8 +109,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
-        self._check_following()
+        check_values(self, logits_budget=1, ref_model_sync_steps=1)
         self.rendering()
         if self.reference in ("frozen", "adapter_off") and self.reference_cache:
             raise UserError(f"--reference {self.reference} and --reference_cache contradict each other")
@@ -118,18 +117,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
             raise UserError("--reference_cache and --output_dir are one folder; give the cache one of its own")
         if self.reference_cache_dtype != "auto" and self.reference != "cached" and not self.reference_cache:
             raise UserError("--reference_cache_dtype has no effect without --reference cached or --reference_cache")
-        check_at_least(self, 1, "logits_budget")
-        self.build_objective()
-        self.lengths()
-        self.row_spec()
-
-    def _check_following(self) -> None:
-        fields = type(self).__dataclass_fields__
-        names = ("ref_model_mixup_alpha", "ref_model_sync_steps")
-        given = [name for name in names if getattr(self, name) != fields[name].default]
-        if given and not self.sync_ref_model:
-            raise UserError(f"--{given[0]} has no effect without --sync_ref_model")
-        check_at_least(self, 1, "ref_model_sync_steps")
+        check_used(self, "sync_ref_model", "ref_model_")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise UserError(f"--ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
         fixed = "--reference_cache" if self.reference_cache else f"--reference {self.reference}"
@@ -140,6 +128,9 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
                 "--sync_ref_model and --auto_find_batch_size contradict each other: the reference moves before memory "
                 "runs out. Set --per_device_train_batch_size and --gradient_accumulation_steps"
             )
+        self.build_objective()
+        self.lengths()
+        self.row_spec()
 
 
 @dataclass
@@ -155,7 +146,7 @@ class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, R
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
+        check_values(self)
         self.lengths()
         self.rendering()
         self.row_spec()

@@ -140,7 +140,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 96, 
 def complete(model: nn.Module, tokenizer: Any, prompts: Sequence[str], sampling: Sampling) -> list[list[list[int]]]:
     """Samples completions of text prompts: ``result[p][s]`` are the ids of sample s for prompt p."""
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    return sample_ids(model, ids, sampling, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sample_ids(model, ids, sampling, tokenizer.eos_token_id)
 
 
 def rank_samples(
