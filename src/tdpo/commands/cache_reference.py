@@ -15,8 +15,8 @@ from accelerate import PartialState
 from tdpo.commands.common import console, quieten, read_datasets, user_errors
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions
-from tdpo.config.checks import check_values, option
-from tdpo.config.training import CACHE_DTYPE, CACHE_HELP
+from tdpo.config.checks import check_values, documented, option
+from tdpo.config.training import CACHE_DTYPES
 from tdpo.data.dataset import check_fits
 from tdpo.data.options import check_format
 from tdpo.errors import UserError
@@ -29,16 +29,27 @@ from tdpo.score import packer
 from tdpo.train.reference_cache import FillOptions, cache_key, fill
 
 
+@documented
 @dataclass
 class CacheOptions(PairOptions, LayoutOptions):
-    """Options of the cache; lengths, layout, precision and dtype must be those of the training that reads it."""
+    """Options of the cache; lengths, layout, precision and dtype must be those of the training that reads it.
 
-    reference_cache: str = field(metadata={"help": CACHE_HELP}, kw_only=True)
-    reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
-    per_device_eval_batch_size: int = option(8, "Pairs run at a time.")
-    bf16: bool = option(False, "Run as training with --bf16 does.")
-    fp16: bool = option(False, "Run as training with --fp16 does.")
-    use_cpu: bool = option(False, "Run on the CPU although there is an accelerator.")
+    Attributes:
+        reference_cache: Folder for the reference's hidden states; filled where it is empty, refused where it belongs to
+            other weights, tokens or settings.
+        reference_cache_dtype: Dtype of the cached hidden states; auto is that of the reference, which loses nothing.
+        per_device_eval_batch_size: Pairs run at a time.
+        bf16: Run as training with --bf16 does.
+        fp16: Run as training with --fp16 does.
+        use_cpu: Run on the CPU although there is an accelerator.
+    """
+
+    reference_cache: str = field(kw_only=True)
+    reference_cache_dtype: str = option("auto", choices=CACHE_DTYPES)
+    per_device_eval_batch_size: int = 8
+    bf16: bool = False
+    fp16: bool = False
+    use_cpu: bool = False
 
     def __post_init__(self) -> None:
         check_values(self, per_device_eval_batch_size=1)

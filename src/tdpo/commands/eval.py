@@ -11,7 +11,7 @@ import torch
 from tdpo.commands.common import console, metric_table, quieten, read_dataset, write_json
 from tdpo.commands.options import parse
 from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions
-from tdpo.config.checks import check_values, option
+from tdpo.config.checks import check_values, documented
 from tdpo.config.data import DATASET_HELP
 from tdpo.data.dataset import check_fits
 from tdpo.data.options import check_format, make_tokeniser
@@ -22,16 +22,25 @@ from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
 
 
+@documented
 @dataclass
 class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
-    """What is evaluated and where the figures go."""
+    """What is evaluated and where the figures go.
 
-    ref_model_name_or_path: str = field(metadata={"help": "Reference model: a hub name or a folder."}, kw_only=True)
+    Attributes:
+        ref_model_name_or_path: Reference model: a hub name or a folder.
+        dataset_config: Configuration of a hub dataset.
+        dataset_test_split: Split to evaluate on: of a hub dataset, or the beginning of file names.
+        per_device_eval_batch_size: Pairs scored at a time.
+        json: File to write the metrics to, as one flat object.
+    """
+
+    ref_model_name_or_path: str = field(kw_only=True)
     dataset_name: str = field(metadata={"help": DATASET_HELP}, kw_only=True)
-    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
-    dataset_test_split: str = option("test", "Split to evaluate on: of a hub dataset, or the beginning of file names.")
-    per_device_eval_batch_size: int = option(8, "Pairs scored at a time.")
-    json: str | None = option(None, "File to write the metrics to, as one flat object.")
+    dataset_config: str | None = None
+    dataset_test_split: str = "test"
+    per_device_eval_batch_size: int = 8
+    json: str | None = None
 
     def __post_init__(self) -> None:
         check_values(self, per_device_eval_batch_size=1, logits_budget=1)

@@ -17,7 +17,7 @@ from rich.text import Text as Styled
 from tdpo.commands.common import console, quieten, write_text
 from tdpo.commands.options import parse
 from tdpo.config import FormatOptions, ModelConfig, ReferenceConfig, RenderingOptions, SplitOptions
-from tdpo.config.checks import check_values, option
+from tdpo.config.checks import check_values, documented, option
 from tdpo.config.data import DATASET_HELP
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.dataset import check_fits
@@ -37,28 +37,43 @@ from tdpo.types import PreferenceRecord, TokenisedPair
 logger = logging.getLogger("tdpo")
 
 
+@documented
 @dataclass
 class GenerateOptions(FormatOptions, RenderingOptions, SplitOptions):
-    """What is asked of the models, how they answer, and where it goes."""
+    """What is asked of the models, how they answer, and where it goes.
 
-    prompt: list[str] = option(list, "One or more prompts, as plain text.")
+    Attributes:
+        prompt: One or more prompts, as plain text.
+        dataset_config: Configuration of a hub dataset.
+        dataset_test_split: Split to take prompts from, as in the other commands.
+        num_prompts: Prompts taken from the dataset, from its beginning.
+        num_samples: Responses per prompt and model.
+        max_new_tokens: Longest response in tokens.
+        max_prompt_length: Longer prompts keep their last N tokens. Default: all that the model's positions allow.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Nucleus sampling; 1 is off.
+        top_k: Samples among the k likeliest tokens; 0 is off.
+        batch_size: Sequences generated at a time.
+        seed: Seed of the draws, the same for both models.
+        json: File to write to, one object a line with prompt, policy and reference.
+    """
+
+    prompt: list[str] = option(list)
     dataset_name: str | None = option(
         None, f"{DATASET_HELP} Its prompts are taken as training has them; rows may lack responses."
     )
-    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
-    dataset_test_split: str = option("test", "Split to take prompts from, as in the other commands.")
-    num_prompts: int = option(8, "Prompts taken from the dataset, from its beginning.")
-    num_samples: int = option(1, "Responses per prompt and model.")
-    max_new_tokens: int = option(64, "Longest response in tokens.")
-    max_prompt_length: int | None = option(
-        None, "Longer prompts keep their last N tokens. Default: all that the model's positions allow."
-    )
-    temperature: float = option(1.0, "Divides the logits; 0 takes the likeliest token.")
-    top_p: float = option(1.0, "Nucleus sampling; 1 is off.")
-    top_k: int = option(0, "Samples among the k likeliest tokens; 0 is off.")
-    batch_size: int = option(32, "Sequences generated at a time.")
-    seed: int = option(0, "Seed of the draws, the same for both models.")
-    json: str | None = option(None, "File to write to, one object a line with prompt, policy and reference.")
+    dataset_config: str | None = None
+    dataset_test_split: str = "test"
+    num_prompts: int = 8
+    num_samples: int = 1
+    max_new_tokens: int = 64
+    max_prompt_length: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 32
+    seed: int = 0
+    json: str | None = None
 
     def __post_init__(self) -> None:
         check_values(self, num_prompts=1)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from tdpo.errors import UserError
+
+Options = TypeVar("Options")
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 """Seconds in the units a duration may have."""
 
 
-def option(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
+def option(default: Any, help_text: str = "", choices: Sequence[str] = ()) -> Any:
     """Returns a dataclass field with the text that ``--help`` prints, and the values it may have.
 
-    A default of ``list`` is an empty list.
+    A default of ``list`` is an empty list. The text may stand in the docstring instead; see :func:`documented`.
     """
-    metadata = {"help": help_text} | ({} if choices is None else {"choices": choices})
-    return (
-        field(default_factory=list, metadata=metadata) if default is list else field(default=default, metadata=metadata)
-    )
+    metadata = ({"help": help_text} if help_text else {}) | ({"choices": choices} if choices else {})
+    value: Any = {"default_factory": list} if default is list else {"default": default}
+    return dataclasses.field(metadata=metadata, **value)
+
+
+def documented(cls: type[Options]) -> type[Options]:
+    """Gives the fields of a dataclass the help texts of its docstring's ``Attributes``, for ``--help``."""
+    for name, text in re.findall(r"^    (\w+): (.*(?:\n {6,}.*)*)", inspect.getdoc(cls) or "", re.M):
+        if name in cls.__annotations__:
+            field = cls.__dataclass_fields__[name]  # type: ignore[attr-defined]
+            field.metadata = MappingProxyType({"help": " ".join(text.split()), **field.metadata})
+    return cls
 
 
 def check_values(options: Any, **least: float) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from tdpo.config.checks import check_used, check_values, option
+from tdpo.config.checks import check_used, check_values, documented, option
 from tdpo.errors import UserError
 
 DTYPES = Literal["float32", "bfloat16", "float16", "float64", "auto"]
@@ -26,37 +26,44 @@ REFUSED_INIT_KWARGS = {
 }
 
 
+@documented
 @dataclass(kw_only=True)
 class LoadingOptions:
-    """How models are loaded, also by a trainer that loads one by its name."""
+    """How models are loaded, also by a trainer that loads one by its name.
 
-    trust_remote_code: bool = option(
-        False, "Allow models and tokenizers that bring Python code of their own to run it."
-    )
-    model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping."
-    )
+    Attributes:
+        trust_remote_code: Allow models and tokenizers that bring Python code of their own to run it.
+        model_init_kwargs: Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping.
+    """
+
+    trust_remote_code: bool = False
+    model_init_kwargs: dict[str, Any] | str | None = None
 
 
+@documented
 @dataclass
 class ModelConfig(LoadingOptions):
-    """Which model and tokenizer, and how they are loaded."""
+    """Which model and tokenizer, and how they are loaded.
 
-    model_name_or_path: str = field(metadata={"help": "Model to train or evaluate: a hub name or a folder."})
-    tokenizer_name_or_path: str | None = option(
-        None, "Tokenizer, where it is not kept with the model: a hub name or a folder."
-    )
-    model_revision: str = option("main", "Branch, tag or commit of a hub model.")
-    dtype: DTYPES = option(
-        "float32", "Dtype of the weights; auto takes the checkpoint's. For mixed precision use --bf16 instead."
-    )
-    attn_implementation: str | None = option(
-        None, "Attention implementation: eager, sdpa, flex_attention, flash_attention_2; default: the model's."
-    )
-    eos_token: str | None = option(None, "End-of-sequence token to use instead of the tokenizer's own.")
-    chat_template_path: str | None = option(
-        None, "Chat template to use instead of the tokenizer's own: a Jinja file, or one of chatml, zephyr, dialogue."
-    )
+    Attributes:
+        model_name_or_path: Model to train or evaluate: a hub name or a folder.
+        tokenizer_name_or_path: Tokenizer, where it is not kept with the model: a hub name or a folder.
+        model_revision: Branch, tag or commit of a hub model.
+        dtype: Dtype of the weights; auto takes the checkpoint's. For mixed precision use --bf16 instead.
+        attn_implementation: Attention implementation: eager, sdpa, flex_attention, flash_attention_2; default: the
+            model's.
+        eos_token: End-of-sequence token to use instead of the tokenizer's own.
+        chat_template_path: Chat template to use instead of the tokenizer's own: a Jinja file, or one of chatml, zephyr,
+            dialogue.
+    """
+
+    model_name_or_path: str
+    tokenizer_name_or_path: str | None = None
+    model_revision: str = "main"
+    dtype: DTYPES = "float32"
+    attn_implementation: str | None = None
+    eos_token: str | None = None
+    chat_template_path: str | None = None
 
     def __post_init__(self) -> None:
         """Moves arguments in ``model_init_kwargs`` that have a field of their own into it.
@@ -89,49 +96,59 @@ class ModelConfig(LoadingOptions):
         self.model_init_kwargs = rest or None
 
 
+@documented
 @dataclass
 class ReferenceConfig:
-    """The model that the policy is compared with."""
+    """The model that the policy is compared with.
 
-    ref_model_name_or_path: str | None = option(
-        None, "Reference model: a hub name or a folder; default: the policy as it is loaded."
-    )
+    Attributes:
+        ref_model_name_or_path: Reference model: a hub name or a folder; default: the policy as it is loaded.
+    """
+
+    ref_model_name_or_path: str | None = None
 
 
+@documented
 @dataclass
 class AdapterOptions:
-    """Adapters: train a few new weights instead of the model's, under TRL's names."""
+    """Adapters: train a few new weights instead of the model's, under TRL's names.
 
-    use_peft: bool = option(False, "Train a LoRA adapter; the model's weights stay.")
-    lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "Scale of the adapter: its change is times alpha / r.")
-    lora_dropout: float = option(0.0, "Dropout before the adapter; takes --disable_dropout false.")
-    lora_target_modules: list[str] | None = option(
-        None,
-        "Names of the layers that get an adapter, one regular expression, or all-linear; default: peft's "
-        "for the model.",
-    )
-    lora_target_parameters: list[str] | None = option(
-        None,
-        "Names of parameters outside linear layers that get an adapter, such as mlp.experts.down_proj of a "
-        "mixture-of-experts model.",
-    )
-    lora_modules_to_save: list[str] | None = option(
-        None, "Modules that are trained and saved whole, lm_head for a trained head."
-    )
-    lora_task_type: str = option("CAUSAL_LM", "Task the adapter is saved for.", ["CAUSAL_LM"])
-    use_rslora: bool = option(False, "Rank-stabilised scale: alpha / sqrt(r).")
-    use_dora: bool = option(False, "DoRA: magnitude and direction of weights apart.")
-    load_in_4bit: bool = option(False, "Keep the model in 4 bits under the adapter (QLoRA); needs bitsandbytes.")
-    load_in_8bit: bool = option(False, "Keep the model in 8 bits under the adapter; needs bitsandbytes.")
-    bnb_4bit_quant_type: str = option("nf4", "Kind of 4-bit numbers.", ["nf4", "fp4"])
-    bnb_4bit_quant_storage: str | None = option(
-        None,
-        "Dtype that holds the packed 4-bit weights; default: bitsandbytes' uint8. FSDP needs that of the "
-        "other weights.",
-        ["uint8", "float16", "bfloat16", "float32"],
-    )
-    use_bnb_nested_quant: bool = option(False, "Quantise the constants of the 4-bit quantisation too.")
+    Attributes:
+        use_peft: Train a LoRA adapter; the model's weights stay.
+        lora_r: Rank of the adapter.
+        lora_alpha: Scale of the adapter: its change is times alpha / r.
+        lora_dropout: Dropout before the adapter; takes --disable_dropout false.
+        lora_target_modules: Names of the layers that get an adapter, one regular expression, or all-linear; default:
+            peft's for the model.
+        lora_target_parameters: Names of parameters outside linear layers that get an adapter, such as
+            mlp.experts.down_proj of a mixture-of-experts model.
+        lora_modules_to_save: Modules that are trained and saved whole, lm_head for a trained head.
+        lora_task_type: Task the adapter is saved for.
+        use_rslora: Rank-stabilised scale: alpha / sqrt(r).
+        use_dora: DoRA: magnitude and direction of weights apart.
+        load_in_4bit: Keep the model in 4 bits under the adapter (QLoRA); needs bitsandbytes.
+        load_in_8bit: Keep the model in 8 bits under the adapter; needs bitsandbytes.
+        bnb_4bit_quant_type: Kind of 4-bit numbers.
+        bnb_4bit_quant_storage: Dtype that holds the packed 4-bit weights; default: bitsandbytes' uint8. FSDP needs that
+            of the other weights.
+        use_bnb_nested_quant: Quantise the constants of the 4-bit quantisation too.
+    """
+
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None
+    lora_target_parameters: list[str] | None = None
+    lora_modules_to_save: list[str] | None = None
+    lora_task_type: str = option("CAUSAL_LM", choices=["CAUSAL_LM"])
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = option("nf4", choices=["nf4", "fp4"])
+    bnb_4bit_quant_storage: str | None = option(None, choices=["uint8", "float16", "bfloat16", "float32"])
+    use_bnb_nested_quant: bool = False
 
     def __post_init__(self) -> None:
         check_values(self, lora_r=1, lora_alpha=1)
@@ -172,9 +189,6 @@ class AdapterOptions:
             return {"load_in_8bit": True}
         if not self.load_in_4bit:
             return None
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
-            "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
-            "bnb_4bit_quant_storage": self.bnb_4bit_quant_storage,
-        }
+        nested, storage = self.use_bnb_nested_quant, self.bnb_4bit_quant_storage
+        chosen = {"bnb_4bit_quant_type": self.bnb_4bit_quant_type, "bnb_4bit_use_double_quant": nested}
+        return {"load_in_4bit": True, **chosen} | ({} if storage is None else {"bnb_4bit_quant_storage": storage})

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from tdpo.config.arguments import FIXED
-from tdpo.config.checks import check_values, option, seconds
+from tdpo.config.checks import check_values, documented, seconds
 from tdpo.config.models import LoadingOptions, ModelConfig
 from tdpo.errors import UserError
 
@@ -23,46 +23,47 @@ LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 """Environment variable by which accelerate lets every process but one load empty weights."""
 
 
+@documented
 @dataclass
 class RunOptions(LoadingOptions, TrainingArguments):
-    """The run: where it goes, and what differs from transformers' own defaults."""
+    """The run: where it goes, and what differs from transformers' own defaults.
+
+    Attributes:
+        learning_rate: The initial learning rate. The TDPO paper's is 5e-6.
+        output_dir: Folder for the model, its checkpoints and metrics.
+        logging_steps: Log every N optimizer steps.
+        logging_first_step: Log the first step too.
+        logging_nan_inf_filter: Hide losses that are not finite. Off: training stops there and names the rows.
+        remove_unused_columns: Kept off: batches carry more than the model's own inputs.
+        disable_dropout: Train without dropout, so that policy and reference are compared as they are.
+        router_aux_loss_coef: Weight of the load-balancing loss of a mixture-of-experts model, which is added to the
+            loss and logged as aux_loss; default: the weight in the model's config where its output_router_logits is
+            set. 0 leaves it out.
+        resume: Resume from the newest checkpoint in --output_dir, if there is one.
+        overwrite_output_dir: Write into --output_dir although it holds a model or checkpoints.
+        max_time: Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124.
+        restore_callback_states_from_checkpoint: Give callbacks such as early stopping back their state when resuming.
+        accelerate_config: How processes divide the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's.
+            Starts the processes where no launcher has.
+        num_processes: Processes that --accelerate_config starts on this machine; default: one for each GPU.
+    """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
-    learning_rate: float = option(5e-6, "The initial learning rate. The TDPO paper's is 5e-6.")
-    output_dir: str | None = option(None, "Folder for the model, its checkpoints and metrics.")
-    logging_steps: float = option(10, "Log every N optimizer steps.")
-    logging_first_step: bool = option(True, "Log the first step too.")
-    logging_nan_inf_filter: bool = option(
-        False, "Hide losses that are not finite. Off: training stops there and names the rows."
-    )
-    remove_unused_columns: bool = option(False, "Kept off: batches carry more than the model's own inputs.")
-    disable_dropout: bool = option(
-        True, "Train without dropout, so that policy and reference are compared as they are."
-    )
-    router_aux_loss_coef: float | None = option(
-        None,
-        "Weight of the load-balancing loss of a mixture-of-experts model, which is added to the loss and "
-        "logged as aux_loss; default: the weight in the model's config where its output_router_logits is set. 0 "
-        "leaves it out.",
-    )
-    resume: bool = option(False, "Resume from the newest checkpoint in --output_dir, if there is one.")
-    overwrite_output_dir: bool = option(False, "Write into --output_dir although it holds a model or checkpoints.")
-    max_time: str | None = option(
-        None, "Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124."
-    )
-    restore_callback_states_from_checkpoint: bool = option(
-        True, "Give callbacks such as early stopping back their state when resuming."
-    )
-
-    accelerate_config: str | None = option(
-        None,
-        "How processes divide the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's. Starts the "
-        "processes where no launcher has.",
-    )
-    num_processes: int | None = option(
-        None, "Processes that --accelerate_config starts on this machine; default: one for each GPU."
-    )
+    learning_rate: float = 5e-6
+    output_dir: str | None = None
+    logging_steps: float = 10
+    logging_first_step: bool = True
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    disable_dropout: bool = True
+    router_aux_loss_coef: float | None = None
+    resume: bool = False
+    overwrite_output_dir: bool = False
+    max_time: str | None = None
+    restore_callback_states_from_checkpoint: bool = True
+    accelerate_config: str | None = None
+    num_processes: int | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuses unknown arguments, all at once, with their counterparts: what ``DPOConfig`` took may be among them.
