@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import yaml
+from typing_extensions import override
 
 from tdpo.commands.options import CONFIG, NONE, Parser, advice
 from tdpo.data.sources import MixedDataset
@@ -23,7 +23,26 @@ SWITCHES = {"on": "true", "off": "false"}
 
 
 class Loader(yaml.SafeLoader):
-    """``yaml.SafeLoader`` that reads ``5e-6``, without a point, as a number too."""
+    """``yaml.SafeLoader`` that reads ``5e-6``, without a point, as a number too, and notes repeated keys.
+
+    Attributes:
+        repeated: The keys that stand twice in one mapping, with their lines; PyYAML keeps the last one silently.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.repeated: list[str] = []
+
+    @override
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                self.repeated.append(f"{key.value!r} stands twice, in line {lines[key.value]} and in line {line}")
+            lines[key.value] = line
+        return node
 
 
 Loader.add_implicit_resolver(
@@ -95,9 +114,8 @@ def _read_mapping(path: str) -> dict[str, Any]:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{where}: expected a mapping of options to values")
-        repeated = list(_repeated(node, set()))
-        if repeated:
-            raise UserError(f"{where}: {'; '.join(repeated)}. Remove one of them")
+        if loader.repeated:
+            raise UserError(f"{where}: {'; '.join(loader.repeated)}. Remove one of them")
         loader.flatten_mapping(node)
         return {str(key.value): _value(loader, value) for key, value in node.value}
     except OSError as error:
@@ -113,19 +131,3 @@ def _value(loader: Loader, node: yaml.Node) -> Any:
     if kind == "null":
         return None
     return SWITCHES.get(node.value.lower(), node.value) if kind == "bool" else str(node.value)
-
-
-def _repeated(node: yaml.Node, seen: set[int]) -> Iterator[str]:
-    """Names the keys that stand twice in one mapping, with their lines; PyYAML keeps the last one silently."""
-    if id(node) in seen or isinstance(node, yaml.ScalarNode):
-        return
-    seen.add(id(node))
-    lines: dict[str, int] = {}
-    for entry in node.value:
-        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
-        if isinstance(key, yaml.ScalarNode):
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                yield f"{key.value!r} stands twice, in line {lines[key.value]} and in line {line}"
-            lines[key.value] = line
-        yield from _repeated(value, seen)

@@ -18,7 +18,7 @@ from tdpo.commands.common import console, quieten, write_text
 from tdpo.commands.options import parse
 from tdpo.config import FormatOptions, ModelConfig, ReferenceConfig, RenderingOptions, SplitOptions
 from tdpo.config.checks import check_values, documented, option
-from tdpo.config.data import DATASET_HELP
+from tdpo.config.data import DATASET_HELP, UNLIMITED
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.dataset import check_fits
 from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed
@@ -39,7 +39,7 @@ logger = logging.getLogger("tdpo")
 
 @documented
 @dataclass
-class GenerateOptions(FormatOptions, RenderingOptions, SplitOptions):
+class GenerateOptions(Sampling, FormatOptions, RenderingOptions, SplitOptions):
     """What is asked of the models, how they answer, and where it goes.
 
     Attributes:
@@ -47,14 +47,7 @@ class GenerateOptions(FormatOptions, RenderingOptions, SplitOptions):
         dataset_config: Configuration of a hub dataset.
         dataset_test_split: Split to take prompts from, as in the other commands.
         num_prompts: Prompts taken from the dataset, from its beginning.
-        num_samples: Responses per prompt and model.
-        max_new_tokens: Longest response in tokens.
         max_prompt_length: Longer prompts keep their last N tokens. Default: all that the model's positions allow.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Nucleus sampling; 1 is off.
-        top_k: Samples among the k likeliest tokens; 0 is off.
-        batch_size: Sequences generated at a time.
-        seed: Seed of the draws, the same for both models.
         json: File to write to, one object a line with prompt, policy and reference.
     """
 
@@ -65,33 +58,20 @@ class GenerateOptions(FormatOptions, RenderingOptions, SplitOptions):
     dataset_config: str | None = None
     dataset_test_split: str = "test"
     num_prompts: int = 8
-    num_samples: int = 1
-    max_new_tokens: int = 64
     max_prompt_length: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    batch_size: int = 32
-    seed: int = 0
     json: str | None = None
 
     def __post_init__(self) -> None:
-        check_values(self, num_prompts=1)
+        super().__post_init__()
+        check_values(self, num_prompts=1, max_prompt_length=1)
         if bool(self.prompt) == bool(self.dataset_name):
             raise UserError("give either --prompt or --dataset_name")
-
-    def sampling(self) -> Sampling:
-        """Returns how responses are drawn under these options."""
-        return Sampling(
-            self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.num_samples, self.batch_size, self.seed
-        )
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     model_config, ref, options = parse("generate", (ModelConfig, ReferenceConfig, GenerateOptions), argv)
     quieten()
-    sampling = options.sampling()
     if options.json:
         check_writable(Path(options.json).absolute().parent)
     tokenizer = load_tokenizer(model_config)
@@ -104,7 +84,7 @@ def run(argv: Sequence[str]) -> None:
         if name:
             model = load_model(model_config, name).to("cuda" if torch.cuda.is_available() else "cpu")
             ids = _prompt_ids(tokeniser, asked, options, model)
-            sampled = sample_ids(model, ids, sampling, _end_tokens(model, tokenizer))
+            sampled = sample_ids(model, ids, options, _end_tokens(model, tokenizer))
             answers[side] = [[tokenizer.decode(s, skip_special_tokens=True) for s in samples] for samples in sampled]
     lines: list[dict[str, Any]] = [
         {"prompt": turns.prompt, **{side: answers[side][i] for side in answers}} for i, turns in enumerate(asked)
@@ -182,8 +162,7 @@ def _prompt_ids(tokeniser: Tokeniser, asked: list[Turns], options: GenerateOptio
         UserError: if they leave none, or the model has no row for a token.
     """
     positions = position_limit(model)
-    limit = 2**31 if options.max_prompt_length is None else options.max_prompt_length
-    room = min(limit, (positions or 2**32) - options.max_new_tokens)
+    room = min(options.max_prompt_length or UNLIMITED, (positions or UNLIMITED) - options.max_new_tokens)
     if room < 1:
         raise UserError(
             f"--max_new_tokens {options.max_new_tokens} and --max_prompt_length {options.max_prompt_length} leave no "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tdpo.commands.common import console, user_errors
-from tdpo.commands.training import prepare_run, train_and_save
+from tdpo.commands.train import prepare_run, train_and_save
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.distributed.sharding import ShardingCallback
 from tdpo.models.load import load_model

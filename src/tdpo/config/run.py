@@ -112,7 +112,17 @@ class RunOptions(LoadingOptions, TrainingArguments):
             raise UserError(
                 "--accelerator_config: batches are distributed by tdpo; split, dispatch and even have no use"
             )
-        load_without_sharding(self.deepspeed_plugin is not None)
+        # From here on every process loads whole weights, whatever the launcher's settings say.
+        if os.environ.get(LOADS_EMPTY, "false").lower() in ("true", "1"):
+            os.environ[LOADS_EMPTY] = "false"
+            if os.environ.get("RANK", "0") == "0":
+                logger.warning(
+                    "fsdp_cpu_ram_efficient_loading is off: every process reads the whole model, to prove it"
+                )
+        if self.deepspeed_plugin is not None:
+            from transformers.integrations import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()  # what makes from_pretrained partition while it loads; accelerate has its own
 
     def model_config(self, model: Any) -> ModelConfig:
         """Describes how a trainer loads a model by its name.
@@ -133,19 +143,3 @@ class RunOptions(LoadingOptions, TrainingArguments):
             trust_remote_code=self.trust_remote_code,
             model_init_kwargs=self.model_init_kwargs,
         )
-
-
-def load_without_sharding(deepspeed: bool) -> None:
-    """Makes every process load whole weights from here on, whatever the launcher's settings say.
-
-    Args:
-        deepspeed: Whether the run is DeepSpeed's.
-    """
-    if os.environ.get(LOADS_EMPTY, "false").lower() in ("true", "1"):
-        os.environ[LOADS_EMPTY] = "false"
-        if os.environ.get("RANK", "0") == "0":
-            logger.warning("fsdp_cpu_ram_efficient_loading is off: every process reads the whole model, to prove it")
-    if deepspeed:
-        from transformers.integrations import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()  # what makes from_pretrained partition while it loads; accelerate has its own

@@ -314,12 +314,6 @@ class PointCallback(TrainerCallback):
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "tdpo": tdpo.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "threads": str(torch.get_num_threads()),
-    }
+    packages = {package.__name__: package.__version__ for package in (tdpo, torch, transformers, tokenizers)}
+    device, threads = "cuda" if torch.cuda.is_available() else "cpu", str(torch.get_num_threads())
+    return {"python": platform.python_version(), **packages, "device": device, "threads": threads}

@@ -10,23 +10,25 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from tdpo.config.checks import check_values, documented
 from tdpo.errors import UserError
 from tdpo.models.policy import causal_lm, position_limit
 from tdpo.models.probe import evaluating
 
 
-@dataclass(frozen=True)
+@documented
+@dataclass
 class Sampling:
     """How responses are drawn. The defaults are plain ancestral sampling from the model's own distribution.
 
     Attributes:
-        max_new_tokens: Longest response, its end token included.
-        temperature: Divides the logits; 0 takes the most likely token each time (greedy).
-        top_p: Nucleus sampling: the smallest set of tokens with at least this probability; 1 is off.
-        top_k: Keeps the k most likely tokens; 0 is off.
-        num_samples: Responses per prompt.
-        batch_size: Sequences generated at once. Greedy results do not depend on it, sampled ones do.
-        seed: Seed of the draws. The caller's random state is left as it was.
+        max_new_tokens: Longest response in tokens, its end token included.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Nucleus sampling: the likeliest tokens that together have this probability; 1 is off.
+        top_k: Samples among the k likeliest tokens; 0 is off.
+        num_samples: Responses per prompt and model.
+        batch_size: Sequences generated at a time. Sampled responses depend on it, the likeliest ones do not.
+        seed: Seed of the draws, the same for every model.
     """
 
     max_new_tokens: int = 64
@@ -38,15 +40,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check_values(self, max_new_tokens=1, num_samples=1, batch_size=1, temperature=0, top_k=0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be in (0, 1], got {self.top_p}")
-        if self.temperature < 0 or self.top_k < 0:
-            raise UserError(
-                f"--temperature and --top_k must not be negative, got {self.temperature:g} and {self.top_k}"
-            )
 
 
 def sample_ids(
