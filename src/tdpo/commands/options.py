@@ -37,24 +37,24 @@ class Parser(HfArgumentParser):
         # An option that several dataclasses have is the same in all of them.
         super().__init__(dataclass_types, prog=f"tdpo {command}", allow_abbrev=False, conflict_handler="resolve")
         self.kinds: dict[str, set[Any]] = {}
-        for name, hint in [item for kind in dataclass_types for item in get_type_hints(kind).items()]:
+        actions = {action.dest: action for action in reversed(self._actions)}  # --x where there is a --no_x too
+        hints = [hint for kind in dataclass_types for hint in get_type_hints(kind).items() if hint[0] in actions]
+        for name, hint in hints:
             parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            self.kinds[name] = {get_origin(part) or part for part in parts}
-        for action in [action for action in self._actions if action.dest in self.kinds]:
-            kinds = self.kinds[action.dest]
-            action.required = action.required or action.dest in required
+            action, kinds = actions[name], {get_origin(part) or part for part in parts}
+            self.kinds[name] = kinds
+            action.required = action.required or name in required
             if action.type is string_to_bool:
                 action.nargs, action.const = "?", True  # also for optional booleans the bare option means yes
-                if f"--no_{action.dest}" not in self._option_string_actions:  # there where the default is true
-                    spellings = (f"--no_{action.dest}", f"--no-{action.dest.replace('_', '-')}")
-                    self.add_argument(*spellings, action="store_false", dest=action.dest)
+                if f"--no_{name}" not in self._option_string_actions:  # transformers adds it if the default is true
+                    self.add_argument(f"--no_{name}", f"--no-{name.replace('_', '-')}", action="store_false", dest=name)
             elif {str, list} <= kinds:
                 action.nargs = "+"
             elif dict in kinds and str not in kinds:
                 action.type = json.loads
             elif NoneType in kinds and (action.type in (int, float) or (action.type is str and action.default is None)):
-                named = update_wrapper(partial(_or_none, action.type), action.type, updated=())
-                action.type = named  # argparse names the wrapped type in messages
+                # With the type's name, which argparse puts in messages.
+                action.type = update_wrapper(partial(_or_none, action.type), action.type, updated=())
 
     @override
     def error(self, message: str) -> NoReturn:
