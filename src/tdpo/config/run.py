@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from tdpo.config.arguments import FIXED
-from tdpo.config.checks import check_values, documented, seconds
+from tdpo.config.checks import check_values, documented, option, seconds
 from tdpo.config.models import LoadingOptions, ModelConfig
 from tdpo.errors import UserError
 
@@ -35,6 +35,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
         logging_first_step: Log the first step too.
         logging_nan_inf_filter: Hide losses that are not finite. Off: training stops there and names the rows.
         remove_unused_columns: Kept off: batches carry more than the model's own inputs.
+        train_sampling_strategy: Order of the training data.
         disable_dropout: Train without dropout, so that policy and reference are compared as they are.
         router_aux_loss_coef: Weight of the load-balancing loss of a mixture-of-experts model, which is added to the
             loss and logged as aux_loss; default: the weight in the model's config where its output_router_logits is
@@ -56,6 +57,7 @@ class RunOptions(LoadingOptions, TrainingArguments):
     logging_first_step: bool = True
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
+    train_sampling_strategy: str = option("random", choices=["random", "sequential"])
     disable_dropout: bool = True
     router_aux_loss_coef: float | None = None
     resume: bool = False
@@ -103,8 +105,6 @@ class RunOptions(LoadingOptions, TrainingArguments):
             raise UserError(
                 f"--num_train_epochs {self.num_train_epochs:g} trains nothing: give a positive number, or --max_steps"
             )
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
         given = self.accelerator_config
