@@ -27,22 +27,8 @@ REFUSED_INIT_KWARGS = {
 
 
 @documented
-@dataclass(kw_only=True)
-class LoadingOptions:
-    """How models are loaded, also by a trainer that loads one by its name.
-
-    Attributes:
-        trust_remote_code: Allow models and tokenizers that bring Python code of their own to run it.
-        model_init_kwargs: Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping.
-    """
-
-    trust_remote_code: bool = False
-    model_init_kwargs: dict[str, Any] | str | None = None
-
-
-@documented
 @dataclass
-class ModelConfig(LoadingOptions):
+class ModelConfig:
     """Which model and tokenizer, and how they are loaded.
 
     Attributes:
@@ -55,6 +41,8 @@ class ModelConfig(LoadingOptions):
         eos_token: End-of-sequence token to use instead of the tokenizer's own.
         chat_template_path: Chat template to use instead of the tokenizer's own: a Jinja file, or one of chatml, zephyr,
             dialogue.
+        trust_remote_code: Allow models and tokenizers that bring Python code of their own to run it.
+        model_init_kwargs: Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping.
     """
 
     model_name_or_path: str
@@ -64,6 +52,8 @@ class ModelConfig(LoadingOptions):
     attn_implementation: str | None = None
     eos_token: str | None = None
     chat_template_path: str | None = None
+    trust_remote_code: bool = False
+    model_init_kwargs: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         """Moves arguments in ``model_init_kwargs`` that have a field of their own into it.

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from tdpo.config.arguments import FIXED
 from tdpo.config.checks import check_values, documented, option, seconds
-from tdpo.config.models import LoadingOptions, ModelConfig
+from tdpo.config.models import ModelConfig
 from tdpo.errors import UserError
 
 logger = logging.getLogger("tdpo")
@@ -25,10 +25,12 @@ LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 @documented
 @dataclass
-class RunOptions(LoadingOptions, TrainingArguments):
+class RunOptions(TrainingArguments):
     """The run: where it goes, and what differs from transformers' own defaults.
 
     Attributes:
+        trust_remote_code: Allow models and tokenizers that bring Python code of their own to run it.
+        model_init_kwargs: Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping.
         learning_rate: The initial learning rate. The TDPO paper's is 5e-6.
         output_dir: Folder for the model, its checkpoints and metrics.
         logging_steps: Log every N optimizer steps.
@@ -51,6 +53,8 @@ class RunOptions(LoadingOptions, TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
+    trust_remote_code: bool = False
+    model_init_kwargs: dict[str, Any] | str | None = None
     learning_rate: float = 5e-6
     output_dir: str | None = None
     logging_steps: float = 10
