@@ -112,6 +112,7 @@ class _Demo:
         self.tokenizer: Any
         self.model: nn.Module
         self.sft: Point
+        self.sampling = partial(Sampling, options.max_new_tokens, batch_size=SAMPLING_BATCH)
         self.counts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.trajectories: dict[str, list[Point]] = {}
@@ -159,12 +160,8 @@ class _Demo:
     def fine_tune(self) -> str:
         """Fine-tunes the model on the texts: the SFT model, the reference of all that follows."""
         options = self.options
-        args = SFTConfig(
-            **self.shared_arguments("sft", options.sft_steps),
-            learning_rate=options.sft_learning_rate,
-            lr_scheduler_type="linear",
-            per_device_train_batch_size=2 * options.batch_size,
-        )
+        shared = self.arguments("sft", options.sft_steps, options.sft_learning_rate, 2 * options.batch_size)
+        args = SFTConfig(**shared, lr_scheduler_type="linear")
         rows = [{"text": text} for text in self.texts]
         trainer = SFTTrainer(self.model, args, rows, processing_class=self.tokenizer)
         trainer.train()
@@ -176,7 +173,7 @@ class _Demo:
     def make_pairs(self) -> str:
         """Samples completions of every prompt, ranks them by reward and makes pairs of them."""
         options, train_prompts = self.options, self.train_prompts
-        sampling = self.sampling(options.samples_per_prompt, seed=1)
+        sampling = self.sampling(num_samples=options.samples_per_prompt, seed=options.seed + 1)
         ranked = world.rank_samples(self.model, self.tokenizer, [*train_prompts, *self.prompts], sampling)
         self.train_rows = world.every_pair(ranked[: len(train_prompts)], options.min_margin)
         self.held_out_rows = world.extreme_pairs(ranked[len(train_prompts) :], options.min_margin)
@@ -211,13 +208,11 @@ class _Demo:
         """Trains one objective from the SFT model's folder, and measures the policy every few steps."""
         options = self.options
         args = TDPOConfig(
-            **self.shared_arguments(name, options.steps),
+            **self.arguments(name, options.steps, options.learning_rate, options.batch_size),
+            lr_scheduler_type="constant_with_warmup",
             objective=name,
             beta=options.beta,
             alpha=options.alpha if name == "tdpo2" else None,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=EVALUATION_BATCH,
             eval_strategy="steps",
             eval_steps=options.eval_every,
@@ -236,13 +231,15 @@ class _Demo:
         last = self.trajectories[name][-1]
         return f"reward {last.reward:.3f}, KL(policy || reference) {last.samples.kl:.2f} nats"
 
-    def shared_arguments(self, name: str, steps: int) -> dict[str, Any]:
+    def arguments(self, name: str, steps: int, learning_rate: float, batch_size: int) -> dict[str, Any]:
         """Returns the training arguments that fine-tuning and every objective have in common."""
         return {
             "output_dir": str(self.folder / name),
             "seed": self.options.seed,
             "max_steps": steps,
             "warmup_steps": int(WARMUP * steps),
+            "learning_rate": learning_rate,
+            "per_device_train_batch_size": batch_size,
             "logging_steps": 10,
             "save_strategy": "no",
             "report_to": "none",
@@ -250,21 +247,13 @@ class _Demo:
             "max_grad_norm": CLIP,
         }
 
-    def sampling(self, num_samples: int, seed: int) -> Sampling:
-        """Returns plain sampling from the model's distribution; ``seed`` is added to the demo's."""
-        return Sampling(
-            max_new_tokens=self.options.max_new_tokens,
-            num_samples=num_samples,
-            batch_size=SAMPLING_BATCH,
-            seed=self.options.seed + seed,
-        )
-
     def measure(
         self, policy: nn.Module, reference: nn.Module | Reference, step: int, held_out: Mapping[str, float]
     ) -> tuple[Point, list[str]]:
         """Draws one sample per held-out prompt, with the same seed for every policy, and measures the samples."""
         prompt_ids = self.tokenizer(self.prompts, add_special_tokens=False)["input_ids"]
-        drawn = world.complete(policy, self.tokenizer, self.prompts, self.sampling(1, seed=2))
+        sampling = self.sampling(seed=self.options.seed + 2)
+        drawn = world.complete(policy, self.tokenizer, self.prompts, sampling)
         responses = [samples[0] for samples in drawn]
         completions = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
         rewards = torch.tensor([reward(p + text) for p, text in zip(self.prompts, completions, strict=True)])
