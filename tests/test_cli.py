@@ -77,7 +77,7 @@ def test_yaml_and_command_line_are_one_grammar(tmp_path: Path) -> None:
         "beta: 0.3\nresume: true\n"
         "report_to: none\nlr_scheduler_kwargs: {num_cycles: 2}\neval_dataset_name: null\n"
     )
-    model, _, _, data, args = parse("train", "", TRAIN_OPTIONS, ["--config", str(file), "--beta", "0.5", "--use_cpu"])
+    model, _, _, data, args = parse("train", TRAIN_OPTIONS, ["--config", str(file), "--beta", "0.5", "--use_cpu"])
     assert (model.model_name_or_path, data.dataset_name, data.eval_dataset_name) == ("m", "d", None)
     assert (args.learning_rate, args.beta, args.resume) == (5e-6, 0.5, True)
     assert args.eval_strategy == "no"
@@ -97,7 +97,7 @@ def test_mistakes_in_a_config_file_are_named(tmp_path: Path, content: str, messa
     file = tmp_path / "run.yaml"
     file.write_text(content)
     with pytest.raises(UserError) as raised:
-        parse("train", "", TRAIN_OPTIONS, ["--config", str(file)])
+        parse("train", TRAIN_OPTIONS, ["--config", str(file)])
     assert message in str(raised.value)
 
 

@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tdpo import UserError
 from tdpo.data.sources import read_source
 from tdpo.demo import world
-from tdpo.demo.folder import ENTRIES, MARK, claim
 from tdpo.demo.grammar import LEXICON, distinct_texts, explain, reward, sample_text
 from tdpo.demo.results import OBJECTIVES, DemoOptions
-from tdpo.demo.run import run_demo
+from tdpo.demo.run import ENTRIES, MARK, claim, run_demo
 from tdpo.evaluate.generate import Sampling
 
 
@@ -96,10 +95,10 @@ def test_distinct_texts_repeat_nothing():
 
 
 def test_prompts_are_distinct_short_and_split_without_overlap():
-    texts = world.make_texts(sft=500, train_prompts=200, held_out_prompts=80, seed=0)
-    assert [len(texts.sft), len(texts.train_prompts), len(texts.held_out_prompts)] == [500, 200, 80]
-    assert len({*texts.train_prompts, *texts.held_out_prompts}) == 280
-    assert {len(prompt.split()) for prompt in texts.train_prompts} == {3, 4, 5, 6}
+    texts = sft, train, held_out = world.make_texts(sft=500, train_prompts=200, held_out_prompts=80, seed=0)
+    assert [len(sft), len(train), len(held_out)] == [500, 200, 80]
+    assert len({*train, *held_out}) == 280
+    assert {len(prompt.split()) for prompt in train} == {3, 4, 5, 6}
     assert texts == world.make_texts(500, 200, 80, seed=0) != world.make_texts(500, 200, 80, seed=1)
 
 
@@ -111,7 +110,7 @@ def test_more_prompts_than_the_grammar_has_are_refused(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return world.build_tokenizer(world.make_texts(1500, 1, 1, seed=0).sft)
+    return world.build_tokenizer(world.make_texts(1500, 1, 1, seed=0)[0])
 
 
 @pytest.mark.parametrize("text", ["The plot was good.", " leading", "é 日本 🙂", "<|endoftext|>", "a\n\tb  c "])
@@ -160,39 +159,41 @@ def test_samples_are_ranked_by_reward_and_unfinished_ones_left_out(tokenizer):
     raw = world.complete(model, tokenizer, prompts, sampling)
     finished = [[ids for ids in samples if ids[-1] == eos and len(ids) > 1] for samples in raw]
     ranked = world.rank_samples(model, tokenizer, prompts, sampling, score=lambda text: float(len(text)))
-    assert [len(entry.completions) for entry in ranked] == [len(samples) for samples in finished]
+    assert [len(completions) for _, completions in ranked] == [len(samples) for samples in finished]
     assert 15 < sum(map(len, finished)) < 45
     assert any(len(ids) == 1 for samples in raw for ids in samples)  # an end token alone is no response
-    for entry, samples in zip(ranked, finished, strict=True):
-        values = [value for value, _ in entry.completions]
+    for (prompt, completions), samples in zip(ranked, finished, strict=True):
+        values = [value for value, _ in completions]
         assert values == sorted(values, reverse=True)
-        assert values == [float(len(entry.prompt + text)) for _, text in entry.completions]
-        assert sorted(text for _, text in entry.completions) == sorted(tokenizer.decode(ids[:-1]) for ids in samples)
+        assert values == [float(len(prompt + text)) for _, text in completions]
+        assert sorted(text for _, text in completions) == sorted(tokenizer.decode(ids[:-1]) for ids in samples)
 
 
 RANKED = [
-    world.Ranked("p", [(0.9, " a"), (0.5, " b"), (0.48, " c"), (0.1, " d")]),
-    world.Ranked("q", [(0.2, " e"), (0.2, " f")]),
-    world.Ranked("r", [(0.3, " g")]),
+    ("p", [(0.9, " a"), (0.5, " b"), (0.48, " c"), (0.1, " d")]),
+    ("q", [(0.2, " e"), (0.2, " f")]),
+    ("r", [(0.3, " g")]),
 ]
 
 
 def test_a_prompt_without_a_finished_completion_gives_none(tokenizer):
     model = world.build_model(tokenizer, seed=0)
     sampling = Sampling(max_new_tokens=2, num_samples=2, seed=0)
-    assert world.rank_samples(model, tokenizer, ["We saw it"], sampling) == [world.Ranked("We saw it", [])]
+    assert world.rank_samples(model, tokenizer, ["We saw it"], sampling) == [("We saw it", [])]
 
 
 def test_every_pair_is_ordered_and_closer_ones_are_ties():
     pairs = world.every_pair(RANKED, margin=0.05)
-    assert [(pair.chosen, pair.rejected) for pair in pairs] == [
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [
         (" a", " b"), (" a", " c"), (" a", " d"), (" b", " d"), (" c", " d")
     ]  # fmt: skip
-    assert all(pair.chosen_reward - pair.rejected_reward >= 0.05 for pair in pairs)
+    assert all(pair["chosen_reward"] - pair["rejected_reward"] >= 0.05 for pair in pairs)
 
 
 def test_extreme_pairs_are_one_a_prompt():
-    assert world.extreme_pairs(RANKED, margin=0.05) == [world.ScoredPair("p", " a", " d", 0.9, 0.1)]
+    assert world.extreme_pairs(RANKED, margin=0.05) == [
+        {"prompt": "p", "chosen": " a", "rejected": " d", "chosen_reward": 0.9, "rejected_reward": 0.1}
+    ]
 
 
 def test_a_margin_must_be_positive():

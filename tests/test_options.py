@@ -25,7 +25,7 @@ NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o
 
 def parsed(*words: str) -> dict[str, Any]:
     """All options of ``tdpo train`` by name; what several dataclasses have is the first's."""
-    options = parse("train", "", TRAIN_OPTIONS, [*NEEDED, *words])
+    options = parse("train", TRAIN_OPTIONS, [*NEEDED, *words])
     return {name: value for part in reversed(options) for name, value in vars(part).items()}
 
 
@@ -199,7 +199,7 @@ def test_target_modules_of_an_adapter(tmp_path: Path, line: str, adapted: int) -
     from peft import get_peft_model
 
     (tmp_path / "run.yaml").write_text(f"use_peft: true\nlora_target_modules: {line}\n")
-    options = parse("train", "", TRAIN_OPTIONS, [*NEEDED, "--config", str(tmp_path / "run.yaml")])
+    options = parse("train", TRAIN_OPTIONS, [*NEEDED, "--config", str(tmp_path / "run.yaml")])
     model = get_peft_model(make_model(100), options[2].peft_config())
     assert sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters()) == adapted
 

@@ -12,24 +12,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from tdpo.cli import COMMANDS
-from tdpo.commands.common import check_writable, console, quieten, read_dataset, user_errors
+from tdpo.commands.common import console, quieten, read_datasets, user_errors
 from tdpo.commands.options import parse
-from tdpo.config import (
-    CACHE_DTYPE,
-    CACHE_HELP,
-    EvalDataConfig,
-    LayoutOptions,
-    ModelConfig,
-    PairOptions,
-    check_at_least,
-    check_choices,
-    option,
-)
+from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions
+from tdpo.config.checks import check_values, documented, option
+from tdpo.config.training import CACHE_DTYPES
 from tdpo.data.dataset import check_fits
-from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training
+from tdpo.data.options import check_format
 from tdpo.errors import UserError
-from tdpo.models.load import load_model, load_tokenizer
+from tdpo.files import check_writable
+from tdpo.models.load import load_model
 from tdpo.models.policy import head_of, position_limit
 from tdpo.models.reference import FrozenCopy
 from tdpo.models.store import HiddenStore
@@ -37,21 +29,31 @@ from tdpo.score import packer
 from tdpo.train.reference_cache import FillOptions, cache_key, fill
 
 
+@documented
 @dataclass
 class CacheOptions(PairOptions, LayoutOptions):
-    """Options of the cache; lengths, layout, precision and dtype must be those of the training that reads it."""
+    """Options of the cache; lengths, layout, precision and dtype must be those of the training that reads it.
 
-    reference_cache: str = field(metadata={"help": CACHE_HELP}, kw_only=True)
-    reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
-    per_device_eval_batch_size: int = option(8, "Pairs run at a time.")
-    bf16: bool = option(False, "Run as training with --bf16 does.")
-    fp16: bool = option(False, "Run as training with --fp16 does.")
-    use_cpu: bool = option(False, "Run on the CPU although there is an accelerator.")
+    Attributes:
+        reference_cache: Folder for the reference's hidden states; filled where it is empty, refused where it belongs to
+            other weights, tokens or settings.
+        reference_cache_dtype: Dtype of the cached hidden states; auto is that of the reference, which loses nothing.
+        per_device_eval_batch_size: Pairs run at a time.
+        bf16: Run as training with --bf16 does.
+        fp16: Run as training with --fp16 does.
+        use_cpu: Run on the CPU although there is an accelerator.
+    """
+
+    reference_cache: str = field(kw_only=True)
+    reference_cache_dtype: str = option("auto", choices=CACHE_DTYPES)
+    per_device_eval_batch_size: int = 8
+    bf16: bool = False
+    fp16: bool = False
+    use_cpu: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self, per_device_eval_batch_size=1)
         check_format(self)
-        check_at_least(self, 1, "per_device_eval_batch_size")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 contradict each other")
         self.lengths()
@@ -59,18 +61,13 @@ class CacheOptions(PairOptions, LayoutOptions):
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command; under torchrun or accelerate launch each process computes a part."""
-    model_config, data, options = parse(
-        "cache-reference", COMMANDS["cache-reference"], (ModelConfig, EvalDataConfig, CacheOptions), argv
-    )
-    spec = options.row_spec()
-    data.check_row_spec(spec)
+    model_config, data, options = parse("cache-reference", (ModelConfig, EvalDataConfig, CacheOptions), argv)
     quieten()
+    data.check_row_spec(options.row_spec())
     folder = Path(options.reference_cache).expanduser()
     check_writable(folder)
-    tokenizer = load_tokenizer(model_config)
-    tokeniser = make_tokeniser(options, tokenizer)
-    sources = (open_training(data, spec), open_held_out(data, spec))
-    datasets = [read_dataset(source, options, tokeniser) for source in sources if source is not None]
+    tokenizer, *datasets = read_datasets(model_config, data, options)
+    datasets = [dataset for dataset in datasets if dataset is not None]
     device = PartialState(cpu=options.use_cpu or not torch.cuda.is_available()).device
     model = load_model(model_config)
     for dataset in datasets:
@@ -79,10 +76,8 @@ def run(argv: Sequence[str]) -> None:
     reference = FrozenCopy(model)
     reference.to(device)
     precision = "bf16" if options.bf16 else "fp16" if options.fp16 else "no"
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    autocast: Any = nullcontext
-    if precision in dtypes:
-        autocast = partial(torch.autocast, device.type, dtype=dtypes[precision])
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast: Any = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype=dtype)
     fill_options = FillOptions(
         device, options.per_device_eval_batch_size, options.reference_cache_dtype, precision, autocast
     )

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tdpo.cli import COMMANDS
-from tdpo.commands.common import check_writable, console, is_main_process, quieten, write_json, write_text
+from tdpo.commands.common import console, is_main_process, quieten, write_json, write_text
 from tdpo.commands.options import parse
-from tdpo.config import EvalDataConfig, ModelConfig, PairOptions, check_at_least, check_choices
+from tdpo.config import EvalDataConfig, ModelConfig, PairOptions
+from tdpo.config.checks import check_values
 from tdpo.data.check import DataCheck, Prepared, check, clean_rows, examples, prepare, whole
 from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training, pair_cache
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
+from tdpo.files import check_writable
 from tdpo.models.load import load_tokenizer, model_limits
 from tdpo.report.data import counts_table, example, histogram, legend, lengths_table
 
@@ -39,8 +40,7 @@ class CheckOptions(PairOptions):
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_at_least(self, 0, "num_examples")
+        check_values(self, num_examples=0)
         self.rendering()
         check_format(self)
         if self.fix and not self.fix.endswith(".jsonl"):
@@ -56,9 +56,7 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         UserError: if training would stop at the data, after everything about it is reported; not with ``--fix``.
     """
-    model_config, data, options = parse(
-        "check-data", COMMANDS["check-data"], (ModelConfig, EvalDataConfig, CheckOptions), argv
-    )
+    model_config, data, options = parse("check-data", (ModelConfig, EvalDataConfig, CheckOptions), argv)
     spec = options.row_spec()
     data.check_row_spec(spec)
     source, held_out_rows = open_training(data, spec), open_held_out(data, spec)

@@ -1,11 +1,10 @@
-"""Parts of several commands: check the output folder, read data, report errors, print tables, write JSON."""
+"""Parts of several commands: read data, report errors, print tables, write JSON."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,20 +19,15 @@ from rich.logging import RichHandler
 from rich.table import Table
 from safetensors import SafetensorError
 
-from tdpo.config import RunOptions
-from tdpo.data.options import prepare
+from tdpo.config import EvalDataConfig, ModelConfig
+from tdpo.data.options import make_tokeniser, open_held_out, open_training, prepare
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
-from tdpo.files import atomic_write, check_writable
-from tdpo.train.checkpointing import checkpoints
+from tdpo.files import atomic_write
+from tdpo.models.load import load_tokenizer
 
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*.bin")
-OTHER_FILES = (
-    "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.*", "vocab.*", "merges.txt",
-    "*processor_config.json", "audio_tokenizer_config.json", "*_results.json", "trainer_state.json",
-)  # fmt: skip
-"""Files that a finished run leaves beside the model."""
 
 
 def console() -> Console:
@@ -59,50 +53,6 @@ def quieten() -> None:
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     level = logging.WARNING if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
-
-
-def check_output(args: RunOptions, *inputs: str | None) -> None:
-    """Checks the output folder before anything is loaded; see also :func:`clear_earlier_run`.
-
-    Args:
-        args: The run's options.
-        inputs: Models and tokenizers the run reads; none of them may be in the output folder.
-
-    Raises:
-        UserError: if it cannot be written, is an input's own folder, or holds a model that would be overwritten.
-    """
-    folder = Path(str(args.output_dir)).expanduser()
-    check_writable(folder)
-    read = [Path(name).expanduser().resolve() for name in inputs if name]
-    if folder.resolve() in read:
-        raise UserError(f"--output_dir {folder} is the folder a model is read from; it would be overwritten")
-    if args.overwrite_output_dir and (args.resume or args.resume_from_checkpoint):
-        raise UserError("--resume and --overwrite_output_dir contradict each other")
-    if args.overwrite_output_dir and any(folder.resolve() in path.parents for path in read):
-        raise UserError(f"--overwrite_output_dir would remove a model in {folder} that this run reads")
-    holds = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))] + checkpoints(folder)[-1:]
-    if holds and not (args.resume or args.resume_from_checkpoint or args.overwrite_output_dir):
-        raise UserError(
-            f"--output_dir {folder} already holds {', '.join(path.name for path in holds)}: --resume continues from "
-            "the newest checkpoint, --overwrite_output_dir replaces"
-        )
-    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
-        raise UserError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such folder")
-
-
-def clear_earlier_run(args: RunOptions) -> None:
-    """Removes what an earlier run left, under ``overwrite_output_dir``, so that none of it is taken for the new run's.
-
-    Called when data, models and options have been checked: a mistake must not cost the earlier run.
-    """
-    if not (args.overwrite_output_dir and is_main_process()):
-        return
-    folder = Path(str(args.output_dir)).expanduser()
-    for pattern in (*MODEL_FILES, *OTHER_FILES):
-        for path in folder.glob(pattern):
-            path.unlink()
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
 
 
 @contextmanager
@@ -141,6 +91,14 @@ def read_dataset(source: Source, options: Any, tokeniser: Tokeniser) -> Any:
     for line in prepared.report.lines():
         console().print(line, soft_wrap=True)
     return prepared
+
+
+def read_datasets(model_config: ModelConfig, data: EvalDataConfig, options: Any) -> tuple[Any, Any, Any]:
+    """Returns the tokenizer, the dataset to train on and the held-out one, or None without held-out rows."""
+    tokenizer, spec = load_tokenizer(model_config), options.row_spec()
+    tokeniser = make_tokeniser(options, tokenizer)
+    train, held_out = read_dataset(open_training(data, spec), options, tokeniser), open_held_out(data, spec)
+    return tokenizer, train, None if held_out is None else read_dataset(held_out, options, tokeniser)
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

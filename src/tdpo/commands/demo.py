@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tdpo.cli import COMMANDS
 from tdpo.commands.common import quieten
 from tdpo.commands.options import parse
 from tdpo.demo.results import DemoOptions
@@ -13,6 +12,6 @@ from tdpo.demo.run import run_demo
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    (options,) = parse("demo", COMMANDS["demo"], (DemoOptions,), argv)
+    (options,) = parse("demo", (DemoOptions,), argv)
     quieten()
     run_demo(options)

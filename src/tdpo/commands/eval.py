@@ -8,48 +8,48 @@ from pathlib import Path
 
 import torch
 
-from tdpo.cli import COMMANDS
-from tdpo.commands.common import check_writable, console, metric_table, quieten, read_dataset, write_json
+from tdpo.commands.common import console, metric_table, quieten, read_dataset, write_json
 from tdpo.commands.options import parse
-from tdpo.config import (
-    DATASET_HELP,
-    ModelConfig,
-    ObjectiveOptions,
-    PairOptions,
-    ScoringOptions,
-    SplitOptions,
-    check_at_least,
-    check_choices,
-    option,
-)
+from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions
+from tdpo.config.checks import check_values, documented
+from tdpo.config.data import DATASET_HELP
 from tdpo.data.dataset import check_fits
 from tdpo.data.options import check_format, make_tokeniser
 from tdpo.data.sources import open_source
 from tdpo.evaluate.preference import evaluate_pairs
+from tdpo.files import check_writable
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
 
 
+@documented
 @dataclass
 class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
-    """What is evaluated and where the figures go."""
+    """What is evaluated and where the figures go.
 
-    ref_model_name_or_path: str = field(metadata={"help": "Reference model: a hub name or a folder."}, kw_only=True)
+    Attributes:
+        ref_model_name_or_path: Reference model: a hub name or a folder.
+        dataset_config: Configuration of a hub dataset.
+        dataset_test_split: Split to evaluate on: of a hub dataset, or the beginning of file names.
+        per_device_eval_batch_size: Pairs scored at a time.
+        json: File to write the metrics to, as one flat object.
+    """
+
+    ref_model_name_or_path: str = field(kw_only=True)
     dataset_name: str = field(metadata={"help": DATASET_HELP}, kw_only=True)
-    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
-    dataset_test_split: str = option("test", "Split to evaluate on: of a hub dataset, or the beginning of file names.")
-    per_device_eval_batch_size: int = option(8, "Pairs scored at a time.")
-    json: str | None = option(None, "File to write the metrics to, as one flat object.")
+    dataset_config: str | None = None
+    dataset_test_split: str = "test"
+    per_device_eval_batch_size: int = 8
+    json: str | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_at_least(self, 1, "per_device_eval_batch_size", "logits_budget")
+        check_values(self, per_device_eval_batch_size=1, logits_budget=1)
         check_format(self)
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    model_config, options = parse("eval", COMMANDS["eval"], (ModelConfig, EvalOptions), argv)
+    model_config, options = parse("eval", (ModelConfig, EvalOptions), argv)
     quieten()
     objective = options.build_objective()
     spec = replace(options.row_spec(), side=options.side(test=True))
@@ -63,17 +63,8 @@ def run(argv: Sequence[str]) -> None:
     reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
     limit = position_limit(policy, reference)
     check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source, len(tokenizer))
-    metrics = evaluate_pairs(
-        policy,
-        reference,
-        dataset.pairs,
-        objective,
-        batch_size=options.per_device_eval_batch_size,
-        layout=options.layout,
-        backend=options.backend,
-        logits_budget=options.logits_budget,
-        progress=True,
-    )
+    how = options.per_device_eval_batch_size, options.layout, options.backend, options.logits_budget
+    metrics = evaluate_pairs(policy, reference, dataset.pairs, objective, *how, progress=True)
     console().print(metric_table(metrics, f"{objective}, {len(dataset)} pairs"))
     if options.json:
         write_json(options.json, metrics)

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from rich.table import Table
 from rich.text import Text as Styled
 
-from tdpo.cli import COMMANDS
-from tdpo.commands.common import check_writable, console, quieten, write_text
+from tdpo.commands.common import console, quieten, write_text
 from tdpo.commands.options import parse
-from tdpo.config import DATASET_HELP, FormatOptions, ModelConfig, ReferenceConfig, RenderingOptions, SplitOptions
+from tdpo.config import FormatOptions, ModelConfig, ReferenceConfig, RenderingOptions, SplitOptions
+from tdpo.config.checks import check_values, documented, option
+from tdpo.config.data import DATASET_HELP, UNLIMITED
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.dataset import check_fits
 from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed
@@ -28,99 +29,89 @@ from tdpo.data.sources import SourceRow, open_source
 from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
 from tdpo.evaluate.generate import Sampling, sample_ids
+from tdpo.files import check_writable
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
-from tdpo.types import PreferenceRecord, Text, TokenisedPair
+from tdpo.types import PreferenceRecord, TokenisedPair
 
 logger = logging.getLogger("tdpo")
 
 
+@documented
 @dataclass
-class GenerateOptions(FormatOptions, RenderingOptions, SplitOptions):
-    """What is asked of the models, how they answer, and where it goes."""
+class GenerateOptions(Sampling, FormatOptions, RenderingOptions, SplitOptions):
+    """What is asked of the models, how they answer, and where it goes.
 
-    prompt: list[str] = field(default_factory=list, metadata={"help": "One or more prompts, as plain text."})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": f"{DATASET_HELP} Its prompts are taken as training has them; rows may lack responses."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_test_split: str = field(
-        default="test",
-        metadata={"help": "Split to take prompts from, as in the other commands."},
-    )
-    num_prompts: int = field(default=8, metadata={"help": "Prompts taken from the dataset, from its beginning."})
-    num_samples: int = field(default=1, metadata={"help": "Responses per prompt and model."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest response in tokens."})
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Longer prompts keep their last N tokens. Default: all that the model's positions allow."},
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits; 0 takes the likeliest token."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 is off."})
-    top_k: int = field(default=0, metadata={"help": "Samples among the k likeliest tokens; 0 is off."})
-    batch_size: int = field(default=32, metadata={"help": "Sequences generated at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of the draws, the same for both models."})
-    json: str | None = field(
-        default=None, metadata={"help": "File to write to, one object a line with prompt, policy and reference."}
-    )
+    Attributes:
+        prompt: One or more prompts, as plain text.
+        dataset_config: Configuration of a hub dataset.
+        dataset_test_split: Split to take prompts from, as in the other commands.
+        num_prompts: Prompts taken from the dataset, from its beginning.
+        max_prompt_length: Longer prompts keep their last N tokens. Default: all that the model's positions allow.
+        json: File to write to, one object a line with prompt, policy and reference.
+    """
 
-    def sampling(self) -> Sampling:
-        """Returns how responses are drawn under these options."""
-        return Sampling(
-            self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.num_samples, self.batch_size, self.seed
-        )
+    prompt: list[str] = option(list)
+    dataset_name: str | None = option(
+        None, f"{DATASET_HELP} Its prompts are taken as training has them; rows may lack responses."
+    )
+    dataset_config: str | None = None
+    dataset_test_split: str = "test"
+    num_prompts: int = 8
+    max_prompt_length: int | None = None
+    json: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_values(self, num_prompts=1, max_prompt_length=1)
+        if bool(self.prompt) == bool(self.dataset_name):
+            raise UserError("give either --prompt or --dataset_name")
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    model_config, ref, options = parse(
-        "generate", COMMANDS["generate"], (ModelConfig, ReferenceConfig, GenerateOptions), argv
-    )
+    model_config, ref, options = parse("generate", (ModelConfig, ReferenceConfig, GenerateOptions), argv)
     quieten()
-    sampling = options.sampling()
     if options.json:
         check_writable(Path(options.json).absolute().parent)
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, rendering=options.rendering())
-    asked = _asked(options, tokeniser)
-    prompts = [turns.prompt for turns in asked]
-    names = {"policy": model_config.model_name_or_path}
-    if ref.ref_model_name_or_path:
-        names["reference"] = ref.ref_model_name_or_path
-    answers = {}
+    given = [PreferenceRecord(text, "", "", "--prompt", number) for number, text in enumerate(options.prompt, 1)]
+    asked = [Turns(record, record.prompt) for record in given] or _prompts_of_dataset(options, tokeniser)
+    names = {"policy": model_config.model_name_or_path, "reference": ref.ref_model_name_or_path}
+    answers: dict[str, list[list[str]]] = {}
     for side, name in names.items():
-        model = load_model(model_config, name).to("cuda" if torch.cuda.is_available() else "cpu")
-        ids = _prompt_ids(tokeniser, asked, options, model)
-        sampled = sample_ids(model, ids, sampling, _ends(model, tokenizer), _padding(model, tokenizer))
-        answers[side] = [[tokenizer.decode(s, skip_special_tokens=True) for s in samples] for samples in sampled]
-    _show(prompts, answers)
+        if name:
+            model = load_model(model_config, name).to("cuda" if torch.cuda.is_available() else "cpu")
+            ids = _prompt_ids(tokeniser, asked, options, model)
+            sampled = sample_ids(model, ids, options, _end_tokens(model, tokenizer))
+            answers[side] = [[tokenizer.decode(s, skip_special_tokens=True) for s in samples] for samples in sampled]
+    lines: list[dict[str, Any]] = [
+        {"prompt": turns.prompt, **{side: answers[side][i] for side in answers}} for i, turns in enumerate(asked)
+    ]
+    for line in lines:
+        _show(**line)
     if options.json:
-        lines = [{"prompt": prompt, **{side: answers[side][i] for side in answers}} for i, prompt in enumerate(prompts)]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(options.json, text)
+        write_text(options.json, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         console().print(f"written to {options.json}", soft_wrap=True)
 
 
-def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
-    """Returns the requested prompts, encoded as in training where they come from preference rows.
+def _prompts_of_dataset(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
+    """Returns the first prompts of the dataset, encoded as in training where they come from preference rows.
 
     Raises:
-        UserError: if there are none, or both kinds are given.
+        UserError: if there are none.
     """
-    if bool(options.prompt) == bool(options.dataset_name):
-        raise UserError("give either --prompt or --dataset_name")
-    if options.prompt:
-        return [Turns(PreferenceRecord(p, "", "", "--prompt", number), p) for number, p in enumerate(options.prompt, 1)]
-    if options.num_prompts < 1:
-        raise UserError(f"--num_prompts must be at least 1, got {options.num_prompts}")
     report = DataReport(str(options.dataset_name))
     records = _records(options, report)
     if options.special_tokens is None:
         records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
-    # Several pairs of one prompt ask it once; rows without responses are asked one by one.
-    groups = itertools.groupby(records, _question)
-    first = (next(group) for _, group in groups)
+
+    def question(record: PreferenceRecord) -> tuple[Any, ...]:
+        # Several pairs of one prompt ask it once; rows without responses are asked one by one.
+        return record.prompt, record.tools, record.chat_template_kwargs, None if record.chosen else record.row
+
+    first = (next(group) for _, group in itertools.groupby(records, question))
     asked = [
         Turns(record, record.prompt, [response for response in (record.chosen, record.rejected) if response])
         for record in itertools.islice(first, options.num_prompts)
@@ -132,21 +123,17 @@ def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
     return asked
 
 
-def _question(record: PreferenceRecord) -> tuple[Any, ...]:
-    """Returns the key by which rows ask the same; rows without responses each have their own."""
-    return record.prompt, record.tools, record.chat_template_kwargs, None if record.chosen else record.row
-
-
 def _records(options: GenerateOptions, report: DataReport) -> Iterator[PreferenceRecord]:
     """Yields records of the dataset; rows that hold prompts alone give records without responses."""
     spec = replace(options.row_spec(), side=options.side(test=True))
     source = open_source(str(options.dataset_name), options.dataset_test_split, options.dataset_config)
-    head = list(itertools.islice(source, LOOKED_AT))
-    if spec.format != AUTO or any(_holds_a_pair(row, spec) for row in head):
-        yield from iter_records(source, spec, "drop", report)
-        return
-    if not any({"instruction", *PROMPTS} & _renamed(row, spec).fields.keys() for row in head):
-        yield from iter_records(source, spec, "error", report)  # which raises, naming the columns
+    head = [_renamed(row, spec).fields for row in itertools.islice(source, LOOKED_AT)]
+    # Scored completions, one a row, are asked row by row.
+    names = {recognise(fields, FORMATS) for fields in head}
+    pairs = spec.format != AUTO or any(name is not None and FORMATS[name].join is None for name in names)
+    if pairs or not any({"instruction", *PROMPTS} & fields.keys() for fields in head):
+        # Rows that are neither pairs nor prompts end in an error that names their columns.
+        yield from iter_records(source, spec, "drop" if pairs else "error", report)
         return
     for row in source:
         try:
@@ -168,16 +155,14 @@ def _renamed(row: SourceRow, spec: RowSpec) -> SourceRow:
         return row
 
 
-def _holds_a_pair(row: SourceRow, spec: RowSpec) -> bool:
-    """Returns whether the row alone makes records; scored completions, one a row, are asked row by row."""
-    name = recognise(_renamed(row, spec).fields, FORMATS)
-    return name is not None and FORMATS[name].join is None
-
-
 def _prompt_ids(tokeniser: Tokeniser, asked: list[Turns], options: GenerateOptions, model: Any) -> list[list[int]]:
+    """Returns the ids of the prompts, cut to the room that the model's positions leave.
+
+    Raises:
+        UserError: if they leave none, or the model has no row for a token.
+    """
     positions = position_limit(model)
-    limit = 2**31 if options.max_prompt_length is None else options.max_prompt_length
-    room = min(limit, (positions or 2**32) - options.max_new_tokens)
+    room = min(options.max_prompt_length or UNLIMITED, (positions or UNLIMITED) - options.max_new_tokens)
     if room < 1:
         raise UserError(
             f"--max_new_tokens {options.max_new_tokens} and --max_prompt_length {options.max_prompt_length} leave no "
@@ -188,37 +173,26 @@ def _prompt_ids(tokeniser: Tokeniser, asked: list[Turns], options: GenerateOptio
     cut = sum(len(kept) < len(found) for kept, found in zip(ids, whole, strict=True))
     if cut:
         logger.warning("%d of %d prompts are cut to their last %d tokens", cut, len(ids), room)
-    check_fits(
-        [TokenisedPair(prompt, prompt[:1], prompt[:1], turns.record.row)
-         for turns, prompt in zip(asked, ids, strict=True)],
-        head_of(model).vocab_size, None, options.dataset_name or "--prompt", len(tokeniser.tokenizer),
-    )  # fmt: skip
+    rows = [TokenisedPair(p, p[:1], p[:1], turns.record.row) for turns, p in zip(asked, ids, strict=True)]
+    name = options.dataset_name or "--prompt"
+    check_fits(rows, head_of(model).vocab_size, None, name, len(tokeniser.tokenizer))
     return ids
 
 
-def _padding(model: Any, tokenizer: Any) -> int | None:
-    """Returns the token that fills short prompts; attention never sees it, but the model must have a row for it."""
-    padding = tokenizer.pad_token_id
-    return padding if padding is not None and padding < head_of(model).vocab_size else None
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Returns every token that ends a response: the tokenizer's, and those the checkpoint names (end of turn)."""
     named = model.generation_config.eos_token_id
-    named = [named] if isinstance(named, int) else list(named or [])
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys([*own, *named]))
+    tokens = [tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])]
+    return list(dict.fromkeys(token for token in tokens if token is not None))
 
 
-def _show(prompts: list[Text], answers: dict[str, list[list[str]]]) -> None:
-    out = console()
-    for number, prompt in enumerate(prompts):
-        text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        table = Table(
-            title=Styled(text.strip()[-400:], style="bold"), title_justify="left", show_lines=True, expand=True
-        )
-        for side in answers:
-            table.add_column(side, ratio=1)
-        for samples in zip(*(answers[side][number] for side in answers), strict=True):
-            table.add_row(*(Styled(sample.strip()) for sample in samples))
-        out.print(table)
+def _show(prompt: Any, **answers: list[str]) -> None:
+    """Prints a table with the samples of each model."""
+    text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    title = Styled(text.strip()[-400:], style="bold")
+    table = Table(title=title, title_justify="left", show_lines=True, expand=True)
+    for side in answers:
+        table.add_column(side, ratio=1)
+    for samples in zip(*answers.values(), strict=True):
+        table.add_row(*(Styled(sample.strip()) for sample in samples))
+    console().print(table)

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from tdpo.cli import COMMANDS
-from tdpo.commands.common import MODEL_FILES, check_writable, console, quieten, user_errors
+from tdpo.commands.common import MODEL_FILES, console, quieten, user_errors
 from tdpo.commands.options import parse
 from tdpo.config import ModelConfig
+from tdpo.config.checks import documented
 from tdpo.errors import UserError
+from tdpo.files import check_writable
 from tdpo.models.adapters import merge_adapter
 from tdpo.models.generation import repair_generation_config
 from tdpo.models.load import adapter_base, load_model, load_tokenizer
 from tdpo.models.multimodal import copy_processor
 
 
+@documented
 @dataclass
 class MergeOptions:
-    """Options of the merged model."""
+    """Options of the merged model.
 
-    output_dir: str = field(metadata={"help": "Folder for the model and its tokenizer; it may hold no model yet."})
+    Attributes:
+        output_dir: Folder for the model and its tokenizer; it may hold no model yet.
+    """
+
+    output_dir: str
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    model_config, options = parse("merge", COMMANDS["merge"], (ModelConfig, MergeOptions), argv)
+    model_config, options = parse("merge", (ModelConfig, MergeOptions), argv)
     quieten()
     name, folder = model_config.model_name_or_path, Path(options.output_dir).expanduser()
     check_writable(folder)

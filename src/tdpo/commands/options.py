@@ -7,291 +7,157 @@ import dataclasses
 import json
 import re
 import shutil
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, update_wrapper
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+from typing_extensions import override
 
-from tdpo.commands.config_file import read_options
-from tdpo.data.sources import MixedDataset
+from tdpo.cli import COMMANDS
 from tdpo.errors import UserError
 
 CONFIG = "--config"
 NONE = "none"
-ENTRY_FIELDS = [field.name for field in dataclasses.fields(MixedDataset)]
+VALUE_NAMES = {bool: "[BOOL]", int: "INT", float: "FLOAT", list: "X ...", str: "TEXT", dict: "JSON"}
+LONGEST_CHOICES = 60
+"""Characters beyond which help leaves out the choices of an option, such as the names of all optimizers."""
 
 
 class Parser(HfArgumentParser):
-    """``HfArgumentParser`` whose errors are :class:`UserError` and whose help is one line an option."""
+    """``HfArgumentParser`` whose errors are :class:`UserError` and whose help is grouped by the options' dataclasses.
 
-    def __init__(self, command: str, summary: str, dataclass_types: Sequence[Any], required: Sequence[str]) -> None:
-        super().__init__(dataclass_types, prog=f"tdpo {command}", description=summary, allow_abbrev=False)
-        self.kinds = {name: kinds for kind in dataclass_types for name, kinds in _kinds(kind).items()}
-        for action in list(self._actions):
-            self._adapt(action)
-            action.required = action.required or action.dest in required
+    Attributes:
+        kinds: The types each option takes: of ``int | None`` both, of ``list[str]`` ``list``.
+    """
 
-    @staticmethod
-    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-        """Adds a field's option, once where several dataclasses have it."""
-        if f"--{field.name}" not in parser._option_string_actions:
-            HfArgumentParser._parse_dataclass_field(parser, field)
+    def __init__(self, command: str, dataclass_types: Sequence[Any], required: Sequence[str]) -> None:
+        # An option that several dataclasses have is the same in all of them.
+        super().__init__(dataclass_types, prog=f"tdpo {command}", allow_abbrev=False, conflict_handler="resolve")
+        self.kinds: dict[str, set[Any]] = {}
+        actions = {action.dest: action for action in reversed(self._actions)}  # --x where there is a --no_x too
+        hints = [hint for kind in dataclass_types for hint in get_type_hints(kind).items() if hint[0] in actions]
+        for name, hint in hints:
+            parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            action, kinds = actions[name], {get_origin(part) or part for part in parts}
+            self.kinds[name] = kinds
+            action.required = action.required or name in required
+            if action.type is string_to_bool:
+                action.nargs, action.const = "?", True  # also for optional booleans the bare option means yes
+                if f"--no_{name}" not in self._option_string_actions:  # transformers adds it if the default is true
+                    self.add_argument(f"--no_{name}", f"--no-{name.replace('_', '-')}", action="store_false", dest=name)
+            elif {str, list} <= kinds:
+                action.nargs = "+"
+            elif dict in kinds and str not in kinds:
+                action.type = json.loads
+            elif NoneType in kinds and (action.type in (int, float) or (action.type is str and action.default is None)):
+                # With the type's name, which argparse puts in messages.
+                action.type = update_wrapper(partial(_or_none, action.type), action.type, updated=())
 
-    def _adapt(self, action: argparse.Action) -> None:
-        """Lets an option take what its field takes, where ``HfArgumentParser`` reads less."""
-        kinds = self.kinds.get(action.dest, set())
-        if action.type is string_to_bool:
-            action.nargs, action.const = "?", True  # also for optional booleans the bare option means yes
-            if not self.knows(f"--no_{action.dest}"):  # transformers adds it only where the default is true
-                spellings = (f"--no_{action.dest}", f"--no-{action.dest.replace('_', '-')}")
-                self.add_argument(*spellings, action="store_false", dest=action.dest)
-        elif {str, list} <= kinds:
-            action.nargs = "+"
-        elif dict in kinds and str not in kinds:
-            action.type = json.loads
-        elif NoneType in kinds and (action.type in (int, float) or (action.type is str and action.default is None)):
-            action.type = _or_none(action.type)
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parses words; an option that takes one text or a list of them gets a text where it is one."""
-        namespace, rest = super().parse_known_args(*args, **kwargs)
-        for name, kinds in self.kinds.items():
-            value = getattr(namespace, name, None)
-            if {str, list} <= kinds and isinstance(value, list) and len(value) == 1:
-                setattr(namespace, name, value[0])
-        return namespace, rest
-
-    def knows(self, option: str) -> bool:
-        """Returns whether there is an option of this spelling."""
-        return option in self._option_string_actions
-
+    @override
     def error(self, message: str) -> NoReturn:
-        """Raises argparse's message instead of printing all usage before it."""
         message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # transformers gives each option a second spelling
-        raise UserError(f"{message} (tdpo {self.prog.split()[-1]} --help lists the options)")
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
 
+    @override
     def format_help(self) -> str:
-        """Returns every option with its value, meaning and default, in the groups the dataclasses define."""
         width = min(shutil.get_terminal_size((110, 20)).columns, 140)
-        lines = [
-            f"{self.prog}: {self.description}",
-            "",
-            f"usage: {self.prog} [{CONFIG} file.yaml] [--option value ...]",
-        ]
-        for title, fields in self._groups():
-            lines += ["", title]
-            for field in fields:
-                lines += _option_lines(field, width)
-        return "\n".join(lines) + "\n"
-
-    def _groups(self) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
-        """Returns options by the class that defines them last, those of transformers after all others."""
+        formatter = argparse.HelpFormatter(self.prog, max_help_position=36, width=width)
+        formatter.add_text(f"{self.prog}: {COMMANDS[self.prog.split()[-1]]}")
+        formatter.add_usage(f"{self.prog} [{CONFIG} file.yaml] [--option value ...]", (), ())
         known: set[str] = set()
         for dataclass_type in self.dataclass_types:
             fields = {field.name: field for field in dataclasses.fields(dataclass_type)}
-            for owner in dataclass_type.__mro__:
+            for owner in dataclass_type.__mro__:  # each option under the class that defines it last
                 own = [name for name in vars(owner).get("__annotations__", {}) if name in fields and name not in known]
                 known |= set(own)
-                if own:
-                    yield _title(owner), [fields[name] for name in own]
+                title = re.split(r"[:;\n]", (owner.__doc__ or "").strip())[0].rstrip(".")
+                formatter.start_section(
+                    title if owner.__module__.startswith("tdpo") else f"transformers.{owner.__name__}"
+                )
+                formatter.add_arguments(self._help_entry(fields[name]) for name in own)
+                formatter.end_section()
+        return formatter.format_help()
+
+    def _help_entry(self, field: dataclasses.Field[Any]) -> argparse.Action:
+        """Returns an action that displays an option with one spelling, its values, meaning and default."""
+        action = self._option_string_actions[f"--{field.name}"]
+        kinds, default = self.kinds[field.name], getattr(action.default, "value", action.default)
+        note = " (required)" if action.required else "" if default in (None, "", []) else f" (default: {default})"
+        value = next((value for kind, value in VALUE_NAMES.items() if kind in kinds), "TEXT")
+        choices = "|".join(map(str, action.choices or ()))
+        value = choices if 0 < len(choices) <= LONGEST_CHOICES else value
+        return argparse.Action([f"--{field.name}"], field.name, metavar=value, help=(action.help or field.name) + note)
 
 
-def parse(
-    command: str, summary: str, dataclass_types: Sequence[Any], argv: Sequence[str], required: Sequence[str] = ()
-) -> tuple[Any, ...]:
+def parse(command: str, dataclass_types: Sequence[Any], argv: Sequence[str], required: Sequence[str] = ()) -> Any:
     """Parses a command's options.
 
     Args:
         command: Its name.
-        summary: One line for its help.
         dataclass_types: The dataclasses that hold its options; what several of them have goes to the first.
-        required: Options that must be given although their fields have defaults.
-        argv: The command line after the command's name. ``--config file.yaml`` supplies defaults for the rest of it.
+        argv: The words after the command's name. ``--config FILE.yaml`` supplies defaults for the rest of it.
+        required: Options that have a default in their dataclass and must be given here.
 
     Returns:
-        One instance of each dataclass.
+        A list of one instance of each dataclass.
 
     Raises:
         UserError: for unknown options (all of them, each with its counterpart or the nearest name), a value that does
             not fit, options that contradict.
     """
-    parser = Parser(command, summary, dataclass_types, required)
+    parser = Parser(command, dataclass_types, required)
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         raise SystemExit(0)
-    files, rest = _split_config(argv)
+    config = Parser(command, (), ())
+    config.add_argument(CONFIG, action="append", default=[])
+    files, words = config.parse_known_args(argv)
+    mistakes: dict[str, list[str]] = {}
     given: list[str] = []
-    mistakes: list[str] = []
-    for path in files:
-        words, wrong = _config_words(read_options(path, CONFIG), parser)
-        given += words
-        mistakes += _listed(f"{CONFIG} {path}: ", wrong)
-    mistakes += _listed("", _unknown_options(rest, parser))
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+    for path in files.config:
+        from tdpo.commands.config_file import read_words
+
+        found, mistakes[f"{CONFIG} {path}: "] = read_words(path, parser)
+        given += found
+    options = [word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)]
+    mistakes[""] = [
+        f"unknown option {option}.{advice(option.lstrip('-').replace('-', '_'), parser.kinds)}"
+        for option in options
+        if " " not in option and option not in parser._option_string_actions
+    ]
+    lines: list[str] = []
+    for where, found in mistakes.items():  # one mistake in a line, several below their number
+        several = [f"{where or 'command line: '}{len(found)} mistakes", *(f"  {mistake}" for mistake in found)]
+        lines += [where + mistake for mistake in found] if len(found) < 2 else several
+    if lines:
+        raise UserError("\n".join(lines))
     try:
-        parsed, stray = parser.parse_known_args([*given, *rest])
-        options = tuple(_instances(parser.dataclass_types, vars(parsed)))
+        namespace, stray = parser.parse_known_args([*given, *words])
+        values = vars(namespace)
+        for name, value in values.items():  # an option that takes one text or a list of them
+            if {str, list} <= parser.kinds[name] and isinstance(value, list) and len(value) == 1:
+                values[name] = value[0]
+        parsed = [
+            kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind) if field.name in values})
+            for kind in dataclass_types
+        ]
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(str(error)) from error
     if stray:
         raise UserError(f"a value without an option: {stray[0]}")
-    return options
+    return parsed
 
 
-def _instances(dataclass_types: Iterable[Any], values: dict[str, Any]) -> Iterator[Any]:
-    """Makes the dataclasses; a value that several of them have goes to the first."""
-    for kind in dataclass_types:
-        yield kind(**{f.name: values.pop(f.name) for f in dataclasses.fields(kind) if f.init and f.name in values})
-
-
-def _listed(where: str, mistakes: Sequence[str]) -> list[str]:
-    """Lists the mistakes of one source: one in a line, several below their number."""
-    if len(mistakes) < 2:
-        return [where + mistake for mistake in mistakes]
-    return [f"{where or 'command line: '}{len(mistakes)} mistakes", *(f"  {mistake}" for mistake in mistakes)]
-
-
-def _split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates the files that ``--config`` names from the other words."""
-    files: list[str] = []
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word == CONFIG or word.startswith(CONFIG + "="):
-            files.append(word.partition("=")[2] or next(words, ""))
-            if not files[-1]:
-                raise UserError(f"{CONFIG} needs a file")
-        else:
-            rest.append(word)
-    return files, rest
-
-
-def _advice(name: str, known: Iterable[str], entry: bool = False) -> str:
+def advice(name: str, known: Iterable[str], entry: bool = False) -> str:
     """Returns what to use instead of an unknown option, or instead of a field in an ``entry`` of ``datasets``."""
     from tdpo.counterparts import ENTRY_SPELLINGS, OPTIONS, hint  # long tables that only a mistake needs
 
     return hint(name, known, ENTRY_SPELLINGS if entry else OPTIONS)
 
 
-def _unknown_options(words: Sequence[str], parser: Parser) -> list[str]:
-    """Describes each word that argparse would take for an option and does not know."""
-    options = [word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)]
-    return [
-        f"unknown option {option}.{_advice(option.lstrip('-').replace('-', '_'), parser.kinds)}"
-        for option in options
-        if " " not in option and not parser.knows(option)
-    ]
-
-
-def _config_words(content: Mapping[str, Any], parser: Parser) -> tuple[list[str], list[str]]:
-    """Turns the options of a file into words of a command line, and describes those that cannot be."""
-    words: list[str] = []
-    mistakes: list[str] = []
-    for key, value in content.items():
-        if key not in parser.kinds:
-            mistakes.append(f"unknown key {key!r}.{_advice(key, parser.kinds)}")
-        elif (wrong := _wrong_kind(value, parser.kinds[key], parser.get_default(key))) is not None:
-            mistakes.append(f"{key!r}: {wrong}")
-        else:
-            mistakes += _foreign_fields(value) if key == "datasets" else ()
-            words += _words(key, value, parser)
-    return words, mistakes
-
-
-def _wrong_kind(value: Any, kinds: set[Any], default: Any) -> str | None:
-    """Describes a value whose kind no text on the command line could have; None if it fits."""
-    if value is None and default is not None and NoneType not in kinds:
-        return f"no value; give one, or leave the key out for the default, {_plain(default)}"
-    if isinstance(value, list) and list not in kinds:
-        return f"expected one value, found a list of {len(value)}"
-    if isinstance(value, dict) and dict not in kinds:
-        return "expected a list, found a mapping" if list in kinds else "expected one value, found a mapping"
-    return None
-
-
-def _words(key: str, value: Any, parser: Parser) -> list[str]:
-    """Turns one option of a file into words of a command line."""
-    if isinstance(value, list):
-        items = (json.dumps(item, default=str) if isinstance(item, dict) else str(item) for item in value)
-        return [f"--{key}", *items] if value else []
-    if value is None:
-        return [] if parser.get_default(key) is None else [f"--{key}={NONE}"]
-    if str(value).lower() == "false" and key in ("eval_strategy", "save_strategy", "logging_strategy"):
-        value = "no"  # YAML's no and false are one value
-    if key == "report_to" and str(value).lower() in ("false", "no"):
-        value = NONE
-    return [f"--{key}={json.dumps(value, default=str) if isinstance(value, dict) else value}"]
-
-
-def _foreign_fields(entries: Any) -> list[str]:
-    """Describes unknown fields in the entries of ``datasets``; their values are checked where they are read."""
-    return [
-        f"'datasets', entry {number}: unknown field {name!r}.{_advice(name, ENTRY_FIELDS, entry=True)}"
-        for number, entry in enumerate(entries, 1)
-        if isinstance(entry, dict)
-        for name in map(str, entry)
-        if name not in ENTRY_FIELDS
-    ]
-
-
-def _kinds(dataclass_type: Any) -> dict[str, set[Any]]:
-    """Maps fields to the types they take: ``int | None`` are two, and of ``list[str]`` it is ``list``."""
-    hints = get_type_hints(dataclass_type)
-    parts = {
-        field.name: get_args(kind) if get_origin(kind := hints[field.name]) in (Union, UnionType) else (kind,)
-        for field in dataclasses.fields(dataclass_type)
-        if field.init
-    }
-    return {name: {get_origin(part) or part for part in each} for name, each in parts.items()}
-
-
-def _or_none(kind: Any) -> Callable[[str], Any]:
+def _or_none(kind: Callable[[str], Any], text: str) -> Any:
     """Reads ``none`` and ``null`` as None, as TRL does, and anything else as a number or text."""
-
-    def read(text: str) -> Any:
-        return None if text.lower() in (NONE, "null") else kind(text)
-
-    read.__name__ = kind.__name__  # argparse names it in messages
-    return read
-
-
-def _title(owner: Any) -> str:
-    first = (owner.__doc__ or "").strip().split("\n")[0].split(":")[0].split(";")[0].rstrip(".")
-    return "transformers.TrainingArguments" if owner.__name__ == "TrainingArguments" else first
-
-
-def _option_lines(field: dataclasses.Field[Any], width: int) -> list[str]:
-    missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    default = field.default if field.default is not dataclasses.MISSING else None
-    note = " (required)" if missing else "" if default in (None, "") else f" (default: {_plain(default)})"
-    choices = field.metadata.get("choices")
-    value = "|".join(map(str, choices)) if choices else _value_name(field)
-    meaning = " ".join((field.metadata.get("help") or field.name.replace("_", " ")).split())
-    head = f"  --{field.name} {value}".rstrip()
-    body = textwrap.wrap(meaning + note, max(width - 36, 40))
-    if len(head) > 34:
-        return [head, *(" " * 36 + line for line in body)]
-    return [f"{head:<36}{body[0]}", *(" " * 36 + line for line in body[1:])]
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)
-
-
-def _value_name(field: dataclasses.Field[Any]) -> str:
-    kind = str(field.type)
-    for part, name in (
-        ("bool", "[BOOL]"),
-        ("Literal", ""),
-        ("int", "INT"),
-        ("float", "FLOAT"),
-        ("list", "X ..."),
-        ("dict", "JSON"),
-    ):
-        if part in kind:
-            return name or "|".join(map(str, getattr(field.type, "__args__", ())))
-    return "TEXT"
+    return None if text.lower() in (NONE, "null") else kind(text)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tdpo.commands.common import console, user_errors
-from tdpo.commands.training import run_training
+from tdpo.commands.train import prepare_run, train_and_save
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, SFTConfig
 from tdpo.distributed.sharding import ShardingCallback
 from tdpo.models.load import load_model
@@ -17,15 +16,12 @@ OPTIONS = (ModelConfig, AdapterOptions, EvalDataConfig, SFTConfig)
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    run_training("sft", OPTIONS, argv, _make_trainer, _show)
-
-
-def _make_trainer(options: tuple[Any, ...], datasets: tuple[Any, Any], tokenizer: Any) -> SFTTrainer:
-    model_config, adapter, _, args = options
+    (model_config, adapter, _, args), tokenizer, train, held_out = prepare_run("sft", OPTIONS, argv)
     model = load_model(model_config, trainable=True, quantization=adapter.quantization())
+    sharding, peft_config = ShardingCallback(), adapter.peft_config()
     with user_errors():
-        return SFTTrainer(model, args, *datasets, tokenizer, [ShardingCallback()], peft_config=adapter.peft_config())
-
-
-def _show(metrics: dict[str, float], rows: int) -> None:
-    console().print(f"held-out loss {metrics['loss']:.4f} nats per token", soft_wrap=True)
+        trainer = SFTTrainer(model, args, train, held_out, tokenizer, [sharding], peft_config=peft_config)
+    del model  # the trainer decides what of it stays in memory
+    metrics = train_and_save(trainer)
+    if metrics is not None:
+        console().print(f"held-out loss {metrics['loss']:.4f} nats per token", soft_wrap=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tdpo.cli import COMMANDS
 from tdpo.commands.common import check_writable, console, quieten, read_dataset
 from tdpo.commands.options import parse
-from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions, check_at_least, check_choices, option
+from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions, check_values, option
 from tdpo.data.dataset import check_fits
 from tdpo.data.options import check_format, make_tokeniser, open_training
 from tdpo.errors import UserError
@@ -50,10 +50,8 @@ class WeightOptions(PairOptions, LayoutOptions):
     logits_budget: int | None = option(None, "Bytes for logits at a time.")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self, per_device_eval_batch_size=1, logits_budget=1, weights_clamp=0, weights_strength=0)
         check_format(self)
-        check_at_least(self, 1, "per_device_eval_batch_size", "logits_budget")
-        check_at_least(self, 0, "weights_clamp", "weights_strength", "weights_beta")
         self.lengths()
         self.weights_range = self.weights_range or [0.7, 1.3]
         if len(self.weights_range) != 2 or not 0 <= self.weights_range[0] <= self.weights_range[1]:

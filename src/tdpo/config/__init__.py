@@ -3,56 +3,14 @@
 Defaults live here and nowhere else; help texts are what ``tdpo <command> --help`` prints.
 """
 
-from tdpo.config.arguments import FIXED, HONOURED, Fixed
-from tdpo.config.checks import check_at_least, check_choices, option, seconds
-from tdpo.config.data import (
-    DATASET_HELP,
-    DataConfig,
-    EvalDataConfig,
-    FormatOptions,
-    LengthOptions,
-    PairOptions,
-    RenderingOptions,
-    SplitOptions,
-)
+from tdpo.config.checks import seconds
+from tdpo.config.data import DataConfig, EvalDataConfig, FormatOptions, PairOptions, RenderingOptions, SplitOptions
 from tdpo.config.models import AdapterOptions, ModelConfig, ReferenceConfig
 from tdpo.config.run import APPLIED, RunOptions
-from tdpo.config.training import (
-    CACHE_DTYPE,
-    CACHE_HELP,
-    LayoutOptions,
-    ObjectiveOptions,
-    ScoringOptions,
-    SFTConfig,
-    TDPOConfig,
-)
+from tdpo.config.training import LayoutOptions, ObjectiveOptions, ScoringOptions, SFTConfig, TDPOConfig
 
 __all__ = [
-    "APPLIED",
-    "CACHE_DTYPE",
-    "CACHE_HELP",
-    "DATASET_HELP",
-    "FIXED",
-    "HONOURED",
-    "AdapterOptions",
-    "DataConfig",
-    "EvalDataConfig",
-    "Fixed",
-    "FormatOptions",
-    "LayoutOptions",
-    "LengthOptions",
-    "ModelConfig",
-    "ObjectiveOptions",
-    "PairOptions",
-    "ReferenceConfig",
-    "RenderingOptions",
-    "RunOptions",
-    "SFTConfig",
-    "ScoringOptions",
-    "SplitOptions",
-    "TDPOConfig",
-    "check_at_least",
-    "check_choices",
-    "option",
-    "seconds",
-]
+    "APPLIED", "AdapterOptions", "DataConfig", "EvalDataConfig", "FormatOptions", "LayoutOptions", "ModelConfig",
+    "ObjectiveOptions", "PairOptions", "ReferenceConfig", "RenderingOptions", "RunOptions", "SFTConfig",
+    "ScoringOptions", "SplitOptions", "TDPOConfig", "seconds",
+]  # fmt: skip

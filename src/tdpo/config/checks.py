@@ -2,51 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from tdpo.errors import UserError
+
+Options = TypeVar("Options")
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 """Seconds in the units a duration may have."""
 
 
-def option(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
+def option(default: Any, help_text: str = "", choices: Sequence[str] = ()) -> Any:
     """Returns a dataclass field with the text that ``--help`` prints, and the values it may have.
 
-    A default of ``list`` is an empty list.
+    A default of ``list`` is an empty list. The text may stand in the docstring instead; see :func:`documented`.
     """
-    metadata = {"help": help_text} | ({} if choices is None else {"choices": choices})
-    return (
-        field(default_factory=list, metadata=metadata) if default is list else field(default=default, metadata=metadata)
-    )
+    metadata = ({"help": help_text} if help_text else {}) | ({"choices": choices} if choices else {})
+    value: Any = {"default_factory": list} if default is list else {"default": default}
+    return dataclasses.field(metadata=metadata, **value)
 
 
-def check_at_least(options: Any, least: float, *names: str) -> None:
-    """Refuses fields below a value; None is no value.
+def documented(cls: type[Options]) -> type[Options]:
+    """Gives the fields of a dataclass the help texts of its docstring's ``Attributes``, for ``--help``."""
+    for name, text in re.findall(r"^    (\w+): (.*(?:\n {6,}.*)*)", inspect.getdoc(cls) or "", re.M):
+        if name in cls.__annotations__:
+            field = cls.__dataclass_fields__[name]  # type: ignore[attr-defined]
+            field.metadata = MappingProxyType({"help": " ".join(text.split()), **field.metadata})
+    return cls
+
+
+def check_values(options: Any, **least: float) -> None:
+    """Refuses a value outside a field's choices or below the least one, whether a command line parsed it or not.
+
+    Args:
+        options: A dataclass of options.
+        **least: The least value by the name of the field; None is no value.
 
     Raises:
         UserError: naming the field.
     """
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name} must be at least {least:g}, got {value}")
-
-
-def check_choices(options: Any) -> None:
-    """Refuses a value outside a field's choices, also where no command line has parsed it.
-
-    Raises:
-        UserError: naming the field and its choices.
-    """
     for name, spec in options.__dataclass_fields__.items():
-        choices = spec.metadata.get("choices")
-        value = getattr(options, name)
+        choices, value = spec.metadata.get("choices"), getattr(options, name)
         if choices and isinstance(value, str) and value not in choices:
             raise UserError(f"--{name} {value}: there are {', '.join(map(str, choices))}")
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= bound:
+            raise UserError(f"--{name} must be at least {bound:g}, got {value}")
+
+
+def check_used(options: Any, switch: str, *beginnings: str) -> None:
+    """Refuses options that are set, have one of these beginnings and no effect, since the switch is off.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for name, spec in options.__dataclass_fields__.items():
+        if name.startswith(beginnings) and getattr(options, name) != spec.default and not getattr(options, switch):
+            raise UserError(f"--{name} has no effect without --{switch}")
 
 
 def seconds(text: str) -> float:

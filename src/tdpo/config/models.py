@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from tdpo.config.checks import check_at_least, check_choices, option
+from tdpo.config.checks import check_used, check_values, documented, option
 from tdpo.errors import UserError
 
 DTYPES = Literal["float32", "bfloat16", "float16", "float64", "auto"]
@@ -26,37 +26,34 @@ REFUSED_INIT_KWARGS = {
 }
 
 
-@dataclass(kw_only=True)
-class LoadingOptions:
-    """How models are loaded, also by a trainer that loads one by its name."""
-
-    trust_remote_code: bool = option(
-        False, "Allow models and tokenizers that bring Python code of their own to run it."
-    )
-    model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping."
-    )
-
-
+@documented
 @dataclass
-class ModelConfig(LoadingOptions):
-    """Which model and tokenizer, and how they are loaded."""
+class ModelConfig:
+    """Which model and tokenizer, and how they are loaded.
 
-    model_name_or_path: str = field(metadata={"help": "Model to train or evaluate: a hub name or a folder."})
-    tokenizer_name_or_path: str | None = option(
-        None, "Tokenizer, where it is not kept with the model: a hub name or a folder."
-    )
-    model_revision: str = option("main", "Branch, tag or commit of a hub model.")
-    dtype: DTYPES = option(
-        "float32", "Dtype of the weights; auto takes the checkpoint's. For mixed precision use --bf16 instead."
-    )
-    attn_implementation: str | None = option(
-        None, "Attention implementation: eager, sdpa, flex_attention, flash_attention_2; default: the model's."
-    )
-    eos_token: str | None = option(None, "End-of-sequence token to use instead of the tokenizer's own.")
-    chat_template_path: str | None = option(
-        None, "Chat template to use instead of the tokenizer's own: a Jinja file, or one of chatml, zephyr, dialogue."
-    )
+    Attributes:
+        model_name_or_path: Model to train or evaluate: a hub name or a folder.
+        tokenizer_name_or_path: Tokenizer, where it is not kept with the model: a hub name or a folder.
+        model_revision: Branch, tag or commit of a hub model.
+        dtype: Dtype of the weights; auto takes the checkpoint's. For mixed precision use --bf16 instead.
+        attn_implementation: Attention implementation: eager, sdpa, flex_attention, flash_attention_2; default: the
+            model's.
+        eos_token: End-of-sequence token to use instead of the tokenizer's own.
+        chat_template_path: Chat template to use instead of the tokenizer's own: a Jinja file, or one of chatml, zephyr,
+            dialogue.
+        trust_remote_code: Allow models and tokenizers that bring Python code of their own to run it.
+        model_init_kwargs: Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping.
+    """
+
+    model_name_or_path: str
+    tokenizer_name_or_path: str | None = None
+    model_revision: str = "main"
+    dtype: DTYPES = "float32"
+    attn_implementation: str | None = None
+    eos_token: str | None = None
+    chat_template_path: str | None = None
+    trust_remote_code: bool = False
+    model_init_kwargs: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         """Moves arguments in ``model_init_kwargs`` that have a field of their own into it.
@@ -64,7 +61,14 @@ class ModelConfig(LoadingOptions):
         Raises:
             UserError: for an argument that contradicts such a field, or is decided elsewhere.
         """
-        rest = _mapping(self.model_init_kwargs)
+        given: Any = self.model_init_kwargs
+        try:
+            given = json.loads(given) if isinstance(given, str) else given
+        except ValueError as error:
+            raise UserError(f"--model_init_kwargs is not valid JSON: {error}") from error
+        if not isinstance(given, dict | None):
+            raise UserError("--model_init_kwargs must be a mapping of arguments to values")
+        rest = dict(given or {})
         for key, name in INIT_KWARGS.items():
             value = rest.pop(key, None)
             if value is None:
@@ -82,74 +86,68 @@ class ModelConfig(LoadingOptions):
         self.model_init_kwargs = rest or None
 
 
-def _mapping(given: Any) -> dict[str, Any]:
-    """Parses the ``model_init_kwargs`` of a command line, a YAML file or Python."""
-    try:
-        content = json.loads(given) if isinstance(given, str) else given
-    except ValueError as error:
-        raise UserError(f"--model_init_kwargs is not valid JSON: {error}") from error
-    if not isinstance(content, dict | None):
-        raise UserError("--model_init_kwargs must be a mapping of arguments to values")
-    return dict(content or {})
-
-
+@documented
 @dataclass
 class ReferenceConfig:
-    """The model that the policy is compared with."""
+    """The model that the policy is compared with.
 
-    ref_model_name_or_path: str | None = option(
-        None, "Reference model: a hub name or a folder; default: the policy as it is loaded."
-    )
+    Attributes:
+        ref_model_name_or_path: Reference model: a hub name or a folder; default: the policy as it is loaded.
+    """
+
+    ref_model_name_or_path: str | None = None
 
 
+@documented
 @dataclass
 class AdapterOptions:
-    """Adapters: train a few new weights instead of the model's, under TRL's names."""
+    """Adapters: train a few new weights instead of the model's, under TRL's names.
 
-    use_peft: bool = option(False, "Train a LoRA adapter; the model's weights stay.")
-    lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "Scale of the adapter: its change is times alpha / r.")
-    lora_dropout: float = option(0.0, "Dropout before the adapter; takes --disable_dropout false.")
-    lora_target_modules: list[str] | None = option(
-        None,
-        "Names of the layers that get an adapter, one regular expression, or all-linear; default: peft's "
-        "for the model.",
-    )
-    lora_target_parameters: list[str] | None = option(
-        None,
-        "Names of parameters outside linear layers that get an adapter, such as mlp.experts.down_proj of a "
-        "mixture-of-experts model.",
-    )
-    lora_modules_to_save: list[str] | None = option(
-        None, "Modules that are trained and saved whole, lm_head for a trained head."
-    )
-    lora_task_type: str = option("CAUSAL_LM", "Task the adapter is saved for.", ["CAUSAL_LM"])
-    use_rslora: bool = option(False, "Rank-stabilised scale: alpha / sqrt(r).")
-    use_dora: bool = option(False, "DoRA: magnitude and direction of weights apart.")
-    load_in_4bit: bool = option(False, "Keep the model in 4 bits under the adapter (QLoRA); needs bitsandbytes.")
-    load_in_8bit: bool = option(False, "Keep the model in 8 bits under the adapter; needs bitsandbytes.")
-    bnb_4bit_quant_type: str = option("nf4", "Kind of 4-bit numbers.", ["nf4", "fp4"])
-    bnb_4bit_quant_storage: str | None = option(
-        None,
-        "Dtype that holds the packed 4-bit weights; default: bitsandbytes' uint8. FSDP needs that of the "
-        "other weights.",
-        ["uint8", "float16", "bfloat16", "float32"],
-    )
-    use_bnb_nested_quant: bool = option(False, "Quantise the constants of the 4-bit quantisation too.")
+    Attributes:
+        use_peft: Train a LoRA adapter; the model's weights stay.
+        lora_r: Rank of the adapter.
+        lora_alpha: Scale of the adapter: its change is times alpha / r.
+        lora_dropout: Dropout before the adapter; takes --disable_dropout false.
+        lora_target_modules: Names of the layers that get an adapter, one regular expression, or all-linear; default:
+            peft's for the model.
+        lora_target_parameters: Names of parameters outside linear layers that get an adapter, such as
+            mlp.experts.down_proj of a mixture-of-experts model.
+        lora_modules_to_save: Modules that are trained and saved whole, lm_head for a trained head.
+        lora_task_type: Task the adapter is saved for.
+        use_rslora: Rank-stabilised scale: alpha / sqrt(r).
+        use_dora: DoRA: magnitude and direction of weights apart.
+        load_in_4bit: Keep the model in 4 bits under the adapter (QLoRA); needs bitsandbytes.
+        load_in_8bit: Keep the model in 8 bits under the adapter; needs bitsandbytes.
+        bnb_4bit_quant_type: Kind of 4-bit numbers.
+        bnb_4bit_quant_storage: Dtype that holds the packed 4-bit weights; default: bitsandbytes' uint8. FSDP needs that
+            of the other weights.
+        use_bnb_nested_quant: Quantise the constants of the 4-bit quantisation too.
+    """
+
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None
+    lora_target_parameters: list[str] | None = None
+    lora_modules_to_save: list[str] | None = None
+    lora_task_type: str = option("CAUSAL_LM", choices=["CAUSAL_LM"])
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = option("nf4", choices=["nf4", "fp4"])
+    bnb_4bit_quant_storage: str | None = option(None, choices=["uint8", "float16", "bfloat16", "float32"])
+    use_bnb_nested_quant: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_at_least(self, 1, "lora_r", "lora_alpha")
+        check_values(self, lora_r=1, lora_alpha=1)
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        idle = [] if self.use_peft else self._given(("lora_", "use_rslora", "use_dora"))
-        if idle:
-            raise UserError(f"--{idle[0]} has no effect without --use_peft")
+        check_used(self, "use_peft", "lora_", "use_rslora", "use_dora")
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError("--load_in_4bit and --load_in_8bit contradict each other")
-        idle = [] if self.load_in_4bit else self._given(("bnb_", "use_bnb"))
-        if idle:
-            raise UserError(f"--{idle[0]} has no effect without --load_in_4bit")
+        check_used(self, "load_in_4bit", "bnb_", "use_bnb")
 
     def peft_config(self) -> Any:
         """Returns the ``peft.LoraConfig`` of these options, None without ``use_peft``."""
@@ -157,31 +155,23 @@ class AdapterOptions:
             return None
         from peft import LoraConfig
 
+        # One text is names with commas, all-linear or a regular expression; peft takes the last two as a text.
+        targets: Any = self.lora_target_modules
+        if targets and len(targets) == 1:
+            (targets,) = targets
+            if targets != "all-linear" and re.fullmatch(r"[\w.,-]+", targets):
+                targets = targets.split(",")
         return LoraConfig(
             task_type=self.lora_task_type,
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=_target_modules(self.lora_target_modules),
+            target_modules=targets,
             target_parameters=self.lora_target_parameters,
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )
-
-    def check_trains(self, loaded: bool) -> None:
-        """Refuses what would leave nothing to train, or put one adapter on another.
-
-        Args:
-            loaded: Whether the model that is named is an adapter already.
-
-        Raises:
-            UserError: naming the options.
-        """
-        if loaded and self.use_peft:
-            raise UserError("the model has an adapter already: leave --use_peft out to continue training it")
-        if self.quantization() and not (loaded or self.use_peft):
-            raise UserError("weights in 4 or 8 bits cannot be trained: add --use_peft, or continue from an adapter")
 
     def quantization(self) -> dict[str, Any] | None:
         """Returns the arguments of transformers' ``BitsAndBytesConfig``, None for weights as they are."""
@@ -189,25 +179,6 @@ class AdapterOptions:
             return {"load_in_8bit": True}
         if not self.load_in_4bit:
             return None
-        storage = {} if self.bnb_4bit_quant_storage is None else {"bnb_4bit_quant_storage": self.bnb_4bit_quant_storage}
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
-            "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
-            **storage,
-        }
-
-    def _given(self, beginnings: tuple[str, ...]) -> list[str]:
-        """Lists the options whose names begin so and whose values differ from their defaults."""
-        fields = type(self).__dataclass_fields__
-        return [n for n, f in fields.items() if n.startswith(beginnings) and getattr(self, n) != f.default]
-
-
-def _target_modules(names: list[str] | None) -> list[str] | str | None:
-    """Returns names of layers as peft expects them: a list, or one text for ``all-linear`` and regular expressions."""
-    if not names or len(names) > 1:
-        return names
-    (only,) = names
-    if only == "all-linear" or not re.fullmatch(r"[\w.,-]+", only):
-        return only
-    return only.split(",")
+        nested, storage = self.use_bnb_nested_quant, self.bnb_4bit_quant_storage
+        chosen = {"bnb_4bit_quant_type": self.bnb_4bit_quant_type, "bnb_4bit_use_double_quant": nested}
+        return {"load_in_4bit": True, **chosen} | ({} if storage is None else {"bnb_4bit_quant_storage": storage})

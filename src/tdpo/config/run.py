@@ -11,9 +11,9 @@ from typing import Any, Self
 import torch
 from transformers import TrainingArguments
 
-from tdpo.config.arguments import check_fixed
-from tdpo.config.checks import check_at_least, option, seconds
-from tdpo.config.models import LoadingOptions, ModelConfig
+from tdpo.config.arguments import FIXED
+from tdpo.config.checks import check_values, documented, option, seconds
+from tdpo.config.models import ModelConfig
 from tdpo.errors import UserError
 
 logger = logging.getLogger("tdpo")
@@ -23,46 +23,53 @@ LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 """Environment variable by which accelerate lets every process but one load empty weights."""
 
 
+@documented
 @dataclass
-class RunOptions(LoadingOptions, TrainingArguments):
-    """The run: where it goes, and what differs from transformers' own defaults."""
+class RunOptions(TrainingArguments):
+    """The run: where it goes, and what differs from transformers' own defaults.
+
+    Attributes:
+        trust_remote_code: Allow models and tokenizers that bring Python code of their own to run it.
+        model_init_kwargs: Further arguments of from_pretrained for model and reference, as JSON or a YAML mapping.
+        learning_rate: The initial learning rate. The TDPO paper's is 5e-6.
+        output_dir: Folder for the model, its checkpoints and metrics.
+        logging_steps: Log every N optimizer steps.
+        logging_first_step: Log the first step too.
+        logging_nan_inf_filter: Hide losses that are not finite. Off: training stops there and names the rows.
+        remove_unused_columns: Kept off: batches carry more than the model's own inputs.
+        train_sampling_strategy: Order of the training data.
+        disable_dropout: Train without dropout, so that policy and reference are compared as they are.
+        router_aux_loss_coef: Weight of the load-balancing loss of a mixture-of-experts model, which is added to the
+            loss and logged as aux_loss; default: the weight in the model's config where its output_router_logits is
+            set. 0 leaves it out.
+        resume: Resume from the newest checkpoint in --output_dir, if there is one.
+        overwrite_output_dir: Write into --output_dir although it holds a model or checkpoints.
+        max_time: Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124.
+        restore_callback_states_from_checkpoint: Give callbacks such as early stopping back their state when resuming.
+        accelerate_config: How processes divide the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's.
+            Starts the processes where no launcher has.
+        num_processes: Processes that --accelerate_config starts on this machine; default: one for each GPU.
+    """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
-    learning_rate: float = option(5e-6, "The initial learning rate. The TDPO paper's is 5e-6.")
-    output_dir: str | None = option(None, "Folder for the model, its checkpoints and metrics. (required)")
-    logging_steps: float = option(10, "Log every N optimizer steps.")
-    logging_first_step: bool = option(True, "Log the first step too.")
-    logging_nan_inf_filter: bool = option(
-        False, "Hide losses that are not finite. Off: training stops there and names the rows."
-    )
-    remove_unused_columns: bool = option(False, "Kept off: batches carry more than the model's own inputs.")
-    disable_dropout: bool = option(
-        True, "Train without dropout, so that policy and reference are compared as they are."
-    )
-    router_aux_loss_coef: float | None = option(
-        None,
-        "Weight of the load-balancing loss of a mixture-of-experts model, which is added to the loss and "
-        "logged as aux_loss; default: the weight in the model's config where its output_router_logits is set. 0 "
-        "leaves it out.",
-    )
-    resume: bool = option(False, "Resume from the newest checkpoint in --output_dir, if there is one.")
-    overwrite_output_dir: bool = option(False, "Write into --output_dir although it holds a model or checkpoints.")
-    max_time: str | None = option(
-        None, "Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124."
-    )
-    restore_callback_states_from_checkpoint: bool = option(
-        True, "Give callbacks such as early stopping back their state when resuming."
-    )
-
-    accelerate_config: str | None = option(
-        None,
-        "How processes divide the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's. Starts the "
-        "processes where no launcher has.",
-    )
-    num_processes: int | None = option(
-        None, "Processes that --accelerate_config starts on this machine; default: one for each GPU."
-    )
+    trust_remote_code: bool = False
+    model_init_kwargs: dict[str, Any] | str | None = None
+    learning_rate: float = 5e-6
+    output_dir: str | None = None
+    logging_steps: float = 10
+    logging_first_step: bool = True
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    train_sampling_strategy: str = option("random", choices=["random", "sequential"])
+    disable_dropout: bool = True
+    router_aux_loss_coef: float | None = None
+    resume: bool = False
+    overwrite_output_dir: bool = False
+    max_time: str | None = None
+    restore_callback_states_from_checkpoint: bool = True
+    accelerate_config: str | None = None
+    num_processes: int | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuses unknown arguments, all at once, with their counterparts: what ``DPOConfig`` took may be among them.
@@ -91,19 +98,17 @@ class RunOptions(LoadingOptions, TrainingArguments):
             raise UserError(
                 "--num_processes says how many processes --accelerate_config starts; it has no effect alone"
             )
-        check_fixed(self)
-        check_at_least(
-            self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
-        )
-        check_at_least(self, 0, "learning_rate", "router_aux_loss_coef", "neftune_noise_alpha")
+        for name, (value, reason) in FIXED.items():
+            if getattr(self, name) != value:
+                raise UserError(f"--{name} {reason}. Leave it at {value!r}")
+        check_values(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
+        check_values(self, learning_rate=0, router_aux_loss_coef=0, neftune_noise_alpha=0)
         if self.max_steps == 0:
             raise UserError("--max_steps 0 trains nothing: give a number of steps, or -1 to train --num_train_epochs")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             raise UserError(
                 f"--num_train_epochs {self.num_train_epochs:g} trains nothing: give a positive number, or --max_steps"
             )
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise UserError(f"--train_sampling_strategy {self.train_sampling_strategy}: there are random, sequential")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
         given = self.accelerator_config
@@ -111,7 +116,17 @@ class RunOptions(LoadingOptions, TrainingArguments):
             raise UserError(
                 "--accelerator_config: batches are distributed by tdpo; split, dispatch and even have no use"
             )
-        load_without_sharding(self.deepspeed_plugin is not None)
+        # From here on every process loads whole weights, whatever the launcher's settings say.
+        if os.environ.get(LOADS_EMPTY, "false").lower() in ("true", "1"):
+            os.environ[LOADS_EMPTY] = "false"
+            if os.environ.get("RANK", "0") == "0":
+                logger.warning(
+                    "fsdp_cpu_ram_efficient_loading is off: every process reads the whole model, to prove it"
+                )
+        if self.deepspeed_plugin is not None:
+            from transformers.integrations import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()  # what makes from_pretrained partition while it loads; accelerate has its own
 
     def model_config(self, model: Any) -> ModelConfig:
         """Describes how a trainer loads a model by its name.
@@ -132,19 +147,3 @@ class RunOptions(LoadingOptions, TrainingArguments):
             trust_remote_code=self.trust_remote_code,
             model_init_kwargs=self.model_init_kwargs,
         )
-
-
-def load_without_sharding(deepspeed: bool) -> None:
-    """Makes every process load whole weights from here on, whatever the launcher's settings say.
-
-    Args:
-        deepspeed: Whether the run is DeepSpeed's.
-    """
-    if os.environ.get(LOADS_EMPTY, "false").lower() in ("true", "1"):
-        os.environ[LOADS_EMPTY] = "false"
-        if os.environ.get("RANK", "0") == "0":
-            logger.warning("fsdp_cpu_ram_efficient_loading is off: every process reads the whole model, to prove it")
-    if deepspeed:
-        from transformers.integrations import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()  # what makes from_pretrained partition while it loads; accelerate has its own

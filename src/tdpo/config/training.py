@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tdpo import objectives
-from tdpo.config.checks import check_at_least, check_choices, option
+from tdpo.config.checks import check_used, check_values, documented, option
 from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, RenderingOptions
 from tdpo.config.run import RunOptions
 from tdpo.config.tokens import Lengths
 from tdpo.errors import UserError
 
-CACHE_HELP = (
-    "Folder with the reference's hidden states; filled where it is empty, refused where it belongs to other weights, "
-    "tokens or settings."
-)
-CACHE_DTYPE = {
-    "help": "Dtype of the cached hidden states; auto is that of the reference, which loses nothing.",
-    "choices": ["auto", "float32", "bfloat16", "float16"],
-}
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _with_parameters(options: type) -> type:
@@ -65,75 +58,64 @@ class ObjectiveOptions:
         return objectives.build(self.objective, **given, **(self.objective_args or {}))
 
 
+@documented
 @dataclass
 class LayoutOptions:
-    """How sequences are packed into rows; it does not change a result."""
+    """How sequences are packed into rows; it does not change a result.
 
-    layout: str = option(
-        "auto",
-        "tree packs sequences into shared rows and runs a prompt once, padded gives each a row; auto is "
-        "tree where a probe proves it on the model.",
-        ["auto", "tree", "padded"],
-    )
+    Attributes:
+        layout: tree packs sequences into shared rows and runs a prompt once, padded gives each a row; auto is tree
+            where a probe proves it on the model.
+    """
+
+    layout: str = option("auto", choices=["auto", "tree", "padded"])
 
 
+@documented
 @dataclass
 class ScoringOptions(LayoutOptions):
-    """How pairs are scored; it does not change a result."""
+    """How pairs are scored; it does not change a result.
 
-    backend: Literal["auto", "naive", "chunked", "triton"] = option(
-        "auto",
-        "Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, "
-        "triton does so with kernels of its own on a GPU; auto is triton where it runs.",
-    )
-    logits_budget: int | None = option(
-        None, "Bytes for logits at a time; default 256 MiB on a CPU, 512 MiB on an accelerator."
-    )
+    Attributes:
+        backend: Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, triton
+            does so with kernels of its own on a GPU; auto is triton where it runs.
+        logits_budget: Bytes for logits at a time; default 256 MiB on a CPU, 512 MiB on an accelerator.
+    """
+
+    backend: Literal["auto", "naive", "chunked", "triton"] = "auto"
+    logits_budget: int | None = None
 
 
+@documented
 @dataclass
 class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
     """Arguments of tdpo.TDPOTrainer: all of ``transformers.TrainingArguments`` and the fields below.
 
-    Args:
-        objective: A name of :data:`tdpo.objectives.OBJECTIVES`, or ``module:Class``.
-        objective_args: Parameters of an objective of your own. Those of the registered ones (``beta``, ``alpha``, ...)
-            are fields; None is the objective's own default.
-        max_length: Longest sequence in tokens.
-        max_prompt_length: What is left of the prompt of a longer pair.
-        dataset_format: Format of the rows, ``"auto"`` to infer it from the columns.
-        columns: Columns under other names.
-        ignore_columns: Columns to leave out.
-        reference: Form of the reference: ``"frozen"``, ``"adapter_off"``, ``"cached"`` or
-            ``"auto"``, which says its choice and the reason in a log line.
-        reference_cache: Folder of the cache.
-        reference_cache_dtype: Dtype of the states in it; ``"auto"`` is that of the reference.
-        sync_ref_model: Whether the frozen reference follows the policy, as in TR-DPO (arXiv 2404.09656).
-        ref_model_mixup_alpha: The policy's share when it does; the rest is the reference's own.
-        ref_model_sync_steps: After how many optimizer steps it does.
+    Those of the objective, the data and the layout are documented in the classes this one is made of.
+
+    Attributes:
+        reference: Form of the reference: frozen is a second model, adapter_off the policy without its adapter, cached
+            hidden states on disk; auto is adapter_off under a new adapter, cached with --reference_cache, frozen
+            elsewhere.
+        reference_cache: Folder with the reference's hidden states; filled where it is empty, refused where it belongs
+            to other weights, tokens or settings. Default with --reference cached: reference-cache in --output_dir.
+        reference_cache_dtype: Dtype of the cached hidden states; auto is that of the reference, which loses nothing.
+        sync_ref_model: Let the frozen reference follow the policy in steps (TR-DPO, arXiv 2404.09656).
+        ref_model_mixup_alpha: How far it follows, under --sync_ref_model: this share of the policy, the rest stays; 1
+            copies.
+        ref_model_sync_steps: After how many optimizer steps it follows, under --sync_ref_model.
     """
 
-    reference: str = option(
-        "auto",
-        "Form of the reference: frozen is a second model, adapter_off the policy without its adapter, "
-        "cached hidden states on disk; auto is adapter_off under a new adapter, cached with --reference_cache, "
-        "frozen elsewhere.",
-        ["auto", "frozen", "adapter_off", "cached"],
-    )
-    reference_cache: str | None = option(
-        None, f"{CACHE_HELP} Default with --reference cached: reference-cache in --output_dir."
-    )
-    reference_cache_dtype: str = field(default="auto", metadata=CACHE_DTYPE)
-    sync_ref_model: bool = option(False, "Let the frozen reference follow the policy in steps (TR-DPO).")
-    ref_model_mixup_alpha: float = option(
-        0.6, "How far it follows, under --sync_ref_model: this share of the policy, the rest stays; 1 copies."
-    )
-    ref_model_sync_steps: int = option(512, "After how many optimizer steps it follows, under --sync_ref_model.")
+    reference: str = option("auto", choices=["auto", "frozen", "adapter_off", "cached"])
+    reference_cache: str | None = None
+    reference_cache_dtype: str = option("auto", choices=CACHE_DTYPES)
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
-        self._check_following()
+        check_values(self, logits_budget=1, ref_model_sync_steps=1)
         self.rendering()
         if self.reference in ("frozen", "adapter_off") and self.reference_cache:
             raise UserError(f"--reference {self.reference} and --reference_cache contradict each other")
@@ -141,18 +123,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
             raise UserError("--reference_cache and --output_dir are one folder; give the cache one of its own")
         if self.reference_cache_dtype != "auto" and self.reference != "cached" and not self.reference_cache:
             raise UserError("--reference_cache_dtype has no effect without --reference cached or --reference_cache")
-        check_at_least(self, 1, "logits_budget")
-        self.build_objective()
-        self.lengths()
-        self.row_spec()
-
-    def _check_following(self) -> None:
-        fields = type(self).__dataclass_fields__
-        names = ("ref_model_mixup_alpha", "ref_model_sync_steps")
-        given = [name for name in names if getattr(self, name) != fields[name].default]
-        if given and not self.sync_ref_model:
-            raise UserError(f"--{given[0]} has no effect without --sync_ref_model")
-        check_at_least(self, 1, "ref_model_sync_steps")
+        check_used(self, "sync_ref_model", "ref_model_")
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise UserError(f"--ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
         fixed = "--reference_cache" if self.reference_cache else f"--reference {self.reference}"
@@ -163,22 +134,27 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
                 "--sync_ref_model and --auto_find_batch_size contradict each other: the reference moves before memory "
                 "runs out. Set --per_device_train_batch_size and --gradient_accumulation_steps"
             )
+        self.build_objective()
+        self.lengths()
+        self.row_spec()
 
 
+@documented
 @dataclass
 class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, RunOptions):
-    """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below."""
+    """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below.
 
-    learning_rate: float = option(2e-5, "The initial learning rate.")
-    train_on: str = option(
-        "every_turn",
-        "Which assistant turns of a conversation are learnt: all of them, or the last alone.",
-        ["every_turn", "last_turn"],
-    )
+    Attributes:
+        learning_rate: The initial learning rate.
+        train_on: Which assistant turns of a conversation are learnt: all of them, or the last alone.
+    """
+
+    learning_rate: float = 2e-5
+    train_on: str = option("every_turn", choices=["every_turn", "last_turn"])
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
+        check_values(self)
         self.lengths()
         self.rendering()
         self.row_spec()

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from tdpo.config import DataConfig, EvalDataConfig, FormatOptions, PairOptions, SFTConfig, check_at_least
+from tdpo.config import DataConfig, EvalDataConfig, FormatOptions, PairOptions, SFTConfig
+from tdpo.config.checks import check_values
 from tdpo.config.row_spec import AUTO, RowSpec, Side
 from tdpo.data.cache import PairCache
 from tdpo.data.dataset import PairDataset, prepare_pairs
@@ -64,7 +65,7 @@ def make_tokeniser(options: PairOptions | SFTConfig, tokenizer: Any) -> Tokenise
     """
     processes = 1
     if isinstance(options, PairOptions):
-        check_at_least(options, 1, "dataset_num_proc")
+        check_values(options, dataset_num_proc=1)
         processes = options.dataset_num_proc
     return Tokeniser(tokenizer, options.lengths(), processes=processes, rendering=options.rendering())
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ADJECTIVES = {
     "superb": 2.0, "gripping": 2.0, "wonderful": 2.0, "brilliant": 2.0, "radiant": 2.0,
@@ -65,8 +65,7 @@ HALF_WAY = 4.0
 """Scale of the squash: a total of this size scores 0.71."""
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """One lexicon word of a text and what it added to the total.
 
     Attributes:
@@ -89,16 +88,12 @@ def explain(text: str) -> list[Evidence]:
     clause: list[str] = []
     for token in re.findall(r"[a-z]+|[.,;:!?]", text.lower()):
         if token in LEXICON and token not in evidence:
-            evidence[token] = Evidence(token, LEXICON[token] * _modifier(clause))
+            before = clause[-1] if clause else ""
+            degree = INTENSIFIED if before in INTENSIFIERS else DIMINISHED if before in DIMINISHERS else 1.0
+            negation = NEGATED if any(word in NEGATIONS for word in clause[-NEGATION_REACH:]) else 1.0
+            evidence[token] = Evidence(token, LEXICON[token] * (degree * negation))
         clause = [] if token in BOUNDARIES else [*clause, token]
     return list(evidence.values())
-
-
-def _modifier(clause: list[str]) -> float:
-    """Returns the factor that the words before it in its clause give a lexicon word."""
-    before = clause[-1] if clause else ""
-    degree = INTENSIFIED if before in INTENSIFIERS else DIMINISHED if before in DIMINISHERS else 1.0
-    return degree * (NEGATED if any(word in NEGATIONS for word in clause[-NEGATION_REACH:]) else 1.0)
 
 
 def reward(text: str) -> float:
@@ -112,18 +107,6 @@ def reward(text: str) -> float:
     """
     total = sum(evidence.contribution for evidence in explain(text))
     return float(total / (total**2 + HALF_WAY**2) ** 0.5)
-
-
-@dataclass(frozen=True)
-class _Words:
-    """Words by the polarity of the text they are drawn for."""
-
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
-
-    @classmethod
-    def of(cls, weights: dict[str, float]) -> _Words:
-        return cls(tuple(w for w in weights if weights[w] > 0), tuple(w for w in weights if weights[w] < 0))
 
 
 # A rule is a list of (weight, template). "{name}" expands a symbol in the text's polarity, "{name!}" in the opposite.
@@ -175,11 +158,12 @@ _RULES: dict[str, list[tuple[float, str]]] = {
         (1, "the story begins {place}"),
     ],
 }  # fmt: skip
-_TERMINALS: dict[str, tuple[str, ...] | _Words] = {
-    "adjective": _Words.of(ADJECTIVES),
-    "feeling": _Words.of(FEELINGS),
-    "verb": _Words.of(VERBS),
-    "noun": _Words.of(NOUNS),
+# Words by symbol; of words with weights, those that fit the polarity of the text.
+_TERMINALS: dict[str, tuple[str, ...] | dict[str, float]] = {
+    "adjective": ADJECTIVES,
+    "feeling": FEELINGS,
+    "verb": VERBS,
+    "noun": NOUNS,
     "degree": INTENSIFIERS + DIMINISHERS,
     "negation": ("not", "never", "hardly"),
     "hardly": ("hardly", "not"),
@@ -232,8 +216,8 @@ def distinct_texts(rng: random.Random) -> Iterator[str]:
 def _expand(symbol: str, polarity: int, rng: random.Random) -> str:
     if symbol in _TERMINALS:
         words = _TERMINALS[symbol]
-        if isinstance(words, _Words):
-            words = words.positive if polarity > 0 else words.negative
+        if isinstance(words, dict):
+            words = tuple(word for word, weight in words.items() if weight * polarity > 0)
         return rng.choice(words)
     templates = _RULES[symbol]
     template = rng.choices(templates, weights=[weight for weight, _ in templates])[0][1]

@@ -1,83 +1,18 @@
-"""What the demo prints: a line a stage while it runs, the table, one prompt side by side, and what to try next."""
+"""What the demo prints and draws: the table, one prompt side by side, the figure, and what to try next."""
 
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
-from transformers import TrainerCallback
 
-from tdpo.demo.results import OBJECTIVES, DemoResult, Point
+from tdpo.demo.results import DemoResult, Point
 from tdpo.evaluate.diversity import Estimate
-from tdpo.report.plots import FrontierPoint, KLCurve, overview_figure, save_figure
-from tdpo.train.progress import bar, figures
-
-NAMES = {"sft": "SFT", "dpo": "DPO", "tdpo1": "TDPO1", "tdpo2": "TDPO2"}
-STAGES = 4 + len(OBJECTIVES)
-
-
-class Stages:
-    """Announces the stages one by one, with a bar where the console is a terminal, and keeps their wall time."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, title: str) -> Iterator[Stage]:
-        """Runs one stage; prints a line when it is done."""
-        number = f"[{len(self.seconds) + 1}/{STAGES}]"
-        started = time.perf_counter()
-        live = self.console.is_terminal
-        if not live:
-            self.console.print(f"{number} {title} ...", markup=False)
-        with bar(self.console if live else Console(quiet=True), transient=True) as progress:
-            stage = Stage(progress, escape(f"{number} {title}"))
-            yield stage
-        self.seconds[title] = time.perf_counter() - started
-        self.console.print(
-            f"{number} {title}: {stage.outcome}  ({self.seconds[title]:.1f} s)", markup=False, soft_wrap=True
-        )
-
-
-class Stage:
-    """One running stage: its bar, and the words that will stand behind it once it is done."""
-
-    def __init__(self, progress: Progress, title: str) -> None:
-        self.outcome = "done"
-        self._progress = progress
-        self._task = progress.add_task(title, total=None, figures="")
-
-    def update(self, completed: int, total: int, words: str = "") -> None:
-        """Moves the bar."""
-        self._progress.update(self._task, completed=completed, total=total)
-        if words:
-            self._progress.update(self._task, figures=words)
-
-
-class StageCallback(TrainerCallback):
-    """Moves a stage's bar along with a trainer."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advances the progress bar by one optimizer step."""
-        self.stage.update(state.global_step, state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Shows the newest figures."""
-        if logs and "loss" in logs:
-            self.stage.update(state.global_step, state.max_steps, figures(logs))
+from tdpo.report.plots import LABELS, FrontierPoint, KLCurve, overview_figure, save_figure
 
 
 def result_table(rows: Mapping[str, Point]) -> Table:
@@ -91,16 +26,11 @@ def result_table(rows: Mapping[str, Point]) -> Table:
     for name, point in rows.items():
         samples, held_out = point.samples, point.held_out
         table.add_row(
-            NAMES.get(name, name),
-            plus_minus(point.reward, 3),
-            plus_minus(samples.kl, 2),
-            f"{samples.entropy.mean:.3f}",
-            f"{samples.distinct_2:.3f}",
-            f"{samples.length.mean:.1f}",
+            LABELS[name], f"{point.reward:.3f}", f"{samples.kl:.2f}", f"{samples.entropy.mean:.3f}",
+            f"{samples.distinct_2:.3f}", f"{samples.length.mean:.1f}",
             "-" if name == "sft" else f"{held_out['implicit_rewards/accuracies']:.3f}",
-            f"{held_out['kl/chosen']:.2f}",
-            f"{held_out['kl/rejected']:.2f}",
-        )
+            f"{held_out['kl/chosen']:.2f}", f"{held_out['kl/rejected']:.2f}",
+        )  # fmt: skip
     return table
 
 
@@ -119,22 +49,14 @@ def legend(result: DemoResult) -> str:
     )
 
 
-def plus_minus(estimate: Estimate, digits: int) -> str:
-    """Formats a mean with its standard error.
-
-    Example:
-        >>> plus_minus(Estimate(0.2849, 0.0204, 256), 2)
-        '0.28±0.02'
-    """
-    return f"{estimate.mean:.{digits}f}±{estimate.standard_error:.{digits}f}"
-
-
 def draw(result: DemoResult, path: Path) -> Path:
     """Draws the demo's figure: every measured point, and the sequential KL on held-out pairs over training."""
     options = result.options
     figure = overview_figure(
-        frontier={name: [_frontier_point(p) for p in points] for name, points in result.trajectories.items()}
-        | {"sft": [_frontier_point(result.sft)]},
+        frontier={
+            name: [_frontier_point(p.samples.kl, p.reward) for p in points]
+            for name, points in (*result.trajectories.items(), ("sft", [result.sft]))
+        },
         growth={
             name: KLCurve(
                 steps=[p.step for p in points],
@@ -161,7 +83,7 @@ def side_by_side(prompt: str, completions: Mapping[str, tuple[str, float]]) -> T
     table.add_column("sample")
     table.add_column("reward", justify="right")
     for name, (text, value) in completions.items():
-        table.add_row(NAMES.get(name, name), escape(text.strip()), f"{value:.2f}")
+        table.add_row(LABELS[name], escape(text.strip()), f"{value:.2f}")
     return table
 
 
@@ -178,9 +100,8 @@ def next_commands(output_dir: Path) -> Sequence[str]:
     )
 
 
-def _frontier_point(point: Point) -> FrontierPoint:
-    kl = point.samples.kl
-    return FrontierPoint(kl.mean, kl.standard_error, point.reward.mean, point.reward.standard_error)
+def _frontier_point(kl: Estimate, reward: Estimate) -> FrontierPoint:
+    return FrontierPoint(kl.mean, kl.standard_error, reward.mean, reward.standard_error)
 
 
 def _table(title: str) -> Table:

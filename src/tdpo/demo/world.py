@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -26,68 +25,33 @@ DRAWS_PER_PROMPT = 100
 """Texts drawn for each prompt wanted before it is clear that there are not that many."""
 
 
-@dataclass(frozen=True)
-class Texts:
-    """What the grammar gave.
-
-    Attributes:
-        sft: Whole texts to fine-tune on.
-        train_prompts: Distinct prefixes of other texts, for preference pairs.
-        held_out_prompts: Distinct prefixes, none of them among the training prompts.
-    """
-
-    sft: list[str]
-    train_prompts: list[str]
-    held_out_prompts: list[str]
+Ranked = tuple[str, list[tuple[float, str]]]
+"""A prompt and its finished completions, best first, each after the reward of prompt and completion together."""
 
 
-@dataclass(frozen=True)
-class ScoredPair:
-    """A preference pair with the rewards that ordered it; the fields are the columns of the demo's files."""
+def make_texts(
+    sft: int, train_prompts: int, held_out_prompts: int, seed: int
+) -> tuple[list[str], list[str], list[str]]:
+    """Draws texts to fine-tune on, prompts for preference pairs, and held-out prompts.
 
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_reward: float
-    rejected_reward: float
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """Finished completions of one prompt, the best first.
-
-    Attributes:
-        prompt: The prompt.
-        completions: Rewards and texts of the completions; the reward judges prompt and completion together.
-    """
-
-    prompt: str
-    completions: list[tuple[float, str]]
-
-
-def make_texts(sft: int, train_prompts: int, held_out_prompts: int, seed: int) -> Texts:
-    """Draws texts and prefixes. Every text is distinct, and so is every prompt across both splits.
-
-    Prompts are the first three to six words of texts that are not among the SFT texts.
+    Every text is distinct, and so is every prompt across both splits. Prompts are the first three to six words of texts
+    that are not among those to fine-tune on.
 
     Raises:
         UserError: if the grammar does not have that many prompts.
     """
     rng = random.Random(seed)
     source = distinct_texts(rng)
-    whole = list(islice(source, sft))
+    texts = list(islice(source, sft))
     wanted = train_prompts + held_out_prompts
     prompts: dict[str, None] = {}  # a set that keeps its order
     for text in islice(source, DRAWS_PER_PROMPT * wanted):
         prompts[" ".join(text.split()[: rng.randint(*PREFIX_WORDS)])] = None
         if len(prompts) == wanted:
-            break
-    if len(prompts) < wanted:
-        raise UserError(
-            f"the grammar has no {wanted} distinct prompts; --train_prompts and --held_out_prompts are too many"
-        )
-    ordered = list(prompts)
-    return Texts(whole, ordered[:train_prompts], ordered[train_prompts:])
+            return texts, list(prompts)[:train_prompts], list(prompts)[train_prompts:]
+    raise UserError(
+        f"the grammar has no {wanted} distinct prompts; --train_prompts and --held_out_prompts are too many"
+    )
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
@@ -140,7 +104,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 96, 
 def complete(model: nn.Module, tokenizer: Any, prompts: Sequence[str], sampling: Sampling) -> list[list[list[int]]]:
     """Samples completions of text prompts: ``result[p][s]`` are the ids of sample s for prompt p."""
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    return sample_ids(model, ids, sampling, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sample_ids(model, ids, sampling, tokenizer.eos_token_id)
 
 
 def rank_samples(
@@ -162,41 +126,42 @@ def rank_samples(
         sampling: How to draw.
         score: The reward of a text.
     """
-    ranked = []
+    ranked: list[Ranked] = []
     for prompt, samples in zip(prompts, complete(model, tokenizer, prompts, sampling), strict=True):
         finished = [ids[:-1] for ids in samples if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id]
         texts = [text for text in map(tokenizer.decode, finished) if text.strip()]
-        ranked.append(Ranked(prompt, sorted(((score(prompt + text), text) for text in texts), reverse=True)))
+        ranked.append((prompt, sorted(((score(prompt + text), text) for text in texts), reverse=True)))
     return ranked
 
 
-def every_pair(ranked: Iterable[Ranked], margin: float) -> list[ScoredPair]:
+def every_pair(ranked: Iterable[Ranked], margin: float) -> list[dict[str, Any]]:
     """Makes training pairs as the DPO and TDPO papers do for IMDb: of every two completions of a prompt.
 
     Two completions whose rewards differ by less than ``margin`` say nothing and make no pair, so four samples give up
     to six.
+
+    Returns:
+        Rows of the demo's files.
 
     Raises:
         UserError: for a margin that is not positive, under which equal rewards would count as a preference.
     """
     if not margin > 0:
         raise UserError(f"--min_margin must be positive, got {margin:g}: equal rewards prefer nothing")
+    columns = ("prompt", "chosen", "rejected", "chosen_reward", "rejected_reward")
     return [
-        ScoredPair(entry.prompt, better[1], worse[1], better[0], worse[0])
-        for entry in ranked
-        for better, worse in combinations(entry.completions, 2)
-        if better[0] - worse[0] >= margin
+        dict(zip(columns, (prompt, chosen, rejected, high, low), strict=True))
+        for prompt, completions in ranked
+        for (high, chosen), (low, rejected) in combinations(completions, 2)
+        if high - low >= margin
     ]
 
 
-def extreme_pairs(ranked: Iterable[Ranked], margin: float) -> list[ScoredPair]:
+def extreme_pairs(ranked: Iterable[Ranked], margin: float) -> list[dict[str, Any]]:
     """Makes held-out pairs of the best and the worst completion of each prompt, so that pairs are independent."""
-    ends = (Ranked(r.prompt, [r.completions[0], r.completions[-1]]) for r in ranked if len(r.completions) > 1)
-    return every_pair(ends, margin)
+    return every_pair(((prompt, [found[0], found[-1]]) for prompt, found in ranked if len(found) > 1), margin)
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any] | ScoredPair]) -> list[dict[str, Any]]:
-    """Writes one JSON object a line and returns the rows as they were written."""
-    plain = [asdict(row) if isinstance(row, ScoredPair) else dict(row) for row in rows]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain), encoding="utf-8")
-    return plain
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

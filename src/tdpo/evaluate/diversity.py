@@ -36,6 +36,15 @@ class Estimate:
     standard_error: float
     count: int
 
+    def __format__(self, spec: str) -> str:
+        """Formats mean and standard error.
+
+        Example:
+            >>> f"{Estimate(0.2849, 0.0204, 256):.2f}"
+            '0.28±0.02'
+        """
+        return f"{self.mean:{spec}}±{self.standard_error:{spec}}"
+
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
         """Computes mean and standard error of ``[S]`` values.

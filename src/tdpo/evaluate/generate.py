@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +10,25 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from tdpo.config.checks import check_values, documented
 from tdpo.errors import UserError
 from tdpo.models.policy import causal_lm, position_limit
 from tdpo.models.probe import evaluating
 
 
-@dataclass(frozen=True)
+@documented
+@dataclass
 class Sampling:
     """How responses are drawn. The defaults are plain ancestral sampling from the model's own distribution.
 
     Attributes:
-        max_new_tokens: Longest response, its end token included.
-        temperature: Divides the logits; 0 takes the most likely token each time (greedy).
-        top_p: Nucleus sampling: the smallest set of tokens with at least this probability; 1 is off.
-        top_k: Keeps the k most likely tokens; 0 is off.
-        num_samples: Responses per prompt.
-        batch_size: Sequences generated at once. Greedy results do not depend on it, sampled ones do.
-        seed: Seed of the draws. The caller's random state is left as it was.
+        max_new_tokens: Longest response in tokens, its end token included.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Nucleus sampling: the likeliest tokens that together have this probability; 1 is off.
+        top_k: Samples among the k likeliest tokens; 0 is off.
+        num_samples: Responses per prompt and model.
+        batch_size: Sequences generated at a time. Sampled responses depend on it, the likeliest ones do not.
+        seed: Seed of the draws, the same for every model.
     """
 
     max_new_tokens: int = 64
@@ -39,23 +40,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check_values(self, max_new_tokens=1, num_samples=1, batch_size=1, temperature=0, top_k=0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be in (0, 1], got {self.top_p}")
-        if self.temperature < 0 or self.top_k < 0:
-            raise UserError(
-                f"--temperature and --top_k must not be negative, got {self.temperature:g} and {self.top_k}"
-            )
 
 
 def sample_ids(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    sampling: Sampling,
-    eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int | None = None,
+    model: nn.Module, prompts: Sequence[list[int]], sampling: Sampling, eos_token_id: int | Sequence[int] | None
 ) -> list[list[list[int]]]:
     """Samples responses to P prompts.
 
@@ -67,7 +58,6 @@ def sample_ids(
         prompts: Token ids of each prompt, at least one.
         sampling: How to draw.
         eos_token_id: The token (or any of the tokens) that ends a response; None to always run to the full length.
-        pad_token_id: Fills short prompts on the left; attention never sees it. By default the first end token, or 0.
 
     Returns:
         ``result[p][s]``: ids of sample s for prompt p, the end token included where one was produced and nothing
@@ -76,89 +66,6 @@ def sample_ids(
     Raises:
         UserError: for an empty prompt, or one that with ``max_new_tokens`` exceeds the positions of the model.
     """
-    _check_prompts(model, prompts, sampling)
-    ends = _as_list(eos_token_id)
-    config = _generation_config(sampling, ends, pad_token_id if pad_token_id is not None else (ends or [0])[0])
-    # Prompts of like length share a batch: less padding. The sort is stable, so the draws depend on the input alone.
-    jobs = sorted((p for p in range(len(prompts)) for _ in range(sampling.num_samples)), key=lambda p: len(prompts[p]))
-    results: list[list[list[int]]] = [[] for _ in prompts]
-    with evaluating(model), _plain_defaults(model), _own_randomness(sampling.seed), torch.no_grad():
-        for start in range(0, len(jobs), sampling.batch_size):
-            batch = jobs[start : start + sampling.batch_size]
-            for p, response in zip(batch, _generate(model, [prompts[p] for p in batch], config), strict=True):
-                results[p].append(_until_end(response, ends))
-    return results
-
-
-def _generate(model: nn.Module, prompts: Sequence[list[int]], config: GenerationConfig) -> list[list[int]]:
-    """Samples one batch, left-padded so that every response starts in the same column."""
-    width = max(len(prompt) for prompt in prompts)
-    pad = int(config.pad_token_id)
-    device = next(model.parameters()).device
-    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    sequences: Tensor = causal_lm(model).generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
-    return sequences[:, width:].tolist()
-
-
-def _generation_config(sampling: Sampling, ends: list[int], pad_token_id: int) -> GenerationConfig:
-    """Makes every setting explicit: transformers fills a missing top_k with 50."""
-    greedy = sampling.temperature == 0
-    drawing: dict[str, Any] = (
-        {"do_sample": False}
-        if greedy
-        else {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-        }
-    )
-    return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        num_beams=1,
-        num_return_sequences=1,
-        repetition_penalty=1.0,
-        eos_token_id=ends or None,
-        pad_token_id=pad_token_id,
-        **drawing,
-    )
-
-
-@contextmanager
-def _plain_defaults(model: nn.Module) -> Iterator[None]:
-    """Replaces the checkpoint's generation defaults, which ``generate`` would merge into its arguments."""
-    lm = causal_lm(model)
-    own = lm.generation_config
-    lm.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        lm.generation_config = own
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-def _until_end(response: list[int], ends: list[int]) -> list[int]:
-    """Returns the ids up to and including the first end token; ``generate`` pads the rest of the row."""
-    for index, token in enumerate(response):
-        if token in ends:
-            return response[: index + 1]
-    return response
-
-
-def _as_list(eos_token_id: int | Sequence[int] | None) -> list[int]:
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-
-
-def _check_prompts(model: nn.Module, prompts: Sequence[list[int]], sampling: Sampling) -> None:
     positions = position_limit(model)
     for number, prompt in enumerate(prompts, start=1):
         if not len(prompt):
@@ -168,3 +75,50 @@ def _check_prompts(model: nn.Module, prompts: Sequence[list[int]], sampling: Sam
                 f"prompt {number} has {len(prompt)} tokens; with --max_new_tokens {sampling.max_new_tokens} that "
                 f"exceeds the {positions} positions of the model"
             )
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    config = _generation_config(sampling, ends)
+    # Prompts of like length share a batch: less padding. The sort is stable, so the draws depend on the input alone.
+    jobs = sorted((p for p in range(len(prompts)) for _ in range(sampling.num_samples)), key=lambda p: len(prompts[p]))
+    results: list[list[list[int]]] = [[] for _ in prompts]
+    lm = causal_lm(model)
+    own = lm.generation_config
+    with evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+        torch.manual_seed(sampling.seed)
+        lm.generation_config = GenerationConfig()  # what is not in an argument, `generate` takes from here
+        try:
+            for start in range(0, len(jobs), sampling.batch_size):
+                batch = jobs[start : start + sampling.batch_size]
+                for p, response in zip(batch, _generate(lm, [prompts[p] for p in batch], config), strict=True):
+                    end = next((index + 1 for index, token in enumerate(response) if token in ends), None)
+                    results[p].append(response[:end])
+        finally:
+            lm.generation_config = own
+    return results
+
+
+def _generation_config(sampling: Sampling, ends: list[int]) -> GenerationConfig:
+    """Makes every setting explicit: transformers fills a missing top_k with 50."""
+    drawing: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        names = ("temperature", "top_p", "top_k")
+        drawing = {"do_sample": True, **{name: getattr(sampling, name) for name in names}}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=1.0,
+        eos_token_id=ends or None,
+        pad_token_id=(ends or [0])[0],  # fills short prompts and ended responses; neither is seen or kept
+        **drawing,
+    )
+
+
+def _generate(lm: Any, prompts: Sequence[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """Samples one batch, left-padded so that every response starts in the same column."""
+    width = max(len(prompt) for prompt in prompts)
+    device = next(lm.parameters()).device
+    rows = [[config.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, attended = torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+    sequences: Tensor = lm.generate(input_ids=ids, attention_mask=attended, generation_config=config)
+    return sequences[:, width:].tolist()

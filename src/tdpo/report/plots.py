@@ -27,6 +27,14 @@ LABELS = {"sft": "SFT", "dpo": "DPO", "tdpo1": "TDPO1", "tdpo2": "TDPO2"}
 INK, GRID = "#222222", "#E3E3E3"
 DASHES = (0, (4, 2))
 """Line style of chosen responses; that of rejected ones is solid."""
+SETTINGS: Any = {
+    "font.family": "DejaVu Sans", "font.size": 13,
+    "axes.titlesize": 15, "axes.titleweight": "bold", "axes.titlepad": 14, "axes.labelsize": 13,
+    "axes.edgecolor": "#888888", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "legend.fontsize": 12, "legend.frameon": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def overview_figure(
         reward_label: Name and unit of the reward.
         caption: One or two lines below, on what was run.
     """
-    with matplotlib.rc_context(_rc()):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(16, 7.2), facecolor="white")
         left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.18})
         figure.subplots_adjust(left=0.065, right=0.98, top=0.91, bottom=0.21 if caption else 0.11)
@@ -104,10 +112,9 @@ def draw_frontier(axes: Axes, curves: Mapping[str, Sequence[FrontierPoint]], rew
     axes.set_title("Reward against divergence from the reference", loc="left")
     axes.set_xlabel("KL(policy || reference) along samples, nats per response")
     axes.set_ylabel(reward_label)
-    _plain_axes(axes)
     axes.margins(x=0.06, y=0.12)
     # Lines start at the lower left, where every policy equals the reference: the lower right is free.
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right")
 
 
 def draw_kl_growth(axes: Axes, curves: Mapping[str, KLCurve]) -> None:
@@ -124,9 +131,8 @@ def draw_kl_growth(axes: Axes, curves: Mapping[str, KLCurve]) -> None:
     axes.set_title("Sequential KL on held-out pairs over training", loc="left")
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("KL(reference || policy), nats per response")
-    _plain_axes(axes)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left", frameon=False, handlelength=3.5)
+    axes.legend(loc="upper left", handlelength=3.5)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
@@ -139,27 +145,3 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 def style_of(name: str, index: int = 0) -> tuple[str, str]:
     """Returns colour and marker of an objective; one without its own takes a spare pair by its index."""
     return STYLES.get(name) or SPARE_STYLES[index % len(SPARE_STYLES)]
-
-
-def _plain_axes(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(True, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _rc() -> Any:
-    return {
-        "font.family": "DejaVu Sans",
-        "font.size": 13,
-        "axes.titlesize": 15,
-        "axes.titleweight": "bold",
-        "axes.titlepad": 14,
-        "axes.labelsize": 13,
-        "axes.edgecolor": "#888888",
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "legend.fontsize": 12,
-    }
