@@ -20,7 +20,7 @@ from tdpo.data.dataset import prepare_pairs
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.redirect import run_in_forward
-from tdpo.train.base import NonFiniteLoss
+from tdpo.train.step import NonFiniteLoss
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e6])

@@ -8,7 +8,6 @@ from typing import Any
 from tdpo.commands.common import console, user_errors
 from tdpo.commands.training import run_training
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, SFTConfig
-from tdpo.distributed.sharding import ShardingCallback
 from tdpo.models.load import load_model
 from tdpo.train.sft import SFTTrainer
 
@@ -24,7 +23,7 @@ def _make_trainer(options: tuple[Any, ...], datasets: tuple[Any, Any], tokenizer
     model_config, adapter, _, args = options
     model = load_model(model_config, trainable=True, quantization=adapter.quantization())
     with user_errors():
-        return SFTTrainer(model, args, *datasets, tokenizer, [ShardingCallback()], peft_config=adapter.peft_config())
+        return SFTTrainer(model, args, *datasets, tokenizer, peft_config=adapter.peft_config())
 
 
 def _show(metrics: dict[str, float], rows: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from tdpo.commands.common import console, metric_table, user_errors
 from tdpo.commands.training import run_training
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceConfig, TDPOConfig
-from tdpo.distributed.sharding import ShardingCallback
 from tdpo.models.load import adapter_base, load_model, same_model
 from tdpo.train.trainer import TDPOTrainer
 
@@ -32,9 +31,7 @@ def _make_trainer(options: tuple[Any, ...], datasets: tuple[Any, Any], tokenizer
     model = load_model(model_config, trainable=True, quantization=quantization)
     reference = load_model(model_config, name, quantization=quantization) if name else None
     with user_errors():
-        trainer = TDPOTrainer(
-            model, reference, args, None, *datasets, tokenizer, [ShardingCallback()], peft_config=adapter.peft_config()
-        )
+        trainer = TDPOTrainer(model, reference, args, None, *datasets, tokenizer, peft_config=adapter.peft_config())
     console().print(f"objective {trainer.objective}, {trainer.layout}", soft_wrap=True)
     console().print(trainer.reference_line, soft_wrap=True)
     return trainer

@@ -6,6 +6,7 @@ one, the command starts itself again under torchrun, one process for each GPU or
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -98,14 +99,15 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
     Raises:
         UserError: for a file that is not understood, or an engine that does not run here.
     """
-    name = _value(argv, OPTION)
+    early = early_options(argv)
+    name = early.accelerate_config
     if name is None:
         return
     config = read_config(name)
     cpu = "--use_cpu" in argv or "--use-cpu" in argv or bool(config.get("use_cpu")) or not torch.cuda.is_available()
     if config["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{OPTION} {name} needs deepspeed: pip install 'tdpo[deepspeed]'")
-    processes = _value(argv, PROCESSES) or config.get("num_processes") or (1 if cpu else torch.cuda.device_count())
+    processes = early.num_processes or config.get("num_processes") or (1 if cpu else torch.cuda.device_count())
     if not str(processes).isdecimal() or int(processes) < 1:
         raise UserError(f"{PROCESSES} must be at least 1, got {processes}")
     launched = "LOCAL_RANK" in os.environ
@@ -126,18 +128,12 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
     os.execv(sys.executable, [*words, "-m", "tdpo", command, *argv])
 
 
-def _value(argv: Sequence[str], option: str) -> str | None:
-    """Returns the value of an option among words, ``--option value`` or ``--option=value``; the last one counts."""
-    found = None
-    for index, word in enumerate(argv):
-        name, sign, value = word.partition("=")
-        if name.replace("-", "_") != option.replace("-", "_"):
-            continue
-        if sign:
-            found = value
-        elif index + 1 < len(argv):
-            found = argv[index + 1]
-    return found
+def early_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the options that act before all others are parsed from a command's words; mistakes are reported later."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in (OPTION, PROCESSES):
+        parser.add_argument(option, option.replace("_", "-"), nargs="?")
+    return parser.parse_known_args(argv)[0]
 
 
 def _word(value: Any) -> str:

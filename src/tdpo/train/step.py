@@ -1,7 +1,8 @@
-"""The optimizer step, top to bottom: collect micro-batches, score them and go backward, clip, update, log.
+"""The optimizer step, top to bottom: collect micro-batches, score them and go backward, check, clip, update, log.
 
 The loss is the mean over all items (pairs, response tokens) of an optimizer step over all processes, however it is cut
-into micro-batches: accumulation of gradients equals the large batch, also when the last batch is short.
+into micro-batches: accumulation of gradients equals the large batch, also when the last batch is short. That of an
+evaluation is the mean over all items of the dataset, not a mean of the batches' means.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import math
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 from typing_extensions import override
 
-from tdpo.config import RunOptions
 from tdpo.errors import UserError
+from tdpo.train.checkpointing import CheckpointingTrainer
 from tdpo.train.metrics import Sums
 from tdpo.train.sampling import DUMMY
 from tdpo.train.stopping import StopRequest
@@ -24,39 +25,36 @@ from tdpo.train.stopping import StopRequest
 if not hasattr(Trainer, "_get_grad_norm"):  # where losses are checked; without it they would not be, silently
     raise ImportError("this version of transformers is not supported: its Trainer computes no gradient norm; use 5.23")
 
+TOTAL, ITEMS = "loss_sum", "items"
+"""Names of the sum of the losses and of the count of items among the sums of an evaluation."""
+
 
 class NonFiniteLoss(UserError):
     """The loss of a batch is NaN or infinite. Nothing was updated with it."""
 
 
-class StepTrainer(Trainer):
-    """A Trainer whose loss is the mean over all items of an optimizer step.
+class StepTrainer(CheckpointingTrainer):
+    """A Trainer whose loss is the mean over all items of an optimizer step, or of an evaluation.
 
     A subclass computes the sum of losses of a batch (:meth:`loss_sum`) and names what it is summed over.
     """
 
-    args: RunOptions
     stop_request: StopRequest
-    loss_since_log: LossSinceLog
     train_metrics: Sums
+    eval_metrics: Sums
     items, rows = "pair_rows", "rows"
     """The tensor of a batch that has one element for each item of the loss, and the word for rows in messages."""
+    has_trained = False
+    """Training has begun in this process, so that engines have sharded the weights."""
 
-    def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Computes the sum of the losses of a batch, differentiable, and the outputs that metrics are made of."""
+    def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """Computes the sum of the losses of a batch, differentiable, its outputs, and what is summed for metrics."""
         raise NotImplementedError("abstract: a subclass defines the loss")
 
-    def metric_columns(self, outputs: Any) -> dict[str, Tensor]:
-        """Computes what is summed for the metrics from the outputs of :meth:`loss_sum`; nothing by default."""
-        return {}
-
-    def metric_means(self, sums: dict[str, float]) -> dict[str, float]:
-        """Computes metrics from the sums of :meth:`metric_columns`."""
-        return sums
-
-    def item_count(self, inputs: dict[str, Any]) -> int:
-        """Counts the items (pairs, tokens) that the loss of a batch is summed over."""
-        return inputs[self.items].numel()
+    @staticmethod
+    def metric_means(sums: dict[str, float]) -> dict[str, float]:
+        """Computes metrics from the sums of what :meth:`loss_sum` returned."""
+        raise NotImplementedError("abstract: a subclass defines the metrics")
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Collects the micro-batches of one optimizer step and counts the items of all processes in them.
@@ -67,10 +65,18 @@ class StepTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # resumed where it had ended; one more step is one too many
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        items = sum(self.item_count(batch) for batch in batches if DUMMY not in batch)
+        items = sum(batch[self.items].numel() for batch in batches if DUMMY not in batch)
         counts = self.accelerator.gather(torch.tensor([[items, self.stop_request.poll()]], device=device))
         self.stop_request.agreed = counts[:, 1].max()  # read after the step, which waits for the device anyway
         return batches, counts[:, 0].sum()
+
+    @override
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_losses.append((loss, inputs["pair_rows"]))
+        if self.is_deepspeed_enabled:  # its backward of the last micro-batch updates, so each is checked at once
+            self._check_finite(None)
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -88,24 +94,15 @@ class StepTrainer(Trainer):
             num_items_in_batch: Items of the step; None for the mean over the batch's own.
         """
         weight = 0.0 if inputs.pop(DUMMY, False) else 1.0
-        total, outputs = self.loss_sum(model, inputs)
-        self.train_metrics.add(self.metric_columns(outputs), weight)
+        total, outputs, columns = self.loss_sum(model, inputs)
+        self.train_metrics.add(columns, weight)
         if num_items_in_batch is None:
-            loss = weight * total / self.item_count(inputs)
+            loss = weight * total / inputs[self.items].numel()
         else:
             # transformers averages over micro-batches and data parallelism over processes; the sum is what is wanted.
             parts = getattr(self, "current_gradient_accumulation_steps", 1) * self.accelerator.num_processes
             loss = weight * total * parts / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
-
-    @override
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.loss_since_log.add(loss)
-        self._step_losses.append((loss, inputs["pair_rows"]))
-        if self.is_deepspeed_enabled:  # its backward of the last micro-batch updates, so each is checked at once
-            self._check_finite(None)
-        return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Returns the norm of the gradients before clipping, after checking the step's losses and the norm.
@@ -139,12 +136,9 @@ class StepTrainer(Trainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics and the mean loss since the last log to a training log, also across an interruption."""
-        if "loss" in logs:
-            loss = self.loss_since_log.take(self.state.global_step, self.accelerator)
-            metrics = self.metric_means(self.train_metrics.take(self.accelerator))
-            # The loss among the metrics is a mean over pairs; the loss of a log is the mean over optimizer steps.
-            logs |= metrics | {"loss": logs["loss"] if loss is None else loss}
+        """Adds the metrics since the last log to a training log."""
+        if "loss" in logs:  # the mean over optimizer steps; the loss among the metrics is a mean over pairs
+            logs |= self.metric_means(self.train_metrics.take(self.accelerator)) | {"loss": logs["loss"]}
         super().log(logs, start_time)
 
     @override
@@ -155,34 +149,36 @@ class StepTrainer(Trainer):
             own = positions.sum() * (DUMMY not in inputs)
             self.state.num_input_tokens_seen += int(self.accelerator.gather(own.to(self.args.device)).sum())
 
+    @override
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.has_trained:
+            raise UserError(
+                "under FSDP and DeepSpeed an evaluation needs weights that training has sharded: evaluate after "
+                "train(), or use --eval_on_start"
+            )
+        self.eval_metrics = Sums()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        exact = {f"{metric_key_prefix}_{name}": value for name, value in self.end_evaluation().items()}
+        return output._replace(metrics={**(output.metrics or {}), **exact})
 
-class LossSinceLog:
-    """The sum of the losses of the micro-batches since the last log, and the step of that log."""
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Computes the loss of a batch without gradient and adds it to the sums that :meth:`end_evaluation` reads."""
+        weight = 0.0 if inputs.pop(DUMMY, False) else 1.0
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total, _, columns = self.loss_sum(model, inputs)
+        count = torch.full_like(total, inputs[self.items].numel())
+        self.eval_metrics.add({**columns, TOTAL: total, ITEMS: count}, weight)
+        return total / count, None, None
 
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Clears the sum, as at the start of a run."""
-        self._sum, self._step = torch.zeros(()), 0
-
-    def add(self, loss: Tensor) -> None:
-        """Adds the loss of a micro-batch; nothing leaves the device."""
-        self._sum = self._sum.to(loss.device) + loss
-
-    def take(self, step: int, accelerator: Accelerator) -> float | None:
-        """Returns the mean loss of the steps since the last log over all processes; None if there was no step."""
-        steps = step - self._step
-        if steps <= 0:
-            return None
-        mean = accelerator.gather(self._sum.to(accelerator.device)[None]).mean().item() / steps
-        self._sum, self._step = torch.zeros_like(self._sum), step
-        return mean
-
-    def state(self) -> dict[str, Any]:
-        """Returns the sum and the step as JSON, for a checkpoint."""
-        return {"sum": float(self._sum), "step": self._step}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state` returned."""
-        self._sum, self._step = torch.tensor(state["sum"], dtype=torch.float32), state["step"]
+    def end_evaluation(self) -> dict[str, float]:
+        """Returns the metrics of the evaluation that just ended, over all processes, without prefix."""
+        sums = self.eval_metrics.take(self.accelerator)
+        if not sums:
+            return {}
+        loss = sums.pop(TOTAL) / sums.pop(ITEMS)
+        return {"loss": loss} | self.metric_means(sums)
