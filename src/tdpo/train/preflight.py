@@ -245,7 +245,11 @@ def check_trainer(trainer: Any, sharded: bool) -> None:
     if args.metric_for_best_model is not None and args.eval_strategy != IntervalStrategy.NO:
         _check_best_metric(args.metric_for_best_model, trainer.eval_dataset, trainer.metric_names())
     base = model.get_base_model() if has_adapter(model) else model
-    _add_end_of_responses(base, trainer.processing_class, dataset)
+    items = (dataset[index] for index in range(min(len(dataset), SAMPLE)))
+    fields = ("chosen_ids", "labels", "response_ids")
+    responses = (next((ids for field in fields if (ids := getattr(item, field, None))), None) for item in items)
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    add_end_token(base, tokenizer, [ids[-1] for ids in responses if ids])
     repair_generation_config(base)
     for problem, attempt, hint in _attempts(trainer, base, sharded):
         try:
@@ -300,15 +304,6 @@ def _attempts(trainer: Any, base: Any, sharded: bool) -> Iterator[tuple[str, Cal
     with tempfile.TemporaryDirectory() as folder:
         for part, save in saved.items():
             yield f"{part} cannot be saved, so the trained model could not be", partial(save, folder), ""
-
-
-def _add_end_of_responses(base: Any, processing_class: Any, dataset: Any) -> None:
-    """Adds the token that the responses end with to the model's end tokens, where it is not among them."""
-    items = (dataset[index] for index in range(min(len(dataset), SAMPLE)))
-    fields = ("chosen_ids", "labels", "response_ids")
-    responses = (next((ids for field in fields if (ids := getattr(item, field, None))), None) for item in items)
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    add_end_token(base, tokenizer, [ids[-1] for ids in responses if ids])
 
 
 def drop_unknown_tokens(model: Any) -> None:

@@ -52,7 +52,7 @@ class SFTTrainer(BatchMeanTrainer):
         UserError: for data, tokenizer and options that do not fit together.
     """
 
-    label, items = "fine-tuning", "labels"
+    label, items_key = "fine-tuning", "labels"
     args: SFTConfig
 
     def __init__(

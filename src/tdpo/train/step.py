@@ -1,8 +1,8 @@
-"""The optimizer step, top to bottom: collect micro-batches, score them and go backward, check, clip, update, log.
+"""Overrides of transformers' Trainer, in the order it calls them: in an optimizer step, in a log, in an evaluation.
 
 The loss is the mean over all items (pairs, response tokens) of an optimizer step over all processes, however it is cut
-into micro-batches: accumulation of gradients equals the large batch, also when the last batch is short. That of an
-evaluation is the mean over all items of the dataset, not a mean of the batches' means.
+into micro-batches: gradient accumulation gives the gradient of one large batch, even if the last micro-batch is
+smaller. That of an evaluation is the mean over all items of the dataset, not a mean of the batches' means.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from tdpo.train.metrics import Sums
 from tdpo.train.sampling import DUMMY
 from tdpo.train.stopping import StopRequest
 
-if not hasattr(Trainer, "_get_grad_norm"):  # where losses are checked; without it they would not be, silently
-    raise ImportError("this version of transformers is not supported: its Trainer computes no gradient norm; use 5.23")
+if not hasattr(Trainer, "_get_grad_norm"):  # where losses are checked; a Trainer without it would skip that silently
+    raise ImportError("transformers' Trainer has no _get_grad_norm in this version; install transformers 5.23")
 
 TOTAL, ITEMS = "loss_sum", "items"
 """Names of the sum of the losses and of the count of items among the sums of an evaluation."""
 
 
 class NonFiniteLoss(UserError):
-    """The loss of a batch is NaN or infinite. Nothing was updated with it."""
+    """The loss of a batch, or the gradient of a step, is NaN or infinite. Nothing was updated with it."""
 
 
 class StepTrainer(CheckpointingTrainer):
     """A Trainer whose loss is the mean over all items of an optimizer step, or of an evaluation.
 
-    A subclass computes the sum of losses of a batch (:meth:`loss_sum`) and names what it is summed over.
+    A subclass computes the sum of losses of a batch (:meth:`loss_sum`).
     """
 
     stop_request: StopRequest
     train_metrics: Sums
     eval_metrics: Sums
-    items, rows = "pair_rows", "rows"
-    """The tensor of a batch that has one element for each item of the loss, and the word for rows in messages."""
+    items_key = "pair_rows"
+    """Key of the batch tensor that has one element per item."""
+    rows_word = "rows"
+    """What messages call the rows of a batch."""
     has_trained = False
     """Training has begun in this process, so that engines have sharded the weights."""
 
@@ -59,59 +61,52 @@ class StepTrainer(CheckpointingTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Collects the micro-batches of one optimizer step and counts the items of all processes in them.
 
-        The reason to stop of each process is exchanged with the count, so that all of them stop after the same step.
+        Each process's request to stop is gathered along with the count, so all of them stop after the same step.
         """
         self._step_losses: list[tuple[Tensor, Tensor]] = []
-        if self.state.global_step >= self.state.max_steps:  # resumed where it had ended; one more step is one too many
+        if self.state.global_step >= self.state.max_steps:  # resumed from the end of a finished run: no further step
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        items = sum(batch[self.items].numel() for batch in batches if DUMMY not in batch)
+        items = sum(batch[self.items_key].numel() for batch in batches if DUMMY not in batch)
         counts = self.accelerator.gather(torch.tensor([[items, self.stop_request.poll()]], device=device))
         self.stop_request.agreed = counts[:, 1].max()  # read after the step, which waits for the device anyway
         return batches, counts[:, 0].sum()
 
-    @override
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._step_losses.append((loss, inputs["pair_rows"]))
-        if self.is_deepspeed_enabled:  # its backward of the last micro-batch updates, so each is checked at once
-            self._check_finite(None)
-        return loss
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Computes the loss of a micro-batch, such that the mean over those of an optimizer step is the step's.
+        """Computes the loss of a micro-batch, whose mean over the micro-batches and processes of a step is the step's.
 
-        With ``num_items_in_batch``, the items of the whole step over all processes, that mean is exact also where
-        micro-batches hold different numbers of items. A subclass may add a term to the returned loss: like the loss, it
-        is averaged over the micro-batches and processes of a step, so it counts once a step, however the step is split.
+        A subclass may add a regulariser to the returned loss. It is averaged over micro-batches and processes as well,
+        so it counts once a step and needs no scale.
 
         Args:
             model: The model as the accelerator has wrapped it.
             inputs: A batch as the collator makes it.
             return_outputs: Return ``(loss, outputs)``.
-            num_items_in_batch: Items of the step; None for the mean over the batch's own.
+            num_items_in_batch: Items of the whole step over all processes; None divides by those of this batch.
         """
-        weight = 0.0 if inputs.pop(DUMMY, False) else 1.0
+        weight = 0.0 if inputs.pop(DUMMY, False) else 1.0  # a dummy runs because other processes have a batch
         total, outputs, columns = self.loss_sum(model, inputs)
         self.train_metrics.add(columns, weight)
         if num_items_in_batch is None:
-            loss = weight * total / inputs[self.items].numel()
+            loss = weight * total / inputs[self.items_key].numel()
         else:
-            # transformers averages over micro-batches and data parallelism over processes; the sum is what is wanted.
-            parts = getattr(self, "current_gradient_accumulation_steps", 1) * self.accelerator.num_processes
-            loss = weight * total * parts / num_items_in_batch
+            # The Trainer divides by the number of micro-batches and DDP by that of processes; both are undone.
+            divisor = getattr(self, "current_gradient_accumulation_steps", 1) * self.accelerator.num_processes
+            loss = weight * total * divisor / num_items_in_batch
+        self._step_losses.append((loss.detach(), inputs["pair_rows"]))
+        if self.is_deepspeed_enabled:  # its backward updates too, so each micro-batch is checked before
+            self._check_finite(None)
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Returns the norm of the gradients before clipping, after checking the step's losses and the norm.
 
-        The Trainer calls it before every update, also where it does not clip. It is the only time in a step that the
-        device is waited for.
+        The Trainer calls it before every update, also where it does not clip. Only this waits for the device.
         """
         norm: Any = super()._get_grad_norm(model, grad_norm)
-        if hasattr(norm, "full_tensor"):  # of sharded gradients, each process has its part of the sum
+        if hasattr(norm, "full_tensor"):  # under FSDP2 each process has its part of the sum
             norm = norm.full_tensor()
         self._check_finite(norm)
         return norm
@@ -120,34 +115,34 @@ class StepTrainer(CheckpointingTrainer):
         """Checks the losses of the step's micro-batches so far, and the norm of their gradients.
 
         Raises:
-            NonFiniteLoss: naming the rows; checkpoints written earlier stay as they are.
+            NonFiniteLoss: naming the rows of this process; checkpoints written earlier stay as they are.
         """
-        losses, rows = zip(*self._step_losses, strict=True)
-        values = torch.stack(losses).tolist()
-        wrong = [index for index, value in enumerate(values) if not math.isfinite(value)]
-        what, value = "loss", values[wrong[0]] if wrong else 0.0
+        rows = [rows for _, rows in self._step_losses]  # none where a subclass computes the loss of its own
+        values = torch.stack([loss for loss, _ in self._step_losses]).tolist() if rows else []
+        what, wrong = "loss", [index for index, value in enumerate(values) if not math.isfinite(value)]
         if not wrong and norm is not None and not math.isfinite(norm):
-            what, value, wrong = "gradient", float(norm), list(range(len(rows)))
+            what, values, wrong = "gradient", [float(norm)] * len(rows), list(range(len(rows)))
         if wrong:
             named = ", ".join(str(row) for index in wrong for row in rows[index].tolist())
+            own = " of this process" if what == "gradient" and self.accelerator.num_processes > 1 else ""
             raise NonFiniteLoss(
-                f"the {what} is {value} at step {self.state.global_step + 1}, in {self.rows} {named}. Nothing was "
-                "updated with it; look at these rows, or lower --learning_rate"
+                f"the {what} is {values[wrong[0]]} at step {self.state.global_step + 1}, in {self.rows_word} {named}"
+                f"{own}. Nothing was updated with it; look at these rows, or lower --learning_rate"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log to a training log."""
-        if "loss" in logs:  # the mean over optimizer steps; the loss among the metrics is a mean over pairs
+        if "loss" in logs:  # the mean over optimizer steps, which wins over the metrics' loss, a mean over pairs
             logs |= self.metric_means(self.train_metrics.take(self.accelerator)) | {"loss": logs["loss"]}
         super().log(logs, start_time)
 
     @override
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         counted = self.args.include_num_input_tokens_seen
-        if counted != "no":  # a prompt that two responses share counts once where they share it
-            positions = inputs["tree_ids"] >= (-1 if counted == "all" else 0)
-            own = positions.sum() * (DUMMY not in inputs)
-            self.state.num_input_tokens_seen += int(self.accelerator.gather(own.to(self.args.device)).sum())
+        if counted != "no":  # in tree layout a shared prompt is one sequence, so its tokens count once
+            positions = inputs["tree_ids"] >= (-1 if counted == "all" else 0)  # -1 is padding
+            local = positions.sum() * (DUMMY not in inputs)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(local.to(self.args.device)).sum())
 
     @override
     def evaluation_loop(
@@ -171,7 +166,7 @@ class StepTrainer(CheckpointingTrainer):
         weight = 0.0 if inputs.pop(DUMMY, False) else 1.0
         with torch.no_grad(), self.compute_loss_context_manager():
             total, _, columns = self.loss_sum(model, inputs)
-        count = torch.full_like(total, inputs[self.items].numel())
+        count = torch.full_like(total, inputs[self.items_key].numel())
         self.eval_metrics.add({**columns, TOTAL: total, ITEMS: count}, weight)
         return total / count, None, None
 

@@ -68,7 +68,7 @@ class TDPOTrainer(BatchMeanTrainer):
     Metrics, in training and (prefixed ``eval_``) in evaluation: see :mod:`tdpo.train.metrics`.
     """
 
-    label, rows = "aligning", "the pairs of rows"
+    label, rows_word = "aligning", "the pairs of rows"
     args: TDPOConfig
     objective: Objective
     reference: Reference
