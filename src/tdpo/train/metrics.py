@@ -8,9 +8,8 @@ mixture-of-experts model before its coefficient, where it is part of the loss.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from tdpo.score import PairScores, token_counts
 
-logger = logging.getLogger("tdpo")
 SIDES = ("chosen", "rejected")
 METRICS = (
     "loss",
@@ -100,31 +98,30 @@ def pair_means(sums: dict[str, float]) -> dict[str, float]:
     return means
 
 
-def warn_of_displacement(
-    history: Sequence[dict[str, Any]], beta: float, patience: int = 3, noticeable: float = -1.0
-) -> None:
-    """Warns, once a run, of likelihood displacement: chosen and rejected responses become less likely, log after log.
+def displacement(history: Sequence[dict[str, Any]], beta: float, patience: int = 3, noticeable: float = -1.0) -> str:
+    """Describes likelihood displacement: chosen and rejected responses both become less likely, log after log.
 
     The margin of a preference loss can grow while both sides fall, and probability moves to unrated responses.
 
     Args:
-        history: The logs of the run so far; the last one is judged.
+        history: The logs of a run so far; the last ones are looked at.
         beta: Of the objective, to read log-ratios off implicit rewards.
         patience: Logs in a row that both log-ratios have to fall.
         noticeable: What the mean chosen log-ratio must have fallen below, in nats.
+
+    Returns:
+        A warning; empty where one of the two has not fallen all the time, or the chosen one not far.
     """
     sides = ("implicit_rewards/chosen", "implicit_rewards/rejected")
-    rewards = [tuple(log[side] for side in sides) for log in history if sides[0] in log]
-    fell = [all(new < min(old, 0.0) for old, new in zip(*logs, strict=True)) for logs in pairwise(rewards)]
-    displaced = [
-        index
-        for index in range(patience, len(rewards))
-        if all(fell[index - patience : index]) and rewards[index][0] <= beta * noticeable
-    ]
-    if displaced == [len(rewards) - 1]:  # the first time
-        logger.warning(
-            "likelihood displacement: over the last %d logs chosen and rejected responses both became less likely than "
-            "under the reference (implicit rewards %.3g and %.3g). The margin may grow while the policy drifts to "
-            "unrated responses; a lower learning rate, a larger beta, or a larger alpha with tdpo2 holds it closer",
-            patience, *rewards[-1],
-        )  # fmt: skip
+    logs = islice((log for log in reversed(history) if sides[0] in log), patience + 1)  # the last one first
+    rewards = [[log[side] for side in sides] for log in logs]
+    fell = [all(new < min(old, 0.0) for new, old in zip(*logs, strict=True)) for logs in pairwise(rewards)]
+    if len(fell) < patience or not all(fell) or rewards[0][0] > beta * noticeable:
+        return ""
+    chosen, rejected = rewards[0]
+    return (
+        f"likelihood displacement: over the last {patience} logs chosen and rejected responses both became less "
+        f"likely than under the reference (implicit rewards {chosen:.3g} and {rejected:.3g}). The margin may grow "
+        "while the policy drifts to unrated responses; a lower learning rate, a larger beta, or a larger alpha with "
+        "tdpo2 holds it closer"
+    )

@@ -36,7 +36,7 @@ from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.objectives import Objective
 from tdpo.score import LogitsBudget, PairScores, batch_loss, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, load_policy, prepare_policy
-from tdpo.train.metrics import METRICS, pair_columns, pair_means, warn_of_displacement
+from tdpo.train.metrics import METRICS, displacement, pair_columns, pair_means
 from tdpo.train.preflight import check_call
 from tdpo.train.references import prepare_models
 from tdpo.types import PackedBatch
@@ -72,6 +72,8 @@ class TDPOTrainer(BatchMeanTrainer):
     args: TDPOConfig
     objective: Objective
     reference: Reference
+    _warned = False
+    """Displacement has been reported."""
 
     def __init__(
         self,
@@ -204,8 +206,10 @@ class TDPOTrainer(BatchMeanTrainer):
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        if "implicit_rewards/chosen" in logs:
-            warn_of_displacement(self.state.log_history, self.args.beta)
+        warning = "" if self._warned else displacement(self.state.log_history, self.args.beta)
+        if warning:
+            self._warned = True
+            logger.warning(warning)
 
     @override
     def prepare_dataset(self, data: Iterable[Any], name: str) -> PairDataset:
