@@ -166,10 +166,9 @@ class BatchMeanTrainer(StepTrainer):
         folder = checkpointing.find_checkpoint(self.args, resume_from_checkpoint)
         if self.is_world_process_zero():
             checkpointing.clear_partial(str(self.args.output_dir))
-        for part in self.run_parts.values():
-            part.load({})
-        if folder is not None:
-            checkpointing.restore_run(self, folder)
+        states = {} if folder is None else checkpointing.restore_run(self, folder)
+        for name, part in self.run_parts.items():
+            part.load(states.get(name, {}))
         self.stop_request.start()
         self.has_trained = True
         if self.args.auto_find_batch_size:

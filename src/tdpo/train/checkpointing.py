@@ -205,23 +205,23 @@ def write_errors(what: str, partial: Path, output_dir: str | Path) -> Iterator[N
         ) from error
 
 
-def restore_run(trainer: Any, folder: Path) -> None:
-    """Restores the state of this process beside the Trainer's own, if the run is the one that wrote it.
+def restore_run(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Restores what a checkpoint holds beside the Trainer's own state, and checks that it is of the same run.
+
+    Returns:
+        The states of ``trainer.run_parts`` in this process; none where the checkpoint has none for it.
 
     Raises:
         UserError: if data or batch size are others than those of the checkpoint.
     """
     trainer._loading = str(folder)
-    args, own, first = (
-        trainer.args,
-        folder / run_state_name(trainer.accelerator.process_index),
-        folder / run_state_name(0),
-    )
+    args, accelerator = trainer.args, trainer.accelerator
+    own, first = (folder / run_state_name(process) for process in (accelerator.process_index, 0))
     for file in trainer.checkpoint_files:
         file.load(folder)
     if not first.is_file():
         logger.warning("%s was not written by tdpo: the log after resuming starts from zero", folder)
-        return
+        return {}
     state = json.loads((own if own.is_file() else first).read_text(encoding="utf-8"))
     if args.auto_find_batch_size:  # transformers takes the batch size that was found from there, but later
         found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
@@ -240,9 +240,8 @@ def restore_run(trainer: Any, folder: Path) -> None:
             "%s was written by %d processes, now there are %d: random numbers and the first log will differ",
             folder, state["processes"], now["processes"],
         )  # fmt: skip
-    elif own.is_file():
-        for name, part in trainer.run_parts.items():
-            part.load(state["parts"][name])
+        return {}
+    return state["parts"] if own.is_file() else {}
 
 
 class CheckpointingTrainer(Trainer):
@@ -258,12 +257,11 @@ class CheckpointingTrainer(Trainer):
 
     def run_state(self) -> dict[str, Any]:
         """Returns the state of this process beside the Trainer's own, as JSON; it makes resumed logs exact."""
+        processes = self.accelerator.num_processes
         return {
             "pairs": len(self.train_dataset),  # type: ignore[arg-type]
-            "pairs_per_step": self._train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.accelerator.num_processes,
-            "processes": self.accelerator.num_processes,
+            "pairs_per_step": self._train_batch_size * self.args.gradient_accumulation_steps * processes,
+            "processes": processes,
             "parts": {name: part.state() for name, part in self.run_parts.items()},
         }
 

@@ -96,39 +96,38 @@ class StepTrainer(CheckpointingTrainer):
             divisor = getattr(self, "current_gradient_accumulation_steps", 1) * self.accelerator.num_processes
             loss = weight * total * divisor / num_items_in_batch
         self._step_losses.append((loss.detach(), inputs["pair_rows"]))
-        if self.is_deepspeed_enabled:  # its backward updates too, so each micro-batch is checked before
-            self._check_finite(None)
+        if self.is_deepspeed_enabled and not math.isfinite(loss):  # its backward updates too
+            raise self._non_finite("loss", loss, [inputs["pair_rows"]])
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Returns the norm of the gradients before clipping, after checking the step's losses and the norm.
 
         The Trainer calls it before every update, also where it does not clip. Only this waits for the device.
+
+        Raises:
+            NonFiniteLoss: naming the rows; checkpoints written earlier stay as they are.
         """
         norm: Any = super()._get_grad_norm(model, grad_norm)
         if hasattr(norm, "full_tensor"):  # under FSDP2 each process has its part of the sum
             norm = norm.full_tensor()
-        self._check_finite(norm)
+        rows = [rows for _, rows in self._step_losses]  # none where a subclass computes the loss of its own
+        losses = torch.stack([loss for loss, _ in self._step_losses]).tolist() if rows else []
+        wrong = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+        if wrong:
+            raise self._non_finite("loss", losses[wrong[0]], [rows[index] for index in wrong])
+        if norm is not None and not math.isfinite(norm):
+            raise self._non_finite("gradient", norm, rows)
         return norm
 
-    def _check_finite(self, norm: Any) -> None:
-        """Checks the losses of the step's micro-batches so far, and the norm of their gradients.
-
-        Raises:
-            NonFiniteLoss: naming the rows of this process; checkpoints written earlier stay as they are.
-        """
-        rows = [rows for _, rows in self._step_losses]  # none where a subclass computes the loss of its own
-        values = torch.stack([loss for loss, _ in self._step_losses]).tolist() if rows else []
-        what, wrong = "loss", [index for index, value in enumerate(values) if not math.isfinite(value)]
-        if not wrong and norm is not None and not math.isfinite(norm):
-            what, values, wrong = "gradient", [float(norm)] * len(rows), list(range(len(rows)))
-        if wrong:
-            named = ", ".join(str(row) for index in wrong for row in rows[index].tolist())
-            own = " of this process" if what == "gradient" and self.accelerator.num_processes > 1 else ""
-            raise NonFiniteLoss(
-                f"the {what} is {values[wrong[0]]} at step {self.state.global_step + 1}, in {self.rows_word} {named}"
-                f"{own}. Nothing was updated with it; look at these rows, or lower --learning_rate"
-            )
+    def _non_finite(self, what: str, value: Any, rows: list[Tensor]) -> NonFiniteLoss:
+        """Makes the error for a loss or a gradient that is not finite, of some micro-batches of this process."""
+        named = ", ".join(str(row) for batch in rows for row in batch.tolist())
+        own = " of this process" if what == "gradient" and self.accelerator.num_processes > 1 else ""
+        return NonFiniteLoss(
+            f"the {what} is {float(value)} at step {self.state.global_step + 1}, in {self.rows_word} {named}{own}. "
+            "Nothing was updated with it; look at these rows, or lower --learning_rate"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log to a training log."""
