@@ -184,9 +184,9 @@ class BatchMeanTrainer(StepTrainer):
 
 
 class RunCallback(TrainerCallback):
-    """Acts at moments of a trainer's run, and keeps the losses since the last log in its checkpoints.
+    """Stops a run where its processes agreed to, and makes the first loss logged after resuming exact.
 
-    When it resumes, the Trainer would start the mean loss of the next log from zero.
+    The Trainer would start the mean loss since the last log from zero, so a checkpoint has its sum so far.
 
     Args:
         trainer: The trainer.
