@@ -24,7 +24,7 @@ from tdpo.errors import UserError, nearest
 PRESETS = ("ddp", "fsdp2", "zero2", "zero3")
 OPTION, PROCESSES = "--accelerate_config", "--num_processes"
 KINDS = ("MULTI_GPU", "MULTI_CPU", "NO", "FSDP", "DEEPSPEED")
-"""Values of accelerate's ``distributed_type``; FSDP and DEEPSPEED have a section in its file, such as ``fsdp_config``."""
+"""Values of accelerate's ``distributed_type``; the last two have a section in its file, such as ``fsdp_config``."""
 VARIABLES = {
     "FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP": "FSDP_TRANSFORMER_CLS_TO_WRAP",
     "DEEPSPEED_CONFIG_FILE": "CONFIG_FILE",
