@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from tdpo.train.metrics import Sums
 from tdpo.train.sampling import make_loader
 from tdpo.train.step import StepTrainer
 from tdpo.train.stopping import StopRequest
-
-logger = logging.getLogger("tdpo")
 
 
 def load_policy(model: str | nn.Module, args: RunOptions) -> tuple[Any, ModelConfig]:
@@ -85,7 +83,7 @@ class BatchMeanTrainer(StepTrainer):
         self.loss_is_scaled_for_ga = False
         self.train_metrics, self._step_losses = Sums(), []
         self.stop_request = StopRequest(None if args.max_time is None else seconds(args.max_time))
-        run = RunCallback(self)
+        run = RunCallback(weakref.proxy(self))  # a reference back would keep the models beyond the trainer's end
         self.add_callback(run)
         self.run_parts, self.checkpoint_files = {"loss": run}, []
         for standard in (ProgressCallback, PrinterCallback):
@@ -179,6 +177,7 @@ class BatchMeanTrainer(StepTrainer):
             return super().train(None if folder is None else str(folder), *args, **kwargs)
         finally:
             self.progress.close()
+            vars(self).pop("_inner_training_loop", None)
             if hasattr(self, "neftune_hook_handle"):  # an interrupted run would leave its noise on the model
                 self.neftune_hook_handle.remove()
 
@@ -192,7 +191,7 @@ class RunCallback(TrainerCallback):
         trainer: The trainer.
     """
 
-    def __init__(self, trainer: BatchMeanTrainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._loaded: dict[str, Any] | None = {}
 
