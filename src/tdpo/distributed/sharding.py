@@ -7,7 +7,6 @@ head, its trees) and the copy that becomes the reference need all weights, so ev
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from typing import Any
 
@@ -17,8 +16,6 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tdpo.errors import UserError
-
-logger = logging.getLogger("tdpo")
 
 
 def override_engine_settings(accelerator: Any) -> None:
