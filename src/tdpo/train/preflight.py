@@ -142,9 +142,9 @@ def prepare_rows(
             "list or a datasets.Dataset"
         )
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows: list[Any] = []
-    dataset: Any = []
     stream, needed = iter(data), args.max_steps * per_step
+    rows = list(islice(stream, needed))
+    dataset = prepare(rows, name)
     while len(dataset) < needed and (more := list(islice(stream, needed - len(dataset)))):  # rows may be dropped
         rows += more
         dataset = prepare(rows, name)
