@@ -241,7 +241,7 @@ def test_a_frozen_head_takes_three_products_and_a_trained_one_four(tmp_path: Pat
         )
         batch = next(iter(trainer.get_train_dataloader()))
         with Products(len(tokenizer)) as counted:
-            total, _ = trainer.loss_sum(trainer.model, batch)
+            total, *_ = trainer.loss_sum(trainer.model, batch)
             total.backward()
         counts[bool(saved)] = counted.count
         grads = {name for name, p in trainer.model.named_parameters() if p.grad is not None}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,17 @@ def test_the_options_of_resuming_work_in_python(tmp_path: Path, tokenizer: Any) 
     fresh = make_trainer(tmp_path / "empty", tokenizer, resume=True, **options)
     before = copy.deepcopy(weights(fresh.model))
     assert fresh.train().global_step == 4 and not torch.equal(before, weights(fresh.model))
+
+
+def test_models_are_released_with_their_trainer(tmp_path: Path, tokenizer: Any) -> None:
+    """Without waiting for a garbage collection: the next trainer may need the memory."""
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, auto_find_batch_size=True)
+    trainer.train()
+    models = [weakref.ref(model) for model in (trainer.model, trainer.reference.model)]
+    gc.collect()
+    gc.disable()
+    try:
+        del trainer
+        assert [model() for model in models] == [None, None]
+    finally:
+        gc.enable()

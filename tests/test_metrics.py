@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny_training import tiny_trainer
 
 from tdpo import objectives
 from tdpo.score import PairScores
-from tdpo.train.metrics import METRICS, DisplacementWatch, Sums, pair_columns, pair_means
+from tdpo.train.metrics import METRICS, Sums, displacement, pair_columns, pair_means
 from tdpo.types import PackedBatch, PairStats, TokenStats
 
 
@@ -70,20 +73,31 @@ def test_sums_of_several_processes_are_added() -> None:
     assert parts[0].state() == {}
 
 
-def watch_of(chosen: list[float], rejected: list[float]) -> list[str | None]:
-    watch = DisplacementWatch(beta=0.1, patience=3, noticeable=-1.0)
-    pairs = zip(chosen, rejected, strict=True)
-    return [watch.warning({"implicit_rewards/chosen": c, "implicit_rewards/rejected": r}) for c, r in pairs]
+def warnings_of(chosen: list[float], rejected: list[float]) -> list[str]:
+    """Returns what is reported at each log, with evaluations between them; empty where nothing is."""
+    logs: list[dict[str, float]] = [
+        {"implicit_rewards/chosen": c, "implicit_rewards/rejected": r} for c, r in zip(chosen, rejected, strict=True)
+    ]
+    histories = [[part for log in logs[:end] for part in ({"eval_loss": 1.0}, log)] for end in range(1, len(logs) + 1)]
+    return [displacement(history, beta=0.1) for history in histories]
 
 
-def test_displacement_is_warned_of_once_after_three_falling_logs() -> None:
-    warnings = watch_of([0.0, -0.05, -0.08, -0.09, -0.3, -0.5], [0.0, -0.5, -0.9, -1.5, -2.0, -2.5])
-    assert [warning is not None for warning in warnings] == [False, False, False, False, True, False]
+def test_displacement_is_reported_after_three_falling_logs() -> None:
+    warnings = warnings_of([0.0, -0.05, -0.08, -0.09, -0.3, -0.2], [0.0, -0.5, -0.9, -1.5, -2.0, -2.5])
+    assert [bool(warning) for warning in warnings] == [False, False, False, False, True, False]
     assert "chosen and rejected responses both became less likely" in warnings[4]
     assert "-0.3 and -2" in warnings[4]
 
 
+def test_displacement_is_reported_once_a_run(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = tiny_trainer(tmp_path, tokenizer)
+    with caplog.at_level(logging.WARNING, logger="tdpo"):
+        for fallen in range(1, 8):
+            trainer.log({"loss": 0.5, "implicit_rewards/chosen": -fallen, "implicit_rewards/rejected": -2.0 * fallen})
+    assert caplog.text.count("likelihood displacement") == 1
+
+
 def test_a_rising_chosen_side_or_falling_above_zero_is_no_displacement() -> None:
-    assert not any(watch_of([0.0, 0.1, 0.2, 0.3, 0.4], [0.0, -1.0, -2.0, -3.0, -4.0]))
-    assert not any(watch_of([4.0, 3.0, 2.0, 1.0, 0.5], [0.0, -1.0, -2.0, -3.0, -4.0]))
-    assert not any(watch_of([0.0, -0.1, -0.2, -0.1, -0.2, -0.3], [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]))
+    assert not any(warnings_of([0.0, 0.1, 0.2, 0.3, 0.4], [0.0, -1.0, -2.0, -3.0, -4.0]))
+    assert not any(warnings_of([4.0, 3.0, 2.0, 1.0, 0.5], [0.0, -1.0, -2.0, -3.0, -4.0]))
+    assert not any(warnings_of([0.0, -0.1, -0.2, -0.1, -0.2, -0.3], [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]))

@@ -166,10 +166,10 @@ def test_foreign_fields_of_a_mixture_on_the_command_line_are_named() -> None:
 
 
 def test_options_that_act_early_are_found_in_every_spelling() -> None:
-    from tdpo.distributed.launch import OPTION, _value
+    from tdpo.distributed.launch import early_options
 
     for words in (["--accelerate-config", "ddp"], ["--accelerate_config=ddp"], ["--accelerate-config=ddp"]):
-        assert _value(["--beta", "1", *words], OPTION) == "ddp"
+        assert early_options(["--beta", "1", *words]).accelerate_config == "ddp"
 
 
 def test_the_command_of_trl_is_named(capsys: pytest.CaptureFixture) -> None:

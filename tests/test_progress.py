@@ -33,7 +33,7 @@ def events(callback: ProgressCallback, train: bool, main_process: bool = True) -
         callback.on_log(None, state, None, logs=LOGS)
         if state.global_step == 1:
             evaluate()
-    callback.on_train_end(None, state, None)
+    callback.close()
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -14,8 +14,8 @@ from peft import LoraConfig
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer
+from tdpo.train.base import RunCallback
 from tdpo.train.metrics import Sums
-from tdpo.train.step import LossSinceLog
 
 ALONE: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda tensor: tensor)
 OPTIONS: dict[str, Any] = {
@@ -25,28 +25,32 @@ OPTIONS: dict[str, Any] = {
 
 
 def test_the_mean_loss_of_a_log_is_over_the_steps_since_the_last() -> None:
-    before = LossSinceLog()
-    before.add(torch.tensor(2.0))
-    before.add(torch.tensor(4.0))
-    after = LossSinceLog()
+    """The losses 2 and 4 of steps 1 and 2 were not logged before the run was cut; the next log is at step 3."""
+    cut: Any = SimpleNamespace(_tr_loss=torch.tensor(6.0), _globalstep_last_logged=0)
+    resumed: Any = SimpleNamespace(
+        _tr_loss=torch.tensor(0.0), _globalstep_last_logged=2, _total_loss_scalar=0.0,
+        is_fsdp_enabled=False, is_deepspeed_enabled=False,
+    )  # fmt: skip
+    before, after = RunCallback(cut), RunCallback(resumed)
+    before._loaded = None  # training has begun
     after.load(json.loads(json.dumps(before.state())))
-    after.add(torch.tensor(3.0))
-    assert after.take(3, ALONE) == 3.0
-    assert after.take(3, ALONE) is None, "no step since the last log"
-    after.add(torch.tensor(5.0))
-    assert after.take(5, ALONE) == 2.5
+    assert after.state() == {"sum": 6.0, "step": 0}
+    after.on_train_begin(None, None, None, make_model(8))
+    resumed._tr_loss += 3.0
+    assert resumed._tr_loss / (3 - resumed._globalstep_last_logged) == 3.0
+    assert resumed._total_loss_scalar + resumed._tr_loss == 3.0, "train_loss is over the one step of this run"
 
 
 def test_router_losses_are_averaged_over_batches_that_count() -> None:
     def columns(loss: float) -> dict[str, torch.Tensor]:
-        return SFTTrainer.metric_columns(None, torch.tensor(loss))  # type: ignore[arg-type]
+        return {"aux_loss": torch.tensor(loss), "batches": torch.ones(())}
 
     before, after = Sums(), Sums()
     before.add(columns(1.0))
     before.add(columns(float("nan")), 0.0)
     after.load(json.loads(json.dumps(before.state())))
     after.add(columns(4.0))
-    assert SFTTrainer.metric_means(None, after.take(ALONE)) == {"aux_loss": 2.5}  # type: ignore[arg-type]
+    assert SFTTrainer.metric_means(after.take(ALONE)) == {"aux_loss": 2.5}
     assert after.take(ALONE) == {}
 
 
@@ -55,7 +59,7 @@ def test_a_checkpoint_holds_every_part(tmp_path: Path, tokenizer: Any) -> None:
     trainer = TDPOTrainer(make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer)
     trainer.train()
     state = json.loads((tmp_path / "checkpoint-1" / "run_state_0.json").read_text())
-    assert set(state["parts"]) == set(trainer.run_parts) == {"loss", "metrics", "displacement"}
+    assert set(state["parts"]) == set(trainer.run_parts) == {"loss", "metrics"}
     assert state["parts"]["metrics"]["pairs"] == 4 and state["parts"]["loss"]["step"] == 0
     assert state["pairs_per_step"] == 4 and state["processes"] == 1
 

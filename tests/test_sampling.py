@@ -13,7 +13,7 @@ import torch
 from conftest import preference_rows
 from tiny_training import tiny_trainer, train_tiny, weights
 
-from tdpo.train.sampling import BalancedBatchSampler, DummyIndex, balance
+from tdpo.train.sampling import BalancedBatchSampler, balance
 
 
 def lengths_of(seed: int, count: int) -> list[int]:
@@ -32,7 +32,7 @@ def batches(count: int, micro: int = 4, accumulation: int = 4, processes: int = 
 @pytest.mark.parametrize(("processes", "seed"), [(1, None), (1, 3), (2, 3), (3, None), (5, 3)])
 def test_an_epoch_visits_every_pair_once(count: int, processes: int, seed: int | None) -> None:
     each = batches(count, accumulation=2, processes=processes, seed=seed)
-    taken = [index for process in each for batch in process for index in batch if not isinstance(index, DummyIndex)]
+    taken = [index for process in each for batch in process for index in batch if index is not None]
     assert sorted(taken) == list(range(count))
     assert {len(process) for process in each} == {math.ceil(count / (4 * processes))}, "all processes run as often"
     assert len(BalancedBatchSampler(lengths_of(0, count), 4, 2, None, processes)) == len(each[0])
@@ -42,7 +42,7 @@ def test_an_epoch_visits_every_pair_once(count: int, processes: int, seed: int |
 def test_only_processes_without_a_pair_get_a_filler() -> None:
     each = batches(10, micro=2, accumulation=1, processes=4)
     assert [len(process) for process in each] == [2, 2, 2, 2]
-    fillers = [[isinstance(i, DummyIndex) for i in process[1]] for process in each]
+    fillers = [[i is None for i in process[1]] for process in each]
     assert fillers == [[False], [False], [True], [True]]
 
 
@@ -58,7 +58,7 @@ def test_steps_keep_the_pairs_of_the_plain_order_however_they_are_shared() -> No
         each = batches(100, micro, accumulation, processes, seed=5)
         for number, pairs in enumerate(plain):
             share = [process[number * accumulation : (number + 1) * accumulation] for process in each]
-            ours = [int(i) for part in share for batch in part for i in batch if not isinstance(i, DummyIndex)]
+            ours = [int(i) for part in share for batch in part for i in batch if i is not None]
             assert sorted(ours) == sorted(pairs)
 
 

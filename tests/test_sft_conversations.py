@@ -149,7 +149,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_turns(tmp_path: Path, layou
         )  # fmt: skip
         trainer = SFTTrainer(model, args, eval_dataset=rows, processing_class=tokenizer)
         batch = trainer.data_collator(trainer.eval_dataset.examples)
-        assert trainer.item_count(batch) == sum(count for _, count in sums) == sum(batch["lengths"])
+        assert batch[trainer.items_key].numel() == sum(count for _, count in sums) == sum(batch["lengths"])
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tdpo.data.dataset import prepare_pairs
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.redirect import run_in_forward
-from tdpo.train.base import NonFiniteLoss
+from tdpo.train.step import NonFiniteLoss
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e6])
@@ -228,57 +229,52 @@ def test_several_evaluation_sets_are_reported_by_name(tmp_path: Path, tokenizer:
     assert metrics["eval_first_kl/chosen"] != metrics["eval_second_kl/chosen"]
 
 
-def test_a_loss_that_is_not_finite_stops_names_the_rows_and_updates_nothing(tmp_path: Path, tokenizer: Any) -> None:
-    class Poison(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step == 1:
-                self.before = weights(model).clone()
-                trainer.reference.model.lm_head.weight.data[5, 0] = float("nan")
+class Poison(TrainerCallback):
+    """Calls ``spoil(model)`` at one moment of the second step, and keeps the weights of before."""
 
-    poison = Poison()
-    args = tiny_config(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2)
-    trainer = TDPOTrainer(
-        make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer, callbacks=[poison]
-    )
-    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 2, in the pairs of rows 3, 4"):
-        trainer.train()
-    assert torch.equal(weights(trainer.model), poison.before)
+    def __init__(self, moment: str, spoil: Callable[[Any], object]) -> None:
+        self.spoil = spoil
+        setattr(self, moment, self._act)
+
+    def _act(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.before = weights(model).clone()
+            self.spoil(model)
 
 
-@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
-def test_one_micro_batch_that_is_not_finite_is_named_before_the_update(
-    tmp_path: Path, tokenizer: Any, max_grad_norm: float
+NAN_IN_REFERENCE, INFINITE_GRADIENT = "the loss is nan", r"the gradient is (nan|inf)"
+
+
+@pytest.mark.parametrize(
+    ("moment", "what", "rows", "options"),
+    [
+        ("on_step_begin", NAN_IN_REFERENCE, "3, 4", {}),
+        ("on_step_begin", INFINITE_GRADIENT, "3, 4", {}),
+        # The step of rows 5 to 8 has two micro-batches; only the second one meets a NaN.
+        *(
+            (
+                "on_substep_end",
+                NAN_IN_REFERENCE,
+                "[5-8], [5-8]",
+                {"gradient_accumulation_steps": 2, "max_grad_norm": norm},
+            )
+            for norm in (1.0, 0.0)
+        ),
+    ],
+)
+def test_what_is_not_finite_stops_names_the_rows_and_updates_nothing(
+    tmp_path: Path, tokenizer: Any, moment: str, what: str, rows: str, options: dict[str, Any]
 ) -> None:
-    """The step of rows 5 to 8 has two micro-batches; only the second one meets a NaN."""
+    def spoil(model: Any) -> None:
+        if what == NAN_IN_REFERENCE:
+            trainer.reference.model.lm_head.weight.data[5, 0] = float("nan")
+        else:
+            next(model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
 
-    class Poison(TrainerCallback):
-        def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step == 1:
-                self.before = weights(model).clone()
-                trainer.reference.model.lm_head.weight.data[5, 0] = float("nan")
-
-    poison = Poison()
-    fields = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "max_grad_norm": max_grad_norm}
-    trainer = tiny_trainer(tmp_path, tokenizer, callbacks=[poison], gradient_accumulation_steps=2, **fields)
-    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 2, in the pairs of rows [5-8], [5-8]\. Nothing"):
-        trainer.train()
-    assert torch.equal(weights(trainer.model), poison.before)
-
-
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path, tokenizer: Any) -> None:
-    class Poison(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step == 1:
-                self.before = weights(model).clone()
-                parameter = next(model.parameters())
-                parameter.register_hook(lambda gradient: gradient * float("inf"))
-
-    poison = Poison()
-    args = tiny_config(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2)
-    trainer = TDPOTrainer(
-        make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer, callbacks=[poison]
-    )
-    with pytest.raises(NonFiniteLoss, match=r"the gradient is (nan|inf) at step 2, in the pairs of rows 3, 4"):
+    poison = Poison(moment, spoil)
+    fields = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, **options}
+    trainer = tiny_trainer(tmp_path, tokenizer, callbacks=[poison], **fields)
+    with pytest.raises(NonFiniteLoss, match=rf"{what} at step 2, in the pairs of rows {rows}\. Nothing"):
         trainer.train()
     assert torch.equal(weights(trainer.model), poison.before)
 

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError
 from tdpo.config.arguments import FIXED
 from tdpo.data.tokenise import Lengths
-from tdpo.train.inputs import UNAVAILABLE
+from tdpo.train.preflight import UNAVAILABLE
 
 TOKENISED = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 0], "rejected_ids": [9, 0]}
 OTHER_VALUES = {

@@ -25,7 +25,7 @@ from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError, obje
 from tdpo.models.adapters import with_adapter
 from tdpo.models.own_loss import find_router_loss
 from tdpo.models.policy import body_of, head_of
-from tdpo.train.inputs import check_keywords
+from tdpo.train.preflight import check_call
 
 MODELS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: mixtral(400),
@@ -189,7 +189,7 @@ def test_a_coefficient_that_no_forward_uses_is_not_offered(caplog: pytest.LogCap
 )
 def test_old_arguments_of_trls_trainer_name_their_counterpart(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_keywords({name: 1}, TDPOConfig, inspect.signature(TDPOTrainer).parameters)
+        check_call(TDPOConfig, None, None, {name: 1}, inspect.signature(TDPOTrainer).parameters)
 
 
 # --- what a run cannot use is named before it starts ------------------------------------------------------------------

@@ -20,7 +20,6 @@ from tdpo.commands.options import parse
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceConfig, RunOptions, TDPOConfig
 from tdpo.data.options import check_format, open_held_out, open_training
 from tdpo.distributed import launch
-from tdpo.distributed.sharding import ShardingCallback
 from tdpo.errors import UserError
 from tdpo.files import check_writable
 from tdpo.models.load import adapter_base, load_model, same_model
@@ -49,10 +48,9 @@ def run(argv: Sequence[str]) -> None:
         args.reference, name = "adapter_off", None
     model = load_model(model_config, trainable=True, quantization=quantization)
     reference = load_model(model_config, name, quantization=quantization) if name else None
-    sharding, peft_config = ShardingCallback(), adapter.peft_config()
     with user_errors():
         trainer = TDPOTrainer(
-            model, reference, args, None, train, held_out, tokenizer, [sharding], peft_config=peft_config
+            model, reference, args, None, train, held_out, tokenizer, peft_config=adapter.peft_config()
         )
     del model, reference  # the trainer decides what of them stays in memory
     console().print(f"objective {trainer.objective}, {trainer.layout}", soft_wrap=True)

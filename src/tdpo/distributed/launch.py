@@ -6,6 +6,7 @@ one, the command starts itself again under torchrun, one process for each GPU or
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -22,8 +23,14 @@ from tdpo.errors import UserError, nearest
 
 PRESETS = ("ddp", "fsdp2", "zero2", "zero3")
 OPTION, PROCESSES = "--accelerate_config", "--num_processes"
-ENGINES = {"MULTI_GPU": "", "MULTI_CPU": "", "NO": "", "FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}
-"""accelerate's ``distributed_type`` and the section of its file that goes with it."""
+KINDS = ("MULTI_GPU", "MULTI_CPU", "NO", "FSDP", "DEEPSPEED")
+"""Values of accelerate's ``distributed_type``; the last two have a section in its file, such as ``fsdp_config``."""
+VARIABLES = {
+    "FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP": "FSDP_TRANSFORMER_CLS_TO_WRAP",
+    "DEEPSPEED_CONFIG_FILE": "CONFIG_FILE",
+    "ZERO3_INIT_FLAG": "ZERO3_INIT",
+}
+"""Keys of these sections whose variable has another name."""
 KNOWN = (
     "compute_environment", "debug", "distributed_type", "downcast_bf16", "enable_cpu_affinity", "machine_rank",
     "main_training_function", "mixed_precision", "num_machines", "num_processes", "rdzv_backend", "same_network",
@@ -50,8 +57,8 @@ def read_config(name: str) -> dict[str, Any]:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{OPTION} {name}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict) or config.get("distributed_type") not in ENGINES:
-        raise UserError(f"{OPTION} {name}: distributed_type must be one of {', '.join(ENGINES)}")
+    if not isinstance(config, dict) or config.get("distributed_type") not in KINDS:
+        raise UserError(f"{OPTION} {name}: distributed_type must be one of {', '.join(KINDS)}")
     unknown = [key for key in config if key not in KNOWN]
     if unknown:
         raise UserError(
@@ -65,24 +72,14 @@ def read_config(name: str) -> dict[str, Any]:
 def environment_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the environment variables that ``accelerate launch`` sets for such a file."""
     kind = config["distributed_type"]
-    made = {}
-    if str(config.get("mixed_precision", "no")) not in ("no", "False"):
-        made["ACCELERATE_MIXED_PRECISION"] = str(config["mixed_precision"])
-    section: dict[str, Any] = config.get(ENGINES[kind], None) or {} if ENGINES[kind] else {}
-    if kind == "FSDP":
-        made["ACCELERATE_USE_FSDP"] = "true"
-        made |= {key.upper(): _word(value) for key, value in section.items()}
-        wrapped = made.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP", None)
-        if wrapped:
-            made["FSDP_TRANSFORMER_CLS_TO_WRAP"] = wrapped
-    if kind == "DEEPSPEED":
-        made["ACCELERATE_USE_DEEPSPEED"] = "true"
-        if "deepspeed_config_file" in section:
-            made["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(section["deepspeed_config_file"])
-        names = {"zero3_init_flag": "ZERO3_INIT", "zero3_save_16bit_model": "ZERO3_SAVE_16BIT_MODEL"}
-        rest = {key: value for key, value in section.items() if key != "deepspeed_config_file"}
-        made |= {f"ACCELERATE_DEEPSPEED_{names.get(k, k.upper())}": _word(v) for k, v in rest.items()}
-    return made
+    made = {"ACCELERATE_MIXED_PRECISION": config.get("mixed_precision") or "no"}  # an unquoted no is False
+    if kind in ("FSDP", "DEEPSPEED"):
+        made[f"ACCELERATE_USE_{kind}"] = True
+        prefix = "" if kind == "FSDP" else "ACCELERATE_DEEPSPEED_"
+        for key, value in (config.get(f"{kind.lower()}_config") or {}).items():
+            made[prefix + VARIABLES.get(key.upper(), key.upper())] = value
+    words = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in made.items()}
+    return {name: word for name, word in words.items() if word not in ("", "no")}  # what has no value has no variable
 
 
 def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> None:
@@ -98,14 +95,15 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
     Raises:
         UserError: for a file that is not understood, or an engine that does not run here.
     """
-    name = _value(argv, OPTION)
+    early = early_options(argv)
+    name = early.accelerate_config
     if name is None:
         return
     config = read_config(name)
     cpu = "--use_cpu" in argv or "--use-cpu" in argv or bool(config.get("use_cpu")) or not torch.cuda.is_available()
     if config["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{OPTION} {name} needs deepspeed: pip install 'tdpo[deepspeed]'")
-    processes = _value(argv, PROCESSES) or config.get("num_processes") or (1 if cpu else torch.cuda.device_count())
+    processes = early.num_processes or config.get("num_processes") or (1 if cpu else torch.cuda.device_count())
     if not str(processes).isdecimal() or int(processes) < 1:
         raise UserError(f"{PROCESSES} must be at least 1, got {processes}")
     launched = "LOCAL_RANK" in os.environ
@@ -126,19 +124,9 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
     os.execv(sys.executable, [*words, "-m", "tdpo", command, *argv])
 
 
-def _value(argv: Sequence[str], option: str) -> str | None:
-    """Returns the value of an option among words, ``--option value`` or ``--option=value``; the last one counts."""
-    found = None
-    for index, word in enumerate(argv):
-        name, sign, value = word.partition("=")
-        if name.replace("-", "_") != option.replace("-", "_"):
-            continue
-        if sign:
-            found = value
-        elif index + 1 < len(argv):
-            found = argv[index + 1]
-    return found
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def early_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the options that act before all others are parsed from a command's words; mistakes are reported later."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in (OPTION, PROCESSES):
+        parser.add_argument(option, option.replace("_", "-"), nargs="?")
+    return parser.parse_known_args(argv)[0]

@@ -7,7 +7,6 @@ head, its trees) and the copy that becomes the reference need all weights, so ev
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from typing import Any
 
@@ -15,12 +14,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import TrainerCallback
-from typing_extensions import override
 
 from tdpo.errors import UserError
-
-logger = logging.getLogger("tdpo")
 
 
 def override_engine_settings(accelerator: Any) -> None:
@@ -38,18 +33,17 @@ def override_engine_settings(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
-    if _is_zero3(accelerator):
+    if sharding_engine(accelerator) == "zero3":
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
-def _is_fsdp2(accelerator: Any) -> bool:
-    return accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 2
-
-
-def _is_zero3(accelerator: Any) -> bool:
-    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return is_deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3
+def sharding_engine(accelerator: Any) -> str:
+    """Returns ``fsdp2`` or ``zero3`` where weights are sharded by one of them, or an empty text."""
+    kind, state = accelerator.distributed_type, accelerator.state
+    if kind == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 2:
+        return "fsdp2"
+    return "zero3" if kind == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3 else ""
 
 
 def frozen_weights_dtype(accelerator: Any) -> torch.dtype | None:
@@ -58,7 +52,7 @@ def frozen_weights_dtype(accelerator: Any) -> torch.dtype | None:
     None where weights keep their dtype, under autocast.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    casts = _is_fsdp2(accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED
+    casts = sharding_engine(accelerator) == "fsdp2" or accelerator.distributed_type == DistributedType.DEEPSPEED
     return dtype if casts else None
 
 
@@ -80,8 +74,8 @@ def shard_frozen(body: nn.Module, accelerator: Any) -> bool:
     Returns:
         Whether the body is sharded now, and on its device.
     """
-    state = accelerator.state
-    if _is_fsdp2(accelerator):
+    state, engine = accelerator.state, sharding_engine(accelerator)
+    if engine == "fsdp2":
         from accelerate.utils import fsdp2_prepare_model
 
         plugin = state.fsdp_plugin
@@ -92,7 +86,7 @@ def shard_frozen(body: nn.Module, accelerator: Any) -> bool:
         finally:
             plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policys
         return True
-    if _is_zero3(accelerator):
+    if engine == "zero3":
         import deepspeed
 
         given = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -124,13 +118,3 @@ def count_weights(model: Any) -> tuple[int, int]:
             local += parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
             total += parameter.numel()
     return local, total
-
-
-class ShardingCallback(TrainerCallback):
-    """Prints at the start of training how much of a sharded model each process holds."""
-
-    @override
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        local, total = count_weights(model)
-        if local < total and state.is_world_process_zero:
-            print(f"weights: sharded, {local:,} of {total:,} in this process")

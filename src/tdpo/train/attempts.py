@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerControl
 
-from tdpo.train import checkpointing, progress
+from tdpo.train import checkpointing
+
+logger = logging.getLogger("tdpo")
 
 
 class RunStart:
@@ -27,7 +31,7 @@ class RunStart:
         self._optimizer_states = [
             (given, copy.deepcopy(given.state_dict())) for given in self._optimizers if given is not None
         ]
-        self._run_state = trainer.run_state()
+        self._parts = {name: part.state() for name, part in trainer.run_parts.items()}
         self._callbacks = [(callback, dict(vars(callback))) for callback in trainer.callback_handler.callbacks]
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
         self._checkpoints = checkpointing.checkpoints(str(trainer.args.output_dir))
@@ -40,8 +44,9 @@ class RunStart:
         trainer.optimizer, trainer.lr_scheduler = self._optimizers
         for given, state in self._optimizer_states:
             given.load_state_dict(copy.deepcopy(state))
-        trainer.load_run_state(self._run_state)
-        progress.close_bars(trainer.callback_handler.callbacks)
+        for name, part in trainer.run_parts.items():
+            part.load(self._parts[name])
+        trainer.progress.close()
         trainer.control = TrainerControl()
         for callback, attributes in self._callbacks:
             vars(callback).clear()
@@ -53,6 +58,26 @@ class RunStart:
         for path in checkpointing.checkpoints(str(trainer.args.output_dir)):
             if path not in self._checkpoints:
                 checkpointing.remove(path)
+
+
+def restarting(trainer: Any) -> Callable[..., Any]:
+    """Returns a trainer's loop, of which each further attempt starts from where the first one did."""
+    loop, start = type(trainer)._inner_training_loop, None
+
+    def attempt(batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        nonlocal start
+        if start is None:
+            start = RunStart(trainer)
+        else:
+            logger.warning(
+                "out of memory with %d rows a batch: training starts again from its beginning with %d, and an "
+                "optimizer step takes fewer too; --gradient_accumulation_steps makes up for it",
+                trainer._train_batch_size, batch_size,
+            )  # fmt: skip
+            start.restore(trainer)
+        return loop(trainer, batch_size, *args, **kwargs)
+
+    return attempt
 
 
 def _changing(model: Any) -> list[tuple[str, Tensor]]:

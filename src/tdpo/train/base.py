@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import weakref
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,10 @@ from tdpo.models.load import load_model
 from tdpo.models.multimodal import freeze_idle_parts
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpointing, preflight, progress
-from tdpo.train.checkpointing import CheckpointingTrainer
-from tdpo.train.evaluation import EvaluatingTrainer
-from tdpo.train.inputs import prepare_held_out, prepare_training
 from tdpo.train.metrics import Sums
 from tdpo.train.sampling import make_loader
-from tdpo.train.step import LossSinceLog, NonFiniteLoss
-from tdpo.train.stopping import StopCallback, StopRequest
-
-__all__ = ["BatchMeanTrainer", "NonFiniteLoss", "load_policy", "prepare_policy"]
-logger = logging.getLogger("tdpo")
+from tdpo.train.step import StepTrainer
+from tdpo.train.stopping import StopRequest
 
 
 def load_policy(model: str | nn.Module, args: RunOptions) -> tuple[Any, ModelConfig]:
@@ -62,15 +55,13 @@ def prepare_policy(policy: nn.Module, args: RunOptions, peft_config: Any) -> Rou
     return router
 
 
-class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
-    """A Trainer with the step of :mod:`~tdpo.train.step`, exact evaluation, atomic checkpoints and agreed stops.
+class BatchMeanTrainer(StepTrainer):
+    """A Trainer with the step of :mod:`~tdpo.train.step`, atomic checkpoints and agreed stops.
 
     A subclass prepares models and what :meth:`prepare_dataset` needs, then calls this constructor.
     """
 
     label = "training"
-    args: RunOptions
-    _start: Any = None
 
     def __init__(
         self,
@@ -81,9 +72,8 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         callbacks: Iterable[TrainerCallback] | None,
         **kwargs: Any,
     ) -> None:
-        if train_dataset is not None:
-            train_dataset = prepare_training(train_dataset, args, partial(self.prepare_dataset, name="train"))
-        held_out = prepare_held_out(eval_dataset, self.prepare_dataset)
+        train_dataset = preflight.prepare_rows(train_dataset, "train_dataset", self.prepare_dataset, args)
+        held_out = preflight.prepare_rows(eval_dataset, "eval_dataset", self.prepare_dataset)
         if args.should_save:
             check_writable(Path(str(args.output_dir)))
         preflight.check_arguments(args, held_out is not None)
@@ -91,25 +81,35 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
             args=args, train_dataset=train_dataset, eval_dataset=held_out, callbacks=list(callbacks or []), **kwargs
         )
         self.loss_is_scaled_for_ga = False
-        self.loss_since_log, self.train_metrics, self._step_losses = LossSinceLog(), Sums(), []
-        self.run_parts = {"loss": self.loss_since_log}
-        self.checkpoint_files = []
+        self.train_metrics, self._step_losses = Sums(), []
         self.stop_request = StopRequest(None if args.max_time is None else seconds(args.max_time))
-        self.add_callback(StopCallback(self.stop_request))
-        self.add_callback(preflight.VocabularyCallback())
+        run = RunCallback(weakref.proxy(self))  # a reference back would keep the models beyond the trainer's end
+        self.add_callback(run)
+        self.run_parts, self.checkpoint_files = {"loss": run}, []
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
+        self.progress = progress.ProgressCallback(self.label)
         if not args.disable_tqdm:
-            self.add_callback(progress.ProgressCallback(self.label))
+            self.add_callback(self.progress)
         preflight.check_trainer(self, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Switches off accelerate's compilation; layers are compiled one by one."""
-        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
+    def prepare_dataset(self, data: Iterable[Any], name: str) -> Any:
+        """Tokenises rows in any form ``train_dataset`` may be in.
+
+        Args:
+            data: The rows.
+            name: What messages call them.
+        """
+        raise NotImplementedError("abstract: a subclass prepares its data")
+
+    def metric_names(self) -> list[str]:
+        """Lists the metrics that an evaluation reports, without prefix; a subclass that reports others adds them."""
+        return ["loss"]
 
     @override
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")  # layers are compiled one by one
         sharding.override_engine_settings(self.accelerator)
 
     def get_train_dataloader(self) -> Any:
@@ -128,10 +128,30 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
             args.dataloader_drop_last,
         )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Returns the batches of this process; every row is in exactly one batch of all processes.
+
+        Args:
+            eval_dataset: Rows in any form that ``train_dataset`` may be in, or the name of one of several held-out
+                datasets; None for the held-out data of the trainer.
+        """
+        if eval_dataset is None:
+            held_out: Any = self.eval_dataset
+        elif isinstance(eval_dataset, str):
+            held_out = self.eval_dataset[eval_dataset]  # type: ignore[index]
+        else:
+            held_out = preflight.prepare_rows(eval_dataset, "eval_dataset", self.prepare_dataset)
+        if held_out is None:
+            raise UserError("evaluation needs an eval_dataset")
+        return make_loader(held_out, self.args.eval_batch_size, self.data_collator, self.args)
+
+    @override
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return self.get_eval_dataloader(test_dataset)
+
     def compile_models(self, *models: nn.Module) -> None:
-        """Compiles the layers of some models if ``args.torch_compile`` is on."""
-        if self.args.torch_compile:
-            compile_layers(models, self.args.torch_compile_backend, self.args.torch_compile_mode)
+        """Compiles the layers of some models as ``args`` say."""
+        compile_layers(models, self.args.torch_compile_backend, self.args.torch_compile_mode)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as ``transformers.Trainer.train``; True resumes from the newest complete checkpoint.
@@ -144,33 +164,62 @@ class BatchMeanTrainer(EvaluatingTrainer, CheckpointingTrainer):
         folder = checkpointing.find_checkpoint(self.args, resume_from_checkpoint)
         if self.is_world_process_zero():
             checkpointing.clear_partial(str(self.args.output_dir))
-        for part in self.run_parts.values():
-            part.reset()
-        if folder is not None:
-            self._restore_run_state(folder)
-            for file in self.checkpoint_files:
-                file.load(folder)
+        states = {} if folder is None else checkpointing.restore_run(self, folder)
+        for name, part in self.run_parts.items():
+            part.load(states.get(name, {}))
         self.stop_request.start()
         self.has_trained = True
+        if self.args.auto_find_batch_size:
+            from tdpo.train.attempts import restarting  # few runs need it
+
+            self._inner_training_loop = restarting(self)  # type: ignore[method-assign]
         try:
             return super().train(None if folder is None else str(folder), *args, **kwargs)
         finally:
-            self._start = None
-            progress.close_bars(self.callback_handler.callbacks)
+            self.progress.close()
+            vars(self).pop("_inner_training_loop", None)
             if hasattr(self, "neftune_hook_handle"):  # an interrupted run would leave its noise on the model
                 self.neftune_hook_handle.remove()
 
-    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Runs the loop; a further attempt under ``auto_find_batch_size`` starts from where the first did."""
-        if self.args.auto_find_batch_size and self._start is None:
-            from tdpo.train.attempts import RunStart
 
-            self._start = RunStart(self)
-        elif self._start is not None:
-            logger.warning(
-                "out of memory with %d rows a batch: training starts again from its beginning with %d, and an "
-                "optimizer step takes fewer too; --gradient_accumulation_steps makes up for it",
-                self._train_batch_size, batch_size,
-            )  # fmt: skip
-            self._start.restore(self)
-        return super()._inner_training_loop(batch_size, *args, **kwargs)
+class RunCallback(TrainerCallback):
+    """Stops a run where its processes agreed to, and makes the first loss logged after resuming exact.
+
+    The Trainer would start the mean loss since the last log from zero, so a checkpoint has its sum so far.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._loaded: dict[str, Any] | None = {}
+
+    def state(self) -> dict[str, Any]:
+        """Returns the sum of the losses since the last log and the step of that log, for a checkpoint."""
+        if self._loaded is not None:  # training has not begun
+            return self._loaded
+        return {"sum": float(self.trainer._tr_loss), "step": self.trainer._globalstep_last_logged}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state` returned once training begins; an empty state is that of a run's start."""
+        self._loaded = state
+
+    @override
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trainer = self.trainer
+        preflight.drop_unknown_tokens(model)
+        if self._loaded:
+            trainer._tr_loss += self._loaded["sum"]
+            trainer._total_loss_scalar -= self._loaded["sum"]  # train_loss is over the steps of this run
+            trainer._globalstep_last_logged = self._loaded["step"]
+        self._loaded = None
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            local, total = sharding.count_weights(model)
+            if local < total and state.is_world_process_zero:
+                print(f"weights: sharded, {local:,} of {total:,} in this process")
+
+    @override
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stop_request.stop_code(state):
+            control.should_save = control.should_training_stop = True

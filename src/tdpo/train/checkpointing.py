@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from tdpo.config import RunOptions
 from tdpo.errors import UserError
-from tdpo.files import PARTIAL, atomic_write, flush
+from tdpo.files import PARTIAL, flush
 from tdpo.models.adapters import has_adapter
 from tdpo.models.load import load_weights
 from tdpo.models.multimodal import copy_processor
@@ -205,12 +205,51 @@ def write_errors(what: str, partial: Path, output_dir: str | Path) -> Iterator[N
         ) from error
 
 
+def restore_run(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Restores what a checkpoint holds beside the Trainer's own state, and checks that it is of the same run.
+
+    Returns:
+        The states of ``trainer.run_parts`` in this process; none where the checkpoint has none for it.
+
+    Raises:
+        UserError: if data or batch size are others than those of the checkpoint.
+    """
+    trainer._loading = str(folder)
+    args, accelerator = trainer.args, trainer.accelerator
+    own, first = (folder / run_state_name(process) for process in (accelerator.process_index, 0))
+    for file in trainer.checkpoint_files:
+        file.load(folder)
+    if not first.is_file():
+        logger.warning("%s was not written by tdpo: the log after resuming starts from zero", folder)
+        return {}
+    state = json.loads((own if own.is_file() else first).read_text(encoding="utf-8"))
+    if args.auto_find_batch_size:  # transformers takes the batch size that was found from there, but later
+        found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
+        trainer._train_batch_size = found or trainer._train_batch_size
+    now = trainer.run_state()
+    for name, what in (("pairs", "pairs of training data"), ("pairs_per_step", "pairs per optimizer step")):
+        if state[name] != now[name] and not args.ignore_data_skip:
+            raise UserError(
+                f"{folder} was written with {state[name]} {what}, now there are {now[name]}: its position in the "
+                "data would be another. Use the same data, and the same product of processes, "
+                "--per_device_train_batch_size and --gradient_accumulation_steps; --ignore_data_skip starts the "
+                "data from its beginning"
+            )
+    if state["processes"] != now["processes"]:
+        logger.warning(
+            "%s was written by %d processes, now there are %d: random numbers and the first log will differ",
+            folder, state["processes"], now["processes"],
+        )  # fmt: skip
+        return {}
+    return state["parts"] if own.is_file() else {}
+
+
 class CheckpointingTrainer(Trainer):
     """A Trainer whose checkpoints and models are complete or absent, and resume with every sum they had."""
 
     args: RunOptions
     run_parts: dict[str, Any]
-    """State of this process between two logs, by its name in a checkpoint; each has ``state, load, reset``."""
+    """State of this process between two logs, by its name in a checkpoint; each has ``state`` and ``load``."""
     checkpoint_files: list[Any]
     """Objects with a file of their own in each checkpoint; each has ``save(folder)`` and ``load(folder)``."""
     _partial: Path | None = None
@@ -218,47 +257,13 @@ class CheckpointingTrainer(Trainer):
 
     def run_state(self) -> dict[str, Any]:
         """Returns the state of this process beside the Trainer's own, as JSON; it makes resumed logs exact."""
+        processes = self.accelerator.num_processes
         return {
             "pairs": len(self.train_dataset),  # type: ignore[arg-type]
-            "pairs_per_step": self._train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.accelerator.num_processes,
-            "processes": self.accelerator.num_processes,
+            "pairs_per_step": self._train_batch_size * self.args.gradient_accumulation_steps * processes,
+            "processes": processes,
             "parts": {name: part.state() for name, part in self.run_parts.items()},
         }
-
-    def load_run_state(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`run_state` returned."""
-        for name, part in self.run_parts.items():
-            part.load(state["parts"][name])
-
-    def _restore_run_state(self, folder: Path) -> None:
-        """Reads this process's :meth:`run_state`, if the run is the one that wrote it."""
-        own = folder / run_state_name(self.accelerator.process_index)
-        first = folder / run_state_name(0)
-        if not first.is_file():
-            logger.warning("%s was not written by tdpo: the log after resuming starts from zero", folder)
-            return
-        state = json.loads((own if own.is_file() else first).read_text(encoding="utf-8"))
-        if self.args.auto_find_batch_size:  # transformers takes the batch size that was found from there, but later
-            found = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).train_batch_size
-            self._train_batch_size = found or self._train_batch_size
-        now = self.run_state()
-        for name, what in (("pairs", "pairs of training data"), ("pairs_per_step", "pairs per optimizer step")):
-            if state[name] != now[name] and not self.args.ignore_data_skip:
-                raise UserError(
-                    f"{folder} was written with {state[name]} {what}, now there are {now[name]}: its position in the "
-                    "data would be another. Use the same data, and the same product of processes, "
-                    "--per_device_train_batch_size and --gradient_accumulation_steps; --ignore_data_skip starts the "
-                    "data from its beginning"
-                )
-        if state["processes"] != now["processes"]:
-            logger.warning(
-                "%s was written by %d processes, now there are %d: random numbers and the first log will differ",
-                folder, state["processes"], now["processes"],
-            )  # fmt: skip
-        elif own.is_file():
-            self.load_run_state(state)
 
     @override
     def _get_output_dir(self, trial: Any) -> str:
@@ -286,7 +291,15 @@ class CheckpointingTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._partial = None
-            self._complete(written, final)
+            if self.state.best_global_step == self.state.global_step:  # noted under the name of the partial one
+                self.state.best_model_checkpoint = str(final)
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            if not self.args.save_only_model:
+                own = written / run_state_name(self.accelerator.process_index)
+                own.write_text(json.dumps(self.run_state()), encoding="utf-8")
+                for file in self.checkpoint_files if self.args.should_save else ():
+                    file.save(written)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 commit(written, final)
@@ -298,20 +311,6 @@ class CheckpointingTrainer(Trainer):
             rotate(output_dir, self.args.save_total_limit, final, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
-
-    def _complete(self, written: Path, final: Path) -> None:
-        """Adds this process's state to a checkpoint, and its final name where the Trainer noted the temporary one."""
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        if self.args.save_only_model:
-            return
-        name = run_state_name(self.accelerator.process_index)
-        (written / name).write_text(json.dumps(self.run_state()), encoding="utf-8")
-        if self.args.should_save:
-            for file in self.checkpoint_files:
-                file.save(written)
 
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -359,12 +358,6 @@ class CheckpointingTrainer(Trainer):
             raise UserError(f"--push_to_hub: no repository can be made: {type(error).__name__}: {reason}") from error
 
     @override
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Remembers the folder, for weights whose names on disk are not those of the model's modules."""
-        self._loading = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    @override
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Loads what the Trainer did not find by name; a tied weight is saved once and lacks nothing."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
@@ -383,24 +376,3 @@ class CheckpointingTrainer(Trainer):
             super()._load_best_model()
         finally:
             self.state.best_model_checkpoint = best
-
-    @override
-    def save_state(self) -> None:
-        if self.args.should_save:
-            path = Path(str(self.args.output_dir)) / TRAINER_STATE_NAME
-            partial = path.with_name(path.name + PARTIAL)
-            self.state.save_to_json(str(partial))
-            partial.replace(path)
-
-    @override
-    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        together = folder / "all_results.json"
-        files = {folder / f"{split}_results.json": metrics}
-        if combined:
-            earlier = json.loads(together.read_text(encoding="utf-8")) if together.is_file() else {}
-            files[together] = {**earlier, **metrics}
-        for path, content in files.items():
-            atomic_write(path, json.dumps(content, indent=4, sort_keys=True) + "\n")

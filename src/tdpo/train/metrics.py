@@ -8,18 +8,16 @@ mixture-of-experts model before its coefficient, where it is part of the loss.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerCallback
-from typing_extensions import override
 
 from tdpo.score import PairScores
 
-logger = logging.getLogger("tdpo")
 SIDES = ("chosen", "rejected")
 METRICS = (
     "loss",
@@ -33,13 +31,8 @@ METRICS = (
 class Sums:
     """Named sums since the last log or over an evaluation, in one tensor, so that reading them synchronises once."""
 
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Clears the sums."""
-        self._names: list[str] = []
-        self._sums: Tensor | None = None
+    _names: Sequence[str] = ()
+    _sums: Tensor | None = None
 
     def add(self, columns: dict[str, Tensor], weight: float = 1.0) -> None:
         """Adds the columns of a batch; nothing leaves the device. With weight 0 it adds 0, also for NaN."""
@@ -55,7 +48,7 @@ class Sums:
         if self._sums is not None:
             self._sums = accelerator.gather(self._sums.to(accelerator.device)[None]).sum(0)
         sums = self.state()
-        self.reset()
+        self._sums = None
         return sums
 
     def state(self) -> dict[str, float]:
@@ -63,7 +56,7 @@ class Sums:
         return {} if self._sums is None else dict(zip(self._names, self._sums.tolist(), strict=True))
 
     def load(self, state: dict[str, float]) -> None:
-        """Restores what :meth:`state` returned."""
+        """Restores what :meth:`state` returned; an empty state clears the sums."""
         self._names = list(state)
         self._sums = torch.tensor(list(state.values()), dtype=torch.float32) if state else None
 
@@ -105,61 +98,30 @@ def pair_means(sums: dict[str, float]) -> dict[str, float]:
     return means
 
 
-class DisplacementWatch(TrainerCallback):
-    """Warns of likelihood displacement: chosen and rejected responses both become less likely, log after log.
+def displacement(history: Sequence[dict[str, Any]], beta: float, patience: int = 3, noticeable: float = -1.0) -> str:
+    """Describes likelihood displacement: chosen and rejected responses both become less likely, log after log.
 
     The margin of a preference loss can grow while both sides fall, and probability moves to unrated responses.
 
     Args:
+        history: The logs of a run so far; the last ones are looked at.
         beta: Of the objective, to read log-ratios off implicit rewards.
         patience: Logs in a row that both log-ratios have to fall.
         noticeable: What the mean chosen log-ratio must have fallen below, in nats.
+
+    Returns:
+        A warning; empty where one of the two has not fallen all the time, or the chosen one not far.
     """
-
-    def __init__(self, beta: float, patience: int = 3, noticeable: float = -1.0) -> None:
-        self.patience, self.fallen = patience, beta * noticeable
-        self.reset()
-
-    def reset(self) -> None:
-        """Clears what earlier logs showed, as at the start of a run."""
-        self._falling, self._warned = 0, False
-        self._last: tuple[float, float] | None = None
-
-    def state(self) -> dict[str, Any]:
-        """Returns what has been seen so far, for a checkpoint."""
-        return {"falling": self._falling, "warned": self._warned, "last": self._last}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state` returned."""
-        self._falling, self._warned = state["falling"], state["warned"]
-        self._last = None if state["last"] is None else tuple(state["last"])
-
-    @override
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        warning = self.warning(logs) if logs and "implicit_rewards/chosen" in logs else None
-        if warning is not None:
-            logger.warning(warning)
-
-    def warning(self, metrics: dict[str, float]) -> str | None:
-        """Reads one log's metrics and returns a warning, once, when both log-ratios keep falling and have fallen far.
-
-        Example:
-            >>> watch = DisplacementWatch(beta=0.1, patience=1)
-            >>> watch.warning({"implicit_rewards/chosen": 0.0, "implicit_rewards/rejected": 0.0}) is None
-            True
-            >>> watch.warning({"implicit_rewards/chosen": -0.2, "implicit_rewards/rejected": -0.3})[:23]
-            'likelihood displacement'
-        """
-        now = (metrics["implicit_rewards/chosen"], metrics["implicit_rewards/rejected"])
-        last, self._last = self._last, now
-        both_fell = last is not None and all(n < min(old, 0.0) for n, old in zip(now, last, strict=True))
-        self._falling = self._falling + 1 if both_fell else 0
-        if self._warned or self._falling < self.patience or now[0] > self.fallen:
-            return None
-        self._warned = True
-        return (
-            f"likelihood displacement: over the last {self.patience} logs chosen and rejected responses both became "
-            f"less likely than under the reference (implicit rewards {now[0]:.3g} and {now[1]:.3g}). The margin may "
-            "grow while the policy drifts to unrated responses; a lower learning rate, a larger beta, or a larger "
-            "alpha with tdpo2 holds it closer"
-        )
+    sides = ("implicit_rewards/chosen", "implicit_rewards/rejected")
+    logs = islice((log for log in reversed(history) if sides[0] in log), patience + 1)  # the last one first
+    rewards = [[log[side] for side in sides] for log in logs]
+    fell = [all(new < min(old, 0.0) for new, old in zip(*logs, strict=True)) for logs in pairwise(rewards)]
+    if len(fell) < patience or not all(fell) or rewards[0][0] > beta * noticeable:
+        return ""
+    chosen, rejected = rewards[0]
+    return (
+        f"likelihood displacement: over the last {patience} logs chosen and rejected responses both became less "
+        f"likely than under the reference (implicit rewards {chosen:.3g} and {rejected:.3g}). The margin may grow "
+        "while the policy drifts to unrated responses; a lower learning rate, a larger beta, or a larger alpha with "
+        "tdpo2 holds it closer"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -95,20 +95,9 @@ class ProgressCallback(TrainerCallback):
             if not self._tasks:
                 self._progress.stop()
 
-    @override
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
     def close(self) -> None:
         """Closes the open bars; safe to call after an exception, and twice."""
         if self._tasks:
             self._progress.stop()
         while self._tasks:
             self._progress.remove_task(self._tasks.popitem()[1])
-
-
-def close_bars(callbacks: Iterable[TrainerCallback]) -> None:
-    """Closes the progress bars among a trainer's callbacks."""
-    for callback in callbacks:
-        if isinstance(callback, ProgressCallback):
-            callback.close()

@@ -1,4 +1,4 @@
-"""Chooses the reference of a run and keeps it in sync with the policy where asked to.
+"""Chooses the reference of a run.
 
 ``auto`` chooses the cheapest form of the reference: the adapter switched off where the policy's start is its base, a
 frozen copy elsewhere, and a cache where a folder for one is named.
@@ -10,14 +10,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback
-from typing_extensions import override
 
 from tdpo.config import TDPOConfig
-from tdpo.distributed.sharding import count_weights
 from tdpo.errors import UserError
 from tdpo.models.adapters import KEEPING_INITS, check_tunes_weights, equals_base, has_adapter, with_adapter
 from tdpo.models.neighbours import neighbour_plan
@@ -69,76 +64,6 @@ def prepare_models(
     else:
         reference = LiveReference(policy)
     return policy, reference, f"reference: {strategy} ({why})", cache
-
-
-def describe_copy(reference: FrozenCopy, policy: Any, warn: bool) -> str:
-    """Describes how much of a copy is shared with the policy, to be added to the log line; empty if nothing is.
-
-    Args:
-        reference: The copy.
-        policy: The policy.
-        warn: Log a warning if the copy is a second model beside an adapter, which is there to save that memory.
-    """
-    if not reference.shared:
-        if warn and has_adapter(policy):
-            weights = f"{count_weights(reference.model)[1]:,}"
-            logger.warning("the reference is a second model of %s weights beside the policy with its adapter", weights)
-        return ""
-    copied, shared = (sum(weight.numel() for weight in part) for part in (reference.copied, reference.shared))
-    return f"; {copied:,} weights are copied, {shared:,} are shared with the policy"
-
-
-class ReferenceSyncCallback(TrainerCallback):
-    """Moves a frozen reference toward the policy every N steps, and keeps it in checkpoints.
-
-    Args:
-        reference: The reference.
-        policy: The policy, without any wrapper.
-        args: ``ref_model_mixup_alpha`` sets how far, ``ref_model_sync_steps`` how often.
-
-    Raises:
-        UserError: for a reference and a policy that do not have the same parameters.
-    """
-
-    FILE = "reference.safetensors"
-
-    def __init__(self, reference: Reference, policy: nn.Module, args: TDPOConfig) -> None:
-        if isinstance(reference, FrozenCopy) and reference.sharded:
-            raise UserError("--sync_ref_model needs whole weights in every process: --accelerate_config ddp or zero2")
-        if not isinstance(reference, FrozenCopy) or has_adapter(policy) or _shapes(policy) != _shapes(reference.model):
-            raise UserError(
-                "--sync_ref_model: the reference can only follow a policy that is a whole model of the same shape, "
-                "without an adapter"
-            )
-        self.reference, self.policy = reference, policy
-        self.share, self.every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
-
-    @override
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
-            self.reference.follow(self.policy, self.share)
-
-    def save(self, folder: Path) -> None:
-        """Writes the weights of the reference."""
-        weights = {name: parameter.contiguous() for name, parameter in self.reference.model.named_parameters()}
-        save_file(weights, folder / self.FILE)
-
-    def load(self, folder: Path) -> None:
-        """Restores what :meth:`save` wrote.
-
-        Raises:
-            UserError: if the checkpoint has no reference.
-        """
-        if not (folder / self.FILE).is_file():
-            raise UserError(f"{folder} has no {self.FILE}: it was written without --sync_ref_model")
-        weights = load_file(folder / self.FILE)
-        with torch.no_grad():
-            for name, parameter in self.reference.model.named_parameters():
-                parameter.copy_(weights[name])
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _choose(policy: Any, ref_model: Any, peft_config: Any, args: TDPOConfig) -> tuple[str, str]:

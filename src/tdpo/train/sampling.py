@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,66 +15,59 @@ from transformers.trainer_utils import seed_worker
 
 DUMMY = "dummy"
 """Key of a batch that is only run because other processes have one; it counts for nothing."""
+DUMMY_BATCH = [None]
+"""Stands for the indices of such a batch."""
 
 
-class DummyIndex(int):
-    """Index of an item that is run only so that a process has a batch; it counts for nothing there."""
-
-
-class BalancedBatchSampler(Sampler[list[int]]):
+@dataclass
+class BalancedBatchSampler(Sampler[list[Any]]):
     """Samples the micro-batches of one process, such that those of a step have about the same number of tokens.
 
     The pairs of a step are those of the plain order; only which micro-batch, and so which process, takes them differs.
     Since the loss is a mean over the whole step, the result does not: accumulation and processes wait less, and the
     largest micro-batch, which sets the memory, is smaller. Every process gets the same number of batches and no pair
-    twice: where a last step has too few pairs, a process gets a single :class:`DummyIndex`.
+    twice: where a last step has too few pairs, a process gets :data:`DUMMY_BATCH`.
 
-    Args:
+    Attributes:
         lengths: Tokens of each pair.
-        micro_batch: Pairs of a micro-batch, at most.
+        batch_size: Pairs of a micro-batch, at most.
         accumulation: Micro-batches of an optimizer step in each process.
         seed: Shuffles each epoch in its own order, reproducibly; None keeps the dataset's order.
         processes: How many processes share the pairs.
         process: Which of them this is.
         drop_last: Leave out the pairs at the end that do not fill a micro-batch in every process.
+        epoch: Decides the order.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        micro_batch: int,
-        accumulation: int,
-        seed: int | None,
-        processes: int = 1,
-        process: int = 0,
-        drop_last: bool = False,
-    ) -> None:
-        self.lengths, self.accumulation, self.seed = lengths, accumulation, seed
-        self.processes, self.process = processes, process
-        self.batch_size, self.drop_last = micro_batch, drop_last  # names that loaders read of a batch sampler
-        self._round = micro_batch * processes  # pairs of one micro-batch of all processes
-        self.epoch = 0
+    lengths: Sequence[int]
+    batch_size: int
+    accumulation: int
+    seed: int | None
+    processes: int = 1
+    process: int = 0
+    drop_last: bool = False
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which decides the order; called by the training loop, also when it resumes."""
+        """Sets the epoch; called by the training loop, also when it resumes."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        pairs = len(self.lengths)
-        return pairs // self._round if self.drop_last else -(-pairs // self._round)
+        pairs, together = len(self.lengths), self.batch_size * self.processes
+        return pairs // together if self.drop_last else -(-pairs // together)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(len(self.lengths)))
+    def __iter__(self) -> Iterator[list[Any]]:
+        order, together = list(range(len(self.lengths))), self.batch_size * self.processes
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(len(order), generator=generator).tolist()
-        order = order[: len(self) * self._round]
-        step = self._round * self.accumulation
+        order = order[: len(self) * together]
+        step = together * self.accumulation
         for start in range(0, len(order), step):
             pairs = order[start : start + step]
-            blocks = balance(pairs, self.lengths, -(-len(pairs) // self._round) * self.processes)
+            blocks = balance(pairs, self.lengths, -(-len(pairs) // together) * self.processes)
             for block in blocks[self.process :: self.processes]:
-                yield block or [DummyIndex(pairs[0])]
+                yield block or DUMMY_BATCH
 
 
 def balance(items: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
@@ -100,18 +94,20 @@ def balance(items: Sequence[int], lengths: Sequence[int], count: int) -> list[li
     return blocks
 
 
-class _Batches(Dataset[Any]):
-    """A dataset that returns collated batches; those of a :class:`DummyIndex` carry the key :data:`DUMMY`."""
+@dataclass
+class CollatedBatches(Dataset[Any]):
+    """A dataset that returns collated batches; a dummy runs the first item and carries the key :data:`DUMMY`."""
 
-    def __init__(self, items: Any, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> None:
-        self.items, self.collate = items, collate
+    items: Any
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        batch = self.collate([self.items[index] for index in indices])
-        return {**batch, DUMMY: True} if isinstance(indices[0], DummyIndex) else batch
+    def __getitems__(self, indices: list[Any]) -> dict[str, Any]:
+        if indices == DUMMY_BATCH:
+            return {**self.collate([self.items[0]]), DUMMY: True}
+        return self.collate([self.items[index] for index in indices])
 
 
 def make_loader(
@@ -129,7 +125,7 @@ def make_loader(
     )
     workers = args.dataloader_num_workers
     plain: DataLoader[Any] = DataLoader(
-        _Batches(dataset, collate),
+        CollatedBatches(dataset, collate),
         batch_sampler=batches,
         collate_fn=dict,  # the dataset collates
         num_workers=workers,

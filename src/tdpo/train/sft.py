@@ -29,7 +29,7 @@ from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.models.redirect import run_in_forward, run_in_head
 from tdpo.score import packer
 from tdpo.train.base import BatchMeanTrainer, load_policy, prepare_policy
-from tdpo.train.inputs import check_keywords, check_types
+from tdpo.train.preflight import check_call
 from tdpo.types import Hidden, PackedBatch
 
 
@@ -52,7 +52,7 @@ class SFTTrainer(BatchMeanTrainer):
         UserError: for data, tokenizer and options that do not fit together.
     """
 
-    label, items = "fine-tuning", "labels"
+    label, items_key = "fine-tuning", "labels"
     args: SFTConfig
 
     def __init__(
@@ -68,9 +68,8 @@ class SFTTrainer(BatchMeanTrainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
-        check_keywords(unknown, SFTConfig, inspect.signature(SFTTrainer).parameters)
         args = SFTConfig(output_dir="sft-output") if args is None else args
-        check_types(SFTConfig, args, processing_class, model=model)
+        check_call(SFTConfig, args, processing_class, unknown, inspect.signature(SFTTrainer).parameters, model=model)
         check_format(args)
         policy, _ = load_policy(model, args)
         if peft_config is not None:
@@ -97,9 +96,10 @@ class SFTTrainer(BatchMeanTrainer):
         )
         if self._router is not None:
             self.run_parts["metrics"] = self.train_metrics
-        self.compile_models(policy)
+        if args.torch_compile:
+            self.compile_models(policy)
 
-    def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Computes the summed negative log-likelihood of the batch's response tokens; only they meet the vocabulary.
 
         The router loss of a mixture-of-experts model is part of every token's loss; it is returned beside the sum.
@@ -119,14 +119,12 @@ class SFTTrainer(BatchMeanTrainer):
             return total + batch.labels.numel() * self._router.coefficient * aux, aux.detach()
 
         with self.accelerator.autocast():
-            return run_in_forward(model, self.model, step)
+            total, aux = run_in_forward(model, self.model, step)
+        return total, aux, {} if aux is None else {"aux_loss": aux, "batches": torch.ones_like(aux)}
 
     @override
-    def metric_columns(self, outputs: Tensor | None) -> dict[str, Tensor]:
-        return {} if outputs is None else {"aux_loss": outputs, "batches": torch.ones_like(outputs)}
-
-    @override
-    def metric_means(self, sums: dict[str, float]) -> dict[str, float]:
+    @staticmethod
+    def metric_means(sums: dict[str, float]) -> dict[str, float]:
         return {"aux_loss": sums["aux_loss"] / max(sums["batches"], 1.0)} if sums else {}
 
     @override

@@ -14,11 +14,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState
-from typing_extensions import override
+from transformers import TrainerState
 
 from tdpo.errors import Stopped
 
@@ -82,29 +80,14 @@ class StopRequest:
         Raises:
             Stopped: saying why, and from where the run can continue.
         """
-        code = self.stop_code(state)
+        code, step = self.stop_code(state), state.global_step
         if code:
+            reason = f"interrupted by {SIGNALS[code].name}" if code in SIGNALS else "out of time (--max_time)"
             raise Stopped(
-                f"{reason(code)} at step {state.global_step} of {state.max_steps}: saved checkpoint-"
-                f"{state.global_step}; the same command with --resume continues from it",
+                f"{reason} at step {step} of {state.max_steps}: saved checkpoint-{step}; the same command with "
+                "--resume continues from it",
                 code,
             )
-
-
-class StopCallback(TrainerCallback):
-    """Saves and stops after the step in which the processes agreed to.
-
-    Args:
-        request: What they agree on.
-    """
-
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
-
-    @override
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.request.stop_code(state):
-            control.should_save = control.should_training_stop = True
 
 
 @contextmanager
@@ -120,13 +103,3 @@ def handle_signals(request: StopRequest) -> Iterator[StopRequest]:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         sys.stderr.flush()
-
-
-def reason(code: int) -> str:
-    """Describes why a run stopped.
-
-    Example:
-        >>> reason(143), reason(124)
-        ('interrupted by SIGTERM', 'out of time (--max_time)')
-    """
-    return f"interrupted by {SIGNALS[code].name}" if code in SIGNALS else "out of time (--max_time)"

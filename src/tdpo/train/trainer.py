@@ -24,8 +24,9 @@ from tdpo.config import ModelConfig, TDPOConfig
 from tdpo.data.dataset import Collator, PairDataset, check_fits
 from tdpo.data.options import check_format, make_tokeniser, prepare
 from tdpo.data.pack import pack_padded, pack_trees
-from tdpo.distributed.sharding import frozen_weights_dtype
+from tdpo.distributed.sharding import count_weights, frozen_weights_dtype
 from tdpo.errors import UserError
+from tdpo.models.adapters import has_adapter
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.modes import prepare_reference_mode
 from tdpo.models.multimodal import tokenizer_of
@@ -34,10 +35,10 @@ from tdpo.models.redirect import run_in_forward
 from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.objectives import Objective
 from tdpo.score import LogitsBudget, PairScores, batch_loss, packer, tree_refusal
-from tdpo.train import references
 from tdpo.train.base import BatchMeanTrainer, load_policy, prepare_policy
-from tdpo.train.inputs import check_keywords, check_types
-from tdpo.train.metrics import METRICS, DisplacementWatch, pair_columns, pair_means
+from tdpo.train.metrics import METRICS, displacement, pair_columns, pair_means
+from tdpo.train.preflight import check_call
+from tdpo.train.references import prepare_models
 from tdpo.types import PackedBatch
 
 logger = logging.getLogger("tdpo")
@@ -67,10 +68,12 @@ class TDPOTrainer(BatchMeanTrainer):
     Metrics, in training and (prefixed ``eval_``) in evaluation: see :mod:`tdpo.train.metrics`.
     """
 
-    label, rows = "aligning", "the pairs of rows"
+    label, rows_word = "aligning", "the pairs of rows"
     args: TDPOConfig
     objective: Objective
     reference: Reference
+    _warned = False
+    """Displacement has been reported."""
 
     def __init__(
         self,
@@ -87,24 +90,28 @@ class TDPOTrainer(BatchMeanTrainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
-        check_keywords(unknown, TDPOConfig, inspect.signature(TDPOTrainer).parameters)
         args = TDPOConfig(output_dir="tdpo-output") if args is None else args
-        check_types(TDPOConfig, args, processing_class, model=model, ref_model=ref_model)
+        known = inspect.signature(TDPOTrainer).parameters
+        check_call(TDPOConfig, args, processing_class, unknown, known, model=model, ref_model=ref_model)
         check_format(args)
         policy, config = load_policy(model, args)
         given = load_model(config, ref_model) if isinstance(ref_model, str) else unwrapped(ref_model)
         if given is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
         self.args, self.objective = args, args.build_objective()
-        policy, self.reference, self.reference_line, cache = references.prepare_models(policy, given, peft_config, args)
+        policy, self.reference, self.reference_line, cache = prepare_models(policy, given, peft_config, args)
         prepare_reference_mode(policy, self.reference.models(), cache is not None, args.disable_dropout)
         self._router = prepare_policy(policy, args, peft_config)
         self._budget = LogitsBudget(args.logits_budget)
         processing_class = processing_class or _tokenizer_of(policy, config, train_dataset)
         self._tokenizer = tokenizer_of(processing_class)
         self._vocab_size = head_of(policy).vocab_size
-        self._positions = position_limit(policy, *self.reference.models())
-        pack, self.layout = _layout(args.layout, [policy, *self.reference.models()])
+        models = [policy, *self.reference.models()]
+        self._positions = position_limit(*models)
+        pack = packer(args.layout, models)
+        reason = tree_refusal(models) if args.layout == "auto" and pack is pack_padded else ""
+        self.layout = f"layout: {'trees' if pack is pack_trees else 'padded rows'}" + (f" ({reason})" if reason else "")
+        logger.info(self.layout)
         # A router loss is over all tokens, those that predict nothing among them.
         every_token = partial(pack_trees, every_token=True) if self._router and pack is pack_trees else pack
         super().__init__(
@@ -118,14 +125,13 @@ class TDPOTrainer(BatchMeanTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        displacement = DisplacementWatch(self.objective.reward_scale)
-        self.add_callback(displacement)
-        self.run_parts |= {"metrics": self.train_metrics, "displacement": displacement}
+        self.run_parts["metrics"] = self.train_metrics
         if cache is None:
             self._start_reference(own=ref_model is None)
         else:
             self._fill_cache(cache, pack)
-        self.compile_models(policy)  # a cache is filled without, so that it serves runs with and without
+        if args.torch_compile:
+            self.compile_models(policy)  # a cache is filled without, so that it serves runs with and without
         logger.info(self.reference_line)
 
     def _start_reference(self, own: bool) -> None:
@@ -135,13 +141,19 @@ class TDPOTrainer(BatchMeanTrainer):
             own: Whether the trainer chose the reference itself.
         """
         args, policy, reference = self.args, self.model, self.reference
-        if isinstance(reference, FrozenCopy):
+        if isinstance(reference, FrozenCopy) and args.torch_compile:
             self.compile_models(reference.model)
         reference.prepare(self.accelerator)
-        if isinstance(reference, FrozenCopy):
-            self.reference_line += references.describe_copy(reference, policy, warn=own and args.reference == "auto")
+        if isinstance(reference, FrozenCopy) and reference.shared:
+            copied, shared = (sum(weight.numel() for weight in part) for part in (reference.copied, reference.shared))
+            self.reference_line += f"; {copied:,} weights are copied, {shared:,} are shared with the policy"
+        elif isinstance(reference, FrozenCopy) and has_adapter(policy) and own and args.reference == "auto":
+            size = f"{count_weights(reference.model)[1]:,}"
+            logger.warning("the reference is a second model of %s weights beside the policy with its adapter", size)
         if args.sync_ref_model:
-            sync = references.ReferenceSyncCallback(reference, policy, args)  # type: ignore[arg-type]
+            from tdpo.train.reference_sync import ReferenceSyncCallback  # few runs need it
+
+            sync = ReferenceSyncCallback(reference, policy, args)  # type: ignore[arg-type]
             self.add_callback(sync)
             self.checkpoint_files.append(sync)
             share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
@@ -178,24 +190,26 @@ class TDPOTrainer(BatchMeanTrainer):
             f"; {len(store)} different pairs in {store.folder}, {store.bytes_per_token()} bytes a token"
         )
 
-    def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, PairScores]:
-        """Computes the sum of the pairs' losses and their scores, inside the model's forward."""
+    def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, PairScores, dict[str, Tensor]]:
+        """Computes the sum of the pairs' losses, their scores and their metrics, inside the model's forward."""
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
-
-        def step(policy: nn.Module) -> tuple[Tensor, PairScores]:
-            options = self.objective, self.args.backend, self._budget, self._router
-            return batch_loss(policy, self.reference, batch, *options)
-
+        score = partial(
+            batch_loss, reference=self.reference, batch=batch, objective=self.objective, backend=self.args.backend,
+            logits_budget=self._budget, router=self._router,
+        )  # fmt: skip
         with self.accelerator.autocast():
-            return run_in_forward(model, self.model, step)
+            total, scores = run_in_forward(model, self.model, score)
+        return total, scores, pair_columns(scores, self.objective.reward_scale)
+
+    metric_means = staticmethod(pair_means)
 
     @override
-    def metric_columns(self, outputs: PairScores) -> dict[str, Tensor]:
-        return pair_columns(outputs, self.objective.reward_scale)
-
-    @override
-    def metric_means(self, sums: dict[str, float]) -> dict[str, float]:
-        return pair_means(sums)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        warning = "" if self._warned else displacement(self.state.log_history, self.objective.reward_scale)
+        if warning:
+            self._warned = True
+            logger.warning(warning)
 
     @override
     def prepare_dataset(self, data: Iterable[Any], name: str) -> PairDataset:
@@ -211,15 +225,6 @@ class TDPOTrainer(BatchMeanTrainer):
     @override
     def metric_names(self) -> list[str]:
         return [*METRICS] + (["aux_loss"] if self._router else [])
-
-
-def _layout(layout: str, models: list[nn.Module]) -> tuple[Any, str]:
-    """Returns the function that packs pairs, and logs and returns a line that says which it is and why."""
-    pack = packer(layout, models)
-    reason = tree_refusal(models) if layout == "auto" and pack is pack_padded else ""
-    line = f"layout: {'trees' if pack is pack_trees else 'padded rows'}" + (f" ({reason})" if reason else "")
-    logger.info(line)
-    return pack, line
 
 
 def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
