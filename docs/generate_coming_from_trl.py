@@ -1,4 +1,4 @@
-"""Writes the tables of docs/coming-from-trl.md from ``tdpo.counterparts`` and the dataclasses of both packages.
+"""Writes the tables of docs/coming-from-trl.md from ``counterparts.yaml`` and the dataclasses of both packages.
 
 Run ``python docs/generate_coming_from_trl.py`` with TRL installed after a change of either; a test compares the page.
 """
@@ -13,9 +13,8 @@ from typing import Any
 
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 
-from tdpo import counterparts
 from tdpo.commands.train import OPTIONS
-from tdpo.counterparts import Counterpart
+from tdpo.counterparts import TABLES, Counterpart
 
 PAGE = Path(__file__).with_name("coming-from-trl.md")
 TRL_CLASSES = (DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
@@ -71,7 +70,7 @@ def different_defaults() -> str:
 def spellings() -> str:
     """A table of the options here with the names other libraries have for them."""
     names: dict[tuple[str, str], list[str]] = {}
-    for name, entry in counterparts.OTHER_SPELLINGS.items():
+    for name, entry in TABLES["OTHER_SPELLINGS"].items():
         names.setdefault(entry, []).append(f"`{name}`")
     lines = ["| elsewhere | here | |", "|---|---|---|"]
     for (option, note), found in names.items():
@@ -87,12 +86,12 @@ def render(page: str) -> str:
     """The page with its tables as they should be, between the comments that name them."""
     tables = {
         "defaults": different_defaults(),
-        "DPOConfig": verdicts(counterparts.DPO_CONFIG),
-        "ModelConfig": verdicts(counterparts.MODEL_CONFIG),
-        "ScriptArguments": verdicts(counterparts.SCRIPT_ARGUMENTS),
-        "DatasetMixtureConfig": verdicts(counterparts.DATASET_MIXTURE_CONFIG),
-        "DatasetConfig": verdicts(counterparts.DATASET_CONFIG),
-        "DPOTrainer": verdicts(counterparts.TRAINER),
+        "DPOConfig": verdicts(TABLES["DPO_CONFIG"]),
+        "ModelConfig": verdicts(TABLES["MODEL_CONFIG"]),
+        "ScriptArguments": verdicts(TABLES["SCRIPT_ARGUMENTS"]),
+        "DatasetMixtureConfig": verdicts(TABLES["DATASET_MIXTURE_CONFIG"]),
+        "DatasetConfig": verdicts(TABLES["DATASET_CONFIG"]),
+        "DPOTrainer": verdicts(TABLES["TRAINER"]),
         "spellings": spellings(),
     }
     for name, table in tables.items():

@@ -17,7 +17,7 @@ from test_architectures import LLAMA_LIKE, build
 from torch import Tensor, nn
 
 from tdpo import TDPOConfig, TDPOTrainer, TokenisedPair, UserError, objectives, score_pairs
-from tdpo.data.pack import as_padded, pack_padded, pack_sequence_trees, pack_sequences, pack_trees
+from tdpo.data.pack import as_padded, pack_padded, pack_sequences, pack_trees
 from tdpo.models.neighbours import NeighbourPlan, neighbour_plan
 from tdpo.models.trees import tree_plan
 
@@ -121,7 +121,7 @@ def test_sequences_of_trees_become_the_rows_they_came_from() -> None:
     assert_same_rows(as_padded(pack_trees(pairs, capacity=200)), pack_padded(pairs))
     prompts, responses = [[5, 6], [5], [3]], [[7, 8, 9], [8, 9], [4, 4]]
     assert_same_rows(
-        as_padded(pack_sequence_trees(prompts, responses, [4, 2, 9])), pack_sequences(prompts, responses, [4, 2, 9])
+        as_padded(pack_sequences(prompts, responses, [4, 2, 9], "tree")), pack_sequences(prompts, responses, [4, 2, 9])
     )
 
 

@@ -8,15 +8,13 @@ token is asked for: a loss of the model's own may be over all of them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from tdpo.types import PackedBatch, TokenisedPair
+from tdpo.types import Layout, PackedBatch, TokenisedPair
 
 PADDING_ID = 0
 """Fills the end of padded rows. Attention is causal, so no real token sees it. In trees, where padding sees itself
@@ -38,7 +36,8 @@ def pack_padded(pairs: Sequence[TokenisedPair]) -> PackedBatch:
         >>> batch.source_index.tolist(), batch.labels.tolist(), batch.sequence_ids.tolist()
         ([1, 5, 6], [7, 8, 9], [0, 1, 1])
     """
-    batch = _pad([(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs], [p.row for p in pairs])
+    trees = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
+    batch = _pack(trees, [pair.row for pair in pairs], "padded")
     return replace(batch, pair_keys=tuple(pair.key for pair in pairs))
 
 
@@ -63,22 +62,30 @@ def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0, every_token: b
         ([1, 1, 2, 3, 4, 3], [7, 8, 9, 2, 3, 4], [0, 1, 1, 2, 2, 3])
     """
     trees = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
-    batch = _pack(trees, [pair.row for pair in pairs], capacity, every_token)
+    batch = _pack(trees, [pair.row for pair in pairs], "tree", capacity, every_token)
     return replace(batch, pair_keys=tuple(pair.key for pair in pairs))
 
 
 def pack_sequences(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], rows: Sequence[int] | None = None
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    rows: Sequence[int] | None = None,
+    layout: Layout = "padded",
+    capacity: int = 0,
+    every_token: bool = False,
 ) -> PackedBatch:
-    """Packs single sequences into padded rows: every row is a pair that has a chosen side only.
+    """Packs single sequences: each is a pair that has a chosen side only, and as a tree it has one branch.
 
     Args:
         prompts: Token ids before each response.
         responses: Token ids of each response.
         rows: Source row of each sequence, 0 by default.
+        layout: ``"padded"`` gives each a row, ``"tree"`` lets several share one.
+        capacity: Of trees, as in :func:`pack_trees`.
+        every_token: Of trees, as in :func:`pack_trees`.
 
     Returns:
-        A batch on the CPU with R = P rows; see :class:`~tdpo.types.PackedBatch`.
+        A batch on the CPU; see :class:`~tdpo.types.PackedBatch`.
 
     Raises:
         ValueError: for an empty prompt or response.
@@ -87,29 +94,15 @@ def pack_sequences(
         >>> batch = pack_sequences([[5, 6], [5]], [[7], [8, 9]])
         >>> batch.input_ids.tolist(), batch.source_index.tolist(), batch.sequence_ids.tolist()
         ([[5, 6, 7], [5, 8, 9]], [1, 3, 4], [0, 2, 2])
+        >>> batch = pack_sequences([[5, 6], [5], [3]], [[7, 8, 9], [8, 9], [4, 4]], layout="tree")
+        >>> batch.input_ids.tolist(), batch.source_index.tolist()
+        ([[5, 6, 7, 8], [5, 8, 3, 4]], [1, 2, 3, 4, 5, 6, 7])
     """
     for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1):
         if not len(prompt) or not len(response):
             raise ValueError(f"sequence {number} of the batch: the {'response' if len(prompt) else 'prompt'} is empty")
-    return _pad([(prompt, (response,)) for prompt, response in zip(prompts, responses, strict=True)], rows)
-
-
-def pack_sequence_trees(
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    rows: Sequence[int] | None = None,
-    capacity: int = 0,
-    every_token: bool = False,
-) -> PackedBatch:
-    """Packs single sequences as trees of one branch, several in a row; otherwise as :func:`pack_sequences`.
-
-    Example:
-        >>> batch = pack_sequence_trees([[5, 6], [5], [3]], [[7, 8, 9], [8, 9], [4, 4]])
-        >>> batch.input_ids.tolist(), batch.source_index.tolist()
-        ([[5, 6, 7, 8], [5, 8, 3, 4]], [1, 2, 3, 4, 5, 6, 7])
-    """
     trees = [(prompt, (response,)) for prompt, response in zip(prompts, responses, strict=True)]
-    return _pack(trees, rows, capacity, every_token)
+    return _pack(trees, rows or [0] * len(trees), layout, capacity, every_token)
 
 
 def as_padded(batch: PackedBatch) -> PackedBatch:
@@ -126,83 +119,69 @@ def as_padded(batch: PackedBatch) -> PackedBatch:
     prompts = [batch.input_ids[is_prompt & (batch.tree_ids == tree)].tolist() for tree in range(batch.num_pairs)]
     sides = [side.tolist() for side in batch.labels.split(list(batch.lengths))]
     responses = [[side for side in sides[start : start + 2] if side] for start in range(0, len(sides), 2)]
-    padded = _pad(list(zip(prompts, responses, strict=True)), batch.pair_rows.tolist())
+    padded = _pack(list(zip(prompts, responses, strict=True)), batch.pair_rows.tolist(), "padded")
     return replace(padded, pair_keys=batch.pair_keys).to(batch.input_ids.device)
 
 
-def _pad(trees: Sequence[Tree], rows: Sequence[int] | None) -> PackedBatch:
-    """Lays every branch out in a row of its own, behind its prompt."""
-    prompt_lengths = torch.tensor([len(prompt) for prompt, branches in trees for _ in branches])[:, None]
-    sequences = [torch.tensor([*prompt, *branch]) for prompt, branches in trees for branch in branches]
-    input_ids = pad_sequence(sequences, batch_first=True, padding_value=PADDING_ID)
-    row_lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
-    branch_ids = torch.tensor([number for _, branches in trees for number, _ in enumerate(branches, 1)])[:, None]
-    column = torch.arange(input_ids.shape[1])[None, :]
-    real = column < row_lengths
-    # The hidden state at column c predicts the token at column c + 1.
-    predicts = (column >= prompt_lengths - 1) & (column < row_lengths - 1)
+def _pack(
+    trees: Sequence[Tree], pair_rows: Sequence[int], layout: Layout, capacity: int = 0, every_token: bool = False
+) -> PackedBatch:
+    """Lays trees out in rows: each branch in a row of its own behind its prompt, or whole trees in shared rows."""
+    if layout == "padded":
+        in_row = [branches for _, branches in trees]
+        rows = [[(tree, [number])] for tree, parts in enumerate(in_row) for number in range(len(parts))]
+    else:
+        in_row = [[branch if every_token else branch[:-1] for branch in branches] for _, branches in trees]
+        sizes = [len(prompt) + sum(map(len, parts)) for (prompt, _), parts in zip(trees, in_row, strict=True)]
+        rows = [[(tree, [*range(len(in_row[tree]))]) for tree in row] for row in _first_fit_decreasing(sizes, capacity)]
+    width = max(sum(len(trees[t][0]) + sum(len(in_row[t][n]) for n in numbers) for t, numbers in row) for row in rows)
+    shape = len(rows), width
+    input_ids, position_ids = np.full(shape, PADDING_ID), np.zeros(shape, np.int64)
+    tree_ids, branch_ids = np.full(shape, -1), np.full(shape, -1)
+    if layout == "padded":
+        position_ids[:] = np.arange(width)
+    source = {}
+    for row, blocks in enumerate(rows):
+        end = 0
+        for tree, numbers in blocks:
+            prompt = trees[tree][0]
+            parts = [(0, prompt, 0), *((number + 1, in_row[tree][number], len(prompt)) for number in numbers)]
+            predicting = row * width + end + len(prompt) - 1  # the last prompt token predicts the first of a branch
+            for branch, part, position in parts:
+                begin, end = end, end + len(part)
+                input_ids[row, begin:end] = part
+                position_ids[row, begin:end] = np.arange(position, position + len(part))
+                tree_ids[row, begin:end] = tree if layout == "tree" else 0
+                branch_ids[row, begin:end] = branch
+                if branch:
+                    first, count = row * width + begin, len(trees[tree][1][branch - 1])
+                    source[tree, branch] = [predicting, *range(first, first + count - 1)]
+    if layout == "tree":
+        input_ids = np.where(tree_ids < 0, input_ids[:, :1], input_ids)
+    lengths = [length for _, branches in trees for length in [*map(len, branches), 0][:2]]
     return PackedBatch(
-        input_ids=input_ids,
-        position_ids=column.expand_as(input_ids).contiguous(),
-        tree_ids=torch.where(real, 0, -1),
-        branch_ids=torch.where(real, torch.where(column < prompt_lengths, 0, branch_ids), -1),
-        source_index=predicts.flatten().nonzero()[:, 0],
-        **_targets(trees, rows),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        tree_ids=torch.from_numpy(tree_ids),
+        branch_ids=torch.from_numpy(branch_ids),
+        source_index=torch.tensor([index for key in sorted(source) for index in source[key]]),
+        labels=torch.tensor([token for _, branches in trees for branch in branches for token in branch]),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        pair_rows=torch.tensor(pair_rows),
+        lengths=tuple(lengths),
+        layout=layout,
     )
 
 
-def _pack(trees: Sequence[Tree], rows: Sequence[int] | None, capacity: int, every_token: bool) -> PackedBatch:
-    """Lays whole trees out in rows, first-fit-decreasing."""
-    in_row = [[branch if every_token else branch[:-1] for branch in branches] for _, branches in trees]
-    lengths = [len(prompt) + sum(map(len, parts)) for (prompt, _), parts in zip(trees, in_row, strict=True)]
-    locations, filled = _first_fit_decreasing(lengths, max(capacity, *lengths))
-    shape = len(filled), max(filled)
-    input_ids, position_ids = torch.full(shape, PADDING_ID), torch.zeros(shape, dtype=torch.int64)
-    tree_ids, branch_ids = torch.full(shape, -1), torch.full(shape, -1)
-    source: list[int] = []
-    for number, ((prompt, responses), (row, start)) in enumerate(zip(trees, locations, strict=True)):
-        ids, positions, branches = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        offset = row * shape[1] + start
-        for branch, (response, part) in enumerate(zip(responses, in_row[number], strict=True), 1):
-            first = offset + len(ids)
-            source += [offset + len(prompt) - 1, *range(first, first + len(response) - 1)]
-            ids += part
-            positions += range(len(prompt), len(prompt) + len(part))
-            branches += [branch] * len(part)
-        for field, values in ((input_ids, ids), (position_ids, positions), (branch_ids, branches)):
-            field[row, start : start + len(ids)] = torch.tensor(values)
-        tree_ids[row, start : start + len(ids)] = number
-    return PackedBatch(
-        input_ids=torch.where(tree_ids < 0, input_ids[:, :1], input_ids),
-        position_ids=position_ids,
-        tree_ids=tree_ids,
-        branch_ids=branch_ids,
-        source_index=torch.tensor(source),
-        layout="tree",
-        **_targets(trees, rows),
-    )
-
-
-def _first_fit_decreasing(lengths: Sequence[int], capacity: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Returns row and start of each item, and how full each row is; the longest items come first."""
-    locations = [(0, 0)] * len(lengths)
-    filled: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, used in enumerate(filled) if used + lengths[item] <= capacity), len(filled))
-        if row == len(filled):
-            filled.append(0)
-        locations[item] = (row, filled[row])
-        filled[row] += lengths[item]
-    return locations, filled
-
-
-def _targets(trees: Sequence[Tree], rows: Sequence[int] | None) -> dict[str, Any]:
-    """Returns the fields of a batch that no layout changes: labels, their sequences, and the rows of the source."""
-    lengths = [[*map(len, branches), 0][:2] for _, branches in trees]
-    counts = torch.tensor(lengths).flatten()
-    return {
-        "labels": torch.tensor([token for _, branches in trees for branch in branches for token in branch]),
-        "sequence_ids": torch.repeat_interleave(torch.arange(len(counts)), counts),
-        "pair_rows": torch.tensor(rows or [0] * len(trees)),
-        "lengths": tuple(itertools.chain(*lengths)),
-    }
+def _first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Places items in rows, the longest first, each in the first row with room for it; returns the items of a row."""
+    capacity = max(capacity, *sizes)
+    rows: list[list[int]] = []
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        fitting = (row for row in rows if sum(sizes[other] for other in row) + sizes[item] <= capacity)
+        row = next(fitting, None)
+        if row is None:
+            rows.append([item])
+        else:
+            row.append(item)
+    return rows

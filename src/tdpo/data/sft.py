@@ -12,12 +12,12 @@ import torch
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.dataset import ExampleDataset, check_limits
 from tdpo.data.formats import AUTO, DataReport, OnBadRow, iter_records, name_of
-from tdpo.data.pack import pack_sequence_trees, pack_sequences
+from tdpo.data.pack import pack_sequences
 from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.supervised import SFT_FORMATS, Exchange
 from tdpo.data.tokenise import Ids, Tokeniser, Turns
 from tdpo.errors import UserError
-from tdpo.types import PackedBatch
+from tdpo.types import Layout, PackedBatch
 
 TrainOn = Literal["every_turn", "last_turn"]
 MASKED = -100
@@ -94,11 +94,8 @@ def pack_examples(examples: Sequence[SFTExample], trees: bool = False, every_tok
         every_token: Puts the last token of each, which predicts nothing, in those rows too.
     """
     prompts, responses = [e.prompt_ids for e in examples], [e.response_ids for e in examples]
-    rows = [e.row for e in examples]
-    if trees:
-        batch = pack_sequence_trees(prompts, responses, rows, every_token=every_token)
-    else:
-        batch = pack_sequences(prompts, responses, rows)
+    layout: Layout = "tree" if trees else "padded"
+    batch = pack_sequences(prompts, responses, [e.row for e in examples], layout, every_token=every_token)
     if all(example.labels is None for example in examples):
         return batch
     labels = [e.response_ids if e.labels is None else e.labels for e in examples]
