@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import END, make_tokenizer, preference_rows, write_jsonl
-from rich.console import Console
+from rich.console import Console, RenderableType
 from test_tokenise import sentencepiece_like
 
 from tdpo import PreferenceRecord
@@ -36,6 +36,12 @@ def rows_with_everything() -> list[dict]:
         {"prompt": "Long", "chosen": " the river" * 40, "rejected": " y"},  # 15: cut
         {"prompt": "The river likes the garden. " * 12, "chosen": " a", "rejected": " b"},  # 16: prompt cut
     ]
+
+
+def shown(renderable: RenderableType) -> str:
+    screen = Console(width=100, record=True, force_terminal=False, file=io.StringIO())
+    screen.print(renderable)
+    return screen.export_text()
 
 
 def check_data(model: Path, data: Path, *more: object) -> int:
@@ -146,9 +152,7 @@ def test_an_example_shows_every_token_and_marks_what_was_cut(mode: str) -> None:
     tokeniser = Tokeniser(tokenizer, Lengths(20, 8, mode))
     record = PreferenceRecord("abcdeabcdehilmnorst", "b" * 40, "d", "pairs.jsonl", 7)
     (pair,) = tokeniser.pairs([record], DataReport(""))
-    screen = Console(width=100, record=True, force_terminal=False, file=io.StringIO())
-    screen.print(example(pair, whole(record, tokeniser), tokenizer, "row 7"))
-    output = screen.export_text()
+    output = shown(example(pair, whole(record, tokeniser), tokenizer, "row 7"))
     assert "prompt 8 tokens, 13 cut off" in output and "chosen 12 tokens, 29 cut off" in output
     cut = "<s>⟪cut off: abcdeabcdehi⟫lmnorst" if mode == "keep_end" else "<s>abcdea⟪cut off: bcdehilmnorst⟫"
     for line in (cut, "b" * 12 + "⟪cut off: " + "b" * 28 + "</s>⟫", "d</s>"):
@@ -157,10 +161,10 @@ def test_an_example_shows_every_token_and_marks_what_was_cut(mode: str) -> None:
 
 def test_a_histogram_counts_every_sequence() -> None:
     lengths = np.array([*range(1, 400), 5000, 9000])
-    output = histogram(lengths, limit=128).plain
+    output = shown(histogram(lengths, limit=128))
     counts = [int(line.split()[-1].replace(",", "")) for line in output.splitlines()[1:]]
     assert sum(counts) == len(lengths) and " 128  " in output
-    assert histogram(np.array([7]), limit=512).plain.splitlines()[1].endswith(" 1")
+    assert shown(histogram(np.array([7]), limit=512)).splitlines()[1].split()[-1] == "1"
 
 
 def test_mistakes_are_told_in_words(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -157,7 +157,7 @@ def test_answers_to_a_chat_are_the_assistants_turns() -> None:
     row = {"prompt": chat, "responses": ["A cat.", [answer]], "scores": [1, 5]}
     assert (one(row).chosen, one(row).rejected) == ([answer], [{**answer, "content": "A cat."}])
     assert error_of({**row, "prompt": "Name a bird."}) == (
-        "texts and chat messages are mixed: prompt text, answer messages"
+        "texts and chat messages are mixed: prompt text, chosen messages, rejected text"
     )
 
 
@@ -231,7 +231,9 @@ def test_stackexchange_posts_become_dialogues_with_their_code() -> None:
         "fewer than two answers: an empty answer left out"
     )
     assert error_of({"question": "<p></p>", "answers": answers}) == "field 'question' is empty"
-    assert error_of({"question": "x", "answers": [3]}, "stackexchange").endswith("object, found the number 3")
+    assert error_of({"question": "x", "answers": [3]}, "stackexchange").endswith(
+        "object with its text and score, found the number 3"
+    )
 
 
 @pytest.mark.parametrize(

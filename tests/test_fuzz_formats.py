@@ -22,7 +22,7 @@ from tdpo import PreferenceRecord, UserError
 from tdpo.config.row_spec import PAIRS_FROM, RowSpec, Side, parse_columns
 from tdpo.data.formats import FORMATS, DataReport, iter_records, to_records
 from tdpo.data.formats.markup import html_to_text
-from tdpo.data.formats.preference import common_words
+from tdpo.data.formats.pairs import common_words
 from tdpo.data.sft import SFT_FORMATS
 from tdpo.data.sources import SourceRow, from_memory, mixed_dataset, read_source
 

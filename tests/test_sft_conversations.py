@@ -261,7 +261,7 @@ def test_a_conversation_that_begins_with_the_assistant_reads_that_turn() -> None
         ({"messages": [user("x"), assistant(" "), user("y"), assistant("z")]}, "empty assistant turn, message 2 of 4"),
         ({"messages": [user("x"), assistant("y", weight=0.5)]}, "turn 2, 'weight' must be 0 or 1, found"),
         ({"messages": [SYSTEM, *TWO_TURNS[:2]], "system": "Be long."}, "field 'system' and the system turn .* differ"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 must be 'from' one of human, user, gpt"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "message 1 must be 'from' one of human, user, gpt"),
         ({"question": "x", "answer": "y", "solution": "z"}, "may each be the response; .* --columns response=solution"),
         ({"question": "x", "query": "y", "answer": "z"}, "the column 'query' holds what .* --ignore_columns query "),
         ({"instruction": "", "output": "y"}, "field 'instruction' is empty"),

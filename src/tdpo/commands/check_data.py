@@ -13,14 +13,14 @@ from tdpo.commands.common import console, is_main_process, quieten, write_json, 
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, PairOptions
 from tdpo.config.checks import check_values
-from tdpo.data.check import DataCheck, Prepared, check, clean_rows, examples, prepare, whole
+from tdpo.data.check import DataCheck, check, whole
 from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training, pair_cache
 from tdpo.data.sources import Source
-from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.files import check_writable
 from tdpo.models.load import load_tokenizer, model_limits
 from tdpo.report.data import counts_table, example, histogram, legend, lengths_table
+from tdpo.types import PreferenceRecord
 
 
 @dataclass
@@ -60,34 +60,41 @@ def run(argv: Sequence[str]) -> None:
     spec = options.row_spec()
     data.check_row_spec(spec)
     source, held_out_rows = open_training(data, spec), open_held_out(data, spec)
-    _check_outputs(options, source, *([held_out_rows] if held_out_rows else []))
+    _check_outputs(options, source, held_out_rows)
     quieten()
     tokeniser = make_tokeniser(options, load_tokenizer(model_config))
     limits = model_limits(model_config)
 
-    def prepared(rows: Source) -> Prepared:
-        return prepare(rows, tokeniser, spec, options.on_bad_row, pair_cache(options), limits)
+    def checked(rows: Source, records: Sequence[PreferenceRecord] = ()) -> DataCheck:
+        return check(rows, tokeniser, spec, options.on_bad_row, pair_cache(options), limits, records)
 
-    train, held_out = prepared(source), prepared(held_out_rows) if held_out_rows else None
-    found = {"train": check(train, tokeniser, held_out.records if held_out else ())}
-    if held_out:
-        found["eval"] = check(held_out, tokeniser)
+    held_out = checked(held_out_rows) if held_out_rows else None
+    train = checked(source, held_out.records if held_out else ())
     out = console()
-    for name, findings in found.items():
-        _show(out, findings, name, options)
-    _show_examples(out, train, tokeniser, options.num_examples)
+    for name, found in (("train", train), ("eval", held_out)):
+        if found:
+            _show(out, found, name, options)
+    if options.num_examples and train.records:
+        out.print(legend())
+    for record, pair in zip(train.records[: options.num_examples], train.pairs[: options.num_examples], strict=True):
+        title = f"row {record.row} of {record.source}"
+        out.print(example(pair, whole(record, tokeniser), tokeniser.tokenizer, title))
     if options.json and is_main_process():
-        content = found["train"].as_json() | {"examples": examples(train, tokeniser, options.num_examples)}
-        write_json(options.json, content | ({"eval": found["eval"].as_json()} if held_out else {}))
+        content = train.as_json() | {"examples": train.examples(tokeniser, options.num_examples)}
+        write_json(options.json, content | ({"eval": held_out.as_json()} if held_out else {}))
         out.print(f"written to {options.json}", soft_wrap=True)
     if options.fix and is_main_process():
-        _write_clean(out, train, found["train"], options.fix)
-    _refuse(found, fixed=bool(options.fix))
+        rows = train.clean_rows()
+        write_text(options.fix, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        out.print(f"{len(rows):,} clean pairs written to {options.fix}", soft_wrap=True)
+    errors = [found.errors for found in ((held_out,) if options.fix else (train, held_out)) if found and found.errors]
+    if errors:
+        raise UserError("training would stop at this data:\n" + "\n".join(errors))
 
 
-def _check_outputs(options: CheckOptions, *sources: Source) -> None:
+def _check_outputs(options: CheckOptions, *sources: Source | None) -> None:
     """Refuses to write over what is read."""
-    read = {path.resolve() for source in sources for part in source.parts for path in part.files}
+    read = {path.resolve() for source in sources if source for part in source.parts for path in part.files}
     for name in ("json", "fix"):
         path = getattr(options, name)
         if path and Path(path).resolve() in read:
@@ -103,27 +110,3 @@ def _show(out: Console, found: DataCheck, name: str, options: CheckOptions) -> N
         out.print(f"label noise? {hint}", style="yellow", soft_wrap=True)
     if found.hints():
         out.print()
-
-
-def _show_examples(out: Console, prepared: Prepared, tokeniser: Tokeniser, count: int) -> None:
-    if count and len(prepared.records):
-        out.print(legend())
-    for place in range(min(count, len(prepared.records))):
-        record = prepared.records[place]
-        title = f"row {record.row} of {record.source}"
-        out.print(example(prepared.pairs[place], whole(record, tokeniser), tokeniser.tokenizer, title))
-
-
-def _write_clean(out: Console, prepared: Prepared, found: DataCheck, path: str) -> None:
-    rows = clean_rows(prepared, found)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    out.print(f"{len(rows):,} clean pairs written to {path}", soft_wrap=True)
-
-
-def _refuse(found: dict[str, DataCheck], fixed: bool) -> None:
-    """Ends the command with an error where training would."""
-    errors = [
-        findings.errors for name, findings in found.items() if findings.errors and not (fixed and name == "train")
-    ]
-    if errors:
-        raise UserError("training would stop at this data:\n" + "\n".join(errors))

@@ -42,7 +42,8 @@ class WeightOptions(PairOptions, LayoutOptions):
     positive_model: str | None = option(None, "Model trained towards chosen responses (TIS-DPO).")
     negative_model: str | None = option(None, "Model trained towards rejected responses (TIS-DPO).")
     weights_clamp: float = option(1.5, "Log-ratios of the two models beyond this, in nats, are equal (TIS-DPO).")
-    weights_range: list[float] = option(list, "Smallest and largest weight; 0.7 1.3 where left out (TIS-DPO).")
+    weights_low: float = option(0.7, "Weight of the token ranked lowest in a response (TIS-DPO).")
+    weights_high: float = option(1.3, "Weight of the token ranked highest in a response (TIS-DPO).")
     guide_model: str | None = option(None, "Model that guides, such as a DPO policy (TGDPO).")
     weights_strength: float = option(0.5, "a in the weights 1 + a b log(guide / reference) (TGDPO).")
     weights_beta: float = option(0.1, "b in the weights 1 + a b log(guide / reference): beta of the training (TGDPO).")
@@ -53,9 +54,10 @@ class WeightOptions(PairOptions, LayoutOptions):
         check_values(self, per_device_eval_batch_size=1, logits_budget=1, weights_clamp=0, weights_strength=0)
         check_format(self)
         self.lengths()
-        self.weights_range = self.weights_range or [0.7, 1.3]
-        if len(self.weights_range) != 2 or not 0 <= self.weights_range[0] <= self.weights_range[1]:
-            raise UserError(f"--weights_range {self.weights_range}: expected two numbers, 0 <= smallest <= largest")
+        if not 0 <= self.weights_low <= self.weights_high:
+            raise UserError(
+                f"--weights_low {self.weights_low:g} --weights_high {self.weights_high:g}: expected 0 <= low <= high"
+            )
         if not self.output_dir:
             raise UserError("--output_dir is missing: the folder for the pairs with their weights")
         both = bool(self.positive_model) + bool(self.negative_model)
@@ -70,8 +72,9 @@ class WeightOptions(PairOptions, LayoutOptions):
         """Returns the function from log-ratios of a response to its weights."""
         if self.guide_model:
             return partial(guidance_weights, strength=self.weights_strength, beta=self.weights_beta)
-        low, high = self.weights_range
-        return partial(importance_weights, clamp=self.weights_clamp, low=low, high=high)
+        return partial(
+            importance_weights, clamp=self.weights_clamp, low=self.weights_low, high=self.weights_high
+        )
 
 
 def run(argv: Sequence[str]) -> None:

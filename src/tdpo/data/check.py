@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,36 +26,38 @@ MEASURES = ("prompt", "chosen", "rejected", "sequence")
 """Columns of the lengths; a sequence is the prompt with the longer of its responses."""
 BIASED = 0.6
 """Share of longer chosen responses, or of shorter ones, from which length alone is worth a word."""
+FINDINGS = {
+    "without_end": "with a response that has no end token, because it is cut",
+    "repeated": "that repeat an earlier pair",
+    "repeated_prompts": "with the prompt of an earlier pair",
+    "leaks": "whose prompt is in the evaluation data",
+    "contradicted": "that contradict another row of the same prompt",
+    "alike": "whose responses differ in white space and case alone",
+    "special": "with special-token text, which is encoded as plain text",
+}
+"""Findings about single rows. Pairs are compared without differences of white space and case."""
 
 
 @dataclass
 class DataCheck:
-    """Findings about a dataset. Rows are numbers in the source, lengths are tokens before anything is cut.
+    """A dataset as training would have it, with findings. Lengths are tokens before anything is cut.
 
     Attributes:
-        report: What became of the rows, as training reports it.
+        records: The record of each pair.
+        pairs: The pairs; the two have one order.
+        report: What became of the rows.
         errors: The message training would stop with, empty if it would not.
         lengths: ``[P, 4]``, in the order of :data:`MEASURES`.
-        repeated: Rows that repeat an earlier pair: same prompt, chosen and rejected but for white space and case.
-        repeated_prompts: Rows whose prompt an earlier, different pair has.
-        contradicted: Rows whose preference another row of the same prompt turns around.
-        alike: Rows whose chosen and rejected differ in white space and case alone.
-        special: Rows with special-token text in them, which is encoded as plain text.
-        leaks: Rows whose prompt is in the evaluation data too.
-        without_end: Rows with a response that has no end token.
-        left_out: Places of the pairs that a clean dataset would not have: repetitions and leaks.
+        rows: Row numbers in the source by finding, see :data:`FINDINGS`.
+        left_out: Indices of the pairs that a clean dataset would not have: repetitions and leaks.
     """
 
+    records: list[PreferenceRecord]
+    pairs: PairTable
     report: DataReport
     errors: str
     lengths: np.ndarray
-    repeated: list[int] = field(default_factory=list)
-    repeated_prompts: list[int] = field(default_factory=list)
-    contradicted: list[int] = field(default_factory=list)
-    alike: list[int] = field(default_factory=list)
-    special: list[int] = field(default_factory=list)
-    leaks: list[int] = field(default_factory=list)
-    without_end: list[int] = field(default_factory=list)
+    rows: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in FINDINGS})
     left_out: set[int] = field(default_factory=set)
 
     def percentiles(self) -> dict[str, dict[str, int]]:
@@ -92,55 +93,54 @@ class DataCheck:
                     f"chosen is the {word} response in {share:.0%} of pairs ({bias['chosen_mean']:.0f} against "
                     f"{bias['rejected_mean']:.0f} tokens on average): length alone would predict the preference"
                 )
-        if self.contradicted:
-            hints.append(f"{len(self.contradicted)} rows contradict another row of the same prompt")
-        if self.alike:
-            hints.append(f"in {len(self.alike)} rows chosen and rejected differ in white space and case alone")
+        if rows := self.rows["contradicted"]:
+            hints.append(f"{len(rows)} rows contradict another row of the same prompt")
+        if rows := self.rows["alike"]:
+            hints.append(f"in {len(rows)} rows chosen and rejected differ in white space and case alone")
         return hints
 
     def as_json(self) -> dict[str, Any]:
         """Returns everything for ``--json``."""
-        rows = {
-            item.name: getattr(self, item.name)
-            for item in dataclasses.fields(self)
-            if item.name not in ("report", "errors", "lengths", "left_out")
-        }
         return {
             **vars(self.report),
             "errors": self.errors.splitlines(),
-            "rows": rows,
+            "rows": self.rows,
             "lengths": self.percentiles(),
             "length_bias": self.length_bias(),
             "hints": self.hints(),
         }
 
+    def examples(self, tokeniser: Tokeniser, count: int) -> list[dict[str, Any]]:
+        """Returns the first pairs with ids as they are trained on, and their text with special tokens."""
+        found = []
+        for record, pair in zip(self.records[:count], self.pairs[:count], strict=True):
+            sides = {name: getattr(pair, f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
+            decode = tokeniser.tokenizer.decode
+            texts = {name: decode(ids, clean_up_tokenization_spaces=False) for name, ids in sides.items()}
+            ids = {f"{name}_ids": ids for name, ids in sides.items()}
+            found.append({"row": record.row, "source": record.source, **ids, **texts})
+        return found
 
-@dataclass
-class Prepared:
-    """A dataset as training would have it.
-
-    Attributes:
-        records: The record of each pair.
-        pairs: The pairs; the two have one order.
-        report: What became of the rows.
-        errors: What training would stop with, empty if it would not.
-    """
-
-    records: list[PreferenceRecord]
-    pairs: PairTable
-    report: DataReport
-    errors: str
+    def clean_rows(self) -> list[dict[str, Any]]:
+        """Returns the pairs as rows of the format ``preference``, without repetitions and leaks."""
+        names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+        return [
+            {name: value for name in names if (value := getattr(record, name)) is not None}
+            for index, record in enumerate(self.records)
+            if index not in self.left_out
+        ]
 
 
-def prepare(
+def check(
     rows: Source,
     tokeniser: Tokeniser,
     spec: RowSpec,
     on_bad_row: OnBadRow,
     cache: PairCache | None,
     limits: tuple[int | None, int | None] = (None, None),
-) -> Prepared:
-    """Prepares rows as training does, and continues without the bad ones where training would stop.
+    held_out: Iterable[PreferenceRecord] = (),
+) -> DataCheck:
+    """Prepares rows as training does, without the bad ones where training would stop, and looks the pairs over.
 
     Args:
         rows: The rows.
@@ -149,6 +149,7 @@ def prepare(
         on_bad_row: ``"error"`` or ``"drop"``.
         cache: Where tokenised pairs are kept.
         limits: Vocabulary size and positions of the model, None where they are not known.
+        held_out: Records that must not share a prompt with the rows.
 
     Raises:
         UserError: for rows that are token ids already.
@@ -170,76 +171,40 @@ def prepare(
         check_fits(table, *limits, report.source, len(tokeniser.tokenizer))
     except UserError as error:
         errors.append(str(error))
-    records = to_records(rows, spec, "drop")[0] if len(table) else []
-    return Prepared(_of_pairs(records, table, tokeniser), table, report, "\n".join(dict.fromkeys(errors)))
+    records = _of_pairs(to_records(rows, spec, "drop")[0] if len(table) else [], table, tokeniser)
+    lengths = _whole_lengths(records, table, report, tokeniser)
+    found = DataCheck(records, table, report, "\n".join(dict.fromkeys(errors)), lengths)
+    _look_over(found, tokeniser, {_plain_prompt(record) for record in held_out})
+    return found
 
 
-def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[PreferenceRecord] = ()) -> DataCheck:
-    """Looks a prepared dataset over.
-
-    Args:
-        prepared: The dataset.
-        tokeniser: What tokenised it.
-        held_out: Records that must not share a prompt with it.
-    """
-    records = prepared.records
-    found = DataCheck(prepared.report, prepared.errors, _whole_lengths(prepared, tokeniser))
-    eval_prompts = {_plain_prompt(record) for record in held_out}
-    seen: set[tuple[str, str, str]] = set()
-    prompts: set[str] = set()
-    sides: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    plain = [(_plain_prompt(record), _plain(record.chosen), _plain(record.rejected)) for record in records]
-    for place, (record, whole_pair) in enumerate(zip(records, plain, strict=True)):
-        prompt, chosen, rejected = whole_pair
-        if place and record is records[place - 1]:  # a weight makes it seen several times in an epoch
-            found.left_out.add(place)
+def _look_over(found: DataCheck, tokeniser: Tokeniser, held_out: set[str]) -> None:
+    """Adds the findings about single rows."""
+    plain = [(_plain_prompt(record), _plain(record.chosen), _plain(record.rejected)) for record in found.records]
+    all_pairs, seen, prompts = set(plain), set[tuple[str, str, str]](), set[str]()
+    ends = special_ids(tokeniser.tokenizer)
+    as_tokens = tokeniser.rendering.special_tokens == "tokens"
+    for index, (record, pair) in enumerate(zip(found.records, found.pairs, strict=True)):
+        if index and record is found.records[index - 1]:  # a weight makes it seen several times in an epoch
+            found.left_out.add(index)
             continue
-        if whole_pair in seen:
-            found.repeated.append(record.row)
-            found.left_out.add(place)
-        elif prompt in prompts:
-            found.repeated_prompts.append(record.row)
-        if prompt in eval_prompts:
-            found.leaks.append(record.row)
-            found.left_out.add(place)
-        if chosen == rejected:
-            found.alike.append(record.row)
-        as_tokens = isinstance(record.prompt, str) and tokeniser.rendering.special_tokens == "tokens"
-        if not as_tokens and any(token in text for text in _texts(record) for token in tokeniser.special):
-            found.special.append(record.row)
-        seen.add(whole_pair)
+        prompt, chosen, rejected = plain[index]
+        literal = not (as_tokens and isinstance(record.prompt, str))
+        findings = {
+            "without_end": pair.chosen_ids[-1] not in ends or pair.rejected_ids[-1] not in ends,
+            "repeated": plain[index] in seen,
+            "repeated_prompts": plain[index] not in seen and prompt in prompts,
+            "leaks": prompt in held_out,
+            "contradicted": chosen != rejected and (prompt, rejected, chosen) in all_pairs,
+            "alike": chosen == rejected,
+            "special": literal and any(token in text for text in _texts(record) for token in tokeniser.special),
+        }
+        for name in filter(findings.get, findings):
+            found.rows[name].append(record.row)
+        if findings["repeated"] or findings["leaks"]:
+            found.left_out.add(index)
+        seen.add(plain[index])
         prompts.add(prompt)
-        sides[prompt][chosen].add(rejected)
-    found.contradicted = [
-        record.row
-        for record, (prompt, chosen, rejected) in zip(records, plain, strict=True)
-        if chosen != rejected and chosen in sides[prompt].get(rejected, ())
-    ]
-    found.without_end = _without_end(prepared.pairs, tokeniser)
-    return found
-
-
-def examples(prepared: Prepared, tokeniser: Tokeniser, count: int) -> list[dict[str, Any]]:
-    """Returns the first pairs with ids as they are trained on, and their text with special tokens."""
-    found = []
-    for record, pair in zip(prepared.records[:count], prepared.pairs[:count], strict=True):
-        sides = {name: getattr(pair, f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
-        decode = tokeniser.tokenizer.decode
-        texts = {name: decode(ids, clean_up_tokenization_spaces=False) for name, ids in sides.items()}
-        ids = {f"{name}_ids": ids for name, ids in sides.items()}
-        found.append({"row": record.row, "source": record.source, **ids, **texts})
-    return found
-
-
-def clean_rows(prepared: Prepared, found: DataCheck) -> list[dict[str, Any]]:
-    """Returns the pairs as rows of the format ``preference``, without those that ``found`` would leave out."""
-    rows = []
-    for place, record in enumerate(prepared.records):
-        if place not in found.left_out:
-            row: dict[str, Any] = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
-            more = {"tools": record.tools, "chat_template_kwargs": record.chat_template_kwargs}
-            rows.append(row | {name: value for name, value in more.items() if value is not None})
-    return rows
 
 
 def whole(record: PreferenceRecord, tokeniser: Tokeniser) -> TokenisedPair:
@@ -263,22 +228,23 @@ def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairTable, tokeniser: 
     return [next(record for record in left if record.row == row) for row in rows]
 
 
-def _whole_lengths(prepared: Prepared, tokeniser: Tokeniser) -> np.ndarray:
+def _whole_lengths(
+    records: Sequence[PreferenceRecord], pairs: PairTable, report: DataReport, tokeniser: Tokeniser
+) -> np.ndarray:
     """Computes ``[P, 4]`` lengths without truncation; only what was cut is tokenised again."""
-    lengths = prepared.pairs.lengths()
-    cut = {row for rows in prepared.report.truncated.values() for row in rows}
-    places = [place for place, record in enumerate(prepared.records) if record.row in cut]
-    turns = [Turns(r, r.prompt, (r.chosen, r.rejected)) for r in (prepared.records[place] for place in places)]
-    for place, ids in zip(places, tokeniser.encode_turns(turns, DataReport("")), strict=True):
-        lengths[place] = [len(ids.prompt), *map(len, ids.responses)]
+    lengths = pairs.lengths()
+    cut = {row for rows in report.truncated.values() for row in rows}
+    indices = [index for index, record in enumerate(records) if record.row in cut]
+    turns = [Turns(r, r.prompt, (r.chosen, r.rejected)) for r in (records[index] for index in indices)]
+    for index, ids in zip(indices, tokeniser.encode_turns(turns, DataReport("")), strict=True):
+        lengths[index] = [len(ids.prompt), *map(len, ids.responses)]
     return np.column_stack([lengths, lengths[:, 0] + lengths[:, 1:].max(1)])
 
 
-def _without_end(pairs: PairTable, tokeniser: Tokeniser) -> list[int]:
-    """Returns the rows of pairs with a response whose last token is not a special one."""
-    ends = set(tokeniser.tokenizer.all_special_ids)
-    ends |= {number for number, token in tokeniser.tokenizer.added_tokens_decoder.items() if token.special}
-    return [p.row for p in pairs if p.chosen_ids[-1] not in ends or p.rejected_ids[-1] not in ends]
+def special_ids(tokenizer: Any) -> set[int]:
+    """Returns the ids of all special tokens."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
 
 def _plain_prompt(record: PreferenceRecord) -> str:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from tdpo.data.formats.report import Placed
 from tdpo.errors import UserError
 from tdpo.types import Message
 
@@ -16,7 +15,7 @@ LOOKED_AT = 100
 FOREIGN = re.compile(r"<\|\w+\|>|<\uff5c[^\uff5c<>\s]+\uff5c>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>")
 """Control tokens of the usual families of models."""
 FOREIGN_HINTS = ("<|", "<\uff5c", "_of_turn>", "INST]", "<<SYS")
-Item = TypeVar("Item", bound=Placed)
+Item = TypeVar("Item", bound=Any)
 
 
 class RenderedTexts:
@@ -103,7 +102,7 @@ class RenderedTexts:
                 raise _choice(*first[source], count, looked_at[source])
 
 
-def _choice(item: Placed, token: str, in_turn: bool, count: int, looked_at: int) -> UserError:
+def _choice(item: Any, token: str, in_turn: bool, count: int, looked_at: int) -> UserError:
     """Returns the error that asks how special-token text is meant."""
     found = (
         f"{item.source}: {count} of the first {looked_at} rows hold special tokens as text (row {item.row}: {token!r}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tdpo.data.check import MEASURES, PERCENTILES, DataCheck
+from tdpo.data.check import FINDINGS, PERCENTILES, DataCheck, special_ids
 from tdpo.types import TokenisedPair
 
 ROWS_SHOWN = 8
@@ -24,7 +26,6 @@ STYLES = {
     "cut": "bright_black strike",
     "special": "bold magenta",
 }
-BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
 def counts_table(found: DataCheck, title: str) -> Table:
@@ -34,32 +35,28 @@ def counts_table(found: DataCheck, title: str) -> Table:
     table.add_column("rows", justify="right")
     table.add_column("what", overflow="fold", max_width=64)
     table.add_column("where", style="bright_black", overflow="fold")
+
+    def add(what: str, rows: Sequence[int], style: str = "") -> None:
+        more = ", ..." if len(rows) > ROWS_SHOWN else ""
+        table.add_row(
+            Text(f"{len(rows):,}", style or "yellow"), Text(what, style), ", ".join(map(str, rows[:ROWS_SHOWN])) + more
+        )
+
     table.add_row(f"{report.read:,}", f"read as {report.format}", "")
     if report.elsewhere:
         table.add_row(f"{report.elsewhere:,}", "pairs on the other side of the split", "")
     for reason, rows in report.dropped.items():
         bad = reason.startswith("bad row")
-        style = "bold red" if bad else "yellow"
-        table.add_row(Text(f"{len(rows):,}", style), Text(reason if bad else f"dropped: {reason}", style), _rows(rows))
-    for what, rows in report.noticed.items():
-        table.add_row(Text(f"{len(rows):,}", "yellow"), what, _rows(rows))
+        add(reason if bad else f"dropped: {reason}", rows, "bold red" if bad else "yellow")
     for column, row in report.unused.items():
         table.add_row("", Text(f"column {column!r} holds text and is not used", "yellow"), f"from row {row}")
     for part, rows in report.truncated.items():
-        table.add_row(Text(f"{len(rows):,}", "yellow"), f"with a {part} that is cut to fit", _rows(rows))
+        add(f"with a {part} that is cut to fit", rows)
     for what, rows in report.noticed.items():
-        table.add_row(Text(f"{len(rows):,}", "yellow"), Text(what, "yellow"), _rows(rows))
-    for rows, what in (
-        (found.without_end, "with a response that has no end token, because it is cut"),
-        (found.repeated, "that repeat an earlier pair"),
-        (found.repeated_prompts, "with the prompt of an earlier pair"),
-        (found.leaks, "whose prompt is in the evaluation data"),
-        (found.contradicted, "that contradict another row of the same prompt"),
-        (found.alike, "whose responses differ in white space and case alone"),
-        (found.special, "with special-token text, which is encoded as plain text"),
-    ):
+        add(what, rows, "yellow")
+    for name, rows in found.rows.items():
         if rows:
-            table.add_row(Text(f"{len(rows):,}", "yellow"), what, _rows(rows))
+            add(FINDINGS[name], rows)
     table.add_row(Text(f"{report.kept:,}", "bold green"), Text("pairs to train on", "bold"), "")
     return table
 
@@ -67,41 +64,38 @@ def counts_table(found: DataCheck, title: str) -> Table:
 def lengths_table(found: DataCheck) -> Table:
     """Renders tokens by percentile."""
     table = Table(title="tokens, before anything is cut", title_justify="left", title_style="bold", show_edge=False)
-    table.add_column("")
     names = {0: "least", 50: "median", 100: "most"}
+    table.add_column("")
     for percentile in PERCENTILES:
         table.add_column(names.get(percentile, f"{percentile}%"), justify="right")
-    percentiles = found.percentiles()
-    for measure in MEASURES:
-        style = STYLES.get(measure, "bold")
-        table.add_row(Text(measure, style), *(f"{value:,}" for value in percentiles[measure].values()))
+    for measure, values in found.percentiles().items():
+        table.add_row(Text(measure, STYLES.get(measure, "bold")), *(f"{value:,}" for value in values.values()))
     return table
 
 
-def histogram(lengths: np.ndarray, limit: int | None, bars: int = 14, width: int = 40) -> Text:
-    """Sequences by length, and what of them is over the limit.
+def histogram(lengths: np.ndarray, limit: int | None, bars: int = 14, width: int = 40) -> Group:
+    """Renders counts of sequences by length, and which of them are over the limit.
 
     Example:
-        >>> print(histogram(np.array([1, 2, 2, 9, 12]), limit=10, bars=3, width=3).plain)
+        >>> import rich
+        >>> rich.print(histogram(np.array([1, 2, 2, 9, 12]), limit=10, bars=3, width=3))
         tokens of a sequence (prompt and longer response); --max_length 10
-             1 -     5  ███ 3
-             6 -    10  █   1
-            11 -    15  █   1
+         1 -  5  ███  3
+         6 - 10  █    1
+        11 - 15  █    1
     """
     shown = "no --max_length" if limit is None else f"--max_length {limit:,}"
     limit = int(lengths.max()) if limit is None else limit
     edges = _edges(int(lengths.min()), int(np.percentile(lengths, 99)), limit, bars)
     counts = np.histogram(lengths, [*(edge + 0.5 for edge in edges), np.inf])[0]
-    text = Text(f"tokens of a sequence (prompt and longer response); {shown}")
-    for place, count in enumerate(counts):
-        last = place == len(edges) - 1
-        if last and not count:
-            break
-        label = f"  over {edges[-1]:>7,}  " if last else f"{edges[place] + 1:>6,} - {edges[place + 1]:>5,}  "
-        text.append(f"\n{label}", "bright_black")
-        text.append(_bar(count / counts.max(), width), "green" if not last and edges[place] < limit else "yellow")
-        text.append(f" {count:,}")
-    return text
+    labels = [f"{low + 1:,} - {high:>{len(f'{edges[-1]:,}')},}" for low, high in itertools.pairwise(edges)]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", style="bright_black")
+    for edge, label, count in zip(edges, [*labels, f"over {edges[-1]:,}"], counts, strict=True):
+        if count or edge != edges[-1]:
+            style = "green" if edge < min(limit, edges[-1]) else "yellow"
+            table.add_row(label, Bar(counts.max(), 0, count, width=width, color=style), f"{count:,}")
+    return Group(f"tokens of a sequence (prompt and longer response); {shown}", table)
 
 
 def _edges(low: int, high: int, limit: int, bars: int) -> list[int]:
@@ -113,23 +107,25 @@ def _edges(low: int, high: int, limit: int, bars: int) -> list[int]:
 
 def example(pair: TokenisedPair, uncut: TokenisedPair, tokenizer: Any, title: str) -> Panel:
     """Renders one pair with its parts marked: in the loss, read only, cut, special tokens."""
-    bos = _kept_start(pair.prompt_ids, uncut.prompt_ids)
-    cut = len(uncut.prompt_ids) - len(pair.prompt_ids)
-    prompt = Text()
-    if cut and pair.prompt_ids == uncut.prompt_ids[: len(pair.prompt_ids)]:
-        prompt += _marked(pair.prompt_ids, tokenizer, "prompt") + _cut(uncut.prompt_ids[-cut:], tokenizer)
-    else:
-        prompt += _marked(pair.prompt_ids[:bos], tokenizer, "prompt")
-        prompt += _cut(uncut.prompt_ids[bos : bos + cut], tokenizer)
-        prompt += _marked(pair.prompt_ids[bos:], tokenizer, "prompt")
-    parts: list[RenderableType] = [_heading("prompt", len(pair.prompt_ids), cut, "read, masked from the loss"), prompt]
-    for name, ids, all_ids in (
-        ("chosen", pair.chosen_ids, uncut.chosen_ids),
-        ("rejected", pair.rejected_ids, uncut.rejected_ids),
+    parts: list[RenderableType] = []
+    for name, part in (
+        ("prompt", "read, masked from the loss"),
+        ("chosen", "in the loss"),
+        ("rejected", "in the loss"),
     ):
-        gone = all_ids[len(ids) :]
-        parts += [Text(), _heading(name, len(ids), len(gone), "in the loss")]
-        parts += [_marked(ids, tokenizer, name) + _cut(gone, tokenizer)]
+        ids, all_ids = list(getattr(pair, f"{name}_ids")), list(getattr(uncut, f"{name}_ids"))
+        cut = len(all_ids) - len(ids)
+        # Where it was cut: at the end, or at the beginning but for such tokens as one that starts a text.
+        begin = next(n for n in range(len(ids) + 1) if ids == [*all_ids[:n], *all_ids[n + cut :]])
+        more = f", {cut:,} cut off" if cut else ""
+        heading = (name, f"bold reverse {STYLES[name]}"), (f" {len(ids):,} tokens{more}; {part}", "bright_black")
+        text = _marked(ids[:begin], tokenizer, name)
+        if cut:
+            gone = tokenizer.decode(all_ids[begin : begin + cut], clean_up_tokenization_spaces=False)
+            text.append("⟪cut off: ", "yellow").append(_shortened(gone, SHOWN // 2), STYLES["cut"]).append(
+                "⟫", "yellow"
+            )
+        parts += [*([Text()] if parts else []), Text.assemble(*heading), text + _marked(ids[begin:], tokenizer, name)]
     return Panel(Group(*parts), title=title, title_align="left", border_style="bright_black")
 
 
@@ -141,62 +137,16 @@ def legend() -> Text:
     )  # fmt: skip
 
 
-def _heading(name: str, kept: int, cut: int, part: str) -> Text:
-    more = f", {cut:,} cut off" if cut else ""
-    return Text.assemble((name, f"bold reverse {STYLES[name]}"), (f" {kept:,} tokens{more}; {part}", "bright_black"))
-
-
-def _kept_start(kept: Sequence[int], uncut: Sequence[int]) -> int:
-    """Counts the tokens that stayed at the beginning of a prompt whose beginning was cut, such as a start token."""
-    cut = len(uncut) - len(kept)
-    if not cut or list(kept) == list(uncut[cut:]):
-        return 0
-    return next((n for n in range(1, len(kept)) if list(kept) == [*uncut[:n], *uncut[cut + n :]]), 0)
-
-
 def _marked(ids: Sequence[int], tokenizer: Any, part: str) -> Text:
     """Renders ids as text in the colour of their part, special tokens in their own."""
     text = Text()
-    for special, run in _runs(ids, tokenizer):
-        shown = tokenizer.decode(run, clean_up_tokenization_spaces=False)
+    for special, run in itertools.groupby(ids, special_ids(tokenizer).__contains__):
+        shown = tokenizer.decode(list(run), clean_up_tokenization_spaces=False)
         text.append(shown if special else _shortened(shown), STYLES["special" if special else part])
     return text
 
 
-def _cut(ids: Sequence[int], tokenizer: Any) -> Text:
-    if not ids:
-        return Text()
-    shown = _shortened(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False), SHOWN // 2)
-    return Text.assemble(("⟪cut off: ", "yellow"), (shown, STYLES["cut"]), ("⟫", "yellow"))
-
-
-def _runs(ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[bool, list[int]]]:
-    """Groups neighbouring ids that are all special, or all not."""
-    known = set(tokenizer.all_special_ids)
-    known |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    run: list[int] = []
-    for token in ids:
-        if run and (token in known) != (run[-1] in known):
-            yield run[-1] in known, run
-            run = []
-        run.append(token)
-    if run:
-        yield run[-1] in known, run
-
-
 def _shortened(text: str, limit: int = SHOWN) -> str:
     text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    if len(text) <= limit:
-        return text
     half = limit // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-
-
-def _bar(share: float, width: int) -> str:
-    eighths = round(share * width * 8)
-    eighths = max(eighths, 1) if share > 0 else 0
-    return ("█" * (eighths // 8) + BLOCKS[eighths % 8].strip()).ljust(width)
-
-
-def _rows(rows: Sequence[int]) -> str:
-    return ", ".join(map(str, rows[:ROWS_SHOWN])) + (", ..." if len(rows) > ROWS_SHOWN else "")
+    return text if len(text) <= limit else f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"

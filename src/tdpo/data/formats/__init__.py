@@ -3,7 +3,7 @@
 from tdpo.data.formats.convert import BAD_ROW_ADVICE, iter_records, name_of, to_records
 from tdpo.data.formats.fields import chat_options, is_empty, renamed
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format
-from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, Placed, RowDropped, RowError
+from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, RowDropped, RowError
 
 __all__ = [
     "AUTO",
@@ -13,7 +13,6 @@ __all__ = [
     "DataReport",
     "Format",
     "OnBadRow",
-    "Placed",
     "RowDropped",
     "RowError",
     "chat_options",

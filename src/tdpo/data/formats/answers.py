@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 from tdpo.config.row_spec import SHP_SCORE_RATIO, RowSpec
 from tdpo.data.formats.fields import (
     as_text,
-    assistant_turn,
     chat_options,
     check_kinds,
     field_of,
@@ -20,7 +19,7 @@ from tdpo.data.formats.fields import (
     number,
     plain_text,
 )
-from tdpo.data.formats.prompts import PROMPT_USES, check_placeholders, has_prompt, make_record, prompt_of, with_system
+from tdpo.data.formats.prompts import check_placeholders, checked, has_prompt, make_record, prompt_of, with_system
 from tdpo.data.formats.report import DataReport, RowDropped, RowError
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord, Text
@@ -30,31 +29,10 @@ TEXTS = ("response", "text", "completion", "answer", "content", "output", "gener
 SCORES = ("score", "reward", "rating", "overall_score", "pm_score")
 RANKS = ("rank", "ranking")
 ANSWER_KEYS = (*TEXTS, *SCORES, *RANKS)
-ANSWERS_USES = (*PROMPT_USES, LISTS, tuple(name + "s" for name in SCORES))
-RANKED_USES = (*PROMPT_USES, LISTS, tuple(name + "s" for name in RANKS))
-SHP_USES = ("history", "human_ref_A", "human_ref_B", "score_A", "score_B", "labels")
-COMPLETION_USES = (*PROMPT_USES, ("completion", "response"), ("reward", "score"))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer to a prompt with its score.
-
-    Attributes:
-        text: The answer, of the kind of the prompt.
-        score: The larger the better.
-        source: The file or dataset it was read from.
-        row: Its row there.
-        prompt: The prompt.
-        options: Further fields of its records.
-    """
-
-    text: Text
-    score: float
-    source: str
-    row: int
-    prompt: Text
-    options: dict[str, Any] = field(default_factory=dict)
+SHP_COLUMNS = ("history", "human_ref_A", "human_ref_B", "score_A", "score_B")
+COMPLETION_COLUMNS = (("completion", "response"), ("reward", "score"))
+Scored = tuple[float, PreferenceRecord]
+"""A score, the larger the better, and its answer as the ``chosen`` of a record that has no ``rejected`` yet."""
 
 
 def listed(row: SourceRow, spec: RowSpec, names: tuple[str, ...]) -> list[PreferenceRecord]:
@@ -69,18 +47,9 @@ def listed(row: SourceRow, spec: RowSpec, names: tuple[str, ...]) -> list[Prefer
     """
     prompt = prompt_of(row)
     found = _read_list(row, names)
-    _check_left(row, found)
-    prompt, *texts = with_system(row, prompt, *(text for text, _ in found))
-    if not isinstance(prompt, str):
-        texts = [assistant_turn(text) for text in texts]
-    for text in texts:
-        check_kinds(prompt=prompt, answer=text)
-    check_placeholders(prompt)
-    options = chat_options(row, prompt)
-    scores = (-figure if names is RANKS else figure for _, figure in found)
-    return pairs(
-        [Answer(*pair, row.source, row.row, prompt, options) for pair in zip(texts, scores, strict=True)], spec
-    )
+    if len(found) < 2 and row.notes:
+        raise RowDropped(f"fewer than two answers: {row.notes[0]}")
+    return pairs(_scored(row, prompt, found), spec)
 
 
 def stackexchange(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
@@ -93,17 +62,12 @@ def stackexchange(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     question = html_to_text(field_of(row, "question", plain_text))
     if not question:
         raise RowError("field 'question' is empty")
-    found = []
-    for index, entry in enumerate(field_of(row, "answers", _answer_list), 1):
-        what = f"field 'answers', answer {index}"
-        if not isinstance(entry, dict):
-            raise RowError(f"{what} must be an object, found {describe(entry)}")
-        text = html_to_text(plain_text(entry.get("text"), f"{what}, 'text'"))
-        score = _score_of(row, text, entry.get("pm_score"), f"{what}, 'pm_score'", "score")
-        if score is not None:
-            found.append(Answer(" " + text, score, row.source, row.row, dialogue(question)))
-    _check_left(row, found)
-    return pairs(found, spec)
+    answers = field_of(row, "answers", _answer_list)
+    for index, entry in enumerate(answers):
+        if isinstance(entry, dict):
+            text = html_to_text(plain_text(entry.get("text"), f"field 'answers', answer {index + 1}, 'text'"))
+            answers[index] = {"text": " " + text, "score": entry.get("pm_score")}
+    return listed(replace(row, fields={"prompt": dialogue(question), "answers": answers}), spec, SCORES)
 
 
 def shp(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
@@ -111,11 +75,10 @@ def shp(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
 
     Only pairs whose scores stand at least 2 to 1 (``min_score_ratio``) are kept, as in the DPO and TDPO authors' code.
     """
-    names = ("history", "human_ref_A", "human_ref_B")
-    history, *texts = (field_of(row, name, plain_text) for name in names)
-    first, second = (field_of(row, name, number) for name in ("score_A", "score_B"))
-    for name, text in zip(names, (history, *texts), strict=True):
-        if not text.strip():
+    history, *texts = (field_of(row, name, plain_text) for name in SHP_COLUMNS[:3])
+    first, second = (field_of(row, name, number) for name in SHP_COLUMNS[3:])
+    for name in SHP_COLUMNS[:3]:
+        if is_empty(row.fields[name]):
             raise RowError(f"field {name!r} is empty")
     if first == second:
         raise RowDropped("both comments have one score")
@@ -130,39 +93,37 @@ def shp(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     if low > 0 and high / low < least:
         raise RowDropped(f"score ratio below {least:g}")
     chosen, rejected = (" " + text for text in (texts if first > second else texts[::-1]))
-    return [make_record(row, dialogue(history), chosen, rejected, {})]
+    return [make_record(row, dialogue(history), chosen, rejected)]
 
 
-def completion(row: SourceRow, spec: RowSpec) -> list[Answer]:
+def completion(row: SourceRow, spec: RowSpec) -> list[Scored]:
     """Reads one scored completion: ``prompt``, ``completion`` (or ``response``) and ``reward`` (or ``score``)."""
-    prompt = prompt_of(row)
-    text_name, score_name = (first_of(row.fields, names) for names in COMPLETION_USES[-2:])
-    prompt, text = with_system(row, prompt, field_of(row, text_name, as_text))
-    text = text if isinstance(prompt, str) else assistant_turn(text)
-    check_kinds(prompt=prompt, **{text_name: text})
-    if is_empty(text):
-        raise RowError(f"field {text_name!r} is an empty response")
-    score = field_of(row, score_name, number)
-    return [Answer(text, score, row.source, row.row, prompt, chat_options(row, prompt))]
+    name, score = (first_of(row.fields, names) for names in COMPLETION_COLUMNS)
+    (scored,) = _scored(row, prompt_of(row), [(field_of(row, name), field_of(row, score, number))])
+    check_kinds(prompt=scored[1].prompt, **{name: scored[1].chosen})
+    if is_empty(scored[1].chosen):
+        raise RowError(f"field {name!r} is an empty response")
+    return [scored]
 
 
-def completion_pairs(completions: Sequence[Answer], spec: RowSpec, report: DataReport) -> Iterator[PreferenceRecord]:
+def completion_pairs(completions: Sequence[Scored], spec: RowSpec, report: DataReport) -> Iterator[PreferenceRecord]:
     """Yields the pairs of completions that share their prompt, in any rows of the source.
 
     A pair's row is that of its chosen completion.
     """
-    by_prompt: dict[str, list[Answer]] = {}
-    for answer in completions:
-        by_prompt.setdefault(repr((answer.prompt, answer.options)), []).append(answer)
+    by_prompt: dict[str, list[Scored]] = {}
+    for score, answer in completions:
+        key = repr((answer.prompt, answer.tools, answer.chat_template_kwargs))
+        by_prompt.setdefault(key, []).append((score, answer))
     for group in by_prompt.values():
         try:
             yield from pairs(group, spec)
         except RowDropped as reason:
-            for answer in group:
+            for _, answer in group:
                 report.drop(answer, "the only completion of its prompt" if len(group) == 1 else str(reason))
 
 
-def pairs(answers: Sequence[Answer], spec: RowSpec) -> list[PreferenceRecord]:
+def pairs(answers: Sequence[Scored], spec: RowSpec) -> list[PreferenceRecord]:
     """Makes pairs of the answers to one prompt: all that differ in score, best and worst, or by a margin.
 
     Args:
@@ -172,20 +133,22 @@ def pairs(answers: Sequence[Answer], spec: RowSpec) -> list[PreferenceRecord]:
     Raises:
         RowDropped: if they make no pair.
     """
-    if spec.pairs_from == "best_worst":
-        best = max(answers, key=lambda answer: answer.score)
-        worst = min(reversed(answers), key=lambda answer: answer.score)
-        candidates = [(best, worst)] if best.score > worst.score else []
+    if spec.pairs_from == "best_worst" and answers:
+        ends = max(answers, key=lambda answer: answer[0]), min(reversed(answers), key=lambda answer: answer[0])
+        candidates = [ends]
     else:
-        least = spec.min_margin or 0.0
-        both_ways = itertools.combinations(answers, 2)
-        ordered = ((one, two) if one.score > two.score else (two, one) for one, two in both_ways)
-        candidates = [(one, two) for one, two in ordered if _differs(one.score - two.score, least)]
-    differing = [(one, two) for one, two in candidates if one.text != two.text]
+        two = itertools.combinations(answers, 2)
+        candidates = [(one, other) if one[0] > other[0] else (other, one) for one, other in two]
+    least = spec.min_margin or 0.0
+    apart = [(one, two) for (high, one), (low, two) in candidates if _differ(high - low, least)]
+    differing = [(one, two.chosen) for one, two in apart if one.chosen != two.chosen]
     if not differing:
         margin = f" by {spec.min_margin:g} or more" if spec.min_margin else ""
-        raise RowDropped("chosen and rejected are identical" if candidates else f"no two scores differ{margin}")
-    return [make_record(one, one.prompt, one.text, two.text, one.options) for one, two in differing]
+        raise RowDropped("chosen and rejected are identical" if apart else f"no two scores differ{margin}")
+    return [
+        checked(PreferenceRecord(a.prompt, a.chosen, rejected, a.source, a.row, a.tools, a.chat_template_kwargs))
+        for a, rejected in differing
+    ]
 
 
 def dialogue(text: str) -> str:
@@ -198,90 +161,81 @@ def has_list(fields: dict[str, Any], names: tuple[str, ...]) -> bool:
     answers = fields.get(first_of(fields, LISTS))
     if not has_prompt(fields) or not isinstance(answers, list) or not answers:
         return False
-    if isinstance(fields.get(first_of(fields, _plurals(names))), list):
+    if isinstance(fields.get(first_of(fields, plurals(names))), list):
         return True
     return isinstance(answers[0], dict) and any(name in answers[0] for name in names)
 
 
 def has_posts(fields: dict[str, Any]) -> bool:
     """Returns whether the answers are StackExchange's posts."""
-    listed = fields["answers"]
-    return isinstance(listed, list) and any(isinstance(entry, dict) and "pm_score" in entry for entry in listed)
+    answers = fields["answers"]
+    return isinstance(answers, list) and any(isinstance(entry, dict) and "pm_score" in entry for entry in answers)
 
 
 def has_completion(fields: dict[str, Any]) -> bool:
     """Returns whether a row has a prompt, a completion and its score."""
-    text = fields.get(first_of(fields, ("completion", "response")))
+    text = fields.get(first_of(fields, COMPLETION_COLUMNS[0]))
     return has_prompt(fields) and isinstance(text, str | list) and bool({"reward", "score"} & fields.keys())
 
 
+def plurals(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the columns that list such figures, one an answer."""
+    return tuple(name + "s" for name in names)
+
+
+def _scored(row: SourceRow, prompt: Text, answers: Sequence[tuple[Text, float]]) -> list[Scored]:
+    """Makes the records of answers, as chats if the prompt is one."""
+    prompt, *texts = with_system(row, prompt, *(text for text, _ in answers))
+    check_placeholders(prompt)
+    options = chat_options(row, prompt)
+    records = [PreferenceRecord(prompt, text, "", row.source, row.row, **options) for text in texts]
+    return [(score, record) for (_, score), record in zip(answers, records, strict=True)]
+
+
 def _read_list(row: SourceRow, names: tuple[str, ...]) -> list[tuple[Text, float]]:
-    """Reads the answers of a row, each with its figure; one that is empty or has none is left out."""
-    name, figure = first_of(row.fields, LISTS), names[0]
-    listed = field_of(row, name, _answer_list)
-    beside = _figures_beside(row, listed, names)
-    entries = [entry for entry in listed if isinstance(entry, dict)]
-    rated = any(key in entry for entry in entries for key in names)
-    may_lack_text = not entries or any(entry.get(first_of(entry, TEXTS)) is not None for entry in entries)
+    """Reads the answers of a row, each with its score; one that is empty or has none is left out."""
+    name, plural, figure = first_of(row.fields, LISTS), first_of(row.fields, plurals(names)), names[0]
+    answers = field_of(row, name, _answer_list)
+    objects = [entry for entry in answers if isinstance(entry, dict)]
+    figures: Any = row.fields.get(plural)
+    if plural in row.fields and not (isinstance(figures, list) and len(figures) == len(answers)):
+        raise RowError(f"field {plural!r} must list {len(answers)} numbers, one an answer, found {describe(figures)}")
+    if figures is None and names is RANKS and not objects:
+        figures = range(1, len(answers) + 1)
+    beside = figures is not None
+    # One answer without text or figure is left out, but where none has any, its key is another one.
+    may_lack_text = not objects or any(entry.get(first_of(entry, TEXTS)) is not None for entry in objects)
+    rated = beside or any(key in entry for entry in objects for key in names)
     found = []
-    for index, entry in enumerate(listed):
-        what = f"field {name!r}, answer {index + 1}"
-        if beside is None and not isinstance(entry, dict):
+    for index, entry in enumerate(answers):
+        what, is_object = f"field {name!r}, answer {index + 1}", isinstance(entry, dict)
+        if not (beside or is_object):
             raise RowError(f"{what} must be an object with its text and {figure}, found {describe(entry)}")
-        is_object = isinstance(entry, dict) and (beside is None or "role" not in entry)
-        value = entry.get(first_of(entry, TEXTS)) if is_object else entry
+        value = entry.get(first_of(entry, TEXTS)) if is_object and not (beside and "role" in entry) else entry
         text = "" if value is None and may_lack_text else as_text(value, what)
-        if beside is None and not rated:
+        if not rated:
             raise RowError(f"{what}, its {figure} must be a finite number, found null")
-        given = entry.get(first_of(entry, names)) if beside is None else beside[index]
-        score = _score_of(row, text, given, f"{what}, its {figure}", figure)
-        if score is not None:
-            found.append((text, score))
+        given = figures[index] if beside else entry.get(first_of(entry, names))
+        if is_empty(text):
+            row.notes.append("an empty answer left out")
+            continue
+        try:
+            score = number(given, f"{what}, its {figure}")
+        except RowError:
+            if not (given is None or isinstance(given, str) or given != given):  # nor NaN
+                raise
+            row.notes.append(f"an answer left out, whose {figure} is {describe(given)}")
+            continue
+        found.append((text, -score if names is RANKS else score))
     return found
-
-
-def _figures_beside(row: SourceRow, listed: list[Any], names: tuple[str, ...]) -> list[Any] | None:
-    """Finds the list of figures beside the answers; None where the answers are objects that hold them."""
-    plural = first_of(row.fields, _plurals(names))
-    if plural not in row.fields:
-        in_order = names is RANKS and not any(isinstance(entry, dict) for entry in listed)
-        return list(range(1, len(listed) + 1)) if in_order else None
-    figures = row.fields[plural]
-    if not isinstance(figures, list) or len(figures) != len(listed):
-        raise RowError(f"field {plural!r} must list {len(listed)} numbers, one an answer, found {describe(figures)}")
-    return figures
-
-
-def _score_of(row: SourceRow, text: Text, figure: Any, what: str, name: str) -> float | None:
-    """Reads the score of an answer; None, with a note for the report, where it is null or a word, or the text empty."""
-    if is_empty(text):
-        row.notes.append("an empty answer left out")
-        return None
-    try:
-        return number(figure, what)
-    except RowError:
-        if figure is not None and not isinstance(figure, str) and figure == figure:  # anything but NaN
-            raise
-    row.notes.append(f"an answer left out, whose {name} is {'null' if figure is None else describe(figure)}")
-    return None
-
-
-def _check_left(row: SourceRow, found: Sequence[Any]) -> None:
-    """Drops a row of which answers were left out, so that no two remain."""
-    if len(found) < 2 and row.notes:
-        raise RowDropped(f"fewer than two answers: {row.notes[0]}")
 
 
 def _answer_list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise RowError(f"{what} must be a list of answers, found {describe(value)}")
-    return value
+    return list(value)
 
 
-def _differs(difference: float, least: float) -> bool:
+def _differ(difference: float, least: float) -> bool:
     """Returns whether scores differ by a margin; 0.3 and 0.1 differ by 0.2, despite binary fractions."""
     return difference > 0 and (difference >= least or math.isclose(difference, least, rel_tol=1e-9))
-
-
-def _plurals(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name + "s" for name in names)

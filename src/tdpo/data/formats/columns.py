@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from tdpo.data.formats.answers import ANSWER_KEYS, LISTS
-from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, parsed_chat
-from tdpo.data.formats.preference import common_prefix
-from tdpo.data.formats.prompts import PROMPTS, SYSTEMS, holds_turns
+from tdpo.data.formats.fields import CHAT_AS_TEXT, parsed_chat
+from tdpo.data.formats.pairs import common_prefix
+from tdpo.data.formats.prompts import holds_turns
 from tdpo.data.formats.report import REASONS_KEPT, DataReport
 from tdpo.data.sources import SourceRow
 from tdpo.errors import UserError
 
-Uses = Sequence[str | tuple[str, ...]]
 METADATA = re.compile(
     "q?ids?|idx|index|uuid|guid|hash|sha256|md5|scores?|ratings?|rewards?|ranks?|ranking|margin|confidence|log_?probs?|"
     "logps|models?|engine|generator|annotators?|worker|author|judge|date|time|tstamp|timestamp|created|updated|modified|"
@@ -38,7 +37,6 @@ ANNOTATION = re.compile(
     "label(l?ing|l?er)|judge?(ment)?|annotat(ion|or)|critique|critic|feedback|grad(er|ing)|evaluat(ion|or)"
 )
 """Words in the names of columns that hold instructions to annotators, or their words."""
-SCALARS = (type(None), bool, int, float)
 MEDIA = ("image", "video", "audio")
 ANSWERS = re.compile(r"(chosen|rejected|response|completion|answer|generation|output|candidate|preferred)")
 UNSAID = ("role", "from", "type")
@@ -55,44 +53,32 @@ class UnusedColumns:
         name: Name of the format.
         uses: The columns that the format declares; of a tuple the first that is there, ``a+b`` are used together.
         report: Names columns that hold text and are left out.
+        named: Columns that it names already, and keys of answers.
     """
 
     name: str
-    uses: Uses
+    uses: Sequence[str | tuple[str, ...]]
     report: DataReport
     named: set[str] = field(default_factory=set)
 
-    def check_head(self, head: Sequence[SourceRow]) -> None:
-        """Checks every column of the first rows.
+    def check(self, rows: Iterable[SourceRow]) -> None:
+        """Checks the columns of rows.
 
         Raises:
             UserError: naming all columns among them that may be the prompt, each with its first row.
         """
-        stopping: dict[str, SourceRow] = {}
-        for row in head:
+        stopping: dict[str, tuple[SourceRow, bool]] = {}
+        for row in rows:
             used = self._used(row.fields)
-            for column in (name for name in LISTS if name in used and isinstance(row.fields.get(name), list)):
-                self._notice_keys(row, column)
-            if not row.fields.keys() <= used:
-                for name in self._stopping(row, used, row.fields):
-                    stopping.setdefault(name, row)
+            for name, value in row.fields.items():
+                if value is None or name in used or name in self.named or (is_metadata(name) and _is_short(value)):
+                    continue
+                if value in map(row.fields.get, used):  # as the messages of ultrafeedback_binarized
+                    continue
+                if (media := self._check_column(row, used, name, value)) is not None:
+                    stopping.setdefault(name, (row, media))
         if stopping:
             raise UserError(self._message(stopping))
-
-    def check(self, row: SourceRow) -> None:
-        """Checks the columns of a later row that were empty so far, or are not known as metadata.
-
-        Raises:
-            UserError: naming a column that may be the prompt.
-        """
-        known = {name for name in row.fields if name in self.uses or name in self.named or is_metadata(name)}
-        suspects = [name for name, value in row.fields.items() if name not in known and not isinstance(value, SCALARS)]
-        if suspects:
-            used = self._used(row.fields)
-            contents = [row.fields.get(name) for name in used]
-            stopping = self._stopping(row, used, [name for name in suspects if row.fields[name] not in contents])
-            if stopping:
-                raise UserError(self._message(dict.fromkeys(stopping, row)))
 
     def _used(self, fields: dict[str, Any]) -> set[str]:
         used = set()
@@ -104,50 +90,53 @@ class UnusedColumns:
             used.update(there.split("+") if there else ())
         return used
 
-    def _notice_keys(self, row: SourceRow, column: str) -> None:
+    def check_answers(self, row: SourceRow) -> None:
         """Reports keys of listed answers that hold text and are not used, such as a critique, once for each."""
-        objects = [answer for answer in row.fields[column] if isinstance(answer, dict) and not _is_turns(answer)]
-        for key, value in (item for answer in objects for item in answer.items()):
-            name = f"{column}.{key}"
-            if not (key in ANSWER_KEYS or name in self.named or is_metadata(key)) and has_content(key, value):
-                self.named.add(name)
-                self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
+        columns = self._used(row.fields).intersection(LISTS)
+        listed = [(name, row.fields[name]) for name in columns if isinstance(row.fields.get(name), list)]
+        for column, answer in ((name, answer) for name, answers in listed for answer in answers):
+            if not isinstance(answer, dict) or holds_turns([answer]):
+                continue
+            for key, value in answer.items():
+                known = key in ANSWER_KEYS or is_metadata(key) or f"{column}.{key}" in self.named
+                if not known and any(_is_binary(part) or _is_said(part) for part in parts_in(value)):
+                    self.named.add(f"{column}.{key}")
+                    self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
 
-    def _stopping(self, row: SourceRow, used: set[str], names: Iterable[str]) -> list[str]:
-        """Names columns that must not be left out, and reports those that are."""
-        left = {
-            name: value
-            for name in names
-            if name not in used and name not in self.named and has_content(name, value := row.fields[name])
-            if not (is_metadata(name) and is_descriptive(value))
-        }
-        if not left:
-            return []
-        prompts, answers = _texts_of(row.fields, used)
+    def _check_column(self, row: SourceRow, used: set[str], name: str, value: Any) -> bool | None:
+        """Returns whether a column that must not be left out holds media, else None; the report names other texts."""
+        parts = list(parts_in(value))
+        texts = [part.strip() for part in parts if _is_said(part)]
+        plain_name = re.sub(r"[^a-z0-9]", "", str(name).lower()).removesuffix("s")
+        if any(map(_is_binary, parts)) or (plain_name in MEDIA and value != "" and any(map(_is_single, parts))):
+            return True
+        turns = any(holds_turns(part if isinstance(part, list) else [part]) for part in parts)
+        if not texts or (is_metadata(name) and not turns and all(map(_is_short, texts))):
+            return None
+        annotation = any(map(ANNOTATION.fullmatch, _words(name)))
         # The prompt of the format implicit is guessed from texts, and any column beside them may be the real one.
         guessed = self.name == "implicit" and isinstance(row.fields.get("chosen"), str)
-        stopping = []
-        for name, value in left.items():
-            texts = [text.strip() for text in texts_in(value)]
-            if guessed or may_be_prompt(name, value):
-                whole = {text.strip() for text in (*prompts, *answers)}
-                repeated = all(text in whole or any(text in prompt for prompt in prompts) for text in texts)
-                if not repeated or holds_media(name, value):
-                    stopping.append(name)
-            elif not all(any(text in other for other in (*prompts, *answers)) for text in texts):
-                shown = f"{name} ({row.source})" if row.source != self.report.source else name
-                shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
-                self.report.unused.setdefault(shown, row.row)
-                self.named.add(name)
-        return stopping
+        prompts, answers = _texts_of(row.fields, used)
+        if guessed or CONTEXT.fullmatch(plain_name) or (turns and not annotation):
+            whole = {text.strip() for text in (*prompts, *answers)}
+            repeated = all(text in whole or any(text in prompt for prompt in prompts) for text in texts)
+            return None if repeated else False
+        if not all(any(text in other for other in (*prompts, *answers)) for text in texts):
+            shown = f"{name} ({row.source})" if row.source != self.report.source else name
+            shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
+            self.report.unused.setdefault(shown, row.row)
+            self.named.add(name)
+        return None
 
-    def _message(self, stopping: dict[str, SourceRow]) -> str:
-        media = [name for name, row in stopping.items() if holds_media(name, row.fields[name])]
+    def _message(self, stopping: dict[str, tuple[SourceRow, bool]]) -> str:
+        media = [name for name, (_, is_media) in stopping.items() if is_media]
         names = media or list(stopping)
-        first = stopping[names[0]]
-        listed = ", ".join(f"{name!r}" + (f" (row {stopping[name].row})" if len(names) > 1 else "") for name in names)
-        columns, hold = ("columns", "hold") if len(names) > 1 else ("column", "holds")
-        where = f"{first.source}, row {first.row}: the {columns} {listed} {hold}"
+        name, (first, _) = names[0], stopping[names[0]]
+        where, holds, them = f"the column {name!r}", "holds", "it"
+        if len(names) > 1:
+            where = "the columns " + ", ".join(f"{name!r} (row {stopping[name][0].row})" for name in names)
+            holds, them = "hold", "them"
+        where = f"{first.location}: {where} {holds}"
         ignored = f"--ignore_columns {','.join(names)}"
         function = "--dataset_format module:function converts rows in any other way"
         if media:
@@ -155,38 +144,12 @@ class UnusedColumns:
                 f"{where} images, video or audio, and training is on text alone; {ignored} trains on the texts without "
                 f"them, {function}"
             )
-        name, them = names[0], "them" if names[1:] else "it"
         field_name = "input" if self.name == "alpaca" and not first.fields.get("input") else "prompt"
         instead = " instead" if first.fields.get(field_name) else ""
         return (
             f"{where} what the format {self.name} does not use, and it may be the prompt or a part of it; --columns "
             f"{field_name}={name} takes {name!r} as the {field_name}{instead}, {ignored} leaves {them} out, {function}"
         )
-
-
-def with_system_column(row: SourceRow, head: Sequence[SourceRow], chats: bool) -> SourceRow:
-    """Returns the row, with an empty system prompt if it has none and other rows have: all of a source are chats then.
-
-    Args:
-        row: The row.
-        head: The first rows of its source.
-        chats: Whether one of these has a system prompt.
-
-    Raises:
-        UserError: if a row has one and the first rows, which had none, were read as texts.
-    """
-    filled = next((name for name in SYSTEMS if row.fields.get(name)), None)
-    if chats:
-        return row if filled else replace(row, fields={**row.fields, SYSTEMS[0]: ""})
-    name = first_of(row.fields, ("prompt", "instruction", *PROMPTS)) if filled else ""
-    value = row.fields.get(name)
-    if name == "prompt" and isinstance(value, str) and not CHAT_AS_TEXT.match(value):
-        raise UserError(
-            f"{row.source}, row {row.row}: field {filled!r} holds a system prompt, and none of the first "
-            f"{len(head)} rows does, which were read as plain texts; give {filled!r} there too (an empty text will "
-            f"do), or leave it out with --ignore_columns {filled}"
-        )
-    return row
 
 
 @functools.lru_cache(1 << 14)
@@ -209,38 +172,9 @@ def is_metadata(name: str) -> bool:
     return METADATA.fullmatch(words[-1]) is not None
 
 
-def may_be_prompt(name: str, value: Any) -> bool:
-    """Returns whether a column may be the prompt or its context, by its name or because it holds turns or images."""
-    if CONTEXT.fullmatch(_plain_name(name)) or holds_media(name, value):
-        return True
-    annotation = any(map(ANNOTATION.fullmatch, _words(name)))
-    return not annotation and any(map(_is_turns, parts_in(value)))
-
-
-def holds_media(name: str, value: Any) -> bool:
-    """Returns whether a column holds images, video or audio, or references to them."""
-    return _plain_name(name) in MEDIA or any(_is_binary(part) for part in parts_in(value))
-
-
-def has_content(name: str, value: Any) -> bool:
-    """Returns whether a column holds text or an image; in one named after images or sounds anything is one."""
-    parts = list(parts_in(value))
-    if _plain_name(name) in MEDIA and any(part is not None and not isinstance(part, list | dict) for part in parts):
-        return value != ""
-    return any(_is_binary(part) or (isinstance(part, str) and bool(part.strip())) for part in parts)
-
-
-def is_descriptive(value: Any) -> bool:
-    """Returns whether a value is as short as metadata is, and no chat or image."""
-    return all(
-        not _is_turns(part) and not _is_binary(part) and not (isinstance(part, str) and len(part) > DESCRIPTIVE)
-        for part in parts_in(value)
-    )
-
-
 def texts_in(value: Any) -> Iterator[str]:
     """Yields the texts in a value that are not white space, without roles of messages; of JSON of a chat its texts."""
-    return (part for part in parts_in(value) if isinstance(part, str) and part.strip())
+    return filter(_is_said, parts_in(value))
 
 
 def parts_in(value: Any) -> Iterator[Any]:
@@ -261,8 +195,22 @@ def parts_in(value: Any) -> Iterator[Any]:
             waiting += part
 
 
-def _is_turns(part: Any) -> bool:
-    return holds_turns(part) or (isinstance(part, dict) and holds_turns([part]))
+def _is_short(value: Any) -> bool:
+    """Returns whether a value is a number, a text as short as metadata is and no chat, or a list of these."""
+    return all(
+        len(part) <= DESCRIPTIVE and not CHAT_AS_TEXT.match(part)
+        if isinstance(part, str)
+        else isinstance(part, float | int)
+        for part in (value if isinstance(value, list) else [value])
+    )
+
+
+def _is_said(part: Any) -> bool:
+    return isinstance(part, str) and bool(part.strip())
+
+
+def _is_single(part: Any) -> bool:
+    return part is not None and not isinstance(part, list | dict)
 
 
 def _is_binary(part: Any) -> bool:
@@ -285,8 +233,3 @@ def _texts_of(fields: dict[str, Any], used: set[str]) -> tuple[list[str], list[s
 def _words(name: object) -> list[str]:
     words = re.split(r"[^a-zA-Z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower())
     return [word for word in words if word]
-
-
-def _plain_name(name: object) -> str:
-    plain = re.sub(r"[^a-z0-9]", "", str(name).lower())
-    return plain.removesuffix("s") or plain

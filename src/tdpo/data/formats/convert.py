@@ -9,10 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from tdpo.config.row_spec import RowSpec
-from tdpo.data.formats.columns import UnusedColumns, with_system_column
-from tdpo.data.formats.fields import renamed
-from tdpo.data.formats.prompts import SYSTEMS
-from tdpo.data.formats.refused import refusal
+from tdpo.data.formats.columns import UnusedColumns
+from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, renamed
+from tdpo.data.formats.prompts import ASKED, SYSTEMS
 from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recognise
 from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, RowDropped, RowError
 from tdpo.data.sources import SourceRow, groups_of
@@ -66,13 +65,33 @@ def iter_records(
     bad = BadRows(report, on_bad_row)
     recognised: dict[str, str] = {}
     for own, group in groups_of(rows):
-        yield from _convert_group(group, own or default, bad, recognised, formats)
+        spec = own or default
+        usable = _usable(group, spec, bad)
+        head = list(itertools.islice(usable, LOOKED_AT))
+        if not head:
+            continue
+        name, known = _format_of(head, spec, formats)
+        if spec.format == AUTO:
+            recognised[name] = known.columns
+        if name not in report.format.split(", "):
+            report.format = f"{report.format}, {name}" if report.format else name
+        records = _convert(name, known, head, usable, spec, bad)
+        for index, record in enumerate(known.join(list(records), spec, report) if known.join else records):
+            text = record.prompt or (record.chosen if isinstance(record, PreferenceRecord) else record.response)
+            if spec.side is not None and not spec.side.holds(text):
+                report.elsewhere += 1
+                continue
+            copies = 1 if spec.weight == 1 else spec.copies(index, text)
+            report.kept += copies
+            if copies and not bad.stop:
+                if spec.truncation_mode is not None:
+                    record = replace(record, truncation_mode=spec.truncation_mode)
+                yield from itertools.repeat(record, copies)
     if not report.read:
         raise UserError(f"{report.source}: no rows in it")
-    if bad.stop:
-        found = " and ".join(f"{name} ({columns})" for name, columns in recognised.items())
-        found = f"; by their columns they were read as {found}, --dataset_format names another format" if found else ""
-        bad.raise_error(BAD_ROW_ADVICE + found)
+    found = " and ".join(f"{name} ({columns})" for name, columns in recognised.items())
+    found = f"; by their columns they were read as {found}, --dataset_format names another format" if found else ""
+    bad.raise_error(BAD_ROW_ADVICE + found)
 
 
 def name_of(rows: Iterable[SourceRow]) -> str:
@@ -81,58 +100,22 @@ def name_of(rows: Iterable[SourceRow]) -> str:
     return getattr(rows, "name", first) or "dataset"
 
 
-def _convert_group(
-    rows: Iterable[SourceRow], spec: RowSpec, bad: BadRows, recognised: dict[str, str], formats: Mapping[str, Format]
-) -> Iterator[Any]:
-    """Yields the records of rows that share a spec."""
-    report = bad.report
-    usable = _usable(rows, spec, bad)
-    head = list(itertools.islice(usable, LOOKED_AT))
-    if not head:
-        return
-    name = spec.format
-    if name == AUTO:
-        name = next(filter(None, (recognise(row.fields, formats) for row in head)), "")
-        if not name:
-            raise _unknown_columns(head[0], formats)
-    known = find_format(name, formats)
-    for option in spec.given():
-        if option not in known.options:
-            having = ", ".join(other for other, one in formats.items() if option in one.options)
-            raise UserError(f"--{option}: the format {name} has no such option ({having} have)")
-    if spec.format == AUTO:
-        recognised[name] = known.columns
-    if name not in report.format.split(", "):
-        report.format = f"{report.format}, {name}" if report.format else name
-    records = _convert_rows(name, known, head, usable, spec, bad)
-    for index, record in enumerate(records if known.join is None else known.join(list(records), spec, report)):
-        text = record.prompt or (record.chosen if isinstance(record, PreferenceRecord) else record.response)
-        if spec.side is not None and not spec.side.holds(text):
-            report.elsewhere += 1
-            continue
-        copies = 1 if spec.weight == 1 else spec.copies(index, text)
-        report.kept += copies
-        if copies and not bad.stop:
-            if spec.truncation_mode is not None:
-                record = replace(record, truncation_mode=spec.truncation_mode)
-            yield from itertools.repeat(record, copies)
-
-
 def _usable(rows: Iterable[SourceRow], spec: RowSpec, bad: BadRows) -> Iterator[SourceRow]:
     """Yields rows that could be read, without the columns to ignore and with other columns renamed.
 
     Raises:
         UserError: if a column to ignore is in none of them.
     """
-    ignored = set(spec.ignore_columns)
-    pending, names, before = set(ignored), dict[str, None](), bad.report.read
+    pending, names, before = set(spec.ignore_columns), dict[str, None](), bad.report.read
     for row in rows:
         bad.report.read += 1
         if pending:
             pending -= row.fields.keys()
             names.update(dict.fromkeys(row.fields))
-        if ignored:
-            row = replace(row, fields={name: value for name, value in row.fields.items() if name not in ignored})
+        if spec.ignore_columns:
+            row = replace(
+                row, fields={name: row.fields[name] for name in row.fields if name not in spec.ignore_columns}
+            )
         try:
             if row.error:
                 raise RowError(row.error)
@@ -151,56 +134,87 @@ def _usable(rows: Iterable[SourceRow], spec: RowSpec, bad: BadRows) -> Iterator[
         raise UserError(f"--ignore_columns: there is no column {missing!r}; found the columns {listed}.{hint}")
 
 
-def _convert_rows(
+def _format_of(head: list[SourceRow], spec: RowSpec, formats: Mapping[str, Format]) -> tuple[str, Format]:
+    """Returns the format that was asked for, or that of the first row that has one.
+
+    Raises:
+        UserError: if there is none, or it has no such option.
+    """
+    name = spec.format
+    if name == AUTO:
+        name = next(filter(None, (recognise(row.fields, formats) for row in head)), "")
+        if not name:
+            raise _unknown_columns(head[0], formats)
+    known = find_format(name, formats)
+    for option in spec.given():
+        if option not in known.options:
+            having = ", ".join(other for other, one in formats.items() if option in one.options)
+            raise UserError(f"--{option}: the format {name} has no such option ({having} have)")
+    return name, known
+
+
+def _convert(
     name: str, known: Format, head: list[SourceRow], others: Iterable[SourceRow], spec: RowSpec, bad: BadRows
 ) -> Iterator[Any]:
     """Yields what the rows of a format give; checks their unused columns and gives all of them a system column."""
     unused = UnusedColumns(name, known.uses, bad.report)
     if known.uses:
-        unused.check_head(head)
-    systems = SYSTEMS in known.uses
-    chats = systems and any(row.fields.get(name) is not None for row in head for name in SYSTEMS)
+        unused.check(head)
+        for row in head:
+            unused.check_answers(row)
+    systems = SYSTEMS if SYSTEMS in known.uses else ()
+    chats = any(row.fields.get(column) is not None for row in head for column in systems)
     for index, row in enumerate(itertools.chain(head, others)):
         if known.uses and index >= len(head):
-            unused.check(row)
-        if chats or (systems and any(map(row.fields.get, SYSTEMS))):
-            row = with_system_column(row, head, chats)
+            unused.check([row])
+        filled = next((column for column in systems if row.fields.get(column)), None)
+        if chats and not filled:  # all rows of a source are chats where one has a system prompt
+            row = replace(row, fields={**row.fields, SYSTEMS[0]: ""})
+        elif filled and not chats:
+            _check_late_system(row, filled)
         try:
-            made = known.convert(row, spec)
+            yield from known.convert(row, spec)
         except RowDropped as reason:
             bad.report.drop(row, str(reason))
         except RowError as error:
             bad.add(row, error)
         except RecursionError:
             bad.add(row, "it is nested too deeply")
-        else:
-            yield from made
         for note in row.notes:
             bad.report.notice(row, note)
         row.notes.clear()
 
 
+def _check_late_system(row: SourceRow, column: str) -> None:
+    """Refuses a system prompt beside a text, if the first rows, which had none, were read as texts."""
+    name = first_of(row.fields, ASKED)
+    value = row.fields.get(name)
+    if name == "prompt" and isinstance(value, str) and not CHAT_AS_TEXT.match(value):
+        raise UserError(
+            f"{row.location}: field {column!r} holds a system prompt, and none of the first {LOOKED_AT} rows does, "
+            f"which were read as plain texts; give {column!r} there too (an empty text will do), or leave it out with "
+            f"--ignore_columns {column}"
+        )
+
+
 def _unknown_columns(row: SourceRow, formats: Mapping[str, Format]) -> UserError:
     """Makes the error for rows of no known format, naming the columns found and those looked for."""
+    from tdpo.data.formats.refused import refusal
+
     kind = refusal({name: value for name, value in row.fields.items() if value is not None})
+    found = ", ".join(map(repr, row.fields)) or "none"
     if kind is not None and formats is FORMATS:
-        return UserError(f"{row.source}: the rows are {kind}. Found the columns {', '.join(map(repr, row.fields))}")
-    missing = [c for c in ("prompt", "chosen", "rejected") if c not in row.fields]
-    return UserError(
-        f"{row.source}: no column {', '.join(repr(c) for c in missing) or 'of the known kinds'}; found the columns "
-        f"{', '.join(repr(c) for c in row.fields) or 'none'}. Known formats:\n"
-        + "".join(f"  {name}: {known.columns}\n" for name, known in formats.items())
-        + f"(--columns {_suggested_columns(row.fields)} renames columns, --dataset_format module:function converts any "
-        "other row)"
-    )
-
-
-def _suggested_columns(fields: Mapping[str, Any]) -> str:
-    """Writes the option for columns that are a pair by their names, or an example of it."""
-    better, worse = next((pair for pair in PAIRS_BY_NAME if {*pair} <= fields.keys()), ("chosen", "rejected"))
+        return UserError(f"{row.source}: the rows are {kind}. Found the columns {found}")
+    missing = ", ".join(repr(name) for name in ("prompt", "chosen", "rejected") if name not in row.fields)
+    better, worse = next((pair for pair in PAIRS_BY_NAME if {*pair} <= row.fields.keys()), ("chosen", "rejected"))
     wanted = {"prompt": "prompt", better: "chosen", worse: "rejected"}
-    named = ((wanted.get(name.strip().lower()), name) for name in map(str, fields))
-    found = {field: name for field, name in named if field and field != name}
-    if any(name != name.strip() or "," in name for name in found.values()):
-        return f"'{json.dumps(found, ensure_ascii=False)}'"
-    return ",".join(f"{field}={name}" for field, name in found.items()) or "prompt=question,..."
+    named = ((wanted.get(name.strip().lower()), name) for name in map(str, row.fields))
+    renaming = {field: name for field, name in named if field and field != name}
+    option = ",".join(f"{field}={name}" for field, name in renaming.items()) or "prompt=question,..."
+    if any(name != name.strip() or "," in name for name in renaming.values()):
+        option = f"'{json.dumps(renaming, ensure_ascii=False)}'"
+    return UserError(
+        f"{row.source}: no column {missing or 'of the known kinds'}; found the columns {found}. Known formats:\n"
+        + "".join(f"  {name}: {known.columns}\n" for name, known in formats.items())
+        + f"(--columns {option} renames columns, --dataset_format module:function converts any other row)"
+    )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import numbers
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any
 
 from tdpo.config.row_spec import parse_json
 from tdpo.config.tokens import NOT_OF_A_ROW
@@ -19,7 +20,6 @@ from tdpo.data.sources import SourceRow, describe
 from tdpo.errors import UserError
 from tdpo.types import Message, Text
 
-Value = TypeVar("Value")
 CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
 """Beginning of a chat that a table of texts holds."""
 ROLES = {
@@ -34,22 +34,6 @@ PAIR_FIELDS = ("prompt", "chosen", "rejected")
 ANSWER_FIELDS = ("completion", "completions", "reward", "score", "scores", "rank", "ranks", "instruction", "response")
 ASKING_ROLES = ("user", "system", "developer", "tool")
 """Roles whose turn no response can begin with."""
-
-
-def field_of(row: SourceRow, name: str, read: Callable[[Any, str], Value]) -> Value:
-    """Reads a column with one of the readers of this module.
-
-    Args:
-        row: The row.
-        name: The column.
-        read: Reader of a value and the words that messages name it by.
-
-    Raises:
-        RowError: if the column is missing, or of another type.
-    """
-    if name not in row.fields:
-        raise RowError(f"field {name!r} is missing")
-    return read(row.fields[name], f"field {name!r}")
 
 
 def first_of(fields: dict[str, Any], names: Sequence[str]) -> str:
@@ -79,12 +63,40 @@ def as_text(value: Any, what: str) -> Text:
     if isinstance(value, str):
         return plain_text(value, what)
     if isinstance(value, dict) and ("role" in value or "from" in value):
-        return [read_turn(value, what)]
+        return [_message(value, what)]
     if not isinstance(value, list):
         raise RowError(f"{what} must be a text or a list of chat messages, found {describe(value)}")
     if not value:
         raise RowError(f"{what} is an empty list of messages")
-    return [read_turn(message, f"{what}, message {number}") for number, message in enumerate(value, 1)]
+    return [_message(message, f"{what}, message {number}") for number, message in enumerate(value, 1)]
+
+
+def field_of(row: SourceRow, name: str, read: Callable[[Any, str], Any] = as_text) -> Any:
+    """Reads a column as text or chat, or with another reader of this module.
+
+    Args:
+        row: The row.
+        name: The column.
+        read: Reader of a value and the words that messages name it by.
+
+    Raises:
+        RowError: if the column is missing, or of another type.
+    """
+    if name not in row.fields:
+        raise RowError(f"field {name!r} is missing")
+    return read(row.fields[name], f"field {name!r}")
+
+
+def read_turns(value: Any, what: str) -> list[Message]:
+    """Reads a list of turns, each with ``from`` and ``value`` or with ``role`` and ``content``.
+
+    Raises:
+        RowError: naming the turn that is neither.
+    """
+    if not isinstance(value, list) or not value:
+        raise RowError(f"{what} must be a list of turns, found {describe(value)}")
+    turns: Any = as_text(value, what)
+    return turns
 
 
 def plain_text(value: Any, what: str) -> str:
@@ -109,51 +121,10 @@ def number(value: Any, what: str) -> float:
         RowError: for any other value.
     """
     if isinstance(value, str | numbers.Real | Decimal) and not isinstance(value, bool):
-        try:
-            found = float(value)
-        except (ValueError, OverflowError):
-            found = math.nan
-        if math.isfinite(found):
-            return found
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(found := float(value)):
+                return found
     raise RowError(f"{what} must be a finite number, found {describe(value)}")
-
-
-def read_turns(value: Any, what: str) -> list[Message]:
-    """Reads a list of turns, each with ``from`` and ``value`` or with ``role`` and ``content``.
-
-    Raises:
-        RowError: naming the turn that is neither.
-    """
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{what} must be a list of turns, found {describe(value)}")
-    return [read_turn(turn, f"{what}, turn {number}") for number, turn in enumerate(value, 1)]
-
-
-def read_answer(value: Any, what: str) -> list[Message]:
-    """Reads one turn, a list of turns or a text as the messages of a response."""
-    if isinstance(value, str):
-        return assistant_turn(plain_text(value, what))
-    turns = value if isinstance(value, list) else [value]
-    if not turns:
-        raise RowError(f"{what} is an empty list of turns")
-    return [read_turn(turn, what) for turn in turns]
-
-
-def read_turn(turn: Any, what: str) -> Message:
-    """Reads a turn with ``from`` and ``value``, or a message with ``role`` and ``content``, as a message.
-
-    Raises:
-        RowError: for any other value.
-    """
-    speaker = turn.get("from") if isinstance(turn, dict) else None
-    if speaker is None:
-        return _message(turn, what)
-    if not isinstance(speaker, str) or speaker.lower() not in ROLES:
-        raise RowError(f"{what} must be 'from' one of {', '.join(ROLES)}, found {describe(speaker)}")
-    value = plain_text(turn.get("value"), f"{what}, 'value'")
-    if speaker.lower() in CALLERS:
-        return {"role": "assistant", "content": "", "tool_calls": _calls(value, what, speaker)}
-    return {"role": ROLES[speaker.lower()], "content": value}
 
 
 def assistant_turn(text: Text) -> list[Message]:
@@ -172,6 +143,8 @@ def chat_options(row: SourceRow, prompt: Text) -> dict[str, Any]:
         value = row.fields.get(name)
         if isinstance(value, str) and value.strip():
             value = parse_json(value, f"field {name!r} is", RowError)
+        if isinstance(value, dict):  # a table fills the arguments that only other rows have with null
+            value = {key: inner for key, inner in value.items() if inner is not None}
         if not value:  # null, an empty text of a table, an empty list
             continue
         if not isinstance(value, kind):
@@ -182,12 +155,10 @@ def chat_options(row: SourceRow, prompt: Text) -> dict[str, Any]:
     for index, tool in enumerate(found.get("tools", ()), 1):
         if not isinstance(tool, dict):
             raise RowError(f"field 'tools', tool {index} must be an object, found {describe(tool)}")
-    # A table fills the arguments that only other rows have with null.
-    arguments = {key: value for key, value in found.pop("chat_template_kwargs", {}).items() if value is not None}
-    for key in arguments:
+    for key in found.get("chat_template_kwargs", ()):
         if not isinstance(key, str) or key in NOT_OF_A_ROW:
             raise RowError(f"field 'chat_template_kwargs' sets {key!r}, which is not for the template")
-    return {**found, "chat_template_kwargs": arguments} if arguments else found
+    return found
 
 
 def is_empty(text: Text) -> bool:
@@ -229,12 +200,14 @@ def renamed(row: SourceRow, columns: Sequence[tuple[str, str]]) -> SourceRow:
         if column in row.fields:
             fields[name] = row.fields[column]
             continue
-        lists = {key: value for key, value in fields.items() if isinstance(value, list)}
-        inside = [key for key, value in lists.items() if any(isinstance(e, dict) and column in e for e in value)]
+        inside = {key: value for key, value in fields.items() if isinstance(value, list) and any(_has(column, value))}
         if not inside:
             raise RowError(f"field {column!r}, which --columns takes for {name!r}, is missing")
-        for key in inside:
-            fields[key] = [_moved(entry, column, name) for entry in lists[key]]
+        for key, entries in inside.items():
+            fields[key] = [
+                {**{key: value for key, value in entry.items() if key != column}, name: entry[column]} if has else entry
+                for entry, has in zip(entries, _has(column, entries), strict=True)
+            ]
     return replace(row, fields=fields)
 
 
@@ -248,36 +221,39 @@ def parsed_chat(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        try:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError):  # as NumPy prints a list
             return ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, MemoryError):  # as NumPy prints a list
-            pass
         raise
 
 
-def _moved(entry: Any, column: str, name: str) -> Any:
-    """Renames a key of an object in a list."""
-    if not isinstance(entry, dict) or column not in entry:
-        return entry
-    return {**{key: value for key, value in entry.items() if key != column}, name: entry[column]}
+def _has(key: str, entries: list[Any]) -> Iterator[bool]:
+    return (isinstance(entry, dict) and key in entry for entry in entries)
 
 
-def _message(message: Any, what: str) -> Message:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
-        raise RowError(f"{what} must be a message with 'role' or a turn with 'from', found {describe(message)}")
-    content = message.get("content")
+def _message(turn: Any, what: str) -> Message:
+    """Reads a turn with ``from`` and ``value``, or a message with ``role`` and ``content``, as a message.
+
+    Raises:
+        RowError: for any other value.
+    """
+    if isinstance(turn, dict) and turn.get("from") is not None:
+        if str(turn["from"]).lower() not in ROLES:
+            raise RowError(f"{what} must be 'from' one of {', '.join(ROLES)}, found {describe(turn['from'])}")
+        turn = {"role": turn["from"], "content": plain_text(turn.get("value"), f"{what}, 'value'")}
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not turn["role"]:
+        raise RowError(f"{what} must be a message with 'role' or a turn with 'from', found {describe(turn)}")
+    content, speaker = turn.get("content"), turn["role"].lower()
     if isinstance(content, list) and content:
         content = "".join(_text_part(part, what) for part in content)
-    elif content is None and (message.get("tool_calls") or message.get("function_call")):
+    elif content is None and (turn.get("tool_calls") or turn.get("function_call")):
         content = ""
     if not isinstance(content, str):
         raise RowError(f"{what} has no text content: {describe(content)}")
-    rest = {key: value for key, value in message.items() if value is not None}
-    speaker = message["role"].lower()
+    message = {key: value for key, value in turn.items() if value is not None}
     if speaker in CALLERS:
-        rest["tool_calls"], content = _calls(content, what, speaker), ""
-    rest["role"] = ROLES.get(speaker, message["role"])
-    return _json_like({**rest, "content": plain_text(content, what)}, what)
+        message["tool_calls"], content = _calls(content, f"{what} is from {speaker} and"), ""
+    message |= {"role": ROLES.get(speaker, turn["role"]), "content": plain_text(content, what)}
+    return message if len(message) == 2 else _json_like(message, what)
 
 
 def _text_part(part: Any, what: str) -> str:
@@ -287,28 +263,19 @@ def _text_part(part: Any, what: str) -> str:
     raise RowError(f"{what} holds a part without text: {describe(kind if isinstance(kind, str) else part)}")
 
 
-def _json_like(value: Any, what: str) -> Any:
-    """Returns the value, if a JSON file could hold all of it."""
-    waiting = [value]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, dict):
-            waiting += [*found.keys(), *found.values()]
-        elif isinstance(found, list):
-            waiting += found
-        elif isinstance(found, str):
-            plain_text(found, what)
-        elif not (found is None or isinstance(found, bool | int | float)):
-            raise RowError(f"{what} holds {describe(found)}")
-    return value
-
-
-def _calls(text: str, what: str, speaker: str) -> list[dict[str, Any]]:
+def _calls(text: str, what: str) -> list[dict[str, Any]]:
     """Reads the calls of a turn of :data:`CALLERS`: JSON of one object with name and arguments, or a list of them."""
-    calls = parse_json(text, f"{what} is from {speaker} and", RowError)
+    calls = parse_json(text, what, RowError)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise RowError(f"{what} is from {speaker} and names no function: {describe(text)}")
-    for call in calls:
-        plain_text(json.dumps(call, ensure_ascii=False), what)
+        raise RowError(f"{what} names no function: {describe(text)}")
     return [{"type": "function", "function": call} for call in calls]
+
+
+def _json_like(value: Any, what: str) -> Any:
+    """Returns the value, if a JSON file could hold all of it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise RowError(f"{what} cannot be written as JSON: {error}") from error
+    return value

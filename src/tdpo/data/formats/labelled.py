@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tdpo.config.row_spec import RowSpec
-from tdpo.data.formats.fields import as_text, field_of, first_of, number
+from tdpo.data.formats.fields import field_of, first_of, number
 from tdpo.data.formats.prompts import PROMPT_USES, has_prompt, holds_turns, pair_record, prompt_of
 from tdpo.data.formats.report import RowDropped, RowError
 from tdpo.data.sources import SourceRow, describe
@@ -37,10 +37,12 @@ def labelled(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     are below zero where it is the first; of two ratings the larger one is better.
     """
     stem, ends = _pair_of(row.fields) or PAIRS[0]
-    first, second = (field_of(row, stem + end, as_text) for end in ends)
-    chosen, rejected = (first, second) if _first_is_better(row, stem, ends) else (second, first)
-    chats = isinstance(first, list) and isinstance(second, list) and not has_prompt(row.fields)
-    return [pair_record(row, None if chats else prompt_of(row), chosen, rejected)]
+    sides = [field_of(row, stem + end) for end in ends]
+    lead = _lead_of_first(row, stem, ends)
+    if lead == 0:
+        raise RowDropped("neither response is the better one")
+    chats = all(isinstance(side, list) for side in sides) and not has_prompt(row.fields)
+    return [pair_record(row, None if chats else prompt_of(row), *(sides if lead > 0 else reversed(sides)))]
 
 
 def has_labelled_pair(fields: dict[str, Any]) -> bool:
@@ -62,35 +64,25 @@ def _rating_of(fields: dict[str, Any], ends: tuple[str, str]) -> str | None:
     return next((name for name in RATINGS if all(name + end in fields for end in ends)), None)
 
 
-def _first_is_better(row: SourceRow, stem: str, ends: tuple[str, str]) -> bool:
-    """Reads which response is better.
+def _lead_of_first(row: SourceRow, stem: str, ends: tuple[str, str]) -> float:
+    """Returns a number above zero where the first response is better, below where the second is, and 0 for a tie.
 
     Raises:
-        RowDropped: if neither is.
         RowError: for a label that names neither.
     """
     label = first_of(row.fields, (*LABELS, *STRENGTHS))
-    if row.fields.get(label) is None:
+    value = row.fields.get(label)
+    if value is None:
         rating = _rating_of(row.fields, ends)
         if rating is None:
             names = " and ".join(repr(stem + end) for end in ends)
             raise RowError(f"field {label!r} is missing, which says the better of {names}")
         first, second = (field_of(row, rating + end, number) for end in ends)
-        difference = first - second
-    elif label in STRENGTHS:
-        difference = -field_of(row, label, number)
-    else:
-        difference = _named_side(row.fields[label], label, stem, ends)
-    if difference == 0:
-        raise RowDropped("neither response is the better one")
-    return difference > 0
-
-
-def _named_side(value: Any, label: str, stem: str, ends: tuple[str, str]) -> int:
-    """Returns 1 where a label names the first of two columns, -1 for the second, and 0 for a tie."""
+        return first - second
+    if label in STRENGTHS:
+        return -number(value, f"field {label!r}")
     short = [end.strip("_").lower() for end in ends]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     given = "" if isinstance(value, bool) else str(value).strip().lower()
     if given in TIES or (short == ["1", "2"] and given == "1.5"):
         return 0

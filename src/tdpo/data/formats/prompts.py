@@ -6,7 +6,6 @@ from typing import Any
 
 from tdpo.data.formats.fields import (
     ASKING_ROLES,
-    as_text,
     assistant_turn,
     chat_options,
     check_kinds,
@@ -16,7 +15,7 @@ from tdpo.data.formats.fields import (
     plain_text,
     read_turns,
 )
-from tdpo.data.formats.report import Placed, RowDropped, RowError
+from tdpo.data.formats.report import RowDropped, RowError
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import Message, PreferenceRecord, Text
 
@@ -24,11 +23,12 @@ SYSTEMS = ("system", "system_prompt")
 QUESTIONS = ("question", "query", "problem", "input", "inputs")
 """Columns of what a user asks; a text in ``prompt`` is continued as it stands, in these it is a user's turn."""
 PROMPTS = ("prompt", *QUESTIONS)
+ASKED = ("prompt", "instruction", *QUESTIONS)
 TURNS = ("conversations", "messages", "conversation", "trajectory", "context")
 """Columns whose turns are a prompt."""
 CHAT_OPTIONS = ("tools", "chat_template_kwargs")
 CHAT_USES = (SYSTEMS, *CHAT_OPTIONS)
-PROMPT_USES = (("prompt", "instruction+input+history", *PROMPTS[1:], *TURNS), *CHAT_USES)
+PROMPT_USES = (("prompt", "instruction+input+history", *QUESTIONS, *TURNS), *CHAT_USES)
 """Columns that :func:`prompt_of`, :func:`with_system` and the record use, as a format declares them."""
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 """Marks of LLaMA-Factory and others for an image, a video or a sound."""
@@ -36,7 +36,7 @@ PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 
 def has_prompt(fields: dict[str, Any]) -> bool:
     """Returns whether some column of a row may be the prompt of :func:`prompt_of`."""
-    return any(fields.get(name) is not None for name in ("instruction", *PROMPTS)) or turns_column(fields) is not None
+    return any(fields.get(name) is not None for name in ASKED) or turns_column(fields) is not None
 
 
 def turns_column(fields: dict[str, Any]) -> str | None:
@@ -53,24 +53,25 @@ def holds_turns(value: Any) -> bool:
 def prompt_of(row: SourceRow) -> Text:
     """Reads the prompt of a row from the first of the columns that have one; see :data:`PROMPT_USES`.
 
-    ``input`` and ``history`` belong to ``instruction``. The text of a column of :data:`QUESTIONS` becomes a user's turn
-    in :func:`with_system`, because the responses may be chats that repeat it.
+    The text of a question or instruction becomes a user's turn in :func:`with_system`, because the responses may be
+    chats that repeat it.
 
     Raises:
         RowError: if there is none.
     """
-    name = first_of(row.fields, ("prompt", "instruction", *PROMPTS))
+    name = first_of(row.fields, ASKED)
     if row.fields.get(name) is None and (turns := turns_column(row.fields)) is not None:
         return field_of(row, turns, read_turns)
-    return instruction_messages(row, name) if name == "instruction" else field_of(row, name, as_text)
+    return instruction_of(row, name) if name == "instruction" else field_of(row, name)
 
 
-def instruction_messages(row: SourceRow, name: str) -> list[Message]:
-    """Reads a question with its ``input`` and ``history`` as messages, joined as LLaMA-Factory joins them."""
+def instruction_of(row: SourceRow, name: str) -> Text:
+    """Reads a question with its ``input``, joined as LLaMA-Factory joins them, behind the messages of ``history``."""
     question = joined_question(row, name, "input")
     if not question.strip():
         raise RowError(f"field {name!r} is empty")
-    return [*history_messages(row), {"role": "user", "content": question}]
+    history = history_messages(row)
+    return [*history, {"role": "user", "content": question}] if history else question
 
 
 def joined_question(row: SourceRow, *names: str) -> str:
@@ -92,7 +93,7 @@ def history_messages(row: SourceRow) -> list[Message]:
 
 
 def with_system(row: SourceRow, prompt: Text, *responses: Text) -> tuple[Text, ...]:
-    """Puts the row's system prompt before its prompt, and makes a user's turn of a question.
+    """Puts the row's system prompt before its prompt; a question becomes a user's turn, and texts to a chat answers.
 
     Texts with a column ``system`` beside them are a chat, where it is empty too: all rows of a source are of one kind.
 
@@ -102,23 +103,22 @@ def with_system(row: SourceRow, prompt: Text, *responses: Text) -> tuple[Text, .
     name = first_of(row.fields, SYSTEMS)
     value = row.fields.get(name)
     if isinstance(prompt, str):
-        asked = first_of(row.fields, PROMPTS)
-        texts = all(isinstance(response, str) for response in responses)
-        if asked in QUESTIONS and not prompt.strip():
+        asked = first_of(row.fields, ASKED)
+        if asked != "prompt" and not prompt.strip():
             raise RowError(f"field {asked!r} is empty")
-        if asked in QUESTIONS or (texts and value is not None):
+        if asked != "prompt" or (value is not None and all(isinstance(response, str) for response in responses)):
             prompt = [{"role": "user", "content": prompt}]
-            responses = tuple(assistant_turn(response) for response in responses)
+    if isinstance(prompt, list):
+        responses = tuple(map(assistant_turn, responses))
     system = "" if value is None else plain_text(value, f"field {name!r}")
-    if not system.strip():
-        return prompt, *responses
-    if isinstance(prompt, str):
-        raise RowError(f"field {name!r} stands beside chats whose prompt is a text")
-    if prompt[0]["role"] in ("system", "developer"):
-        if prompt[0]["content"].strip() != system.strip():
+    if system.strip():
+        if isinstance(prompt, str):
+            raise RowError(f"field {name!r} stands beside chats whose prompt is a text")
+        if prompt[0]["role"] not in ("system", "developer"):
+            prompt = [{"role": "system", "content": system}, *prompt]
+        elif prompt[0]["content"].strip() != system.strip():
             raise RowError(f"field {name!r} and the system turn that the prompt begins with differ")
-        return prompt, *responses
-    return [{"role": "system", "content": system}, *prompt], *responses
+    return prompt, *responses
 
 
 def pair_record(row: SourceRow, prompt: Text | None, chosen: Text, rejected: Text) -> PreferenceRecord:
@@ -134,7 +134,7 @@ def pair_record(row: SourceRow, prompt: Text | None, chosen: Text, rejected: Tex
         RowError: naming the field that is wrong.
         RowDropped: if the responses are identical.
     """
-    if isinstance(prompt, list) and isinstance(chosen, str) and isinstance(rejected, str):
+    if isinstance(prompt, list):
         chosen, rejected = assistant_turn(chosen), assistant_turn(rejected)
     if isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = _without_prompt(prompt, chosen, rejected)
@@ -142,7 +142,7 @@ def pair_record(row: SourceRow, prompt: Text | None, chosen: Text, rejected: Tex
         raise RowError("there is no prompt, and the responses are not chats that begin with one")
     prompt, chosen, rejected = with_system(row, prompt, chosen, rejected)
     check_placeholders(prompt)
-    record = make_record(row, prompt, chosen, rejected, chat_options(row, prompt))
+    record = make_record(row, prompt, chosen, rejected)
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         row.notes.append("the prompt ends with the assistant's turn, which the responses follow and do not continue")
     if any(isinstance(side, list) and any(m["role"] in ASKING_ROLES for m in side) for side in (chosen, rejected)):
@@ -150,31 +150,29 @@ def pair_record(row: SourceRow, prompt: Text | None, chosen: Text, rejected: Tex
     return record
 
 
-def make_record(item: Placed, prompt: Text, chosen: Text, rejected: Text, options: dict[str, Any]) -> PreferenceRecord:
-    """Makes the record of texts that are complete.
+def make_record(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> PreferenceRecord:
+    """Makes the record of a complete prompt and its responses; see :func:`checked`."""
+    return checked(PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt)))
 
-    Args:
-        item: Row or answer that the record is from.
-        prompt: The prompt.
-        chosen: The preferred response.
-        rejected: The other one.
-        options: Further fields of the record.
+
+def checked(record: PreferenceRecord) -> PreferenceRecord:
+    """Returns a record that can be trained on.
 
     Raises:
         RowError: for an empty response, or one that begins with a question.
         RowDropped: if the responses are identical.
     """
-    check_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
+    check_kinds(prompt=record.prompt, chosen=record.chosen, rejected=record.rejected)
+    for name, response in (("chosen", record.chosen), ("rejected", record.rejected)):
         if is_empty(response):
             raise RowError(f"field {name!r} is an empty response")
         if isinstance(response, list) and (role := response[0]["role"]) in ASKING_ROLES:
             raise RowError(
                 f"field {name!r} begins with a message of role {role!r}, and a response with the assistant's"
             )
-    if chosen == rejected:
+    if record.chosen == record.rejected:
         raise RowDropped("chosen and rejected are identical")
-    return PreferenceRecord(prompt, chosen, rejected, item.source, item.row, **options)
+    return record
 
 
 def shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:

@@ -1,4 +1,7 @@
-"""The only list of formats. Recognition tries them in this order."""
+"""The formats of preference data. :func:`recognise` takes the first that matches, so special ones come before general.
+
+What a user names as ``module:function`` becomes a format too.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from tdpo.config.row_spec import AUTO, RowSpec
-from tdpo.data.formats import answers, labelled, preference, turns
+from tdpo.data.formats import answers, labelled, pairs
+from tdpo.data.formats.pairs import PAIR
 from tdpo.data.formats.prompts import CHAT_OPTIONS, CHAT_USES, PROMPT_USES, TURNS
 from tdpo.data.formats.report import DataReport, RowError
 from tdpo.data.sources import SourceRow, describe
 from tdpo.errors import UserError, nearest
 from tdpo.types import PreferenceRecord
+
+PAIRING_OPTIONS = ("pairs_from", "min_margin")
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,16 @@ class Format:
 
     Attributes:
         columns: Its columns in words, for messages.
-        convert: Makes records of a row, or what ``join`` takes; raises :class:`RowError` or :class:`RowDropped`.
-        uses: Columns that it reads: of a tuple the first that is there, and ``a+b`` are read together. All others are
-            compared with them (see :mod:`tdpo.data.formats.columns`); nothing is where this is empty.
-        needs: Columns that a row of this format has.
-        lacks: Columns that it does not have.
-        matches: Decides about rows that have the columns.
-        options: Fields of :class:`~tdpo.config.row_spec.RowSpec` that it uses, of those that belong to single formats.
-        join: Makes records of what all rows gave, where rows belong together.
+        convert: Converts one row to records, or to the input of ``join`` where that is set; raises :class:`RowError` or
+            :class:`RowDropped`.
+        uses: Columns that the format reads: a tuple lists alternatives, of which the first that is there is read, and
+            ``a+b`` means both. Columns not listed are compared with these (:mod:`tdpo.data.formats.columns`), unless
+            none are.
+        needs: Columns that a row must have.
+        lacks: Columns that a row must not have.
+        matches: Further test of a row that passed ``needs`` and ``lacks``; None for no test.
+        options: The fields of :class:`~tdpo.config.row_spec.RowSpec` for single formats that this format has.
+        join: Makes records of what all rows of the dataset were converted to, where several rows make a pair.
     """
 
     columns: str
@@ -45,80 +53,81 @@ class Format:
     join: Callable[[Sequence[Any], RowSpec, DataReport], Iterable[Any]] | None = None
 
     def recognises(self, fields: dict[str, Any]) -> bool:
-        """Returns whether a row of these columns is of this format."""
+        """Returns whether a row with these fields has this format."""
         if any(name not in fields for name in self.needs) or any(name in fields for name in self.lacks):
             return False
         return self.matches is None or self.matches(fields)
 
 
-PAIR = ("chosen", "rejected")
-PAIRING = ("pairs_from", "min_margin")
 FORMATS: dict[str, Format] = {
     "preference": Format(
-        "prompt, chosen, rejected: texts or lists of chat messages", preference.preference, (*PROMPT_USES, *PAIR),
-        needs=PAIR, matches=preference.has_explicit_prompt,
+        "prompt, chosen, rejected: texts or lists of chat messages", pairs.preference, uses=(*PROMPT_USES, *PAIR),
+        needs=PAIR, matches=pairs.has_explicit_prompt,
     ),
     "swift": Format(
-        "messages with rejected_response or rejected_messages; query, response, rejected_response", turns.swift,
-        (
+        "messages, or query and response, with rejected_response or rejected_messages", pairs.swift,
+        uses=(
             ("messages", "query+history+response", "instruction+input+history+response", "prompt+response",
              "question+response"),
             ("rejected_response", "rejected_messages"), *CHAT_USES,
         ),
-        lacks=("chosen",), matches=turns.has_rejected,
+        lacks=("chosen",), matches=pairs.has_rejected,
     ),
     "openai": Format(
-        "input with messages, preferred_output, non_preferred_output", turns.openai,
-        ("input", "preferred_output", "non_preferred_output"),
-        needs=("input", "preferred_output", "non_preferred_output"),
+        "input with messages, preferred_output, non_preferred_output", pairs.openai, uses=("input", *pairs.OUTPUTS),
+        needs=("input", *pairs.OUTPUTS),
     ),
     "sharegpt": Format(
-        "conversations, chosen, rejected: ShareGPT turns", turns.sharegpt, (TURNS, *PAIR, *CHAT_USES),
-        needs=PAIR, lacks=("prompt",), matches=turns.has_turns,
+        "conversations, chosen, rejected: ShareGPT turns", pairs.sharegpt, uses=(TURNS, *PAIR, *CHAT_USES),
+        needs=PAIR, lacks=("prompt",), matches=pairs.has_turns,
     ),
     "alpaca": Format(
-        "instruction with chosen, rejected or output", turns.alpaca,
-        ("instruction", "input", "history", ("chosen+rejected", "output"), *CHAT_USES),
-        needs=("instruction",), matches=turns.has_outputs,
+        "instruction with chosen, rejected or output", pairs.alpaca,
+        uses=("instruction", "input", "history", ("chosen+rejected", "output"), *CHAT_USES),
+        needs=("instruction",), matches=pairs.has_outputs,
     ),
     "hh": Format(
-        "chosen, rejected: whole dialogues with Human: and Assistant: turns", preference.hh, PAIR,
-        needs=PAIR, lacks=("prompt",), matches=preference.has_dialogues,
+        "chosen, rejected: whole dialogues with Human: and Assistant: turns", pairs.hh, uses=PAIR,
+        needs=PAIR, lacks=("prompt",), matches=pairs.has_dialogues,
     ),
     "implicit": Format(
-        "chosen, rejected: texts or lists of chat messages that begin with the prompt", preference.implicit,
-        (*PAIR, *CHAT_USES), needs=PAIR, lacks=("prompt",),
+        "chosen, rejected: texts or lists of chat messages that begin with the prompt", pairs.implicit,
+        uses=(*PAIR, *CHAT_USES), needs=PAIR, lacks=("prompt",),
         matches=lambda fields: all(isinstance(fields[name], str | list) for name in PAIR),
     ),
     "shp": Format(
-        "history, human_ref_A, human_ref_B, score_A, score_B", answers.shp, answers.SHP_USES,
-        needs=answers.SHP_USES[:5], options=("min_score_ratio",),
+        "history, human_ref_A, human_ref_B, score_A, score_B", answers.shp, uses=(*answers.SHP_COLUMNS, "labels"),
+        needs=answers.SHP_COLUMNS, options=("min_score_ratio",),
     ),
     "stackexchange": Format(
-        "question, answers: posts in HTML with pm_score", answers.stackexchange, ("question", "answers"),
-        needs=("question", "answers"), matches=answers.has_posts, options=PAIRING,
+        "question, answers: posts in HTML with pm_score", answers.stackexchange, uses=("question", "answers"),
+        needs=("question", "answers"), matches=answers.has_posts, options=PAIRING_OPTIONS,
     ),
-    "answers": Format(
-        "prompt, completions: answers with scores", partial(answers.listed, names=answers.SCORES), answers.ANSWERS_USES,
-        matches=partial(answers.has_list, names=answers.SCORES), options=PAIRING,
-    ),
-    "ranked": Format(
-        "prompt, responses: answers with ranks", partial(answers.listed, names=answers.RANKS), answers.RANKED_USES,
-        matches=partial(answers.has_list, names=answers.RANKS), options=PAIRING,
-    ),
+    **{
+        name: Format(
+            columns, partial(answers.listed, names=names),
+            uses=(*PROMPT_USES, answers.LISTS, answers.plurals(names)),
+            matches=partial(answers.has_list, names=names), options=PAIRING_OPTIONS,
+        )
+        for name, columns, names in (
+            ("answers", "prompt, completions: answers with scores", answers.SCORES),
+            ("ranked", "prompt, responses: answers with ranks", answers.RANKS),
+        )
+    },
     "labelled": Format(
-        "prompt, response_0, response_1 and which is better: better_response_id, preference, winner, two ratings",
-        labelled.labelled, labelled.LABELLED_USES, matches=labelled.has_labelled_pair,
+        "prompt, response_0, response_1 and the better one by better_response_id, preference, winner or two ratings",
+        labelled.labelled, uses=labelled.LABELLED_USES, matches=labelled.has_labelled_pair,
     ),
     "scored": Format(
-        "prompt, completion, reward: one a row", answers.completion, answers.COMPLETION_USES,
-        matches=answers.has_completion, options=PAIRING, join=answers.completion_pairs,
+        "prompt, completion, reward: one completion a row", answers.completion,
+        uses=(*PROMPT_USES, *answers.COMPLETION_COLUMNS), matches=answers.has_completion, options=PAIRING_OPTIONS,
+        join=answers.completion_pairs,
     ),
 }  # fmt: skip
 
 
 def find_format(name: str, formats: Mapping[str, Format]) -> Format:
-    """Returns the format of a name, or of ``module:function``.
+    """Returns a format by its name, or makes one of a user's ``module:function``; ``"auto"`` is for the caller.
 
     Raises:
         UserError: naming the nearest one, or the reason why there is no such function.
@@ -136,54 +145,60 @@ def find_format(name: str, formats: Mapping[str, Format]) -> Format:
 def recognise(fields: dict[str, Any], formats: Mapping[str, Format]) -> str | None:
     """Names the format whose columns a row has, or None.
 
-    Null is as if missing, because tables have it for that, except in a pair that lacks only one of its columns.
+    A null counts as a missing column, since tables fill missing values with null. So that a damaged row is an error of
+    its own format, these are kept in spite of it: chosen and rejected if one of them has a value, prompt beside such
+    texts unless they are dialogues, and instruction if input has a value.
     """
     kept = {"instruction"} if fields.get("input") is not None else set()
     pair = {name: fields.get(name) for name in PAIR}
     if any(value is not None for value in pair.values()):
-        kept |= {*pair}
-        if fields.get("prompt") is None and not all(isinstance(value, list) for value in pair.values()):
-            kept |= set() if preference.has_dialogues(pair) else {"prompt"}
+        kept |= {*PAIR}
+        if not (pairs.has_dialogues(pair) or all(isinstance(value, list) for value in pair.values())):
+            kept.add("prompt")
     fields = {name: value for name, value in fields.items() if value is not None or name in kept}
     return next((name for name, known in formats.items() if known.recognises(fields)), None)
 
 
 def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
-    """Makes a format of a user's function, which returns rows of other formats."""
+    """Makes a format of a user's function, which may be in the current folder.
+
+    It is called with a row's columns and returns None, a :class:`~tdpo.types.PreferenceRecord`, an object in any format
+    without ``join``, or several of these.
+    """
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except AttributeError as error:
-        raise UserError(f"--dataset_format {name}: module {module_name} has no {function_name}") from error
+        module = importlib.import_module(module_name)
     except Exception as error:  # importing a user's module can raise anything
         raise UserError(f"--dataset_format {name}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, function_name):
+        raise UserError(f"--dataset_format {name}: module {module_name} has no {function_name}")
+    function = getattr(module, function_name)
     if not callable(function):
         raise UserError(f"--dataset_format {name}: {describe(function)} is not a function")
+    single_row_formats = {key: known for key, known in formats.items() if known.join is None}
+    wanted = f"{name} must return a row of a known format, such as an object with prompt, chosen and rejected, found"
 
     def convert(row: SourceRow, spec: RowSpec) -> list[Any]:
         """Converts all that the function returns for a row."""
         try:
-            made = function(dict(row.fields))
-            many = list(made) if isinstance(made, list | tuple | Iterator) else [] if made is None else [made]
-        except Exception as error:  # a user's function, called with one row, which the message names
+            returned = function(dict(row.fields))
+            several = isinstance(returned, list | tuple | Iterator)
+            items = list(returned) if several else [] if returned is None else [returned]
+        except Exception as error:  # a user's function can raise anything; the caller adds the row's location
             raise RowError(f"{name} raised {type(error).__name__}: {error}") from error
-        return [record for one in many for record in _records_of(one, row, spec, name, formats)]
+        records: list[Any] = []
+        for fields in items:
+            if isinstance(fields, PreferenceRecord):
+                columns = ("prompt", *PAIR, *CHAT_OPTIONS)
+                fields = {key: value for key in columns if (value := getattr(fields, key)) is not None}
+            if not isinstance(fields, dict):
+                raise RowError(f"{wanted} {describe(fields)}")
+            found = recognise(fields, single_row_formats)
+            if found is None:
+                raise RowError(f"{wanted} the fields {', '.join(map(repr, fields)) or 'none'}")
+            records += single_row_formats[found].convert(replace(row, fields=fields), spec)
+        return records
 
-    return Format("what the function takes", convert, options=(*PAIRING, "min_score_ratio"))
-
-
-def _records_of(made: Any, row: SourceRow, spec: RowSpec, name: str, formats: Mapping[str, Format]) -> Sequence[Any]:
-    """Converts what a user's function returned: a row of any other format that stands alone."""
-    if isinstance(made, PreferenceRecord):
-        options = [name for name in CHAT_OPTIONS if getattr(made, name) is not None]
-        made = {field: getattr(made, field) for field in ("prompt", *PAIR, *options)}
-    wanted = f"{name} must return an object with prompt, chosen and rejected, found"
-    if not isinstance(made, dict):
-        raise RowError(f"{wanted} {describe(made)}")
-    alone = {key: known for key, known in formats.items() if known.join is None}
-    found = recognise(made, alone)
-    if found is None:
-        raise RowError(f"{wanted} the fields {', '.join(map(repr, made)) or 'none'}")
-    return alone[found].convert(SourceRow(row.source, row.row, made), spec)
+    return Format("the columns that your function reads", convert, options=(*PAIRING_OPTIONS, "min_score_ratio"))

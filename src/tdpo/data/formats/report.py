@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from tdpo.errors import UserError
 
 OnBadRow = Literal["error", "drop"]
 ROWS_NAMED = 10
 """Rows that one message names at most, and reasons that a report lists."""
-
 REASONS_KEPT = 1000
 """Reasons counted separately at most; a million bad rows may each have one of its own."""
 OTHER_REASONS = "other reasons"
-
-
-class Placed(Protocol):
-    """Anything with the location it was read from."""
-
-    @property
-    def source(self) -> str:
-        """File or dataset."""
-
-    @property
-    def row(self) -> int:
-        """Row number, from 1."""
+RowsByReason = dict[str, list[int]]
 
 
 class RowError(Exception):
@@ -40,6 +28,8 @@ class RowDropped(Exception):
 @dataclass
 class DataReport:
     """Counts and row numbers of a source's rows, used or not, for the log and for ``--json``.
+
+    A row is named by anything with ``source`` and ``row``: the row itself or a record made of it.
 
     Attributes:
         source: The source, as messages name it.
@@ -59,18 +49,18 @@ class DataReport:
     read: int = 0
     kept: int = 0
     elsewhere: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    truncated: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    noticed: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    dropped: RowsByReason = field(default_factory=lambda: defaultdict(list))
+    truncated: RowsByReason = field(default_factory=lambda: defaultdict(list))
+    noticed: RowsByReason = field(default_factory=lambda: defaultdict(list))
     unused: dict[str, int] = field(default_factory=dict)
 
-    def notice(self, item: Placed, what: str) -> None:
+    def notice(self, item: Any, what: str) -> None:
         """Counts a row that is used under a warning."""
         rows = _rows_of(self.noticed, what)
         if rows[-1:] != [item.row]:
             rows.append(item.row)
 
-    def drop(self, item: Placed, reason: str) -> None:
+    def drop(self, item: Any, reason: str) -> None:
         """Counts a row as dropped."""
         reason = reason if item.source == self.source else f"{reason} ({item.source})"
         _rows_of(self.dropped, reason).append(item.row)
@@ -78,9 +68,8 @@ class DataReport:
     def add(self, part: DataReport) -> None:
         """Adds the dropped, truncated and noticed rows of a report on a part of the source."""
         for name in ("dropped", "truncated", "noticed"):
-            rows_by_reason = getattr(self, name)
             for reason, rows in getattr(part, name).items():
-                _rows_of(rows_by_reason, reason).extend(rows)
+                _rows_of(getattr(self, name), reason).extend(rows)
 
     def lines(self) -> list[str]:
         """Returns the report as text, one line each.
@@ -93,27 +82,23 @@ class DataReport:
         """
         several = self.kept + self.elsewhere > self.read
         kept = f"{self.kept} {self.item} of them" if several else f"{self.kept} kept"
-        counts = f"{self.source} ({self.format}): {self.read} rows, {kept}"
-        lines = [counts + (f", {self.elsewhere} on the other side of the split" if self.elsewhere else "")]
+        other = f", {self.elsewhere} on the other side of the split" if self.elsewhere else ""
+        lines = [f"{self.source} ({self.format}): {self.read} rows, {kept}{other}"]
         reasons = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
         lines += [f"dropped {len(rows)}, {why}: {row_list(rows)}" for why, rows in reasons[:ROWS_NAMED]]
         if len(reasons) > ROWS_NAMED:
             rest = sum(len(rows) for _, rows in reasons[ROWS_NAMED:])
             lines.append(f"dropped {rest} more for {len(reasons) - ROWS_NAMED} other reasons")
         if self.unused:
-            lines.append(self._unused_line())
+            shown = [f"{name!r} (row {row})" for name, row in list(self.unused.items())[: 2 * ROWS_NAMED]]
+            more = f" and {len(self.unused) - len(shown)} more" if len(self.unused) > len(shown) else ""
+            lines.append(
+                f"columns that hold text and are not used: {', '.join(shown)}{more}; --columns takes one for a field, "
+                "--ignore_columns says that it is not needed"
+            )
         lines += [f"truncated {len(rows)} {part}s: {row_list(rows)}" for part, rows in self.truncated.items()]
         lines += [f"warning, {what}: {row_list(rows)}" for what, rows in list(self.noticed.items())[:ROWS_NAMED]]
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]  # file names may be any bytes
-
-    def _unused_line(self) -> str:
-        """Names the columns that are not used."""
-        shown = [f"{name!r} (row {row})" for name, row in list(self.unused.items())[: 2 * ROWS_NAMED]]
-        more = f" and {len(self.unused) - len(shown)} more" if len(self.unused) > len(shown) else ""
-        return (
-            f"columns that hold text and are not used: {', '.join(shown)}{more}; --columns takes one for a field, "
-            "--ignore_columns says that it is not needed"
-        )
 
 
 @dataclass
@@ -134,14 +119,14 @@ class BadRows:
     messages: list[str] = field(default_factory=list)
     stop: bool = False
 
-    def add(self, row: Placed, error: object) -> None:
+    def add(self, row: Any, error: object) -> None:
         """Adds a row."""
-        self.count += 1
-        self.stop = self.on_bad_row == "error"
-        if len(self.messages) < ROWS_NAMED:
-            self.messages.append(f"{row.source}, row {row.row}: {error}")
         if self.on_bad_row == "drop":
             self.report.drop(row, f"bad row ({error})")
+            return
+        self.count, self.stop = self.count + 1, True
+        if len(self.messages) < ROWS_NAMED:
+            self.messages.append(f"{row.source}, row {row.row}: {error}")
 
     def raise_error(self, advice: str) -> None:
         """Raises one message for all of them, with what to do, unless they are dropped."""
@@ -150,7 +135,7 @@ class BadRows:
             raise UserError("\n".join(self.messages) + f"{more}\n({advice})")
 
 
-def _rows_of(rows_by_reason: dict[str, list[int]], reason: str) -> list[int]:
+def _rows_of(rows_by_reason: RowsByReason, reason: str) -> list[int]:
     known = reason in rows_by_reason or len(rows_by_reason) < REASONS_KEPT
     return rows_by_reason[reason if known else OTHER_REASONS]
 
