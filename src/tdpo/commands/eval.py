@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
     if options.json:
         check_writable(Path(options.json).absolute().parent)
     tokenizer = load_tokenizer(model_config)
-    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config).read_by(spec)
+    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config, spec)
     dataset = read_dataset(source, options, make_tokeniser(options, tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()
@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> None:
     metrics = evaluate_pairs(
         policy,
         reference,
-        dataset.pairs,
+        dataset,
         objective,
         batch_size=options.per_device_eval_batch_size,
         layout=options.layout,

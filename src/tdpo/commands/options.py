@@ -16,12 +16,11 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from tdpo.commands.config_file import read_options
-from tdpo.data.sources import MixedDataset
+from tdpo.data.sources import ENTRY_FIELDS
 from tdpo.errors import UserError
 
 CONFIG = "--config"
 NONE = "none"
-ENTRY_FIELDS = [field.name for field in dataclasses.fields(MixedDataset)]
 
 
 class Parser(HfArgumentParser):

@@ -7,17 +7,17 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tdpo.config.row_spec import RowSpec
-from tdpo.data.cache import PairCache
 from tdpo.data.calls import as_object, map_arguments, without_nulls
-from tdpo.data.dataset import NoPairLeft, check_fits, prepare_pairs
+from tdpo.data.dataset import NoPairLeft, PairDataset, check_fits, prepare_pairs
 from tdpo.data.formats import DataReport, OnBadRow, RowError, to_records
 from tdpo.data.sources import Source
-from tdpo.data.table import PairTable
+from tdpo.data.table import SCHEMA
 from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
 from tdpo.types import Message, PreferenceRecord, Text, TokenisedPair
@@ -121,14 +121,12 @@ class Prepared:
 
     Attributes:
         records: The record of each pair.
-        pairs: The pairs; the two have one order.
-        report: What became of the rows.
+        pairs: The pairs, in the same order, with the report on the rows.
         errors: What training would stop with, empty if it would not.
     """
 
     records: list[PreferenceRecord]
-    pairs: PairTable
-    report: DataReport
+    pairs: PairDataset
     errors: str
 
 
@@ -137,7 +135,7 @@ def prepare(
     tokeniser: Tokeniser,
     spec: RowSpec,
     on_bad_row: OnBadRow,
-    cache: PairCache | None,
+    cache: Path | None,
     limits: tuple[int | None, int | None] = (None, None),
 ) -> Prepared:
     """Prepares rows as training does, and continues without the bad ones where training would stop.
@@ -154,24 +152,24 @@ def prepare(
         UserError: for rows that are token ids already.
     """
     errors: list[str] = []
-    table, report = PairTable([]), DataReport(rows.name)
+    dataset = PairDataset(SCHEMA.empty_table(), DataReport(rows.name))
     for how in dict.fromkeys((on_bad_row, "drop")):
         try:
             dataset = prepare_pairs(rows, tokeniser, spec, how, cache=cache)
         except UserError as error:
             errors.append(str(error))
-            report = error.report if isinstance(error, NoPairLeft) else report
+            if isinstance(error, NoPairLeft):
+                dataset.report = error.report
             continue
-        if not isinstance(dataset.pairs, PairTable) or dataset.report.format == "tokenised":
+        if dataset.report.format == "tokenised":
             raise UserError(f"{dataset.report.source}: the rows are token ids already; there is no text to check")
-        table, report = dataset.pairs, dataset.report
         break
     try:
-        check_fits(table, *limits, report.source, len(tokeniser.tokenizer))
+        check_fits(dataset, *limits, dataset.report.source, len(tokeniser.tokenizer))
     except UserError as error:
         errors.append(str(error))
-    records = to_records(rows, spec, "drop")[0] if len(table) else []
-    return Prepared(_of_pairs(records, table, tokeniser), table, report, "\n".join(dict.fromkeys(errors)))
+    records = to_records(rows, spec, "drop")[0] if len(dataset) else []
+    return Prepared(_of_pairs(records, dataset, tokeniser), dataset, "\n".join(dict.fromkeys(errors)))
 
 
 def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[PreferenceRecord] = ()) -> DataCheck:
@@ -183,7 +181,7 @@ def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[Preferenc
         held_out: Records that must not share a prompt with it.
     """
     records = prepared.records
-    found = DataCheck(prepared.report, prepared.errors, _whole_lengths(prepared, tokeniser))
+    found = DataCheck(prepared.pairs.report, prepared.errors, _whole_lengths(prepared, tokeniser))
     eval_prompts = {_plain_prompt(record) for record in held_out}
     seen: set[tuple[str, str, str]] = set()
     prompts: set[str] = set()
@@ -248,9 +246,9 @@ def whole(record: PreferenceRecord, tokeniser: Tokeniser) -> TokenisedPair:
     return pair
 
 
-def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairTable, tokeniser: Tokeniser) -> list[PreferenceRecord]:
+def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairDataset, tokeniser: Tokeniser) -> list[PreferenceRecord]:
     """Returns the records that became pairs: both are in the order of the source, some records were dropped between."""
-    rows = pairs.rows().tolist()
+    rows = pairs.table["row"].to_pylist()
     made, became = Counter(record.row for record in records), Counter(rows)
 
     def becomes_a_pair(record: PreferenceRecord) -> bool:
@@ -265,8 +263,8 @@ def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairTable, tokeniser: 
 
 def _whole_lengths(prepared: Prepared, tokeniser: Tokeniser) -> np.ndarray:
     """Computes ``[P, 4]`` lengths without truncation; only what was cut is tokenised again."""
-    lengths = prepared.pairs.lengths()
-    cut = {row for rows in prepared.report.truncated.values() for row in rows}
+    lengths = prepared.pairs.side_lengths()
+    cut = {row for rows in prepared.pairs.report.truncated.values() for row in rows}
     places = [place for place, record in enumerate(prepared.records) if record.row in cut]
     turns = [Turns(r, r.prompt, (r.chosen, r.rejected)) for r in (prepared.records[place] for place in places)]
     for place, ids in zip(places, tokeniser.encode_turns(turns, DataReport("")), strict=True):
@@ -274,7 +272,7 @@ def _whole_lengths(prepared: Prepared, tokeniser: Tokeniser) -> np.ndarray:
     return np.column_stack([lengths, lengths[:, 0] + lengths[:, 1:].max(1)])
 
 
-def _without_end(pairs: PairTable, tokeniser: Tokeniser) -> list[int]:
+def _without_end(pairs: PairDataset, tokeniser: Tokeniser) -> list[int]:
     """Returns the rows of pairs with a response whose last token is not a special one."""
     ends = set(tokeniser.tokenizer.all_special_ids)
     ends |= {number for number, token in tokeniser.tokenizer.added_tokens_decoder.items() if token.special}

@@ -214,7 +214,7 @@ def _make_pairs(the_world: World, stages: show.Stages) -> list[dict[str, Any]]:
 def _measure_reference(the_world: World) -> tuple[Point, list[str]]:
     """Measures the SFT model: its reward and entropy, and the zeros every trajectory starts from."""
     sft = the_world.model
-    pairs = prepare_pairs(the_world.held_out_rows, Tokeniser(the_world.tokenizer)).pairs
+    pairs = prepare_pairs(the_world.held_out_rows, Tokeniser(the_world.tokenizer))
     held_out = evaluate_pairs(sft, sft, pairs, objectives.dpo(the_world.options.beta), EVALUATION_BATCH)
     return the_world.measure(sft, sft, 0, held_out)
 
