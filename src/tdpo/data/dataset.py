@@ -75,7 +75,8 @@ class PairDataset(Sequence[TokenisedPair]):
         rows = range(len(self))[index]  # raises IndexError
         if isinstance(rows, range):
             return [self[row] for row in rows]
-        return TokenisedPair(**self.table.slice(rows, 1).to_pylist()[0])
+        prompt, chosen, rejected = (self.table[name][rows].values.to_numpy().tolist() for name in SIDES)
+        return TokenisedPair(prompt, chosen, rejected, self.table["row"][rows].as_py())
 
     def side_lengths(self) -> np.ndarray:
         """Returns ``[P, 3]`` int64: tokens of prompt, chosen and rejected response of each pair."""
@@ -84,15 +85,6 @@ class PairDataset(Sequence[TokenisedPair]):
     def lengths(self) -> list[int]:
         """Returns the tokens of each pair, its prompt counted once."""
         return self.side_lengths().sum(1).tolist()
-
-    def fits(self, vocab_size: int | None, positions: int | None) -> bool:
-        """Returns whether all ids are in the vocabulary and no sequence has more tokens than positions."""
-        if positions is not None:
-            lengths = self.side_lengths()
-            if (lengths[:, 0] + lengths[:, 1:].max(1)).max(initial=0) > positions:
-                return False
-        ids = [pc.min_max(pc.list_flatten(self.table[name])).as_py() for name in SIDES if len(self)]
-        return vocab_size is None or all(side["min"] >= 0 and side["max"] < vocab_size for side in ids)
 
 
 @dataclass(frozen=True)
@@ -220,8 +212,13 @@ def check_fits(
     Raises:
         UserError: naming the source, the pair's row (its number where the row is unknown) and what is too large.
     """
-    if isinstance(pairs, PairDataset) and pairs.fits(vocab_size, positions):
-        return
+    if isinstance(pairs, PairDataset) and len(pairs):
+        lengths = pairs.side_lengths()
+        longest = (lengths[:, 0] + lengths[:, 1:].max(1)).max()
+        extremes = [pc.min_max(pc.list_flatten(pairs.table[name])).as_py() for name in SIDES]
+        known = vocab_size is None or all(side["min"] >= 0 and side["max"] < vocab_size for side in extremes)
+        if known and (positions is None or longest <= positions):
+            return  # else the loop names the row
     for number, pair in enumerate(pairs, 1):
         ids = (*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
         length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))

@@ -22,13 +22,13 @@ def rows_of_json(value: Any, split: str | None, shown: str) -> list[Any]:
 
     Args:
         value: Content of the file.
-        split: The split to take where there are several.
+        split: The split to take where there are several; None takes an object for a row, whatever it holds.
         shown: Name of the file for messages.
 
     Raises:
         UserError: if the object has no list of rows for the split, or several lists and none is of a split.
     """
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or split is None:
         return value if isinstance(value, list) else [value]
     table = _table(value, shown)
     if table is not None or ROW_COLUMNS & value.keys():

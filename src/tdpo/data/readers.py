@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+from tdpo.data.json_layouts import rows_of_json
 from tdpo.errors import UserError
 
 Rows = Iterator[tuple[int, Any]]
@@ -164,7 +165,7 @@ def _read_json(file: IO[bytes], shown: str, split: str | None = None) -> Rows:
         content = first + file.read()
         value = _parse(content)
         if not isinstance(value, Unreadable):
-            yield from enumerate(_rows_of(value, split, shown), 1)
+            yield from enumerate(rows_of_json(value, split, shown), 1)
         elif first.lstrip().startswith(b"[") or first.strip() == b"{":
             raise UserError(f"{shown}, line {number + value.line - 1}: {value.reason}")
         else:
@@ -172,18 +173,10 @@ def _read_json(file: IO[bytes], shown: str, split: str | None = None) -> Rows:
             yield from ((place, _parse(line)) for place, line in rest if line.strip())
         return
     second = next(lines, None)
-    rows = [value] if second else _rows_of(value, split, shown)
+    rows = [value] if second or split is None else rows_of_json(value, split, shown)
     yield from [(number, value)] if rows == [value] else enumerate(rows, 1)
     for place, line in itertools.chain([second] if second else [], lines):
         yield place, _parse(line)
-
-
-def _rows_of(value: Any, split: str | None, shown: str) -> list[Any]:
-    if split is None:
-        return value if isinstance(value, list) else [value]
-    from tdpo.data.json_layouts import rows_of_json
-
-    return rows_of_json(value, split, shown)
 
 
 def _parse(content: bytes) -> Any:
@@ -232,9 +225,10 @@ def _read_csv(file: IO[bytes], shown: str, delimiter: str = ",") -> Rows:
         header = list(reader.fieldnames or [])
         _check_names(header, shown)
         for number, fields in enumerate(reader, 1):
-            complete = None not in fields and None not in fields.values()
-            expected = f"not as many cells as the header has columns ({len(header)})"
-            yield number, fields if complete else Unreadable(expected)
+            if None in fields or None in fields.values():
+                yield number, Unreadable(f"not as many cells as the header has columns ({len(header)})")
+            else:
+                yield number, fields
     except csv.Error as error:
         raise UserError(f"{shown}, row {number + 1}: not valid CSV: {error}; is a quotation mark missing?") from error
 

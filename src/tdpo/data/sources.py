@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,10 @@ def open_source(name: str, split: str, config: str | None = None, spec: RowSpec 
         raise UserError(f"{name[:200]}: cannot be read: {error.strerror}") from error
     if found is None:
         return Source(shown, [Part(functools.partial(_dataset_rows, shown, name, split, config), spec=spec)])
-    names = [shown if name == STDIN else str(file) for file in found]
-    read = functools.partial(_file_rows, dict(zip(names, found, strict=True)), split)
-    several = split if any(kind_of(file) == "json" for file in found) else None
-    return Source(names[0] if len(found) == 1 else name, [Part(read, found, spec, several)])
+    one_name = shown if name == STDIN else str(found[0]) if len(found) == 1 else ""
+    read = functools.partial(_file_rows, found, split, one_name)
+    chosen = split if any(kind_of(file) == "json" for file in found) else None
+    return Source(one_name or name, [Part(read, found, spec, chosen)])
 
 
 def groups_of(rows: Iterable[Any]) -> list[tuple[RowSpec | None, Iterable[Any]]]:
@@ -217,8 +217,9 @@ def _copied_input(processes: int) -> Path:
     return copy
 
 
-def _file_rows(files: Mapping[str, Path], split: str) -> Iterator[SourceRow]:
-    for shown, path in files.items():
+def _file_rows(files: Sequence[Path], split: str, one_name: str) -> Iterator[SourceRow]:
+    for path in files:
+        shown = one_name or str(path)
         yield from _source_rows(shown, read_values(path, shown, split))
 
 
