@@ -27,7 +27,6 @@ import torch
 from measure import in_turn, machine, ratio_columns, resident, write_csv
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tdpo.data.cache import PairCache
 from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.formats import to_records
 from tdpo.data.sources import from_memory, open_source, read_source
@@ -81,7 +80,7 @@ def tdpo(rows: list[Row], tokenizer: Any, folder: Path, processes: int = 1) -> C
 
     def prepare() -> tuple[float, int]:
         start = time.perf_counter()
-        pairs = prepare_pairs(source, tokeniser, cache=PairCache(folder))
+        pairs = prepare_pairs(source, tokeniser, cache=folder)
         return time.perf_counter() - start, sum(pairs.lengths())
 
     return prepare
@@ -94,7 +93,7 @@ def tdpo_second_start(rows: list[Row], tokenizer: Any, folder: Path) -> Callable
 
     def start_once() -> PairDataset:
         source = open_source(str(file), "train")
-        return prepare_pairs(source, Tokeniser(tokenizer, Lengths(2**20, 2**19)), cache=PairCache(folder))
+        return prepare_pairs(source, Tokeniser(tokenizer, Lengths(2**20, 2**19)), cache=folder)
 
     start_once()
 

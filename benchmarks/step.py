@@ -150,7 +150,7 @@ def draw_pairs(data: str, tokenizer: str, rows: int, count: int, seed: int) -> t
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     dataset = prepare_pairs(read_source(data, "train")[:rows], Tokeniser(loaded, Lengths(512, 256)))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [dataset.pairs[index] for index in order[:count]], loaded
+    return [dataset[index] for index in order[:count]], loaded
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,10 +15,10 @@ from conftest import make_tokenizer, preference_rows, write_jsonl
 
 from tdpo import TokenisedPair, UserError
 from tdpo.data import cache as cache_module
-from tdpo.data.cache import PairCache
 from tdpo.data.dataset import PairDataset, check_fits, prepare_pairs
+from tdpo.data.formats import DataReport
 from tdpo.data.sources import open_source, read_source
-from tdpo.data.table import PairTable, record_batch
+from tdpo.data.table import record_batch
 from tdpo.data.tokenise import Lengths, Tokeniser
 
 
@@ -27,7 +26,7 @@ def prepared(file: Path, folder: Path, tokenizer: object = None, **lengths: obje
     tokeniser = Tokeniser(
         tokenizer or make_tokenizer(), Lengths(**{"max_length": 20, "max_prompt_length": 8, **lengths})
     )
-    return prepare_pairs(open_source(str(file), "train"), tokeniser, cache=PairCache(folder))
+    return prepare_pairs(open_source(str(file), "train"), tokeniser, cache=folder)
 
 
 @pytest.fixture
@@ -60,9 +59,7 @@ def test_the_second_start_reads_pairs_and_report_and_tokenises_nothing(
     assert again.report.dropped["chosen and rejected are identical"] == [5]
     assert again.report.truncated and [pair.row for pair in again][3:5] == [4, 6]
     assert list(pickle.loads(pickle.dumps(again))) == list(first)
-    assert prepare_pairs(read_source(str(file), "train"), Tokeniser(make_tokenizer(), Lengths(20, 8))).pairs[:] == list(
-        first
-    )
+    assert prepare_pairs(read_source(str(file), "train"), Tokeniser(make_tokenizer(), Lengths(20, 8)))[:] == list(first)
 
 
 def test_whatever_decides_over_the_ids_decides_over_the_key(file: Path, tmp_path: Path, tokenised: list[int]) -> None:
@@ -92,7 +89,7 @@ def test_whatever_decides_over_the_ids_decides_over_the_key(file: Path, tmp_path
 
 
 def test_rows_in_memory_are_found_again_by_their_content(tmp_path: Path, tokenised: list[int]) -> None:
-    tokeniser, cache = Tokeniser(make_tokenizer()), PairCache(tmp_path)
+    tokeniser, cache = Tokeniser(make_tokenizer()), tmp_path
     for rows in (preference_rows(8), preference_rows(8), preference_rows(9)):
         assert len(prepare_pairs(rows, tokeniser, cache=cache)) == len(rows)
     assert tokenised == [8, 9]
@@ -122,7 +119,7 @@ def test_a_damaged_entry_is_told_in_one_line_and_made_again(
     harm: object, file: Path, tmp_path: Path, tokenised: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     first = list(prepared(file, tmp_path / "cache"))
-    ((pairs,), (about,)) = (tuple((tmp_path / "cache" / "pairs").glob(f"*.{kind}")) for kind in ("arrow", "json"))
+    ((pairs,), (about,)) = (tuple((tmp_path / "cache").glob(f"*.{kind}")) for kind in ("arrow", "json"))
     harm(pairs, about)
     assert list(prepared(file, tmp_path / "cache")) == first
     assert len(tokenised) == 2 and [r.message.count("is damaged") for r in caplog.records] == [1]
@@ -135,7 +132,7 @@ def test_a_full_disk_or_a_forbidden_folder_costs_a_warning(
     (tmp_path / "taken").write_text("a file")
     want = list(prepared(file, tmp_path / "cache"))
     assert list(prepared(file, tmp_path / "taken")) == want
-    assert "taken/pairs: the tokenised pairs cannot be kept there" in caplog.text and "--cache_dir" in caplog.text
+    assert "taken: the tokenised pairs cannot be kept there" in caplog.text and "--cache_dir" in caplog.text
 
     def full(*_: object) -> object:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -144,7 +141,7 @@ def test_a_full_disk_or_a_forbidden_folder_costs_a_warning(
     caplog.clear()
     assert list(prepared(file, tmp_path / "full")) == want
     assert "No space left on device" in caplog.text
-    assert not [p for p in (tmp_path / "full" / "pairs").iterdir() if p.suffix != ".lock"]
+    assert not [p for p in (tmp_path / "full").iterdir() if p.suffix != ".lock"]
 
 
 def test_bad_rows_are_told_and_leave_nothing_behind(tmp_path: Path) -> None:
@@ -183,28 +180,27 @@ def test_two_processes_see_the_same_pairs_in_the_same_order_tokenised_once(tmp_p
     assert sorted([sum(one), sum(other)]) == [0, 4000]
 
 
-def test_a_table_is_a_sequence_of_pairs_and_checks_like_one() -> None:
+def test_a_dataset_is_a_sequence_of_pairs_and_checks_like_one() -> None:
     pairs = [TokenisedPair([n, n + 1], [7] * n, [8, 9], n) for n in range(1, 6)]
-    table = PairTable([record_batch(pairs[:2]), record_batch([]), record_batch(pairs[2:])])
-    assert list(table) == pairs and table[1:4] == pairs[1:4] and table[-1] == pairs[-1] and len(table) == 5
-    assert [table[n] for n in range(5)] == pairs and table.rows().tolist() == [1, 2, 3, 4, 5]
-    assert table.lengths().tolist() == [[2, n, 2] for n in range(1, 6)]
-    with pytest.raises(IndexError):
-        table[5]
+    table = pa.Table.from_batches([record_batch(pairs[:2]), record_batch([]), record_batch(pairs[2:])])
+    for dataset in (PairDataset(table, DataReport("pairs")), prepare_pairs(pairs, None)):
+        assert list(dataset) == pairs and dataset[1:4] == pairs[1:4] and dataset[-1] == pairs[-1] and len(dataset) == 5
+        assert [dataset[n] for n in range(5)] == pairs and dataset.table["row"].to_pylist() == [1, 2, 3, 4, 5]
+        assert dataset.side_lengths().tolist() == [[2, n, 2] for n in range(1, 6)]
+        assert list(pickle.loads(pickle.dumps(dataset))) == pairs
+        with pytest.raises(IndexError):
+            dataset[5]
     dataset = prepare_pairs(preference_rows(6), Tokeniser(make_tokenizer()))
-    assert isinstance(dataset.pairs, PairTable)
     assert dataset.lengths() == [len(p.prompt_ids + p.chosen_ids + p.rejected_ids) for p in dataset]
     check_fits(dataset, 400, 64)
     with pytest.raises(UserError, match=r"row \d+: token id \d+ is outside the model's vocabulary of 300"):
         check_fits(dataset, 300)
     with pytest.raises(UserError, match=r"row 1: \d+ tokens, but the model has 4 positions"):
         check_fits(dataset, 400, 4)
-    with pytest.raises(pa.ArrowInvalid), tempfile.NamedTemporaryFile() as other:
-        PairTable.mapped(Path(other.name))
 
 
 def test_the_entry_says_what_it_is(file: Path, tmp_path: Path) -> None:
     prepared(file, tmp_path / "cache")
     (about,) = (tmp_path / "cache").rglob("*.json")
     output = json.loads(about.read_text())
-    assert output["source"] == str(file) and output["report"]["kept"] == 29
+    assert output["report"]["source"] == str(file) and output["report"]["kept"] == 29

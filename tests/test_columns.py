@@ -18,12 +18,12 @@ from tdpo import PreferenceRecord, UserError
 from tdpo.cli import main
 from tdpo.config.data import EvalDataConfig, FormatOptions
 from tdpo.config.row_spec import RowSpec, parse_columns, parse_names
-from tdpo.data.cache import PairCache
 from tdpo.data.dataset import prepare_pairs
 from tdpo.data.formats import to_records
 from tdpo.data.formats.columns import is_metadata, texts_in
 from tdpo.data.formats.report import DataReport
-from tdpo.data.sources import from_memory, open_mixture, open_source
+from tdpo.data.mixture import open_mixture
+from tdpo.data.sources import from_memory, open_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 
 ASKED = {"role": "user", "content": "Name a river in Kenya."}
@@ -287,11 +287,11 @@ def test_each_part_of_a_mixture_is_checked_by_its_own_spec(tmp_path: Path) -> No
     one_file = write_jsonl(tmp_path / "one.jsonl", [{**PLAIN, "question": "Why?"}])
     other = write_jsonl(tmp_path / "other.jsonl", [{**PLAIN, "remark": "fine"}, {**PLAIN, "system": None}])
     entries = [{"name": str(one_file), "ignore_columns": ["question"]}, str(other)]
-    mixture = open_mixture(entries, "train", lambda spec: spec, 0)
+    mixture = open_mixture(entries, "train", 0)
     records, report = to_records(mixture)
     assert len(records) == 3 and report.unused == {f"remark ({other})": 1}
     with pytest.raises(UserError, match=r"one\.jsonl, row 1: the column 'question'"):
-        to_records(open_mixture([str(one_file), f"{other},ignore_columns=remark"], "train", lambda spec: spec, 0))
+        to_records(open_mixture([str(one_file), f"{other},ignore_columns=remark"], "train", 0))
     config = EvalDataConfig(datasets=[str(other)])
     with pytest.raises(UserError, match="--ignore_columns and --datasets contradict each other"):
         config.check_row_spec(RowSpec(ignore_columns=("a",)))
@@ -326,7 +326,7 @@ def test_the_report_reaches_the_cache_and_the_command_line(
     data = write_jsonl(tmp_path / "pairs.jsonl", [{**row, "remark": "good"} for row in preference_rows(6)])
     tokeniser = Tokeniser(tokenizer, Lengths(40, 20))
     for _ in range(2):
-        report = prepare_pairs(open_source(str(data), "train"), tokeniser, cache=PairCache(tmp_path / "cache")).report
+        report = prepare_pairs(open_source(str(data), "train"), tokeniser, cache=tmp_path / "cache").report
         assert report.unused == {"remark": 1}
     words = ["check-data", "--model_name_or_path", str(model_folder), "--dataset_name", str(data), "--json",
              str(tmp_path / "found.json")]  # fmt: skip

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from tdpo import TDPOConfig, TDPOTrainer, counterparts, objectives
 from tdpo.cli import main
-from tdpo.data.sources import MixedDataset
+from tdpo.data.sources import ENTRY_FIELDS
 from tdpo.errors import UserError
 
 trl = pytest.importorskip("trl", reason="TRL is not installed; make install brings it (the extra 'bench')")
@@ -39,7 +39,7 @@ TABLES = {
     "DATASET_MIXTURE_CONFIG": ({field.name for field in dataclasses.fields(trl.DatasetMixtureConfig)}, OURS),
     "DATASET_CONFIG": (
         {field.name for field in dataclasses.fields(trl.scripts.utils.DatasetConfig)},
-        {field.name for field in dataclasses.fields(MixedDataset)},
+        set(ENTRY_FIELDS),
     ),
     "TRAINER": (
         set(inspect.signature(trl.DPOTrainer.__init__).parameters) - {"self"},
@@ -128,9 +128,8 @@ def test_other_spellings_lead_to_options_and_hide_none() -> None:
     for name, entry in counterparts.TABLES["OTHER_SPELLINGS"].items():
         assert name not in OURS, f"{name} is an option: its entry is stale"
         assert entry.option in OURS or (not entry.option and entry.note), name
-    fields = {field.name for field in dataclasses.fields(MixedDataset)}
     for name, entry in counterparts.ENTRY_SPELLINGS.items():
-        assert name not in fields and entry.option in fields, name
+        assert name not in ENTRY_FIELDS and entry.option in ENTRY_FIELDS, name
 
 
 def test_an_objective_with_the_name_of_a_loss_of_trl_needs_a_new_note() -> None:

@@ -23,8 +23,9 @@ from tdpo.config.row_spec import PAIRS_FROM, RowSpec, Side, parse_columns
 from tdpo.data.formats import FORMATS, DataReport, iter_records, to_records
 from tdpo.data.formats.markup import html_to_text
 from tdpo.data.formats.pairs import common_words
+from tdpo.data.mixture import parse_entry
 from tdpo.data.sft import SFT_FORMATS
-from tdpo.data.sources import SourceRow, from_memory, mixed_dataset, read_source
+from tdpo.data.sources import SourceRow, from_memory, read_source
 
 settings.register_profile(
     "tdpo", max_examples=300, deadline=None, database=None, derandomize=True,
@@ -207,7 +208,7 @@ def test_columns_and_mixtures_of_any_shape_are_understood_or_refused(entry: Any)
         with only_words():
             assert all(len(pair) == 2 for pair in parse_columns(word))
         with only_words():
-            assert mixed_dataset(word, 1).name
+            assert parse_entry(word, 1)["name"]
 
 
 LINES = [json.dumps(make("Why?")).encode() for make in ROWS.values()]

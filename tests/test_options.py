@@ -159,10 +159,10 @@ def test_a_file_that_says_two_things_is_refused(tmp_path: Path, text: str, messa
 
 
 def test_foreign_fields_of_a_mixture_on_the_command_line_are_named() -> None:
-    from tdpo.data.sources import mixed_dataset
+    from tdpo.data.mixture import parse_entry
 
     with pytest.raises(UserError, match=r"entry 1: unknown field 'path'\. Use 'name'"):
-        mixed_dataset('{"path": "a.jsonl"}', 1)
+        parse_entry('{"path": "a.jsonl"}', 1)
 
 
 def test_options_that_act_early_are_found_in_every_spelling() -> None:

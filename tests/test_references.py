@@ -53,7 +53,7 @@ def pairs(tokenizer: Any) -> list[TokenisedPair]:
     """Ten different pairs."""
     prepared = prepare_pairs(preference_rows(10), Tokeniser(tokenizer, Lengths(96, 48)))
     assert len({pair.key for pair in prepared}) == 10
-    return list(prepared.pairs)
+    return list(prepared)
 
 
 def filled(folder: Path, model: Any, pairs: list[TokenisedPair], pack: Any = pack_trees, **options: Any) -> HiddenStore:

@@ -25,8 +25,10 @@ from conftest import preference_rows, write_jsonl
 from tdpo import UserError
 from tdpo.config import EvalDataConfig
 from tdpo.config.row_spec import RowSpec, Side
+from tdpo.data.cache import fingerprint
 from tdpo.data.formats import DataReport, iter_records, to_records
-from tdpo.data.sources import mixed_dataset, open_mixture, open_source, read_source
+from tdpo.data.mixture import open_mixture, parse_entry
+from tdpo.data.sources import Source, open_source, read_source
 
 ROWS = preference_rows(3)
 
@@ -199,7 +201,7 @@ def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
     strange = write_jsonl(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl")), ROWS)
     report = to_records(open_source(str(strange), "train"))[1]
     assert report.lines()[0].encode().endswith(b"caf\\udce9.jsonl (preference): 3 rows, 3 kept")
-    assert open_source(str(strange), "train").fingerprint()
+    assert fingerprint(open_source(str(strange), "train"))
 
 
 def test_files_cut_in_the_middle_are_told(tmp_path: Path) -> None:
@@ -262,6 +264,7 @@ def test_a_hub_dataset_is_asked_for_once_it_is_read(monkeypatch: pytest.MonkeyPa
     assert not asked
     assert [row.fields for row in source] == ROWS
     assert asked == [("org/pairs", "en", "train[:10%]")]
+    assert fingerprint(source) == fingerprint(open_source("org/pairs", "train[:10%]", "fr")) is not None, "of its rows"
     assert [row.location for row in source][1] == "org/pairs (train[:10%]), row 2"
     with pytest.raises(
         UserError, match=r"^dataset 'org/none': neither a local file nor loadable from the hub: no such dataset$"
@@ -305,32 +308,35 @@ def chosen(source: Any, reading: RowSpec | str = "auto") -> list[str]:
 def test_a_split_has_each_prompt_on_one_side_and_does_not_depend_on_the_order(tmp_path: Path) -> None:
     rows = numbered_rows(4000)
     random.Random(0).shuffle(rows)
-    source = open_source(str(write_jsonl(tmp_path / "a.jsonl", rows)), "train")
-    test, train = (chosen(source.read_by(RowSpec(side=Side(0.05, 0, side)))) for side in (True, False))
+
+    def side(rows: list[dict[str, str]], test: bool, seed: int = 0) -> Source:
+        path = write_jsonl(tmp_path / "a.jsonl", rows)
+        return open_source(str(path), "train", spec=RowSpec(side=Side(0.05, seed, test)))
+
+    test, train = (chosen(side(rows, test)) for test in (True, False))
     assert sorted(test + train) == sorted(row["chosen"] for row in rows)
     questions = [{int(text.split()[1]) // 2 for text in part} for part in (test, train)]
     assert not questions[0] & questions[1]
     assert abs(len(questions[0]) - 100) < 3 * (2000 * 0.05 * 0.95) ** 0.5, "a binomial number around 5% of 2,000"
-    again = open_source(str(write_jsonl(tmp_path / "b.jsonl", rows[::-1])), "train")
-    assert set(chosen(again.read_by(RowSpec(side=Side(0.05, 0, True))))) == set(test)
-    other = set(chosen(source.read_by(RowSpec(side=Side(0.05, 1, True)))))
+    assert set(chosen(side(rows[::-1], True))) == set(test)
+    other = set(chosen(side(rows, True, seed=1)))
     assert len(other & set(test)) < len(test) / 4, "another seed is another split"
-    _, report = to_records(source.read_by(RowSpec(side=Side(0.05, 0, True))))
+    _, report = to_records(side(rows, True))
     assert report.lines()[0].endswith(f"4000 rows, {len(test)} kept, {len(train)} on the other side of the split")
 
 
 def test_processes_split_and_mix_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "a.jsonl", numbered_rows(200))
     code = (
-        "from dataclasses import replace\n"
         "from tdpo.data.formats import to_records\n"
         "from tdpo.config.row_spec import Side\n"
-        "from tdpo.data.sources import open_mixture\n"
+        "from tdpo.data.cache import fingerprint\n"
+        "from tdpo.data.mixture import open_mixture\n"
         "output = []\n"
         "for test in (False, True):\n"
         "    names = ['a.jsonl,weight=0.5', 'a.jsonl,weight=1.3']\n"
-        "    source = open_mixture(names, 'train', lambda own: replace(own, side=Side(0.1, 0, test)), 0)\n"
-        "    output += [source.fingerprint(), *(record.chosen for record in to_records(source)[0])]\n"
+        "    source = open_mixture(names, 'train', 0, Side(0.1, 0, test))\n"
+        "    output += [fingerprint(source), *(record.chosen for record in to_records(source)[0])]\n"
     )
     other = subprocess.run(
         [sys.executable, "-c", code + "print(output)"], capture_output=True, text=True, check=True, cwd=tmp_path,
@@ -356,7 +362,7 @@ def test_a_mixture_reads_each_dataset_in_its_own_way(tmp_path: Path) -> None:
     entries[1] = {
         "name": str(tmp_path / "other.jsonl"), "columns": "prompt=question,chosen=good,rejected=bad",
     }  # fmt: skip
-    source = open_mixture(entries, "train", lambda reading: reading, 0)
+    source = open_mixture(entries, "train", 0)
     records, report = to_records(source)
     assert [(r.chosen, r.truncation_mode) for r in records] == [
         (" a", "keep_start"), (" a", "keep_start"), ("c", None), ("z", None),
@@ -367,7 +373,7 @@ def test_a_mixture_reads_each_dataset_in_its_own_way(tmp_path: Path) -> None:
 def test_weights_are_how_often_a_record_is_seen(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", numbered_rows(1000))
     for weight, counts in ((1, {1}), (3, {3}), (0.5, {1}), (2.25, {2, 3})):
-        source = open_mixture([f"{tmp_path / 'a.jsonl'},weight={weight}"], "train", lambda reading: reading, 0)
+        source = open_mixture([f"{tmp_path / 'a.jsonl'},weight={weight}"], "train", 0)
         times = Counter(chosen(source))
         assert set(times.values()) == counts
         assert abs(times.total() - 1000 * weight) < 3 * 250**0.5
@@ -395,12 +401,12 @@ def test_weights_are_how_often_a_record_is_seen(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_a_mixture_is_named(entry: Any, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        open_mixture([entry], "train", lambda reading: reading, 0)
+        open_mixture([entry], "train", 0)
     assert message in str(raised.value)
 
 
 def test_options_of_data_that_contradict_are_named() -> None:
-    assert mixed_dataset("a.jsonl", 1).weight == 1
+    assert parse_entry("a.jsonl,weight=1", 1) == {"name": "a.jsonl", "weight": 1.0}
     with pytest.raises(UserError, match="either --dataset_name or --datasets"):
         EvalDataConfig()
     with pytest.raises(UserError, match="either --dataset_name or --datasets"):
@@ -416,15 +422,16 @@ def test_options_of_data_that_contradict_are_named() -> None:
 
 def test_a_fingerprint_changes_with_what_is_read_and_how(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    source = open_source(str(path), "train")
-    prints = [source.fingerprint(), source.read_by(RowSpec("preference")).fingerprint()]
-    prints.append(source.read_by(RowSpec(side=Side(0.1, 0, True))).fingerprint())
-    assert open_source(str(path), "train").fingerprint() == prints[0]
+
+    def printed(spec: RowSpec | None = None) -> str | None:
+        return fingerprint(open_source(str(path), "train", spec=spec))
+
+    prints = [printed(), printed(RowSpec("preference")), printed(RowSpec(side=Side(0.1, 0, True)))]
+    assert printed() == prints[0]
     write_jsonl(path, ROWS[::-1])
-    prints.append(source.fingerprint())
+    prints.append(printed())
     assert None not in prints and len(set(prints)) == 4
-    assert source.read_by(RowSpec("module:function")).fingerprint() is None
-    assert open_source("org/pairs", "train").fingerprint() is None
+    assert printed(RowSpec("module:function")) is None
 
 
 def test_a_large_file_with_ten_bad_rows_names_them_in_bounded_memory(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_the_first_step_is_gradient_descent_on_the_loss_written_out(
         return (logp - ref_logp).gather(1, tokens).sum(), (ref_logp.exp() * (ref_logp - logp)).sum()
 
     losses = []
-    for pair in prepare_pairs(preference_rows(), Tokeniser(tokenizer, Lengths(96, 48))).pairs:
+    for pair in prepare_pairs(preference_rows(), Tokeniser(tokenizer, Lengths(96, 48))):
         (chosen, chosen_kl), (rejected, rejected_kl) = (
             sums(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)
         )
@@ -109,7 +109,7 @@ def test_training_learns_and_the_saved_folder_reproduces_its_evaluation(tmp_path
     metrics = trainer.evaluate()
     trainer.save_model()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    pairs = prepare_pairs(rows, Tokeniser(tokenizer, Lengths(96, 48))).pairs
+    pairs = prepare_pairs(rows, Tokeniser(tokenizer, Lengths(96, 48)))
     again = evaluate_pairs(loaded, reference, pairs, tdpo.objectives.tdpo2(0.1, 0.5), batch_size=5)
     for name, value in again.items():
         if f"eval_{name}" in metrics:
@@ -209,7 +209,7 @@ def test_data_may_be_a_dataset_records_or_tokenised_pairs(tmp_path: Path, tokeni
 
     rows = preference_rows()
     records = [tdpo.PreferenceRecord(**row) for row in rows]
-    pairs = prepare_pairs(rows, Tokeniser(tokenizer, Lengths(96, 48))).pairs
+    pairs = prepare_pairs(rows, Tokeniser(tokenizer, Lengths(96, 48)))
     columns = [{"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in pairs]
     ends = []
     for number, data in enumerate((rows, datasets.Dataset.from_list(rows), records, pairs, columns)):

@@ -88,7 +88,7 @@ def test_tokens_seen_are_those_of_the_batches(tmp_path: Path, tokenizer: Any, co
     options = {"max_steps": -1, "num_train_epochs": 1, "layout": "padded", "include_num_input_tokens_seen": counted}
     trainer = tiny_trainer(tmp_path, tokenizer, **options)
     trainer.train()
-    pairs = trainer.train_dataset.pairs
+    pairs = trainer.train_dataset
     real = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     seen = trainer.state.num_input_tokens_seen
     assert seen == real if counted == "non_padding" else seen > real

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,10 +12,8 @@ import yaml
 from typing_extensions import override
 
 from tdpo.commands.options import CONFIG, NONE, Parser, advice
-from tdpo.data.sources import MixedDataset
+from tdpo.data.sources import ENTRY_FIELDS
 from tdpo.errors import UserError
-
-ENTRY_FIELDS = [field.name for field in dataclasses.fields(MixedDataset)]
 
 SWITCHES = {"on": "true", "off": "false"}
 """Booleans of YAML that are none on a command line."""

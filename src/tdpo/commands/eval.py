@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
     if options.json:
         check_writable(Path(options.json).absolute().parent)
     tokenizer = load_tokenizer(model_config)
-    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config).read_by(spec)
+    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config, spec)
     dataset = read_dataset(source, options, make_tokeniser(options, tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()
@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
     limit = position_limit(policy, reference)
     check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source, len(tokenizer))
     how = options.per_device_eval_batch_size, options.layout, options.backend, options.logits_budget
-    metrics = evaluate_pairs(policy, reference, dataset.pairs, objective, *how, progress=True)
+    metrics = evaluate_pairs(policy, reference, dataset, objective, *how, progress=True)
     console().print(metric_table(metrics, f"{objective}, {len(dataset)} pairs"))
     if options.json:
         write_json(options.json, metrics)

@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tdpo.cli import COMMANDS
-from tdpo.commands.common import check_writable, console, quieten, read_dataset
+from tdpo.commands.common import console, quieten, read_dataset
 from tdpo.commands.options import parse
-from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions, check_values, option
+from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions
+from tdpo.config.checks import check_values, option
 from tdpo.data.dataset import check_fits
 from tdpo.data.options import check_format, make_tokeniser, open_training
 from tdpo.errors import UserError
 from tdpo.evaluate.weights import guidance_weights, importance_weights, response_logps
-from tdpo.files import atomic_write
+from tdpo.files import atomic_write, check_writable
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
 from tdpo.score import packer
@@ -72,16 +72,12 @@ class WeightOptions(PairOptions, LayoutOptions):
         """Returns the function from log-ratios of a response to its weights."""
         if self.guide_model:
             return partial(guidance_weights, strength=self.weights_strength, beta=self.weights_beta)
-        return partial(
-            importance_weights, clamp=self.weights_clamp, low=self.weights_low, high=self.weights_high
-        )
+        return partial(importance_weights, clamp=self.weights_clamp, low=self.weights_low, high=self.weights_high)
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command; run again after an interruption, it computes the files that are missing."""
-    model_config, data, options = parse(
-        "weights", COMMANDS["weights"], (ModelConfig, EvalDataConfig, WeightOptions), argv
-    )
+    model_config, data, options = parse("weights", (ModelConfig, EvalDataConfig, WeightOptions), argv)
     quieten()
     folder = Path(options.output_dir).expanduser()
     check_writable(folder)
@@ -94,7 +90,7 @@ def run(argv: Sequence[str]) -> None:
     for model in models:
         check_fits(dataset, head_of(model).vocab_size, position_limit(model), dataset.report.source, len(tokenizer))
     pack, weigh = packer(options.layout, models), options.weigh()
-    about = {"models": names, "weigh": str(weigh.keywords), "pairs": [pair.key for pair in dataset.pairs]}
+    about = {"models": names, "weigh": str(weigh.keywords), "pairs": [pair.key for pair in dataset]}
     fingerprint = hashlib.sha256(json.dumps(about).encode()).hexdigest().encode()
     starts = range(0, len(dataset), PAIRS_PER_FILE)
     paths = [folder / f"train-{number:05d}-of-{len(starts):05d}.parquet" for number in range(len(starts))]
@@ -103,7 +99,7 @@ def run(argv: Sequence[str]) -> None:
             raise UserError(f"{path} is of other models, options or pairs; remove it or give another --output_dir")
     missing = [(path, start) for path, start in zip(paths, starts, strict=True) if not path.exists()]
     for path, start in missing:
-        pairs = list(dataset.pairs[start : start + PAIRS_PER_FILE])
+        pairs = [dataset[index] for index in range(start, min(start + PAIRS_PER_FILE, len(dataset)))]
         passes = (
             response_logps(model, pairs, pack, options.per_device_eval_batch_size, options.logits_budget)
             for model in models

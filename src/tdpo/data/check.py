@@ -6,17 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tdpo.config.row_spec import RowSpec
-from tdpo.data.cache import PairCache
 from tdpo.data.calls import as_object, map_arguments, without_nulls
-from tdpo.data.dataset import NoPairLeft, check_fits, prepare_pairs
+from tdpo.data.dataset import NoPairLeft, PairDataset, check_fits, prepare_pairs
 from tdpo.data.formats import DataReport, OnBadRow, RowError, to_records
 from tdpo.data.sources import Source
-from tdpo.data.table import PairTable
+from tdpo.data.table import SCHEMA
 from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
 from tdpo.types import Message, PreferenceRecord, Text, TokenisedPair
@@ -53,7 +53,7 @@ class DataCheck:
     """
 
     records: list[PreferenceRecord]
-    pairs: PairTable
+    pairs: PairDataset
     report: DataReport
     errors: str
     lengths: np.ndarray
@@ -136,7 +136,7 @@ def check(
     tokeniser: Tokeniser,
     spec: RowSpec,
     on_bad_row: OnBadRow,
-    cache: PairCache | None,
+    cache: Path | None,
     limits: tuple[int | None, int | None] = (None, None),
     held_out: Iterable[PreferenceRecord] = (),
 ) -> DataCheck:
@@ -155,25 +155,25 @@ def check(
         UserError: for rows that are token ids already.
     """
     errors: list[str] = []
-    table, report = PairTable([]), DataReport(rows.name)
+    dataset = PairDataset(SCHEMA.empty_table(), DataReport(rows.name))
     for how in dict.fromkeys((on_bad_row, "drop")):
         try:
             dataset = prepare_pairs(rows, tokeniser, spec, how, cache=cache)
         except UserError as error:
             errors.append(str(error))
-            report = error.report if isinstance(error, NoPairLeft) else report
+            if isinstance(error, NoPairLeft):
+                dataset.report = error.report
             continue
-        if not isinstance(dataset.pairs, PairTable) or dataset.report.format == "tokenised":
+        if dataset.report.format == "tokenised":
             raise UserError(f"{dataset.report.source}: the rows are token ids already; there is no text to check")
-        table, report = dataset.pairs, dataset.report
         break
     try:
-        check_fits(table, *limits, report.source, len(tokeniser.tokenizer))
+        check_fits(dataset, *limits, dataset.report.source, len(tokeniser.tokenizer))
     except UserError as error:
         errors.append(str(error))
-    records = _of_pairs(to_records(rows, spec, "drop")[0] if len(table) else [], table, tokeniser)
-    lengths = _whole_lengths(records, table, report, tokeniser)
-    found = DataCheck(records, table, report, "\n".join(dict.fromkeys(errors)), lengths)
+    records = _of_pairs(to_records(rows, spec, "drop")[0] if len(dataset) else [], dataset, tokeniser)
+    lengths = _whole_lengths(records, dataset, tokeniser)
+    found = DataCheck(records, dataset, dataset.report, "\n".join(dict.fromkeys(errors)), lengths)
     _look_over(found, tokeniser, {_plain_prompt(record) for record in held_out})
     return found
 
@@ -213,9 +213,9 @@ def whole(record: PreferenceRecord, tokeniser: Tokeniser) -> TokenisedPair:
     return pair
 
 
-def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairTable, tokeniser: Tokeniser) -> list[PreferenceRecord]:
+def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairDataset, tokeniser: Tokeniser) -> list[PreferenceRecord]:
     """Returns the records that became pairs: both are in the order of the source, some records were dropped between."""
-    rows = pairs.rows().tolist()
+    rows = pairs.table["row"].to_pylist()
     made, became = Counter(record.row for record in records), Counter(rows)
 
     def becomes_a_pair(record: PreferenceRecord) -> bool:
@@ -228,12 +228,10 @@ def _of_pairs(records: Sequence[PreferenceRecord], pairs: PairTable, tokeniser: 
     return [next(record for record in left if record.row == row) for row in rows]
 
 
-def _whole_lengths(
-    records: Sequence[PreferenceRecord], pairs: PairTable, report: DataReport, tokeniser: Tokeniser
-) -> np.ndarray:
+def _whole_lengths(records: Sequence[PreferenceRecord], pairs: PairDataset, tokeniser: Tokeniser) -> np.ndarray:
     """Computes ``[P, 4]`` lengths without truncation; only what was cut is tokenised again."""
-    lengths = pairs.lengths()
-    cut = {row for rows in report.truncated.values() for row in rows}
+    lengths = pairs.side_lengths()
+    cut = {row for rows in pairs.report.truncated.values() for row in rows}
     indices = [index for index, record in enumerate(records) if record.row in cut]
     turns = [Turns(r, r.prompt, (r.chosen, r.rejected)) for r in (records[index] for index in indices)]
     for index, ids in zip(indices, tokeniser.encode_turns(turns, DataReport("")), strict=True):

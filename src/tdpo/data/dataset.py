@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
 
-from torch.utils.data import Dataset
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tdpo.config.row_spec import RowSpec
-from tdpo.data.cache import PairCache, cache_key, in_memory, rows_fingerprint
+from tdpo.data.cache import cache_key, cached_pairs, in_memory
 from tdpo.data.formats import DataReport, OnBadRow, iter_records, name_of
 from tdpo.data.sources import Source, SourceRow, from_memory
-from tdpo.data.table import PairTable, record_batch
-from tdpo.data.tokenise import Tokeniser, outside_vocabulary
-from tdpo.data.workers import record_batches
+from tdpo.data.table import SIDES, record_batch
+from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
 
-Example = TypeVar("Example")
-TOKENISED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CHUNK = 2048
 """Records tokenised at a time: what bounds the memory that text and lists of ids take on their way."""
 
@@ -39,40 +39,52 @@ class NoPairLeft(UserError):
         self.report = report
 
 
-class ExampleDataset(Dataset[Example]):
-    """Examples in their order with the report on their rows."""
+class PairDataset(Sequence[TokenisedPair]):
+    """Tokenised pairs with the report on their rows: an Arrow table of which a pair is made when it is asked for.
 
-    def __init__(self, examples: Sequence[Example], report: DataReport) -> None:
-        self.examples, self.report = examples, report
+    Args:
+        pairs: A table of :data:`tdpo.data.table.SCHEMA`, or a file of one, which is mapped into memory; a copy sent to
+            another process maps it again instead of carrying the ids.
+        report: The report.
+
+    Example:
+        >>> pairs = [TokenisedPair([5, 6], [7], [8, 9], row=3)]
+        >>> dataset = PairDataset(pa.Table.from_batches([record_batch(pairs)]), DataReport("pairs.jsonl"))
+        >>> dataset[0]
+        TokenisedPair(prompt_ids=[5, 6], chosen_ids=[7], rejected_ids=[8, 9], row=3)
+        >>> dataset.side_lengths().tolist(), dataset.lengths()
+        ([[2, 1, 2]], [5])
+    """
+
+    def __init__(self, pairs: pa.Table | Path, report: DataReport) -> None:
+        self.report, self._pairs = report, pairs
+        mapped = isinstance(pairs, Path)
+        self.table: Any = pa.ipc.open_file(pa.memory_map(str(pairs))).read_all() if mapped else pairs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PairDataset, (self._pairs, self.report)
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return self.table.num_rows
 
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+    @overload
+    def __getitem__(self, index: int) -> TokenisedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenisedPair]: ...
+    def __getitem__(self, index: int | slice) -> TokenisedPair | list[TokenisedPair]:
+        rows = range(len(self))[index]  # raises IndexError
+        if isinstance(rows, range):
+            return [self[row] for row in rows]
+        prompt, chosen, rejected = (self.table[name][rows].values.to_numpy().tolist() for name in SIDES)
+        return TokenisedPair(prompt, chosen, rejected, self.table["row"][rows].as_py())
 
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self.examples)
-
-
-class PairDataset(ExampleDataset[TokenisedPair]):
-    """Tokenised pairs with the report on their rows."""
-
-    def __init__(self, pairs: Sequence[TokenisedPair], report: DataReport) -> None:
-        if not len(pairs):
-            raise NoPairLeft(report)
-        super().__init__(pairs, report)
-
-    @property
-    def pairs(self) -> Sequence[TokenisedPair]:
-        """The pairs in their order: a :class:`~tdpo.data.table.PairTable`, unless they were given as pairs."""
-        return self.examples
+    def side_lengths(self) -> np.ndarray:
+        """Returns ``[P, 3]`` int64: tokens of prompt, chosen and rejected response of each pair."""
+        return np.stack([pc.list_value_length(self.table[name]).to_numpy() for name in SIDES], 1).astype(np.int64)
 
     def lengths(self) -> list[int]:
         """Returns the tokens of each pair, its prompt counted once."""
-        if isinstance(self.pairs, PairTable):
-            return self.pairs.lengths().sum(1).tolist()
-        return [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.pairs]
+        return self.side_lengths().sum(1).tolist()
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ def prepare_pairs(
     format_name: str | RowSpec = "auto",
     on_bad_row: OnBadRow = "error",
     name: str = "dataset",
-    cache: PairCache | None = None,
+    cache: Path | None = None,
 ) -> PairDataset:
     """Tokenises data in any form a trainer accepts.
 
@@ -109,7 +121,7 @@ def prepare_pairs(
         format_name: A key of :data:`tdpo.data.formats.FORMATS`, ``"auto"``, or a complete ``RowSpec``.
         on_bad_row: ``"error"`` or ``"drop"``.
         name: What messages call rows that come from memory.
-        cache: Where pairs are looked for before they are tokenised, and kept; None keeps them in memory alone.
+        cache: Folder where pairs are looked for before they are tokenised, and kept; None keeps them in memory alone.
 
     Raises:
         UserError: for bad rows, unknown formats and when nothing is left.
@@ -117,93 +129,66 @@ def prepare_pairs(
     if isinstance(data, PairDataset):
         return data
     spec = RowSpec(format_name) if isinstance(format_name, str) else format_name
-    rows = data if isinstance(data, Source) and tokeniser is not None else _rows(data, name)
-    if isinstance(rows, list) and isinstance(rows[0], TokenisedPair):
-        return PairDataset(rows, DataReport(name, "tokenised", len(rows), len(rows)))
-    if isinstance(rows, list) and _is_tokenised(rows[0]):
-        return PairDataset([_tokenised(row) for row in rows], _tokenised_report(rows))
-    if tokeniser is None:
-        raise UserError(f"{name_of(rows)}: text has to be tokenised and there is no tokenizer; pass processing_class")
+    rows = data if isinstance(data, Source) else list(data)
+    if isinstance(rows, list):
+        if not rows:
+            raise UserError(f"{name}: no rows in it")
+        if isinstance(rows[0], TokenisedPair):
+            report = DataReport(name, "tokenised", len(rows), len(rows))
+            return PairDataset(pa.Table.from_batches([record_batch(rows)]), report)
+        if not isinstance(rows[0], PreferenceRecord | SourceRow):
+            rows = from_memory(rows, name)
     build = partial(_build, rows, tokeniser, spec, on_bad_row)
-    key = None if cache is None else _cache_key(rows, tokeniser, spec, on_bad_row)
-    return PairDataset(*(in_memory(build) if cache is None or key is None else cache.fetch(key, build)))
-
-
-def _rows(data: Iterable[Any], name: str) -> list[Any]:
-    """Returns the rows of the data; dictionaries get their numbers."""
-    rows = list(data)
-    if not rows:
-        raise UserError(f"{name}: no rows in it")
-    return rows if isinstance(rows[0], TokenisedPair | PreferenceRecord | SourceRow) else from_memory(rows, name)
-
-
-def _cache_key(rows: Source | list[Any], tokeniser: Tokeniser, spec: RowSpec, on_bad_row: OnBadRow) -> str | None:
-    """Returns the key of the tokenised rows; None if something they depend on has no fingerprint."""
-    backend = tokeniser.encode.spec
-    if backend is None or ":" in spec.format:
-        return None
-    fingerprint = (rows.fingerprint() if isinstance(rows, Source) else None) or rows_fingerprint(rows)
-    if fingerprint is None:
-        return None
-    return cache_key(
-        tokeniser.tokenizer,
-        backend,
-        fingerprint,
-        reading=repr(spec),
-        on_bad_row=on_bad_row,
-        source=name_of(rows),
-        template_arguments=dict(tokeniser.rendering.template_arguments),
-        special_tokens=tokeniser.rendering.special_tokens,
-        **dataclasses.asdict(tokeniser.lengths),
-    )
+    key = None if cache is None or tokeniser is None else cache_key(rows, tokeniser, spec, on_bad_row)
+    dataset = PairDataset(*(in_memory(build) if cache is None or key is None else cached_pairs(cache, key, build)))
+    if not len(dataset):
+        raise NoPairLeft(dataset.report)
+    return dataset
 
 
 def _build(
-    rows: Source | list[Any], tokeniser: Tokeniser, spec: RowSpec, on_bad_row: OnBadRow
-) -> tuple[DataReport, Iterator[Any]]:
+    rows: Source | list[Any], tokeniser: Tokeniser | None, spec: RowSpec, on_bad_row: OnBadRow
+) -> tuple[DataReport, Iterable[Any]]:
     """Returns the report, and the record batches whose iteration fills it; text is read as it is tokenised."""
-    first = next(iter(rows), None)
-    if _is_tokenised(first):
-        found = list(rows)
-        return _tokenised_report(found), iter([record_batch([_tokenised(row) for row in found])])
+    first, report = next(iter(rows), None), DataReport(name_of(rows))
+    if isinstance(first, SourceRow) and first.fields.keys() >= set(SIDES):
+        batch = record_batch([_tokenised(row) for row in rows])
+        return DataReport(first.source, "tokenised", len(batch), len(batch)), [batch]
+    if tokeniser is None:
+        raise UserError(f"{report.source}: text has to be tokenised and there is no tokenizer; pass processing_class")
     if isinstance(first, PreferenceRecord):
-        report = DataReport(first.source, "records", len(list(rows)))
+        report.format, report.read = "records", len(list(rows))
         records: Iterable[Any] = rows
     else:
-        report = DataReport(name_of(rows))
         records = iter_records(rows, spec, on_bad_row, report)
     if tokeniser.rendering.special_tokens is None:
         records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
-    return report, _batches(records, tokeniser, report, on_bad_row)
+    return report, _batches(iter(records), tokeniser, report, on_bad_row)
 
 
 def _batches(
-    records: Iterable[PreferenceRecord], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
+    records: Iterator[PreferenceRecord], tokeniser: Tokeniser, report: DataReport, on_bad_row: OnBadRow
 ) -> Iterator[Any]:
-    left, kept = iter(records), 0
-    chunks = iter(lambda: list(itertools.islice(left, CHUNK)), [])
-    for batch in record_batches(chunks, tokeniser, report, on_bad_row):
+    chunks = iter(lambda: list(islice(records, CHUNK)), [])
+    if tokeniser.processes == 1:
+        batches: Iterator[Any] = (record_batch(tokeniser.pairs(chunk, report, on_bad_row)) for chunk in chunks)
+    else:
+        from tdpo.data.workers import record_batches
+
+        batches = record_batches(chunks, tokeniser, report, on_bad_row)
+    kept = 0
+    for batch in batches:
         kept += len(batch)
         yield batch
     report.kept = kept
 
 
-def _is_tokenised(row: Any) -> bool:
-    return isinstance(row, SourceRow) and row.fields.keys() >= set(TOKENISED_COLUMNS)
-
-
-def _tokenised_report(rows: list[Any]) -> DataReport:
-    return DataReport(rows[0].source, "tokenised", len(rows), len(rows))
-
-
 def _tokenised(row: SourceRow) -> TokenisedPair:
     try:
-        prompt, chosen, rejected = (list(row.fields[column]) for column in TOKENISED_COLUMNS)
+        prompt, chosen, rejected = (array("i", row.fields[column]).tolist() for column in SIDES)
         return TokenisedPair(prompt, chosen, rejected, row.row)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{row.location}: {', '.join(TOKENISED_COLUMNS)} must be lists of token ids: {error}"
-        ) from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{row.location}: {', '.join(SIDES)} must be lists of token ids: {error}") from error
 
 
 def check_fits(
@@ -227,9 +212,13 @@ def check_fits(
     Raises:
         UserError: naming the source, the pair's row (its number where the row is unknown) and what is too large.
     """
-    table = pairs.pairs if isinstance(pairs, PairDataset) else pairs
-    if isinstance(table, PairTable) and _table_fits(table, vocab_size, positions):
-        return
+    if isinstance(pairs, PairDataset) and len(pairs):
+        lengths = pairs.side_lengths()
+        longest = (lengths[:, 0] + lengths[:, 1:].max(1)).max()
+        extremes = [pc.min_max(pc.list_flatten(pairs.table[name])).as_py() for name in SIDES]
+        known = vocab_size is None or all(side["min"] >= 0 and side["max"] < vocab_size for side in extremes)
+        if known and (positions is None or longest <= positions):
+            return  # else the loop names the row
     for number, pair in enumerate(pairs, 1):
         ids = (*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
         length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
@@ -247,11 +236,8 @@ def check_limits(
         )
     stray = max(ids) if vocab_size is not None and max(ids) >= vocab_size else min(ids)
     if vocab_size is not None and not 0 <= stray < vocab_size:
-        raise UserError(f"{where}: {outside_vocabulary(stray, vocab_size, tokens)}")
-
-
-def _table_fits(table: PairTable, vocab_size: int | None, positions: int | None) -> bool:
-    lengths = table.lengths()
-    longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max(initial=0))
-    known = vocab_size is None or 0 <= table.smallest_id() <= table.largest_id() < vocab_size
-    return known and (positions is None or longest <= positions)
+        sizes = f"the tokenizer has {tokens} tokens, the model's vocabulary {vocab_size} entries" if tokens else ""
+        raise UserError(
+            f"{where}: token id {stray} is outside the model's vocabulary of {vocab_size}; tokenizer and model do not "
+            "belong together" + (f" ({sizes}; --tokenizer_name_or_path names another tokenizer)" if sizes else "")
+        )

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from tdpo.config import DataConfig, EvalDataConfig, FormatOptions, PairOptions, SFTConfig
 from tdpo.config.checks import check_values
-from tdpo.config.row_spec import AUTO, RowSpec, Side
-from tdpo.data.cache import PairCache
+from tdpo.config.row_spec import AUTO, RowSpec
 from tdpo.data.dataset import PairDataset, prepare_pairs
 from tdpo.data.formats import FORMATS, OnBadRow, find_format
-from tdpo.data.sources import Source, open_mixture, open_source
+from tdpo.data.sources import Source, open_source
 from tdpo.data.tokenise import Tokeniser
 
 if TYPE_CHECKING:
     from tdpo.data.sft import SFTDataset
 
 
-def open_training(data: DataConfig, spec: RowSpec) -> Source:
+def open_training(data: DataConfig, spec: RowSpec, held_out: bool = False) -> Source:
     """Opens the rows to train on, each with the options it is read by.
 
     Args:
         data: The options that name the data.
         spec: How rows of ``dataset_name`` become records; those of ``datasets`` have their own.
+        held_out: Opens the rows that ``test_fraction`` holds out instead.
     """
-    return _open(data, spec, data.side(False))
+    split, side = data.dataset_train_split, data.side(held_out)
+    if data.dataset_name:
+        return open_source(data.dataset_name, split, data.dataset_config, replace(spec, side=side))
+    from tdpo.data.mixture import open_mixture
+
+    return open_mixture(data.datasets, split, data.split_seed, side)
 
 
 def open_held_out(data: EvalDataConfig, spec: RowSpec) -> Source | None:
     """Opens the rows of ``eval_dataset_name``, or those that ``test_fraction`` holds out; None without either."""
     if data.eval_dataset_name:
-        return open_source(data.eval_dataset_name, data.dataset_test_split, data.dataset_config).read_by(spec)
-    return None if data.test_fraction is None else _open(data, spec, data.side(True))
-
-
-def _open(data: DataConfig, spec: RowSpec, side: Side | None) -> Source:
-    split = data.dataset_train_split
-    if data.dataset_name:
-        return open_source(data.dataset_name, split, data.dataset_config).read_by(replace(spec, side=side))
-    return open_mixture(data.datasets, split, lambda own: replace(own, side=side), data.split_seed)
+        return open_source(data.eval_dataset_name, data.dataset_test_split, data.dataset_config, spec)
+    return None if data.test_fraction is None else open_training(data, spec, held_out=True)
 
 
 def check_format(options: FormatOptions) -> None:
@@ -70,9 +70,10 @@ def make_tokeniser(options: PairOptions | SFTConfig, tokenizer: Any) -> Tokenise
     return Tokeniser(tokenizer, options.lengths(), processes=processes, rendering=options.rendering())
 
 
-def pair_cache(options: PairOptions) -> PairCache | None:
-    """Returns the cache of tokenised pairs, or None if they are not cached."""
-    return PairCache(options.cache_dir) if options.cache_dataset else None
+def pair_cache(options: PairOptions) -> Path | None:
+    """Returns the folder of tokenised pairs, or None if they are not kept."""
+    folder = options.cache_dir or os.environ.get("TDPO_CACHE") or "~/.cache/tdpo"
+    return Path(folder).expanduser() / "pairs" if options.cache_dataset else None
 
 
 @overload

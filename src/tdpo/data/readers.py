@@ -12,11 +12,11 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
-from tdpo.data.dialects import delimiter_of, foreign_content, rows_of_json
+from tdpo.data.json_layouts import rows_of_json
 from tdpo.errors import UserError
 
 Rows = Iterator[tuple[int, Any]]
@@ -25,23 +25,64 @@ BATCH = 512
 SUFFIXES = ("gz", "bz2", "xz", "zst")
 HEAD = 1024
 """Bytes that show which kind of file it is."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+FOREIGN = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; git lfs pull fetches that",
+    b"\x1f\x8b": "gzip-compressed data; decompress it or add .gz to its name",
+    b"BZh91AY&SY": "bzip2-compressed data; decompress it or add .bz2 to its name",
+    b"\xfd7zXZ\x00": "xz-compressed data; decompress it or add .xz to its name",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed data; decompress it or add .zst to its name",
+    b"PK\x03\x04": "a zip archive or an Excel workbook; unpack the one, save the other as CSV in UTF-8",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook or another Office file; save it as CSV in UTF-8",
+    b"%PDF": "a PDF document",
+    b"PAR1": "a Parquet file; name it .parquet",
+    b"ARROW1": "an Arrow file; name it .arrow",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+}
+"""First bytes of files of other kinds, and what to do with those."""
+HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")
 EXCEL_DELIMITER = re.compile(r"sep=[,;|\t]\r?\n", re.IGNORECASE)
 """The line by which spreadsheets name the delimiter of the lines behind it."""
 
 
-class Unreadable(str):
-    """Stands where a row's value would be, and says why there is none."""
+class Unreadable(NamedTuple):
+    """Stands where a row's value would be.
+
+    Attributes:
+        reason: What is wrong with it.
+        line: The line of it where that is, from 1.
+    """
+
+    reason: str
+    line: int = 1
 
 
 def kind_of(path: Path) -> str:
     """Returns the suffix of a file's name without that of compression: ``"jsonl"`` for ``pairs.jsonl.gz``."""
-    name = path.name.lower()
-    for suffix in SUFFIXES:
-        name = name.removesuffix("." + suffix)
-    return name.rpartition(".")[2] if "." in name else ""
+    found = re.search(rf"\.([^.]*)(\.({'|'.join(SUFFIXES)}))*$", path.name.lower())
+    return found[1] if found else ""
 
 
-def read_values(path: Path, shown: str | None = None, split: str | None = None) -> Rows:
+def check_kind(path: Path) -> None:
+    """Refuses a file that no reader is for, by its name, and a pointer of Git LFS.
+
+    Raises:
+        UserError: naming the known kinds, and what the file is where its first bytes show that.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    foreign = _foreign_content(head, "")
+    if "Git LFS" in foreign:
+        raise UserError(f"{path}: it is {foreign}")
+    if kind_of(path) not in READERS:
+        raise UserError(
+            f"{path}: cannot read files of this kind{f' (it is {foreign})' if foreign else ''}; known are "
+            f"{', '.join('.' + k for k in READERS)}, also with {', '.join('.' + s for s in SUFFIXES)}"
+        )
+
+
+def read_values(path: Path, shown: str, split: str | None = None) -> Rows:
     """Yields the values of a file's rows with their numbers from 1.
 
     Args:
@@ -52,31 +93,33 @@ def read_values(path: Path, shown: str | None = None, split: str | None = None) 
     Raises:
         UserError: if it cannot be read, naming the row where there is one.
     """
-    shown, kind = shown or str(path), kind_of(path)
-    if kind not in READERS:
-        raise UserError(
-            f"{shown}: cannot read files of this kind{_foreign_hint(path)}; known are "
-            f"{', '.join('.' + k for k in READERS)}, also with {', '.join('.' + s for s in SUFFIXES)}"
-        )
-    read = functools.partial(_read_json, split=split) if kind == "json" else READERS[kind]
     import pyarrow
 
+    kind, compression = kind_of(path), path.suffix.lower().removeprefix(".")
+    read = functools.partial(_read_json, split=split) if kind == "json" else READERS[kind]
     try:
-        with open(path, "rb") as plain:
-            if plain.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(f"{shown}: it is a pointer of Git LFS, not the file; git lfs pull fetches that")
-        with _open(path) as file:
-            foreign = foreign_content(file.peek(HEAD), kind)  # type: ignore[attr-defined]
+        if compression == "zst":
+            stream = pyarrow.input_stream(str(path), compression="zstd")
+            opened = cast("IO[bytes]", io.BufferedReader(cast("Any", stream)))
+        else:
+            openers: dict[str, Any] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+            opened = openers.get(compression, open)(path, "rb")
+        with opened as file:
+            head = file.peek(HEAD)  # type: ignore[attr-defined]
+            foreign = _foreign_content(head, kind)
             if foreign:
                 raise UserError(f"{shown}: it is {foreign}")
-            yield from read(file, shown)
+            if head.startswith(BYTE_ORDER_MARK):
+                file.read(len(BYTE_ORDER_MARK))
+            whole = kind in TABLES and compression in SUFFIXES  # tables are not read from one end to the other
+            yield from read(io.BytesIO(file.read()) if whole else file, shown)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{shown}: not {NAMES.get(kind, kind)}: {first_line(error)}") from error
+        raise UserError(f"{shown}: not {TABLES.get(kind, kind)}: {first_line(error)}") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(f"{shown}: cannot be read: {first_line(error)}") from error
 
 
-def table_values(batches: Iterator[Any]) -> Rows:
+def table_values(batches: Iterable[Any]) -> Rows:
     """Yields rows of Arrow record batches or tables as objects."""
     number = 0
     for batch in batches:
@@ -87,57 +130,66 @@ def table_values(batches: Iterator[Any]) -> Rows:
                 yield number, value
 
 
-def _foreign_hint(path: Path) -> str:
-    with open(path, "rb") as file:
-        found = foreign_content(file.read(HEAD), "")
-    return f" (it is {found})" if found else ""
-
-
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its type."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def _open(path: Path) -> IO[bytes]:
-    """Opens a file's bytes, decompressed."""
-    suffix = path.suffix.lower().removeprefix(".")
-    if suffix == "zst":
-        import pyarrow
-
-        return cast("IO[bytes]", io.BufferedReader(cast("Any", pyarrow.input_stream(str(path), compression="zstd"))))
-    openers: dict[str, Any] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
-    return openers.get(suffix, open)(path, "rb")
-
-
-def _lines(file: IO[bytes], shown: str) -> Iterator[bytes]:
-    """Yields lines without a byte order mark."""
-    for number, line in enumerate(file):
-        if number == 0:
-            if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line[:2]:
-                raise UserError(f"{shown}: it is UTF-16 text; save it as UTF-8")
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        yield line
+def _foreign_content(head: bytes, kind: str) -> str:
+    """Returns what a file holds, and what to do, if its first bytes show another kind than its name; else ""."""
+    text = head.removeprefix(BYTE_ORDER_MARK).lstrip().lower()
+    if text.startswith(HTML):
+        return "an HTML page and not the data; of a repository on the web, download the raw file (/resolve/ or /raw/)"
+    if kind in ("csv", "tsv") and text.startswith((b'{"', b"[{", b"[\n")):
+        return "JSON; name it .json or .jsonl"
+    if kind in READERS and kind not in TABLES and b"\0" in head[:2]:
+        return FOREIGN[b"\xff\xfe"]
+    found = next((meaning for magic, meaning in FOREIGN.items() if head.startswith(magic)), "")
+    return "" if found.endswith(f".{kind}") else found
 
 
-def _read_jsonl(file: IO[bytes], shown: str) -> Rows:
-    """Reads an object a line, or a list of objects over one line or several."""
-    lines = ((number, line) for number, line in enumerate(_lines(file, shown), 1) if line.strip())
+def _read_json(file: IO[bytes], shown: str, split: str | None = None) -> Rows:
+    """Reads an object a line, or one JSON value over one line or several.
+
+    Args:
+        file: The file.
+        shown: What messages call it.
+        split: The split to read of an object that holds several; None takes an object for a row, whatever it holds.
+    """
+    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     number, first = next(lines, (0, b""))
-    if first.lstrip()[:1] == b"[" or first.strip() == b"{":
-        yield from _whole(number, first, file, shown, lambda value: value if isinstance(value, list) else [value])
+    value = _parse(first)
+    if not first:
         return
-    for place, line in itertools.chain([(number, first)] if first else [], lines):
-        yield place, _value(line)
+    if not isinstance(value, dict):
+        content = first + file.read()
+        value = _parse(content)
+        if not isinstance(value, Unreadable):
+            yield from enumerate(rows_of_json(value, split, shown), 1)
+        elif first.lstrip().startswith(b"[") or first.strip() == b"{":
+            raise UserError(f"{shown}, line {number + value.line - 1}: {value.reason}")
+        else:
+            rest = enumerate(content.splitlines(), number)
+            yield from ((place, _parse(line)) for place, line in rest if line.strip())
+        return
+    second = next(lines, None)
+    rows = [value] if second or split is None else rows_of_json(value, split, shown)
+    yield from [(number, value)] if rows == [value] else enumerate(rows, 1)
+    for place, line in itertools.chain([second] if second else [], lines):
+        yield place, _parse(line)
 
 
-def _value(line: bytes) -> Any:
-    """Parses one line of JSON; returns the reason as :class:`Unreadable` where it cannot."""
+def _parse(content: bytes) -> Any:
+    """Parses JSON; returns the reason as :class:`Unreadable` where it cannot."""
     try:
-        return _DECODER.decode(line.decode("utf-8"))
+        return _DECODER.decode(content.decode("utf-8"))
     except json.JSONDecodeError as error:
-        return Unreadable(f"not valid JSON: {error.msg} at character {error.pos + 1}")
+        return Unreadable(f"not valid JSON: {error.msg} at character {error.colno}", error.lineno)
     except UnicodeDecodeError as error:
-        return Unreadable(f"not UTF-8 text: byte {error.object[error.start]:#04x} at position {error.start + 1}")
+        before = content[: error.start]
+        position = len(before) - before.rfind(b"\n")
+        reason = f"not UTF-8 text: byte {content[error.start]:#04x} at position {position}"
+        return Unreadable(reason, before.count(b"\n") + 1)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end, twice a key
         return Unreadable(f"not readable JSON: {error}")
 
@@ -154,80 +206,35 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _read_json(file: IO[bytes], shown: str, split: str | None = None) -> Rows:
-    """Reads one value in any of the layouts of :func:`~tdpo.data.dialects.rows_of_json`, or an object a line."""
-    lines = ((number, line) for number, line in enumerate(_lines(file, shown), 1) if line.strip())
-    number, first = next(lines, (0, b""))
-    if not first:
-        return
-    rows_of = functools.partial(rows_of_json, split=split, shown=shown)
-    value = _value(first)
-    if isinstance(value, Unreadable | list):
-        yield from _whole(number, first, file, shown, rows_of)
-        return
-    second = next(lines, None)
-    if second is None:
-        rows = rows_of(value)
-        yield from [(number, value)] if rows == [value] else enumerate(rows, 1)
-        return
-    yield number, value
-    for number, line in itertools.chain([second], lines):
-        yield number, _value(line)
-
-
-def _whole(number: int, first: bytes, file: IO[bytes], shown: str, rows_of: Callable[[Any], list[Any]]) -> Rows:
-    """Yields the rows of a file that is one JSON value over several lines, or else an object a line after all.
-
-    Args:
-        number: Number of the first line that is not blank.
-        first: That line.
-        file: The file behind it.
-        shown: What messages call it.
-        rows_of: Returns the rows of the value.
-    """
-    content = first + file.read()
-    try:
-        value = _DECODER.decode(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + number
-        raise UserError(
-            f"{shown}, line {line}: not UTF-8 text: byte {content[error.start]:#04x}; save it as UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        if first.lstrip()[:1] == b"[":
-            line = error.lineno + number - 1
-            raise UserError(f"{shown}, line {line}: not valid JSON: {error.msg}") from error
-        lines = enumerate(content.splitlines(), number)
-        yield from ((place, _value(line)) for place, line in lines if line.strip())
-        return
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{shown}: not readable JSON: {error}") from error
-    yield from enumerate(rows_of(value), 1)
-
-
 def _read_csv(file: IO[bytes], shown: str, delimiter: str = ",") -> Rows:
+    """Reads a table as text, under another delimiter where its own leaves the header a single column."""
     csv.field_size_limit(2**31 - 1)
     lines = _decoded(file, shown)
     first = next(lines, "")
     if EXCEL_DELIMITER.fullmatch(first):
         delimiter, first = first[4], next(lines, "")
+
+    def columns(separator: str) -> int:
+        return len(next(csv.reader([first], delimiter=separator), []))
+
+    if columns(delimiter) <= 1:
+        delimiter = max((delimiter, *",;\t|"), key=columns)
     number = 0
     try:
-        reader = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter_of(first, delimiter), strict=True)
+        reader = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         header = list(reader.fieldnames or [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{shown}: a column name stands twice in the header: {', '.join(header)}")
+        _check_names(header, shown)
         for number, fields in enumerate(reader, 1):
             if None in fields or None in fields.values():
                 yield number, Unreadable(f"not as many cells as the header has columns ({len(header)})")
             else:
-                yield number, dict(fields)
+                yield number, fields
     except csv.Error as error:
         raise UserError(f"{shown}, row {number + 1}: not valid CSV: {error}; is a quotation mark missing?") from error
 
 
 def _decoded(file: IO[bytes], shown: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(file, shown), 1):
+    for number, line in enumerate(file, 1):
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -236,37 +243,24 @@ def _decoded(file: IO[bytes], shown: str) -> Iterator[str]:
             ) from error
 
 
-def _read_parquet(file: IO[bytes], shown: str) -> Rows:
-    import pyarrow
+def _read_table(file: IO[bytes], shown: str) -> Rows:
+    """Reads a Parquet file, an Arrow file, or the Arrow stream that ``datasets`` writes."""
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(pyarrow.PythonFile(_seekable(file), mode="r"))
-    _check_names(table.schema_arrow.names, shown)
-    yield from table_values(table.iter_batches(batch_size=BATCH))
-
-
-def _read_arrow(file: IO[bytes], shown: str) -> Rows:
-    """Reads an Arrow file, or the stream of one that ``datasets`` writes."""
-    import pyarrow
-
-    seekable = _seekable(file)
-    is_file = seekable.read(6) == b"ARROW1"
-    seekable.seek(0)
-    source = pyarrow.PythonFile(seekable, mode="r")
-    if is_file:
-        table = pyarrow.ipc.open_file(source)
-        batches = (table.get_batch(i) for i in range(table.num_record_batches))
+    magic = file.read(6)
+    file.seek(0)
+    table: Any
+    if magic == b"ARROW1":
+        table = pyarrow.ipc.open_file(file)
+        schema, batches = table.schema, map(table.get_batch, range(table.num_record_batches))
+    elif magic.startswith(b"PAR1"):
+        table = pyarrow.parquet.ParquetFile(file)
+        schema, batches = table.schema_arrow, table.iter_batches(batch_size=BATCH)
     else:
-        table = pyarrow.ipc.open_stream(source)
-        batches = iter(table)
-    _check_names(table.schema.names, shown)
+        table = batches = pyarrow.ipc.open_stream(file)
+        schema = table.schema
+    _check_names(schema.names, shown)
     yield from table_values(batches)
-
-
-def _seekable(file: IO[bytes]) -> IO[bytes]:
-    """Returns a file on disk as it is, and the content of a compressed one in memory."""
-    on_disk = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
-    return file if on_disk else io.BytesIO(file.read())
 
 
 def _check_names(names: list[str], shown: str) -> None:
@@ -274,14 +268,13 @@ def _check_names(names: list[str], shown: str) -> None:
         raise UserError(f"{shown}: a column name stands twice: {', '.join(names)}")
 
 
+TABLES = {"parquet": "a Parquet file", "arrow": "an Arrow file"}
 READERS: dict[str, Callable[[IO[bytes], str], Rows]] = {
-    "jsonl": _read_jsonl,
-    "ndjson": _read_jsonl,
+    "jsonl": _read_json,
+    "ndjson": _read_json,
     "json": _read_json,
     "csv": _read_csv,
     "tsv": functools.partial(_read_csv, delimiter="\t"),
-    "parquet": _read_parquet,
-    "arrow": _read_arrow,
+    "parquet": _read_table,
+    "arrow": _read_table,
 }
-NAMES = {"parquet": "a Parquet file", "arrow": "an Arrow file"}
-LFS_POINTER = b"version https://git-lfs"

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch.utils.data import Dataset
 
 from tdpo.config.row_spec import RowSpec
-from tdpo.data.dataset import ExampleDataset, check_limits
+from tdpo.data.dataset import check_limits
 from tdpo.data.formats import AUTO, DataReport, OnBadRow, iter_records, name_of
 from tdpo.data.pack import pack_sequences
 from tdpo.data.sources import Source, SourceRow, from_memory
@@ -72,13 +73,19 @@ class SFTReport(DataReport):
         return lines
 
 
-class SFTDataset(ExampleDataset[SFTExample]):
+class SFTDataset(Dataset[SFTExample]):
     """Supervised examples with the report on their rows."""
 
     def __init__(self, examples: Sequence[SFTExample], report: DataReport) -> None:
         if not examples:
             raise UserError(f"{report.source}: no example is left. " + "; ".join(report.lines()))
-        super().__init__(examples, report)
+        self.examples, self.report = examples, report
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> SFTExample:
+        return self.examples[index]
 
     def lengths(self) -> list[int]:
         """Returns the tokens of each example."""

@@ -307,18 +307,3 @@ def _reason_identical(turn: Turns, left_out: Sequence[str]) -> str:
     leaves_out = "the chat template leaves out "
     what = ", ".join(text.removeprefix(leaves_out) for text in left_out if text.startswith(leaves_out))
     return "after the chat template" + (f", which leaves out {what}" if what else "")
-
-
-def outside_vocabulary(token: int, vocab_size: int, tokens: int | None) -> str:
-    """Describes a token id that the model has no row for.
-
-    Args:
-        token: The id.
-        vocab_size: Entries of the model's vocabulary.
-        tokens: Tokens of the tokenizer, where there is one.
-    """
-    sizes = f"the tokenizer has {tokens} tokens, the model's vocabulary {vocab_size} entries" if tokens else ""
-    return (
-        f"token id {token} is outside the model's vocabulary of {vocab_size}; tokenizer and model do not belong "
-        "together" + (f" ({sizes}; --tokenizer_name_or_path names another tokenizer)" if sizes else "")
-    )

@@ -1,4 +1,4 @@
-"""Tokenises chunks of records into Arrow record batches, in this process or in several, in the order of the chunks.
+"""Tokenises chunks of records in several processes, in the order of the chunks.
 
 A new process imports the package and receives the tokenizer, which takes seconds before its first row; so processes
 are optional (``--dataset_num_proc``) and pay from some hundred thousand pairs on.
@@ -6,6 +6,7 @@ are optional (``--dataset_num_proc``) and pay from some hundred thousand pairs o
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from tdpo.types import PreferenceRecord
 AHEAD = 2
 """Chunks handed out per process before the first of them is waited for; bounds the memory."""
 
-_tokeniser: Tokeniser | None = None
+_tokeniser: Tokeniser
 """The tokeniser of this process, where it is a worker."""
 
 
@@ -40,25 +41,18 @@ def record_batches(
     Raises:
         UserError: of the first chunk that has one; or if a process ended without a message.
     """
-    if tokeniser.processes == 1:
-        for chunk in chunks:
-            yield record_batch(tokeniser.pairs(chunk, report, on_bad_row))
-        return
     context = multiprocessing.get_context("spawn")  # threads may have started here, which a fork would not survive
-    pool = ProcessPoolExecutor(
-        tokeniser.processes,
-        context,
-        initializer=_begin,
-        initargs=(tokeniser.tokenizer, tokeniser.lengths, tokeniser.rendering),
-    )
+    given = (tokeniser.tokenizer, tokeniser.lengths, tokeniser.rendering)
+    pool = ProcessPoolExecutor(tokeniser.processes, context, initializer=_begin, initargs=given)
     waiting: deque[Future[tuple[Any, DataReport]]] = deque()
     try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_tokenised, chunk, report.source, on_bad_row))
-            if len(waiting) >= AHEAD * tokeniser.processes:
-                yield _collected(waiting.popleft(), report)
-        while waiting:
-            yield _collected(waiting.popleft(), report)
+        for chunk in itertools.chain(chunks, [None] * AHEAD * tokeniser.processes):
+            if chunk is not None:
+                waiting.append(pool.submit(_tokenised, chunk, report.source, on_bad_row))
+            if waiting and (chunk is None or len(waiting) >= AHEAD * tokeniser.processes):
+                batch, part = waiting.popleft().result()
+                report.add(part)
+                yield batch
     except BrokenProcessPool as error:
         raise UserError(
             f"{report.source}: a process that tokenised it ended without a message, perhaps out of memory. A smaller "
@@ -69,19 +63,11 @@ def record_batches(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collected(future: Future[tuple[Any, DataReport]], report: DataReport) -> Any:
-    batch, part = future.result()
-    report.add(part)
-    return batch
-
-
 def _begin(tokenizer: Any, lengths: Lengths, rendering: Rendering) -> None:
     global _tokeniser
     _tokeniser = Tokeniser(tokenizer, lengths, rendering=rendering)
 
 
 def _tokenised(records: list[PreferenceRecord], source: str, on_bad_row: OnBadRow) -> tuple[Any, DataReport]:
-    if _tokeniser is None:
-        raise RuntimeError("this process has no tokeniser; it was not started by record_batches")
     report = DataReport(source)
     return record_batch(_tokeniser.pairs(records, report, on_bad_row)), report

@@ -198,7 +198,7 @@ class _Demo:
 
     def measure_sft(self) -> str:
         """Measures the SFT model: its reward and entropy, and the zeros every trajectory starts from."""
-        pairs = prepare_pairs(self.held_out_rows, Tokeniser(self.tokenizer)).pairs
+        pairs = prepare_pairs(self.held_out_rows, Tokeniser(self.tokenizer))
         objective = objectives.dpo(self.options.beta)
         held_out = evaluate_pairs(self.model, self.model, pairs, objective, EVALUATION_BATCH)
         self.sft, self.samples["sft"] = self.measure(self.model, self.model, 0, held_out)

@@ -49,9 +49,7 @@ def importance_weights(
     return low + (high - low) * share
 
 
-def guidance_weights(
-    logratio_n: Tensor, *, rejected: bool = False, strength: float = 0.5, beta: float = 0.1
-) -> Tensor:
+def guidance_weights(logratio_n: Tensor, *, rejected: bool = False, strength: float = 0.5, beta: float = 0.1) -> Tensor:
     """Computes the weights of TGDPO for one response: ``1 + a b r`` if it is chosen, ``1 - a b r`` if it is rejected.
 
     Args:
