@@ -22,7 +22,8 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_disabled, adapter_layers, find_changed_base, frozen_base
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import reference_mode
-from tdpo.models.policy import body_of, causal_lm, head_of, prove_head, unwrapped
+from tdpo.models.policy import body_of, causal_lm, head_of, prove_head
+from tdpo.models.probe import unwrapped
 from tdpo.types import Head, Hidden, PackedBatch
 
 if TYPE_CHECKING:
