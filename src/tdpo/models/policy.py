@@ -140,7 +140,10 @@ def prove_head(lm: Any) -> tuple[float, float, float | None]:
         error = max(error, relative_difference(ours, head_output))
         unfinished = probe.to(head_output).to(ours.dtype)
     # Every (scale, soft-cap) of the logits that the config may mean, the likeliest first.
-    divisors, factors, caps = (_numbers(lm.config, names) for names in (DIVISORS, FACTORS, CAPS))
+    text = lm.config.get_text_config()
+    divisors, factors, caps = (
+        _positive(getattr(text, name, None) for name in names) for names in (DIVISORS, FACTORS, CAPS)
+    )
     readings = list(itertools.product([*(1 / value for value in divisors), *factors, 1.0], [*caps, None]))
     misfits = [relative_difference(finish_logits(unfinished, *reading), logits) for reading in readings]
     # Under autocast the logits may have fewer bits than the weights.
@@ -155,9 +158,8 @@ def prove_head(lm: Any) -> tuple[float, float, float | None]:
     return factor, *fitting[0]
 
 
-def _numbers(config: Any, names: Iterable[str]) -> list[float]:
-    """Returns the positive numbers among some entries of a config."""
-    values: list[Any] = [getattr(config.get_text_config(), name, None) for name in names]
+def _positive(values: Iterable[Any]) -> list[float]:
+    """Returns the positive numbers among some values of a config."""
     return [float(value) for value in values if type(value) in (int, float) and value > 0]
 
 
@@ -203,7 +205,8 @@ def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
     measure = ((ours * theirs).sum() / (ours * ours).sum()).item()
     if not (math.isfinite(measure) and measure > 0):
         return 1.0
-    numbers = _numbers(config, (*vars(config.get_text_config()), *DIVISORS, *FACTORS))
+    text = config.get_text_config()
+    numbers = _positive([*vars(text).values(), *(getattr(text, name, None) for name in (*DIVISORS, *FACTORS))])
     nearest = min([1.0, *numbers, *(1 / value for value in numbers)], key=lambda number: abs(number - measure))
     rounding = 1e-2 if head_input.dtype in HALF else 1e-4
     return nearest if abs(nearest - measure) < rounding * measure else measure

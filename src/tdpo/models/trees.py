@@ -131,16 +131,17 @@ def _misfit(lm: Any, masks: Callable[[PackedBatch], Masks]) -> float:
     with evaluating(lm), torch.enable_grad():
         for batch in (pack_trees(pairs, capacity=10**6), pack_padded(pairs)):
             batch = batch.to(embedding.weight.device)
-            # The gradient of a table of the probe's tokens is that of both layouts, wherever a token stands in them.
-            table = embedding(torch.arange(3 + tokens, device=batch.labels.device)).detach()
-            wide = table.float().requires_grad_()
-            inputs = {"inputs_embeds": wide[batch.input_ids].to(table.dtype)}
+            embedded = embedding(batch.input_ids).detach().requires_grad_()
+            inputs = {"inputs_embeds": embedded}
             if batch.layout == "tree":
                 inputs |= {"position_ids": batch.position_ids, "attention_mask": masks(batch)}
             states = body_states(lm, **inputs).flatten(0, 1)[batch.source_index]
             direction = torch.cos(0.7 * torch.arange(states.numel(), device=states.device)).view_as(states)
-            (gradient,) = torch.autograd.grad((states * direction.to(states.dtype)).sum(), wide)
-            outcomes.append((states.detach().float(), gradient))
+            (gradient,) = torch.autograd.grad((states * direction.to(states.dtype)).sum(), embedded)
+            # Summed by token, so that both layouts can be compared; what padding has may be NaN (Gemma 3n).
+            by_token = torch.zeros(3 + tokens, gradient.shape[-1], device=states.device)
+            by_token.index_add_(0, batch.input_ids.flatten(), gradient.flatten(0, 1).float())
+            outcomes.append((states.detach().float(), by_token[3:]))
     errors = [
         ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)).item()
         for ours, theirs in zip(*outcomes, strict=True)
