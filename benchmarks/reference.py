@@ -36,8 +36,8 @@ from tdpo import objectives
 from tdpo.data.pack import pack_trees
 from tdpo.models.adapters import with_adapter
 from tdpo.models.fingerprint import weights_hash
-from tdpo.models.reference import AdapterOff, CachedHidden, FrozenCopy, Reference
-from tdpo.models.store import HiddenStore
+from tdpo.models.reference import AdapterOff, FrozenCopy, Reference
+from tdpo.models.store import CachedHidden, HiddenStore
 from tdpo.score import batch_loss
 from tdpo.train.reference_cache import FillOptions, cache_key, fill
 from tdpo.types import TokenisedPair

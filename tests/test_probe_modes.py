@@ -25,7 +25,7 @@ from tdpo import SFTConfig, SFTTrainer, UserError, objectives, score_pairs
 from tdpo.data.pack import pack_padded
 from tdpo.models.fingerprint import config_hash
 from tdpo.models.hidden import response_states
-from tdpo.models.modes import measure_modes, prepare_reference_mode, same_mode
+from tdpo.models.modes import mode_gap, prepare_reference_mode, same_mode
 from tdpo.models.reference import LiveReference
 
 VOCAB = 400
@@ -117,7 +117,7 @@ def test_a_first_step_costs_log_two_without_divergence(
     tmp_path: Path, tokenizer: Any, what: str, reference: str
 ) -> None:
     model = build(what)
-    gap = measure_modes(model)
+    gap = mode_gap(model)
     assert max(gap.noise, gap.arithmetic) > 1e-3, "the model tests nothing"
     log = first_log(model, tmp_path, tokenizer, reference=reference)
     assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -184,7 +184,7 @@ def test_fine_tuning_switches_the_same_noise_off(tmp_path: Path, tokenizer: Any)
         model = build(what)
         args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, max_length=96)
         SFTTrainer(model, args, preference_rows(4), processing_class=tokenizer)
-        gap = measure_modes(model)
+        gap = mode_gap(model)
         assert (gap.noise, gap.arithmetic) == (0.0, 0.0)
 
 
@@ -266,7 +266,7 @@ def test_measuring_leaves_random_numbers_and_modes_alone() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    assert measure_modes(model).noise > 1e-3
+    assert mode_gap(model).noise > 1e-3
     assert torch.equal(torch.rand(3), expected)
     assert model.training and not model.transformer.h[0].training and model.transformer.h[1].training
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -17,10 +17,11 @@ from tdpo.data.dataset import check_fits
 from tdpo.data.pack import pack_padded, pack_trees
 from tdpo.errors import UserError
 from tdpo.models.hidden import response_states, sparse_embedding_gradient
-from tdpo.models.modes import known_gap, same_mode
+from tdpo.models.modes import same_mode
 from tdpo.models.neighbours import laid_out, neighbour_plan
 from tdpo.models.own_loss import RouterLoss, collect_router_logits
-from tdpo.models.policy import head_of, position_limit, prove_head, unwrapped
+from tdpo.models.policy import head_of, position_limit, prove_head
+from tdpo.models.probe import unwrapped
 from tdpo.models.redirect import run_in_head
 from tdpo.models.reference import Reference, as_reference, check_comparable
 from tdpo.models.trees import tree_plan
@@ -157,8 +158,6 @@ def lay_out(
 ) -> PackedBatch:
     """Checks that pairs and models fit each other, and lays the pairs out on the policy's device.
 
-    Also measures what training mode changes, where the scoring needs to know.
-
     Raises:
         UserError: as :func:`score_pairs`.
     """
@@ -169,9 +168,6 @@ def lay_out(
     if isinstance(reference, nn.Module):
         check_comparable(policy, unwrapped(reference))
     models = [policy, *([] if reference is None else as_reference(reference).models())]
-    if policy.training and known_gap(policy).arithmetic:
-        for model in models:
-            known_gap(model)  # fills the cache that same_mode reads
     check_fits(pairs, head_of(policy).vocab_size, position_limit(*models))
     return packer(layout, models)(pairs).to(next(policy.parameters()).device)
 

@@ -11,7 +11,8 @@ from accelerate.utils.other import has_repeated_blocks
 from torch import nn
 
 from tdpo.errors import UserError
-from tdpo.models.policy import body_of, causal_lm, unwrapped
+from tdpo.models.policy import body_of, causal_lm
+from tdpo.models.probe import unwrapped
 
 logger = logging.getLogger("tdpo")
 

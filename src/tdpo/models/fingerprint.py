@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdpo.models.adapters import base_tensors, has_adapter
 from tdpo.models.policy import causal_lm
@@ -26,17 +26,10 @@ dropout: a reference has none, and a policy that reads them at every call gets t
 ADAPTER_WITHOUT_EFFECT = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Computes the SHA-256 of names, dtypes, shapes and bytes of a model's state, as hexadecimal digits.
-
-    Pieces are hashed on several threads, so it runs at the speed of memory or of the cores, whichever is less.
-    """
-    return _tensors_hash(causal_lm(model).state_dict().items())
-
-
-def base_weights_hash(model: Any) -> str:
-    """Computes :func:`weights_hash` of an adapted model's base, equal to the base's before the adapter was added."""
-    return _tensors_hash(base_tensors(model, model.get_base_model().state_dict().items()))
+def weights_hash(model: Any, with_adapter: bool = True) -> str:
+    """Computes :func:`tensors_hash` of a model's state, or of its base's, which is that from before the adapter."""
+    state = causal_lm(model).state_dict().items()
+    return tensors_hash(state if with_adapter else base_tensors(model, state))
 
 
 def config_hash(model: Any, with_adapter: bool = True) -> str:
@@ -49,12 +42,11 @@ def config_hash(model: Any, with_adapter: bool = True) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-def bytes_hash(tensors: Iterable[Tensor]) -> str:
-    """Computes the SHA-256 of the bytes of some tensors in their order."""
-    return _tensors_hash((str(index), tensor) for index, tensor in enumerate(tensors))
+def tensors_hash(named: Iterable[tuple[str, Any]]) -> str:
+    """Computes the SHA-256 of names, dtypes, shapes and bytes of tensors, as hexadecimal digits.
 
-
-def _tensors_hash(named: Iterable[tuple[str, Any]]) -> str:
+    Pieces are hashed on several threads, so it runs at the speed of memory or of the cores, whichever is less.
+    """
     total = hashlib.sha256()
     known: dict[tuple[Any, ...], list[str]] = {}
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:

@@ -28,30 +28,24 @@ def repair_generation_config(model: Any) -> None:
     config = getattr(model, "generation_config", None)
     if config is None:
         return
-    found = _complaint(config)
-    flags = [name for name in re.findall(r"^- `(\w+)`", found, re.MULTILINE) if hasattr(config, name)]
-    default = GenerationConfig()
-    reset = {name: getattr(config, name) for name in flags}
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError as error:
+        flags = [name for name in re.findall(r"^- `(\w+)`", str(error), re.MULTILINE) if hasattr(config, name)]
+    named = ", ".join(f"{name}={getattr(config, name)}" for name in flags)
     for name in flags:
-        setattr(config, name, getattr(default, name))
-    left = _complaint(config)
-    if left:
-        raise UserError(f"the model's generation config cannot be saved; correct it before training: {left}")
-    if reset:
-        named = ", ".join(f"{name}={value}" for name, value in reset.items())
-        logger.warning(
-            "the model's generation config could not be saved: %s without effect under do_sample=%s, num_beams=%s; "
-            "removed",
-            named, config.do_sample, config.num_beams,
-        )  # fmt: skip
-
-
-def _complaint(config: GenerationConfig) -> str:
+        setattr(config, name, getattr(GenerationConfig(), name))
     try:
         config.validate(strict=True)
     except ValueError as error:
-        return str(error)
-    return ""
+        raise UserError(
+            f"the model's generation config cannot be saved; correct it before training: {error}"
+        ) from error
+    logger.warning(
+        "the model's generation config could not be saved: %s without effect under do_sample=%s, num_beams=%s; removed",
+        named, config.do_sample, config.num_beams,
+    )  # fmt: skip
 
 
 def add_end_token(model: Any, tokenizer: Any, last_tokens: Iterable[int]) -> None:
@@ -70,7 +64,10 @@ def add_end_token(model: Any, tokenizer: Any, last_tokens: Iterable[int]) -> Non
     special = {*getattr(tokenizer, "all_special_ids", ()), *getattr(tokenizer, "added_tokens_decoder", ())}
     counts = Counter(token for token in last_tokens if token in special)
     token, count = next(iter(counts.most_common(1)), (-1, 0))
-    known = _as_list(config.eos_token_id) or _as_list(model.config.get_text_config().eos_token_id)
+    known = config.eos_token_id
+    if known is None or known == []:
+        known = model.config.get_text_config().eos_token_id
+    known = [known] if isinstance(known, int) else list(known or ())
     if 2 * count <= counts.total() or token in known:
         return
     config.eos_token_id = [*known, token]
@@ -85,7 +82,3 @@ def adopt_generation_config(model: Any, folder: str | Path) -> None:
     """Loads the generation config that was saved beside an adapter, where there is one."""
     if (Path(folder).expanduser() / GENERATION_CONFIG_NAME).is_file():
         model.get_base_model().generation_config = GenerationConfig.from_pretrained(str(Path(folder).expanduser()))
-
-
-def _as_list(value: Any) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)

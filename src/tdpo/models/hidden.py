@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdpo.models.modes import policy_mode
-from tdpo.models.neighbours import sequence_states
+from tdpo.models.neighbours import laid_out, neighbour_plan, own_frequencies
 from tdpo.models.policy import body_states, causal_lm, head_of
 from tdpo.models.trees import tree_states
 from tdpo.types import Hidden, PackedBatch
@@ -21,13 +21,12 @@ def response_states(model: nn.Module, batch: PackedBatch) -> Tensor:
 
     Differentiable in the parameters of the model's body when gradients are on.
     """
-
-    def run(rows: PackedBatch) -> Tensor:
+    rows, plan = laid_out(model, batch), neighbour_plan(model, latest=True)
+    alike = rows.layout == "tree" or plan.switch is None  # all rows have the same rotary frequencies
+    with policy_mode(model), nullcontext() if alike else own_frequencies(plan, (rows.tree_ids >= 0).sum(1)):
         # Padded rows are padded at the end and attention is causal: no mask is needed, and the fastest path stays.
-        return tree_states(model, rows) if rows.layout == "tree" else body_states(model, input_ids=rows.input_ids)
-
-    with policy_mode(model):
-        return sequence_states(model, batch, run)
+        states = tree_states(model, rows) if rows.layout == "tree" else body_states(model, input_ids=rows.input_ids)
+    return states.flatten(0, 1)[rows.source_index]
 
 
 def response_hidden(model: nn.Module, batch: PackedBatch) -> Hidden:

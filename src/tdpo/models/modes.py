@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from tdpo.models.policy import body_states, causal_lm, disable_dropout, position
 from tdpo.models.probe import (
     MODEL_ERRORS,
     evaluating,
-    last_result,
     measured,
     probe_ids,
     probing,
@@ -51,6 +51,17 @@ class ModeGap:
     arithmetic: float
     gradient: float
 
+    @property
+    def steady(self) -> bool:
+        """Returns whether training mode is another arithmetic without being random."""
+        return self.arithmetic > 0 and not self.noise
+
+
+_kept_in_evaluation: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Policies that are trained in evaluation mode."""
+_followers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""References that run in the policy's mode at this moment."""
+
 
 def prepare_training_mode(policy: nn.Module, disable: bool) -> ModeGap:
     """Switches off dropout and other noise of training mode, and measures what differs from evaluation mode then.
@@ -71,10 +82,10 @@ def prepare_training_mode(policy: nn.Module, disable: bool) -> ModeGap:
         )
     if disable:
         disable_dropout(policy)
-    gap = known_gap(policy, again=True)
+    gap = mode_gap(policy, again=True)
     if disable and gap.noise:
         changed = _switch_off(causal_lm(policy))
-        gap = known_gap(policy, again=True)
+        gap = mode_gap(policy, again=True)
         if changed:
             logger.info("--disable_dropout: set to 0 in the loaded model: %s", ", ".join(changed))
     if gap.noise and not disable:
@@ -100,9 +111,9 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
     """
     lm, gap = causal_lm(policy), prepare_training_mode(policy, disable)
     name, limit = type(lm).__name__, tolerance(next(lm.parameters()).dtype)
-    kept = bool((gap.noise and disable) or (cached and not gap.noise and gap.arithmetic > limit))
-    measured(lm, "kept in evaluation", None, lambda: kept, again=True)
-    if kept:
+    _kept_in_evaluation.discard(lm)
+    if (gap.noise and disable) or (cached and not gap.noise and gap.arithmetic > limit):
+        _kept_in_evaluation.add(lm)
         logger.warning(
             "%s computes something else in training mode (its hidden states differ by %.1e), and no setting switches "
             "that off: the policy is trained in evaluation mode, so that it starts equal to its reference. Gradient "
@@ -117,24 +128,15 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
             name,
             gap.gradient,
         )
-    if _follows_policy(policy):
+    if gap.steady and lm not in _kept_in_evaluation:
         for model in reference:
             disable_dropout(model)  # a copy from before the policy's was switched off may run in training mode now
-            known_gap(model, again=model is not policy)
+            mode_gap(model, again=model is not policy)
 
 
-def known_gap(model: nn.Module, again: bool = False) -> ModeGap:
-    """Measures a model's modes by :func:`measure_modes`, once for each dtype unless ``again``."""
-    lm = causal_lm(model)
-    return measured(lm, "modes", next(lm.parameters()).dtype, lambda: measure_modes(lm), again)
-
-
-def measure_modes(model: nn.Module) -> ModeGap:
-    """Runs a short sequence in evaluation mode and in training mode and compares the hidden states.
-
-    Random number generators and the modes of all modules are restored.
-    """
-    lm = causal_lm(model)
+@measured
+def mode_gap(lm: Any) -> ModeGap:
+    """Runs a short sequence in evaluation mode and in training mode and compares the hidden states."""
     cuda = lm.get_input_embeddings().weight.device.type == "cuda"
     random_state = torch.cuda.get_rng_state if cuda else torch.get_rng_state
     with probing(lm):
@@ -166,18 +168,11 @@ def _set_mode(model: nn.Module, training: bool) -> None:
     causal_lm(model).get_input_embeddings().eval()
 
 
-def _follows_policy(model: nn.Module) -> bool:
-    """Returns whether a reference runs in the policy's mode: training was measured to differ without being random."""
-    lm = causal_lm(model)
-    gap = last_result(lm, "modes")
-    return gap is not None and gap.arithmetic > 0 and not gap.noise and not last_result(lm, "kept in evaluation")
-
-
 @contextmanager
 def policy_mode(model: nn.Module) -> Iterator[None]:
     """Leaves the policy in its mode, or in evaluation mode where :func:`prepare_reference_mode` decided so."""
     lm = causal_lm(model)
-    if not last_result(lm, "kept in evaluation"):
+    if lm not in _kept_in_evaluation:
         yield
         return
     embedding, training = lm.get_input_embeddings(), lm.training
@@ -188,18 +183,22 @@ def policy_mode(model: nn.Module) -> Iterator[None]:
 
 def reference_mode(model: nn.Module) -> Any:
     """Returns a context of evaluation mode; a reference that :func:`same_mode` put in the policy's mode stays in it."""
-    return nullcontext() if _follows_policy(model) else evaluating(model)
+    return nullcontext() if model in _followers else evaluating(model)
 
 
 @contextmanager
 def same_mode(policy: nn.Module, reference: Any) -> Iterator[None]:
-    """Puts a reference's models in the policy's mode where training mode differs without being random."""
-    training = policy.training  # before it is switched off, since the policy may be its own reference
-    followers = [model for model in reference.models() if _follows_policy(model)] if _follows_policy(policy) else []
+    """Puts a reference's models in training mode with the policy where that mode differs without being random."""
+    differs = policy.training and causal_lm(policy) not in _kept_in_evaluation and mode_gap(policy, latest=True).steady
+    followers = [model for model in reference.models() if mode_gap(model, latest=True).steady] if differs else []
     with evaluating(*followers):
         for model in followers:
-            _set_mode(model, training)
-        yield
+            _set_mode(model, True)
+        _followers.update(followers)
+        try:
+            yield
+        finally:
+            _followers.difference_update(followers)
 
 
 def _switch_off(lm: Any) -> list[str]:

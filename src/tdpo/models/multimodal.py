@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +136,18 @@ def idle_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
             nodes += [following for following, _ in node.next_functions]
             if hasattr(node, "variable"):  # a leaf of the graph
                 reached.add(id(node.variable))
+    named = list(lm.named_parameters(remove_duplicate=False))
+    used = {part for name, parameter in named if id(parameter) in reached for part in _parts(name)}
     parts: dict[str, list[nn.Parameter]] = {}
-    for name, module in lm.named_modules():
-        inner = list(module.parameters())
-        if any(f"{name}.".startswith(f"{part}.") for part in parts):
-            continue
-        if inner and not any(id(parameter) in reached for parameter in inner):
-            parts[name] = inner
-            continue
-        prefix = f"{name}." if name else ""
-        for own, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in reached:
-                parts[prefix + own] = [parameter]
+    for name, parameter in named:
+        if id(parameter) not in reached:
+            parts.setdefault(next(part for part in _parts(name) if part not in used), []).append(parameter)
     return parts
+
+
+def _parts(name: str) -> Iterator[str]:
+    """Yields the modules that hold a parameter, the outermost first, and the parameter's own name."""
+    return accumulate(name.split("."), "{}.{}".format)
 
 
 def freeze_idle_parts(model: nn.Module) -> None:

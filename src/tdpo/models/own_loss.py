@@ -6,12 +6,12 @@ al. 2021, arXiv 2101.03961, eq. 4). The term comes from the model's own code; on
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tdpo.errors import UserError
 from tdpo.models.policy import body_of, causal_lm, head_of
 from tdpo.models.probe import HALF, probe_ids, probing
+from tdpo.models.redirect import redirect_forward
 from tdpo.types import PackedBatch
 
 logger = logging.getLogger("tdpo")
@@ -29,6 +30,7 @@ BALANCING = "load_balancing_loss_func"
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 """What configs call the coefficient."""
 PROBED_TOKENS = 8
+Balance = Callable[[tuple[Tensor, ...], PackedBatch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,12 @@ class RouterLoss:
 
     Attributes:
         coefficient: Its factor in the loss.
-        balance: Computes it from the router logits of all layers and a mask ``[R, T]`` of the positions that count.
+        of_batch: Computes the unweighted loss, a scalar, from the router logits of all layers and the batch that ran;
+            every position but padding counts once.
     """
 
     coefficient: float
-    balance: Callable[[tuple[Tensor, ...], Tensor], Tensor]
-
-    def of_batch(self, router_logits: tuple[Tensor, ...], batch: PackedBatch) -> Tensor:
-        """Computes the unweighted loss of a batch, a scalar; every position but padding counts once."""
-        return self.balance(router_logits, (batch.tree_ids >= 0).long())
+    of_batch: Balance
 
 
 @contextmanager
@@ -53,19 +52,15 @@ def collect_router_logits(model: nn.Module) -> Iterator[list[tuple[Tensor, ...]]
     """Collects the router logits of every pass through the model's body, the latest last."""
     head_of(model)  # proves a model that is new, whose probes would be collected too
     body, collected = body_of(model), list[Any]()
-    handles = [
-        body.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "output_router_logits": True}), with_kwargs=True
-        ),
-        body.register_forward_hook(
-            lambda module, args, output: collected.append(getattr(output, "router_logits", None))
-        ),
-    ]
-    try:
+    forward = body.forward
+
+    def collect(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **{**kwargs, "output_router_logits": True})
+        collected.append(getattr(output, "router_logits", None))
+        return output
+
+    with redirect_forward(body, collect):
         yield collected
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find_router_loss(model: nn.Module, coefficient: float | None = None) -> RouterLoss | None:
@@ -88,13 +83,15 @@ def find_router_loss(model: nn.Module, coefficient: float | None = None) -> Rout
     if coefficient == 0:
         return None
     if coefficient is None and not (own and asked):
-        if own and asked is False and _adds_balance(lm):
-            logger.warning(
-                "%s: the load-balancing loss of its routers is left out, since output_router_logits is off in its "
-                "config; --router_aux_loss_coef %g adds it with the config's coefficient, as TRL does, and 0 leaves it "
-                "out without this warning",
-                type(lm).__name__, own,
-            )  # fmt: skip
+        # Some configs have a coefficient that no forward uses (Llama 4).
+        with suppress(UserError):
+            if own and asked is False and _prove_balance(lm):
+                logger.warning(
+                    "%s: the load-balancing loss of its routers is left out, since output_router_logits is off in its "
+                    "config; --router_aux_loss_coef %g adds it with the config's coefficient, as TRL does, and 0 "
+                    "leaves it out without this warning",
+                    type(lm).__name__, own,
+                )  # fmt: skip
         return None
     balance = None if asked is None else _prove_balance(lm)
     if balance is None and coefficient is not None:
@@ -110,15 +107,7 @@ def _own_coefficient(*owners: Any) -> float:
     return next((float(value) for value in values if isinstance(value, int | float)), 0.0)
 
 
-def _adds_balance(lm: Any) -> bool:
-    """Returns whether the option could add the term; some configs have a coefficient that no forward uses (Llama 4)."""
-    try:
-        return _prove_balance(lm) is not None
-    except UserError:
-        return False
-
-
-def _prove_balance(lm: Any) -> Callable[[tuple[Tensor, ...], Tensor], Tensor] | None:
+def _prove_balance(lm: Any) -> Balance | None:
     """Returns the model's own function with the sizes its forward passes, checked against the forward's result.
 
     None where the forward has no such result.
@@ -130,45 +119,29 @@ def _prove_balance(lm: Any) -> Callable[[tuple[Tensor, ...], Tensor], Tensor] | 
     ids = probe_ids(lm, 1, PROBED_TOKENS)
     mask = torch.ones_like(ids)
     inputs = {"input_ids": ids, "attention_mask": mask, "output_router_logits": True, "use_cache": False}
+    modules = [sys.modules[cls.__module__] for cls in type(lm).__mro__]
+    module: Any = next((module for module in modules if hasattr(module, BALANCING)), SimpleNamespace())
+    function, calls = getattr(module, BALANCING, None), list[tuple[Any, ...]]()
+
+    def record(*args: Any) -> Any:
+        calls.append(args)
+        return function(*args)
+
     try:
-        with probing(lm), collect_router_logits(lm) as collected, _recorded_balancing(lm) as calls:
+        with probing(lm), collect_router_logits(lm) as collected:
+            setattr(module, BALANCING, record)
             theirs = getattr(type(lm).forward(lm, **inputs), "aux_loss", None)
     except UserError as error:  # the model cannot compute one from these inputs
         raise unknown from error
-    if theirs is None:
-        return None
-    if len(calls) != 1 or not (isinstance(theirs, Tensor) and collected and isinstance(collected[-1], tuple)):
-        raise unknown
-    function, (_, *sizes, _) = calls[0]
-
-    def balance(router_logits: tuple[Tensor, ...], mask_RT: Tensor) -> Tensor:
-        return function(router_logits, *sizes, mask_RT)
-
-    if not torch.allclose(balance(collected[-1], mask), theirs, rtol=1e-3):
-        raise unknown
-    return balance
-
-
-@contextmanager
-def _recorded_balancing(lm: Any) -> Iterator[list[tuple[Callable[..., Tensor], tuple[Any, ...]]]]:
-    """Records the calls of the balancing function in the module that defines the model: function and arguments."""
-    calls: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = []
-    modules = [sys.modules[cls.__module__] for cls in type(lm).__mro__]
-    module: Any = next((module for module in modules if hasattr(module, BALANCING)), None)
-    if module is None:
-        yield calls
-        return
-    function = getattr(module, BALANCING)
-
-    def record(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append((function, inspect.signature(function).bind(*args, **kwargs).args))
-        return function(*args, **kwargs)
-
-    setattr(module, BALANCING, record)
-    try:
-        yield calls
     finally:
         setattr(module, BALANCING, function)
+    if theirs is None:
+        return None
+    if len(calls) == 1 and isinstance(theirs, Tensor) and collected and isinstance(collected[-1], tuple):
+        _, *sizes, _ = calls[0]
+        if torch.allclose(function(collected[-1], *sizes, mask), theirs, rtol=1e-3):
+            return lambda router_logits, batch: function(router_logits, *sizes, (batch.tree_ids >= 0).long())
+    raise unknown
 
 
 def warn_of_other_terms(model: nn.Module) -> None:

@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import partial
-from typing import Any, TypeGuard
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdpo.errors import UserError
-from tdpo.models.probe import (
-    HALF,
-    last_result,
-    measured,
-    probe_ids,
-    probing,
-    relative_difference,
-    tolerance,
-)
+from tdpo.models.probe import HALF, causal_lm, measured, probe_ids, probing, relative_difference, tolerance
 from tdpo.ops.numerics import finish_logits, head_logits
 from tdpo.types import Head
 
@@ -37,19 +29,6 @@ FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_sca
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-def unwrapped(model: Any) -> Any:
-    """Returns the model that ``torch.compile(model)`` wraps, or the model itself."""
-    return getattr(model, "_orig_mod", model)
-
-
-def causal_lm(model: Any) -> Any:
-    """Returns the causal language model inside the wrappers of peft and ``torch.compile``, or the model itself."""
-    model = unwrapped(model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = unwrapped(model.get_base_model())
-    return model
-
-
 def head_of(model: nn.Module) -> Head:
     """Describes the model's head: weight, bias, and the scale and soft-cap :func:`prove_head` found.
 
@@ -57,12 +36,7 @@ def head_of(model: nn.Module) -> Head:
         UserError: as :func:`prove_head`, which it calls for a model that has not been through it.
     """
     lm = causal_lm(model)
-    # What was proven stays: within a forward, wrappers may have put weights of fewer bits in place.
-    proven = last_result(lm, "head")
-    if proven is None:
-        prove_head(lm)
-        proven = last_result(lm, "head")
-    return _described_head(lm, *proven)
+    return _described_head(lm, *prove_head(lm, latest=True))
 
 
 def _described_head(lm: Any, factor: float = 1.0, scale: float = 1.0, soft_cap: float | None = None) -> Head:
@@ -122,49 +96,31 @@ def body_states(model: nn.Module, **inputs: Any) -> Tensor:
     return body_of(model)(use_cache=False, **inputs).last_hidden_state
 
 
-def prove_head(model: nn.Module) -> None:
-    """Measures how the model's logits follow from its body and head, and proves that tdpo computes the same.
+@measured
+def prove_head(lm: Any) -> tuple[float, float, float | None]:
+    """Measures how a model's logits follow from its body and head, and proves that tdpo computes the same.
 
     One forward pass compares the head's output with hidden states times weight, then hands the rest of the model
     made-up outputs of many sizes and compares what becomes of them with every scale and soft-cap the config may mean.
-    A model is measured again when its dtype, its head or the numbers in its config changed.
+
+    Returns:
+        The factor between body and head, and the scale and the soft-cap of the logits.
 
     Raises:
         UserError: if no reading fits, which would make every statistic wrong without a sign, or the model is not a
             causal language model.
     """
-    lm = causal_lm(model)
-    head = _described_head(lm)
+    name, head = type(lm).__name__, _described_head(lm)
     if head.weight.is_meta:
         raise UserError(
-            f"{type(lm).__name__} is on the meta device and has no weights there: load or initialise it first, without "
-            "offloading"
+            f"{name} is on the meta device and has no weights there: load or initialise it first, without offloading"
         )
     # bitsandbytes repacks 4-bit weights on a CPU at their first pass in evaluation mode, for inference only; every
     # gradient through them is silently zero from then on.
     for module in lm.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
-    text = lm.config.get_text_config()
-    divisors, factors, caps = (
-        [float(value) for name in names if _is_positive(value := getattr(text, name, None))]
-        for names in (DIVISORS, FACTORS, CAPS)
-    )
-    # Every (scale, soft-cap) of the logits that the config may mean, the likeliest first.
-    readings = list(itertools.product([*(1 / value for value in divisors), *factors, 1.0], [*caps, None]))
-    numbers = {name: value for name, value in vars(text).items() if isinstance(value, float)}
-    state = head.weight.dtype, id(lm.get_output_embeddings()), readings, numbers
-    measured(lm, "head", state, lambda: _measure_head(lm, head, readings))
-
-
-def _is_positive(value: Any) -> TypeGuard[float]:
-    return type(value) in (int, float) and value > 0
-
-
-def _measure_head(lm: Any, head: Head, readings: list[tuple[float, float | None]]) -> tuple[float, float, float | None]:
-    """Returns the factor between body and head, and the scale and the soft-cap of the logits."""
     probe = torch.tensor(PROBE_SIZES)[:, None] * torch.cos(2.4 * torch.arange(head.vocab_size))
-    name = type(lm).__name__
     with probing(lm):
         try:
             states = _causal_states(lm, head)
@@ -183,17 +139,28 @@ def _measure_head(lm: Any, head: Head, readings: list[tuple[float, float | None]
     if head_output is not None:
         error = max(error, relative_difference(ours, head_output))
         unfinished = probe.to(head_output).to(ours.dtype)
-    misfits = {reading: relative_difference(finish_logits(unfinished, *reading), logits) for reading in readings}
+    # Every (scale, soft-cap) of the logits that the config may mean, the likeliest first.
+    text = lm.config.get_text_config()
+    divisors, factors, caps = (
+        _positive(getattr(text, name, None) for name in names) for names in (DIVISORS, FACTORS, CAPS)
+    )
+    readings = list(itertools.product([*(1 / value for value in divisors), *factors, 1.0], [*caps, None]))
+    misfits = [relative_difference(finish_logits(unfinished, *reading), logits) for reading in readings]
     # Under autocast the logits may have fewer bits than the weights.
     limit = max(tolerance(head.weight.dtype), tolerance(logits.dtype))
-    fitting = [reading for reading, misfit in misfits.items() if misfit < limit]
+    fitting = [reading for reading, misfit in zip(readings, misfits, strict=True) if misfit < limit]
     if not (error < limit and fitting):
         raise UserError(
             f"{name}: hidden states times head differ from the model's own logits by "
-            f"{max(error, min(misfits.values())):.1e} (relative); it does something to its logits that tdpo does not "
-            "know, so its statistics would be wrong"
+            f"{max(error, min(misfits)):.1e} (relative); it does something to its logits that tdpo does not know, so "
+            "its statistics would be wrong"
         )
     return factor, *fitting[0]
+
+
+def _positive(values: Iterable[Any]) -> list[float]:
+    """Returns the positive numbers among some values of a config."""
+    return [float(value) for value in values if type(value) in (int, float) and value > 0]
 
 
 def _causal_states(lm: Any, head: Head) -> Tensor:
@@ -239,8 +206,7 @@ def _factor(states: Tensor, head_input: Tensor, config: Any) -> float:
     if not (math.isfinite(measure) and measure > 0):
         return 1.0
     text = config.get_text_config()
-    values = [*vars(text).values(), *(getattr(text, name, None) for name in (*DIVISORS, *FACTORS))]
-    numbers = [float(value) for value in values if _is_positive(value)]
+    numbers = _positive([*vars(text).values(), *(getattr(text, name, None) for name in (*DIVISORS, *FACTORS))])
     nearest = min([1.0, *numbers, *(1 / value for value in numbers)], key=lambda number: abs(number - measure))
     rounding = 1e-2 if head_input.dtype in HALF else 1e-4
     return nearest if abs(nearest - measure) < rounding * measure else measure
@@ -258,43 +224,33 @@ def _observed_forward(lm: Any, probe: Tensor) -> tuple[dict[str, tuple[Tensor, T
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     received: list[Tensor] = []
+
+    def resize(body: nn.Module, inputs: Any, output: Any) -> Any:
+        states = output[0][0]
+        sizes = 2.0 ** torch.arange(-2, len(states) - 2, device=states.device)[:, None]
+        seen["body"] = states, states * sizes.to(states.dtype)
+        resized = seen["body"][1][None]
+        if isinstance(output, tuple):
+            return resized, *output[1:]
+        output["last_hidden_state"] = resized
+        return output
+
+    def replace(head: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        seen.setdefault("head", (received[0], output[0]))
+        return probe.to(output, copy=True)[None]  # some models write into their logits
+
     head = lm.get_output_embeddings()
     handles = [
-        body_of(lm).register_forward_hook(partial(_resize, seen)),
+        body_of(lm).register_forward_hook(resize),
         # Before hooks of the head change its input, which run in a forward of their own too.
         head.register_forward_pre_hook(lambda layer, inputs: received.append(inputs[0][0]), prepend=True),
-        head.register_forward_hook(partial(_replace, seen, received, probe)),
+        head.register_forward_hook(replace),
     ]
     try:
         return seen, type(lm).forward(lm, input_ids=probe_ids(lm, 1, len(probe)), use_cache=False).logits[0]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _resize(seen: dict[str, tuple[Tensor, Tensor]], body: nn.Module, inputs: Any, output: Any) -> Any:
-    """Records and rescales the body's states, as a forward hook."""
-    states = output[0][0]
-    sizes = 2.0 ** torch.arange(-2, len(states) - 2, device=states.device)[:, None]
-    seen["body"] = states, states * sizes.to(states.dtype)
-    resized = seen["body"][1][None]
-    if isinstance(output, tuple):
-        return resized, *output[1:]
-    output["last_hidden_state"] = resized
-    return output
-
-
-def _replace(
-    seen: dict[str, tuple[Tensor, Tensor]],
-    received: list[Tensor],
-    probe: Tensor,
-    head: nn.Module,
-    inputs: Any,
-    output: Tensor,
-) -> Tensor:
-    """Records what the head received and computed and replaces its output, as a forward hook."""
-    seen.setdefault("head", (received[0], output[0]))
-    return probe.to(output, copy=True)[None]  # some models write into their logits
 
 
 def disable_dropout(model: nn.Module) -> None:

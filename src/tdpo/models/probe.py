@@ -1,7 +1,8 @@
-"""Tools for the probes that measure a loaded model: quiet passes, tokens, differences, and a memory of the results."""
+"""Tools of the probes that measure a loaded model: quiet passes, tokens, differences, and a memory of the results."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,28 +21,42 @@ MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, Lo
 """Errors that a model's code may raise for inputs it does not support."""
 Result = TypeVar("Result")
 
-_results: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+
+def unwrapped(model: Any) -> Any:
+    """Returns the model that ``torch.compile(model)`` wraps, or the model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
-def measured(lm: nn.Module, name: str, state: Any, measure: Callable[[], Result], again: bool = False) -> Result:
-    """Returns the result of a measurement of a model; runs it where it is new or depends on a state that changed.
+def causal_lm(model: Any) -> Any:
+    """Returns the causal language model inside the wrappers of peft and ``torch.compile``, or the model itself."""
+    model = unwrapped(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = unwrapped(model.get_base_model())
+    return model
 
-    Args:
-        lm: The causal language model itself.
-        name: Name of the measurement.
-        state: Everything the result depends on that may change, such as the dtype.
-        measure: Runs the measurement.
-        again: Run it even so.
+
+def measured(measure: Callable[[Any], Result]) -> Callable[..., Result]:
+    """Decorates a measurement of a causal language model: its result is kept for each model and attention.
+
+    It runs again where the dtype, the head, or numbers or layer types of the config changed, and with ``again=True``.
+    With ``latest=True`` the result stays whatever changed: within a forward, wrappers may have put weights of fewer
+    bits in place.
     """
-    results = _results.setdefault(lm, {})
-    if again or name not in results or results[name][0] != state:
-        results[name] = state, measure()
-    return results[name][1]
+    results: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Result]]] = weakref.WeakKeyDictionary()
 
+    @functools.wraps(measure)
+    def remembered(model: nn.Module, again: bool = False, latest: bool = False) -> Result:
+        lm = causal_lm(model)
+        config, head = getattr(lm, "config", None), getattr(lm, "get_output_embeddings", None)
+        text = {} if config is None else vars(config.get_text_config())
+        numbers = {k: v for k, v in text.items() if type(v) in (int, float) and not k.endswith("_id")}
+        state = next(lm.parameters()).dtype, id(head and head()), numbers, str(text.get("layer_types"))
+        known, attention = results.setdefault(lm, {}), getattr(config, "_attn_implementation", None)
+        if again or attention not in known or not (latest or known[attention][0] == state):
+            known[attention] = state, measure(lm)
+        return known[attention][1]
 
-def last_result(lm: nn.Module, name: str) -> Any:
-    """Returns the latest result of a measurement, whatever changed since; None if there is none."""
-    return _results.get(lm, {}).get(name, (None, None))[1]
+    return remembered
 
 
 @contextmanager

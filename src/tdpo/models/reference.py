@@ -1,8 +1,8 @@
 """References: the models, or the cache, that hidden states of the reference come from.
 
 :class:`LiveReference` runs a model as it is at this moment; :class:`FrozenCopy` a second model, or a second adapter
-over the policy's base; :class:`AdapterOff` the policy without its adapter; :class:`CachedHidden` reads what one of them
-computed once. :mod:`tdpo.train.references` chooses one for a run.
+over the policy's base; :class:`AdapterOff` the policy without its adapter; :class:`~tdpo.models.store.CachedHidden`
+reads what one of them computed once. :mod:`tdpo.train.references` chooses one for a run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -22,11 +22,9 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import adapter_disabled, adapter_layers, find_changed_base, frozen_base
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import reference_mode
-from tdpo.models.policy import body_of, causal_lm, head_of, prove_head, unwrapped
+from tdpo.models.policy import body_of, causal_lm, head_of, prove_head
+from tdpo.models.probe import unwrapped
 from tdpo.types import Head, Hidden, PackedBatch
-
-if TYPE_CHECKING:
-    from tdpo.models.store import HiddenStore
 
 
 class Reference(ABC):
@@ -205,33 +203,6 @@ class AdapterOff(LiveReference):
     def head(self) -> Head:
         with adapter_disabled(self._head_layers):
             return super().head()
-
-
-class CachedHidden(Reference):
-    """Reads hidden states from disk, exactly as the reference computed them in the cache's dtype; no model runs.
-
-    Args:
-        store: Holds the states of every pair that will be asked for.
-        head: The reference's head; copied, so that neither training nor a release of the model touches it.
-    """
-
-    def __init__(self, store: HiddenStore, head: Head) -> None:
-        self.store, self._head = store, head.map(lambda tensor: tensor.detach().clone())
-
-    @override
-    def to(self, device: torch.device | str) -> None:
-        self._head = self._head.map(lambda tensor: tensor.to(device))
-
-    @override
-    def head(self) -> Head:
-        return self._head
-
-    @override
-    def states(self, batch: PackedBatch) -> Tensor:
-        states = self.store.states(batch.pair_keys, batch.lengths, batch.pair_rows)
-        # A cache of fewer bits than the head is widened, and the head is never cast to fewer bits.
-        dtype = torch.promote_types(states.dtype, self._head.weight.dtype)
-        return states.to(batch.input_ids.device, dtype)
 
 
 def as_reference(reference: nn.Module | Reference) -> Reference:

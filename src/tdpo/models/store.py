@@ -8,11 +8,10 @@ tokens changed is another pair, which the cache lacks.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +19,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from typing_extensions import override
 
 from tdpo.errors import UserError
 from tdpo.files import PARTIAL, atomic_write
-from tdpo.models.fingerprint import bytes_hash
-from tdpo.types import TokenisedPair
+from tdpo.models.fingerprint import tensors_hash
+from tdpo.models.reference import Reference
+from tdpo.types import Head, PackedBatch, TokenisedPair
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SHARDS = "hidden-*.safetensors"
 TENSORS = ("pairs", "lengths", "hidden")
@@ -57,11 +58,6 @@ class CacheKey:
     layout: str
     library: str
     format: int = FORMAT
-
-    @property
-    def digest(self) -> str:
-        """The key as one hash."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -100,19 +96,8 @@ class HiddenStore:
         return next((states[0].nbytes for states in self._shards.values() if len(states)), 0)
 
     def missing(self, pairs: Iterable[TokenisedPair]) -> list[TokenisedPair]:
-        """Returns the pairs that the store lacks, each once.
-
-        Raises:
-            UserError: if two pairs with different tokens have one key, which 64 bits make unlikely, not impossible.
-        """
-        seen: dict[int, TokenisedPair] = {}
-        for pair in pairs:
-            other = seen.setdefault(pair.key, pair)
-            if any(
-                getattr(other, part) != getattr(pair, part) for part in ("prompt_ids", "chosen_ids", "rejected_ids")
-            ):
-                raise UserError(f"rows {other.row} and {pair.row}: their keys collide; the cache cannot hold both")
-        return [pair for key, pair in seen.items() if key not in self._locations]
+        """Returns the pairs that the store lacks, each once."""
+        return [pair for key, pair in {pair.key: pair for pair in pairs}.items() if key not in self._locations]
 
     def claim(self, pairs: Iterable[TokenisedPair]) -> None:
         """Writes the manifest; one process calls it once, before the first shard.
@@ -121,13 +106,10 @@ class HiddenStore:
             pairs: The pairs that will be added.
         """
         self.filled_for = pairs_hash([*self._locations, *(pair.key for pair in pairs)])
-        content = {"key": dataclasses.asdict(self.key), "digest": self.key.digest, "pairs": self.filled_for}
-        content["versions"] = {"torch": torch.__version__}
-        with _write_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f"*{PARTIAL}-*"):
-                left.unlink(missing_ok=True)
-            atomic_write(self.folder / MANIFEST, json.dumps(content, indent=2) + "\n")
+        content = {"key": dataclasses.asdict(self.key), "pairs": self.filled_for, "torch": torch.__version__}
+        self._write(MANIFEST, json.dumps(content, indent=2).encode() + b"\n")
+        for left in self.folder.glob(f"*{PARTIAL}-*"):
+            left.unlink(missing_ok=True)
 
     def add(self, pairs: Sequence[TokenisedPair], states_ND: Tensor) -> None:
         """Writes one shard.
@@ -149,10 +131,18 @@ class HiddenStore:
             "lengths": torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),
             "hidden": states_ND.contiguous(),
         }
-        metadata = {"key": self.key.digest, "content": bytes_hash(tensors[name] for name in TENSORS)}
-        name = f"hidden-{metadata['content'][:24]}.safetensors"
-        with _write_errors(self.folder):
-            atomic_write(self.folder / name, save(tensors, metadata=metadata))
+        content = tensors_hash(tensors.items())
+        self._write(f"hidden-{content[:24]}.safetensors", save(tensors, {"key": str(self.key), "content": content}))
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.folder / name, content)
+        except OSError as error:
+            raise UserError(
+                f"--reference_cache {self.folder}: cannot be written: {error.strerror or error}. Shards written before "
+                "stay, and filling continues from them"
+            ) from error
 
     def refresh(self) -> None:
         """Opens the shards that other processes wrote since the last time."""
@@ -168,7 +158,7 @@ class HiddenStore:
         """
         for path in sorted(self._shards)[rank::processes]:
             with safe_open(path, "pt") as file:
-                if file.metadata().get("content") != bytes_hash(file.get_tensor(name) for name in TENSORS):
+                if file.metadata().get("content") != tensors_hash((name, file.get_tensor(name)) for name in TENSORS):
                     raise UserError(f"{path}: its content changed since it was written; remove it and fill it again")
 
     def states(self, keys: Sequence[int], lengths: Sequence[int], rows: Tensor | None = None) -> Tensor:
@@ -238,7 +228,7 @@ class HiddenStore:
                 keys, lengths, hidden = (file.get_tensor(name) for name in TENSORS)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error}); remove it and fill it again") from error
-        if metadata.get("key") != self.key.digest:
+        if metadata.get("key") != str(self.key):
             raise UserError(f"{path}: it belongs to another reference cache; remove it")
         complete = keys.shape[:1] == lengths.shape[:1] and int(lengths.sum()) == hidden.shape[0]
         if not complete or hidden.dtype != self.key.torch_dtype:
@@ -250,19 +240,33 @@ class HiddenStore:
         self._shards[path] = hidden  # a view of the mapped file: read from disk when it is used
 
 
+class CachedHidden(Reference):
+    """Reads hidden states from disk, exactly as the reference computed them in the cache's dtype; no model runs.
+
+    Args:
+        store: Holds the states of every pair that will be asked for.
+        head: The reference's head; copied, so that neither training nor a release of the model touches it.
+    """
+
+    def __init__(self, store: HiddenStore, head: Head) -> None:
+        self.store, self._head = store, head.map(lambda tensor: tensor.detach().clone())
+
+    @override
+    def to(self, device: torch.device | str) -> None:
+        self._head = self._head.map(lambda tensor: tensor.to(device))
+
+    @override
+    def head(self) -> Head:
+        return self._head
+
+    @override
+    def states(self, batch: PackedBatch) -> Tensor:
+        states = self.store.states(batch.pair_keys, batch.lengths, batch.pair_rows)
+        # A cache of fewer bits than the head is widened, and the head is never cast to fewer bits.
+        dtype = torch.promote_types(states.dtype, self._head.weight.dtype)
+        return states.to(batch.input_ids.device, dtype)
+
+
 def pairs_hash(keys: Iterable[int]) -> str:
     """Computes the SHA-256 of a set of pairs' keys, independent of their order."""
     return hashlib.sha256(" ".join(map(str, sorted(set(keys)))).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
-    """Raises errors of the disk as one message that names the folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--reference_cache {folder}: cannot be written: {reason}. Shards written before stay, and filling "
-            "continues from them"
-        ) from error

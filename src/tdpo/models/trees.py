@@ -7,8 +7,6 @@ one, and compares hidden states and gradients, before trees are used on a model.
 
 from __future__ import annotations
 
-import math
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tdpo.data.pack import pack_padded, pack_trees
-from tdpo.models.policy import body_states, causal_lm
-from tdpo.models.probe import evaluating
+from tdpo.models.policy import body_states
+from tdpo.models.probe import evaluating, measured, tolerance
 from tdpo.types import PackedBatch, TokenisedPair
 
 UNPROBED = ("window_size", "attention_window", "local_window_size", "attention_chunk_size", "chunk_size", "block_size")
@@ -44,80 +42,50 @@ class TreePlan:
     masks: Callable[[PackedBatch], Masks] | None = None
 
 
-_plans: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, TreePlan]]] = weakref.WeakKeyDictionary()
-
-
-def tree_plan(model: nn.Module) -> TreePlan:
-    """Probes how the model takes trees, or why it must not get any.
-
-    Once per model, attention implementation, dtype and windows: the mask depends on all of them.
-    """
-    lm = causal_lm(model)
-    implementation, text = _implementation(lm), lm.config.get_text_config()
-    windows = [str(getattr(text, name, None)) for name in ("sliding_window", "layer_types")]
-    state = next(lm.parameters()).dtype, *windows
-    plans = _plans.setdefault(lm, {})
-    if implementation not in plans or plans[implementation][0] != state:
-        plans[implementation] = state, _probe(lm, implementation)
-    return plans[implementation][1]
-
-
-def _implementation(lm: Any) -> str:
-    return getattr(lm.config, "_attn_implementation", None) or "eager"
-
-
-def tree_states(model: nn.Module, batch: PackedBatch, **inputs: Any) -> Tensor:
-    """Computes the hidden states ``[R, T, D]`` of a batch of trees.
-
-    Raises:
-        ValueError: if the model was refused; ask :func:`tree_plan` first.
-    """
-    lm = causal_lm(model)
-    # The plan that was proven stays: within a forward, wrappers may have put weights of fewer bits in place.
-    _, plan = _plans.get(lm, {}).get(_implementation(lm)) or (None, tree_plan(model))
-    if plan.masks is None:
-        raise ValueError(f"this model cannot run trees: {plan.refusal}")
-    inputs = inputs or {"input_ids": batch.input_ids}
-    return body_states(model, position_ids=batch.position_ids, attention_mask=plan.masks(batch), **inputs)
-
-
-def _probe(lm: Any, implementation: str) -> TreePlan:
-    text = lm.config.get_text_config()
-    unknown = [name for name in UNPROBED if getattr(text, name, None)]
+@measured
+def tree_plan(lm: Any) -> TreePlan:
+    """Probes how a model takes trees, or why it must not get any."""
+    config, dtype = lm.config.get_text_config(), next(lm.parameters()).dtype
+    attention = getattr(lm.config, "_attn_implementation", None) or "eager"
+    unknown = [name for name in UNPROBED if getattr(config, name, None)]
     if unknown:
         return TreePlan(f"its {unknown[0]} limits attention in a way that short probes cannot show")
-    if implementation not in ("eager", "sdpa", "flex_attention"):
-        return TreePlan(f"its attention implementation {implementation} takes no mask of our own")
+    if attention not in ("eager", "sdpa", "flex_attention"):
+        return TreePlan(f"its attention implementation {attention} takes no mask of our own")
+    additive = None if attention == "sdpa" else dtype
+    mask = block_mask if attention == "flex_attention" else partial(dense_mask, additive=additive)
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    # What the model may need: a mask for each type of layer, one window for all layers, or no window.
+    candidates: list[Callable[[PackedBatch], Masks]] = [lambda batch: mask(batch, None)]
+    if window is not None:
+        candidates.insert(0, lambda batch: mask(batch, window))
+    if kinds and kinds <= {"full_attention", "sliding_attention"}:
+        windows = {kind: window if kind == "sliding_attention" else None for kind in kinds}
+        candidates.insert(0, lambda batch: {kind: mask(batch, size) for kind, size in windows.items()})
     refusal = ""
-    for masks in _candidates(lm, implementation):
+    for masks in candidates:
         try:
             misfit = _misfit(lm, masks)
         except Exception as error:  # whatever a model may raise
             refusal = refusal or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
-        tolerance = 1e-3 if next(lm.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
-        if misfit < tolerance:
+        if misfit < tolerance(dtype):
             return TreePlan("", masks)
         refusal = f"trees and separate sequences differ by {misfit:.1e} (relative)"
     return TreePlan(refusal)
 
 
-def _candidates(lm: Any, implementation: str) -> list[Callable[[PackedBatch], Masks]]:
-    """Returns mask builders the model may need: one per layer type, one window for all layers, or no window."""
-    config = lm.config.get_text_config()
-    dtype = next(lm.parameters()).dtype
-    window = getattr(config, "sliding_window", None)
+def tree_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Computes the hidden states ``[R, T, D]`` of a batch of trees.
 
-    additive = None if implementation == "sdpa" else dtype
-    mask = block_mask if implementation == "flex_attention" else partial(dense_mask, additive=additive)
-    candidates: list[Callable[[PackedBatch], Masks]] = []
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds and kinds <= {"full_attention", "sliding_attention"}:
-        windows = {kind: window if kind == "sliding_attention" else None for kind in kinds}
-        candidates.append(lambda batch: {kind: mask(batch, size) for kind, size in windows.items()})
-    if window is not None:
-        candidates.append(lambda batch: mask(batch, window))
-    return [*candidates, lambda batch: mask(batch, None)]
+    Raises:
+        ValueError: if the model was refused; ask :func:`tree_plan` first.
+    """
+    plan = tree_plan(model, latest=True)
+    if plan.masks is None:
+        raise ValueError(f"this model cannot run trees: {plan.refusal}")
+    mask = plan.masks(batch)
+    return body_states(model, input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask)
 
 
 def dense_mask(batch: PackedBatch, window: int | None, additive: torch.dtype | None) -> Tensor:
@@ -152,46 +120,30 @@ def block_mask(batch: PackedBatch, window: int | None) -> Any:
 
 def _misfit(lm: Any, masks: Callable[[PackedBatch], Masks]) -> float:
     """Returns the largest relative difference between trees and sequences, of hidden states and embedding gradients."""
-    embedding = lm.get_input_embeddings()
-    pairs = _probe_pairs(lm)
-    states, gradients = [], []
+    embedding, config = lm.get_input_embeddings(), lm.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    prompt = 7 + (window if window <= LONGEST_PROBED_WINDOW else 0)  # the first pair crosses a short window
+    tokens = max(min(config.vocab_size, 50) - 3, 1)
+    ids = [3 + (7 * i) % tokens for i in range(prompt + 40)]
+    first = TokenisedPair(ids[:prompt], ids[prompt : prompt + 6], ids[prompt + 9 : prompt + 14])
+    pairs = [first, TokenisedPair(ids[5:8], ids[20:23], ids[24:31])]
+    outcomes: list[tuple[Tensor, Tensor]] = []
     with evaluating(lm), torch.enable_grad():
         for batch in (pack_trees(pairs, capacity=10**6), pack_padded(pairs)):
             batch = batch.to(embedding.weight.device)
             embedded = embedding(batch.input_ids).detach().requires_grad_()
+            inputs = {"inputs_embeds": embedded}
             if batch.layout == "tree":
-                layout = {"position_ids": batch.position_ids, "attention_mask": masks(batch)}
-                hidden = body_states(lm, inputs_embeds=embedded, **layout)
-            else:
-                hidden = body_states(lm, inputs_embeds=embedded)
-            wanted = hidden.flatten(0, 1)[batch.source_index]
-            direction = torch.cos(0.7 * torch.arange(wanted.numel(), device=wanted.device)).view_as(wanted)
-            (gradient,) = torch.autograd.grad((wanted * direction.to(wanted.dtype)).sum(), embedded)
-            states.append(wanted.detach().float())
-            gradients.append(_sum_by_position(gradient.float(), batch, len(pairs)))
+                inputs |= {"position_ids": batch.position_ids, "attention_mask": masks(batch)}
+            states = body_states(lm, **inputs).flatten(0, 1)[batch.source_index]
+            direction = torch.cos(0.7 * torch.arange(states.numel(), device=states.device)).view_as(states)
+            (gradient,) = torch.autograd.grad((states * direction.to(states.dtype)).sum(), embedded)
+            # Summed by token, so that both layouts can be compared; what padding has may be NaN (Gemma 3n).
+            by_token = torch.zeros(3 + tokens, gradient.shape[-1], device=states.device)
+            by_token.index_add_(0, batch.input_ids.flatten(), gradient.flatten(0, 1).float())
+            outcomes.append((states.detach().float(), by_token[3:]))
     errors = [
         ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)).item()
-        for ours, theirs in (states, gradients)
+        for ours, theirs in zip(*outcomes, strict=True)
     ]
-    return max(float("inf") if math.isnan(error) else error for error in errors)
-
-
-def _probe_pairs(lm: Any) -> list[TokenisedPair]:
-    """Builds two pairs of different shapes, the first longer than a short sliding window."""
-    config = lm.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or 0
-    prompt = 7 + (window if window <= LONGEST_PROBED_WINDOW else 0)
-    ids = [3 + (7 * i) % max(min(config.vocab_size, 50) - 3, 1) for i in range(prompt + 40)]
-    first = TokenisedPair(ids[:prompt], ids[prompt : prompt + 6], ids[prompt + 9 : prompt + 14])
-    return [first, TokenisedPair(ids[5:8], ids[20:23], ids[24:31])]
-
-
-def _sum_by_position(gradient_RTD: Tensor, batch: PackedBatch, pairs: int) -> Tensor:
-    """Sums gradients per pair, branch and position, so that the two layouts can be compared."""
-    row = torch.arange(batch.input_ids.shape[0], device=gradient_RTD.device)[:, None]
-    pair = batch.tree_ids if batch.layout == "tree" else (row // 2).expand_as(batch.tree_ids)
-    real = batch.tree_ids >= 0
-    width = 128
-    sums = torch.zeros(pairs * 3 * width, gradient_RTD.shape[-1], device=gradient_RTD.device)
-    index = (pair * 3 + batch.branch_ids) * width + batch.position_ids
-    return sums.index_add(0, index[real], gradient_RTD[real])
+    return max(error if error == error else float("inf") for error in errors)

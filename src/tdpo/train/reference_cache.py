@@ -15,12 +15,12 @@ from rich.console import Console
 
 from tdpo.data.pack import pack_padded
 from tdpo.errors import UserError
-from tdpo.models.fingerprint import base_weights_hash, config_hash, weights_hash
+from tdpo.models.fingerprint import config_hash, weights_hash
 from tdpo.models.neighbours import neighbour_plan
 from tdpo.models.policy import causal_lm
 from tdpo.models.probe import evaluating
-from tdpo.models.reference import AdapterOff, CachedHidden, Reference
-from tdpo.models.store import CacheKey, HiddenStore, pairs_hash
+from tdpo.models.reference import AdapterOff, Reference
+from tdpo.models.store import CachedHidden, CacheKey, HiddenStore, pairs_hash
 from tdpo.train.progress import bar
 from tdpo.types import PackedBatch, TokenisedPair
 
@@ -79,7 +79,7 @@ def cache_key(reference: Reference, pack: Any, run: FillOptions) -> CacheKey:
             dtype = str(reference.states(shortest).dtype).removeprefix("torch.")
     lm = causal_lm(model)
     return CacheKey(
-        weights=base_weights_hash(model) if without_adapter else weights_hash(model),
+        weights=weights_hash(model, with_adapter=not without_adapter),
         config=config_hash(model, with_adapter=not without_adapter),
         dtype=dtype,
         precision=run.precision,

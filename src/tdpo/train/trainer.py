@@ -30,7 +30,8 @@ from tdpo.models.adapters import has_adapter
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.modes import prepare_reference_mode
 from tdpo.models.multimodal import tokenizer_of
-from tdpo.models.policy import head_of, position_limit, unwrapped
+from tdpo.models.policy import head_of, position_limit
+from tdpo.models.probe import unwrapped
 from tdpo.models.redirect import run_in_forward
 from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.objectives import Objective
