@@ -117,7 +117,7 @@ def _asked(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
     report = DataReport(str(options.dataset_name))
     records = _records(options, report)
     if options.special_tokens is None:
-        records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
+        records = tokeniser.special.refuse_rendered(records)
     # Several pairs of one prompt ask it once; rows without responses are asked one by one.
     groups = itertools.groupby(records, _question)
     first = (next(group) for _, group in groups)

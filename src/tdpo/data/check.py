@@ -205,7 +205,7 @@ def check(prepared: Prepared, tokeniser: Tokeniser, held_out: Iterable[Preferenc
         if chosen == rejected:
             found.alike.append(record.row)
         as_tokens = isinstance(record.prompt, str) and tokeniser.rendering.special_tokens == "tokens"
-        if not as_tokens and any(token in text for text in _texts(record) for token in tokeniser.special):
+        if not as_tokens and any(token in text for text in _texts(record) for token in tokeniser.special.texts):
             found.special.append(record.row)
         seen.add(whole_pair)
         prompts.add(prompt)

@@ -173,7 +173,7 @@ def _build(
         report = DataReport(name_of(rows))
         records = iter_records(rows, spec, on_bad_row, report)
     if tokeniser.rendering.special_tokens is None:
-        records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
+        records = tokeniser.special.refuse_rendered(records)
     return report, _batches(records, tokeniser, report, on_bad_row)
 
 

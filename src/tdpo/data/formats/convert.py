@@ -106,7 +106,7 @@ def _convert_group(
         report.format = f"{report.format}, {name}" if report.format else name
     records = _convert_rows(name, known, head, usable, spec, bad)
     for index, record in enumerate(records if known.join is None else known.join(list(records), spec, report)):
-        text = record.prompt or (record.chosen if isinstance(record, PreferenceRecord) else record.response)
+        text = record.prompt or record.chosen
         if spec.side is not None and not spec.side.holds(text):
             report.elsewhere += 1
             continue
