@@ -12,7 +12,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from tdpo import PreferenceRecord, TokenisedPair
-from tdpo.data.continuation import encode_continuations, find_anchors
 from tdpo.data.encode import TextEncoder
 from tdpo.data.formats import DataReport
 from tdpo.data.tokenise import Lengths, Tokeniser
@@ -60,7 +59,7 @@ def test_compatibility_characters_and_chinese_continue_too() -> None:
 
 def test_the_anchor_is_the_first_that_decoding_proves() -> None:
     def anchors(tokenizer: Any) -> list[str]:
-        return [text for text, _ in find_anchors(tokenizer, TextEncoder(tokenizer))]
+        return [text for text, _ in TextEncoder(tokenizer).anchors]
 
     assert anchors(make_tokenizer()) == []  # bytes need none
     assert anchors(sentencepiece_like())[0] == "\n"
@@ -72,8 +71,8 @@ def test_a_text_that_merges_with_an_anchor_is_encoded_behind_the_next_anchor() -
     encode = TextEncoder(tokenizer)
     assert tokenizer.decode(encode(["The river"])[0]) == "The river"
     # "The" is one token, so that the ids of the anchor "T" are not at the beginning of "The river".
-    anchors = [("T", encode(["T"])[0]), *find_anchors(tokenizer, encode)]
-    (ids,) = encode_continuations(["he river"], True, anchors, encode)
+    encode.anchors = [("T", encode(["T"])[0]), *encode.anchors]
+    (ids,) = encode.continuations(["he river"])
     assert tokenizer.convert_ids_to_tokens(ids)[0][0] == "h"
 
 
@@ -84,7 +83,7 @@ def test_a_tokenizer_without_any_anchor_is_warned_of(caplog: pytest.LogCaptureFi
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
     wordpiece = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[UNK]", unk_token="[UNK]")
     with caplog.at_level(logging.WARNING, "tdpo"):
-        assert find_anchors(wordpiece, TextEncoder(wordpiece)) == []
+        assert TextEncoder(wordpiece).anchors == []
     assert "none of" in caplog.text and "begin with a space" in caplog.text
 
 

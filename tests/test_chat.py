@@ -12,7 +12,7 @@ from tdpo import PreferenceRecord, TokenisedPair, UserError
 from tdpo.data.chat import ChatRenderer
 from tdpo.data.formats import DataReport
 from tdpo.data.sft import prepare_sft
-from tdpo.data.special_tokens import special_texts
+from tdpo.data.special_tokens import SpecialTokens
 from tdpo.data.templates import TEMPLATES
 from tdpo.data.tokenise import Lengths, Tokeniser
 
@@ -172,6 +172,6 @@ def test_a_records_own_truncation_wins_over_the_runs() -> None:
 
 def test_half_a_mark_that_a_template_leaves_is_removed() -> None:
     tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content[:1] }}"))
-    renderer = ChatRenderer(tokenizer, special_texts(tokenizer), {})
+    renderer = ChatRenderer(tokenizer, SpecialTokens(tokenizer), {})
     rendered = renderer.render([{"role": "user", "content": "<|im_end|> hi"}])
     assert rendered.prompt == [("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n", False, False)]

@@ -206,7 +206,7 @@ def test_a_question_is_a_users_turn_in_pairs_and_in_supervised_rows(name: str) -
     assert (record.prompt, record.chosen, record.rejected) == pair
     answered = from_memory([{name: "Why?", "output": "A."}], "rows")
     (exchange,) = iter_records(answered, "auto", "error", DataReport("rows"), SFT_FORMATS)
-    assert (exchange.prompt, exchange.response) == pair[:2]
+    assert (exchange.prompt, exchange.chosen) == pair[:2]
     as_it_stands = RowSpec(columns=(("prompt", name),))
     assert sides({name: "Q:", "chosen": " A", "rejected": " B"}, as_it_stands) == ("Q:", " A", " B")
     assert error_of({name: " ", "chosen": "A.", "rejected": "B."}) == f"field {name!r} is empty"

@@ -199,7 +199,7 @@ def test_supervised_rows_end_in_exchanges_or_in_a_message(found: list[Any], name
         report = DataReport("any.jsonl")
         numbered = from_memory(found, "any.jsonl")
         for exchange in iter_records(numbered, name, "drop", report, SFT_FORMATS):
-            assert isinstance(exchange.prompt, str) == isinstance(exchange.response, str)
+            assert isinstance(exchange.prompt, str) == isinstance(exchange.chosen, str)
 
 
 @given(values)

@@ -79,7 +79,7 @@ def test_real_tokenizers_round_trip_hh_dialogues(shared: Path) -> None:
         tokeniser = Tokeniser(tokenizer, Lengths(100_000, 50_000))
         pairs = tokeniser.pairs(records, DataReport("hh"))
         for record, pair in zip(records, pairs, strict=True):
-            ids = pair.prompt_ids[len(tokeniser.bos) :] + pair.rejected_ids[:-1]
+            ids = pair.prompt_ids[len(tokeniser.encode.start) :] + pair.rejected_ids[:-1]
             assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == record.prompt + record.rejected
             assert pair.rejected_ids[-1] == tokenizer.eos_token_id
 

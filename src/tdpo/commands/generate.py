@@ -105,7 +105,7 @@ def _prompts_of_dataset(options: GenerateOptions, tokeniser: Tokeniser) -> list[
     report = DataReport(str(options.dataset_name))
     records = _records(options, report)
     if options.special_tokens is None:
-        records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
+        records = tokeniser.special.refuse_rendered(records)
 
     def question(record: PreferenceRecord) -> tuple[Any, ...]:
         # Several pairs of one prompt ask it once; rows without responses are asked one by one.

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdpo.data.calls import without_nulls
+from tdpo.data.encode import Piece, RenderedTurns
 from tdpo.data.formats import RowError
 from tdpo.data.omissions import ADVICE, Chat, OmissionFinder
-from tdpo.data.special_tokens import RESPONSE, Marks, RenderedTurns, cut_after_end
+from tdpo.data.special_tokens import SpecialTokens
 from tdpo.data.template import ChatTemplate
 from tdpo.types import Message
 
@@ -19,6 +20,47 @@ logger = logging.getLogger("tdpo")
 
 ASKS_IF_DEFINED = re.compile(r"(?<![\w.])([A-Za-z_]\w*) is (?:not )?defined")
 """How templates look for arguments that need not be given."""
+OPEN, CLOSE = "\ue000", "\ue001"
+"""Private-use characters around the index of a text that is the user's, see :class:`Marks`."""
+RESPONSE = "\ue002"
+"""Marks a response's content where only its position is needed."""
+
+
+class Marks:
+    """Marks special-token text in messages and tools, so that a chat template's own can be distinguished from it.
+
+    Args:
+        special: Texts of the special tokens.
+    """
+
+    def __init__(self, special: Sequence[str]) -> None:
+        self._texts = [*special, OPEN, CLOSE, RESPONSE]
+        self._pattern = re.compile("|".join(map(re.escape, self._texts)))
+
+    def add(self, value: Any) -> Any:
+        """Returns messages or tools with marks in place of special-token text."""
+        if isinstance(value, str):
+            return self._pattern.sub(lambda found: f"{OPEN}{self._texts.index(found[0])}{CLOSE}", value)
+        if isinstance(value, list):
+            return [self.add(item) for item in value]
+        if isinstance(value, dict):
+            return {name: value[name] if name == "role" else self.add(value[name]) for name in value}
+        return value
+
+    def split(self, rendered: str, continues: bool = False) -> list[Piece]:
+        """Splits a rendering into the template's text, whose special tokens are special, and the user's."""
+        pieces: list[Piece] = []
+        for index, text in enumerate(re.split(f"{OPEN}([0-9]+){CLOSE}", rendered)):
+            literal = index % 2 == 1
+            # A template that cuts text can leave half a mark; the user's own such characters are marked themselves.
+            text = self._texts[int(text)] if literal else text.replace(OPEN, "").replace(CLOSE, "")
+            if text:
+                pieces.append((text, literal, continues or bool(pieces)))
+        return pieces
+
+    def remove(self, rendered: str) -> str:
+        """Returns a rendering with the user's own text in place of the marks."""
+        return "".join(text for text, _, _ in self.split(rendered))
 
 
 class ChatRenderer:
@@ -26,14 +68,14 @@ class ChatRenderer:
 
     Args:
         tokenizer: A transformers tokenizer.
-        special: Texts of its special tokens.
+        special: Its special tokens.
         arguments: Further arguments of the template for every chat; a row's own win.
     """
 
-    def __init__(self, tokenizer: Any, special: Sequence[str], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Any, special: SpecialTokens, arguments: Mapping[str, Any]) -> None:
         self._special, self._arguments = special, dict(arguments)
-        self._special_pattern = re.compile("|".join(map(re.escape, special)))
-        self._marks = Marks(special)
+        self._special_pattern = re.compile("|".join(map(re.escape, special.texts)))
+        self._marks = Marks(special.texts)
         self._template = ChatTemplate(tokenizer, self._arguments)
         self._omissions = OmissionFinder(self._template.render, self._marks.remove)
         self._warned = False
@@ -79,7 +121,7 @@ class ChatRenderer:
         unused = [name for name in more if not re.search(rf"\b{re.escape(name)}\b", self._template.source)]
         notices = [f"the chat template does not use the argument {name!r}" for name in unused]
         notices += self._omissions.describe(asking, chats, rendered, len(prompt), more, names)
-        cut = [cut_after_end(whole[len(prompt) :], self._special) for whole in rendered]
+        cut = [self._special.cut_after_end(whole[len(prompt) :]) for whole in rendered]
         for name, (text, _) in zip(names, cut, strict=True):
             if not self._special_pattern.sub("", text).strip():
                 raise RowError(f"the chat template renders {name} as nothing but its end token; {ADVICE}")

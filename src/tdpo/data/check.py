@@ -197,7 +197,7 @@ def _look_over(found: DataCheck, tokeniser: Tokeniser, held_out: set[str]) -> No
             "leaks": prompt in held_out,
             "contradicted": chosen != rejected and (prompt, rejected, chosen) in all_pairs,
             "alike": chosen == rejected,
-            "special": literal and any(token in text for text in _texts(record) for token in tokeniser.special),
+            "special": literal and any(token in text for text in _texts(record) for token in tokeniser.special.texts),
         }
         for name in filter(findings.get, findings):
             found.rows[name].append(record.row)

@@ -162,7 +162,7 @@ def _build(
     else:
         records = iter_records(rows, spec, on_bad_row, report)
     if tokeniser.rendering.special_tokens is None:
-        records = tokeniser.texts.refuse_unless_chosen(records, lambda r: (r.prompt, r.chosen, r.rejected))
+        records = tokeniser.special.refuse_rendered(records)
     return report, _batches(iter(records), tokeniser, report, on_bad_row)
 
 

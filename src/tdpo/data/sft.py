@@ -145,9 +145,9 @@ def prepare_sft(
     if isinstance(rows, list) and not (rows and isinstance(rows[0], SourceRow)):
         rows = from_memory(rows, name)
     report = SFTReport(name_of(rows), train_on=train_on)
-    exchanges: list[Exchange] = list(iter_records(rows, spec, on_bad_row, report, SFT_FORMATS))
+    exchanges: list[Any] = list(iter_records(rows, spec, on_bad_row, report, SFT_FORMATS))
     if tokeniser.rendering.special_tokens is None:
-        exchanges = list(tokeniser.texts.refuse_unless_chosen(exchanges, lambda e: (e.prompt, e.response)))
+        exchanges = list(tokeniser.special.refuse_rendered(exchanges))
     examples: list[SFTExample] = []
     for start in range(0, len(exchanges), CHUNK):
         turns = [turn for exchange in exchanges[start : start + CHUNK] for turn in _turns(exchange, train_on)]
@@ -178,7 +178,7 @@ def _turns(exchange: Exchange, train_on: TrainOn) -> list[Turns]:
     """Returns the turns to learn of a conversation, each with all messages before it as its prompt."""
     messages: Any = exchange.prompt
     earlier = exchange.earlier if train_on == "every_turn" else ()
-    last = Turns(exchange, exchange.prompt, (exchange.response,))
+    last = Turns(exchange, exchange.prompt, (exchange.chosen,))
     return [*(Turns(exchange, messages[:index], ([messages[index]],)) for index in earlier), last]
 
 
@@ -206,11 +206,11 @@ def _sequences(turns: Sequence[Ids]) -> Iterator[Ids]:
     renders a turn differently once others follow, or a tokenizer merges across its end.
 
     Yields:
-        Prompt, and as two responses of one length what follows it and the labels of that.
+        Prompt, what follows it, and beside that its labels.
     """
-    record, prompt, (response,), _ = turns[0]
+    record, prompt, (response,) = turns[0][:3]
     ids, labels = list(response), list(response)
-    for _, asked, (response,), _ in turns[1:]:
+    for _, asked, (response,), *_ in turns[1:]:
         known = prompt + ids
         if asked[: len(known)] == known:
             gap = asked[len(known) :]
@@ -221,17 +221,17 @@ def _sequences(turns: Sequence[Ids]) -> Iterator[Ids]:
             ids.pop()
             masked = len(gap) - 1
         else:
-            yield Ids(record, prompt, [ids, labels])
+            yield Ids(record, prompt, [ids], [labels])
             prompt, ids, labels = asked, list(response), list(response)
             continue
         ids += gap + response
         labels += [MASKED] * masked + response
-    yield Ids(record, prompt, [ids, labels])
+    yield Ids(record, prompt, [ids], [labels])
 
 
 def _example(ids: Ids) -> SFTExample:
     """Makes the example of a sequence that is within the limits."""
-    prompt, (response, labels) = ids.prompt, ids.responses
+    prompt, (response,), (labels,) = ids.prompt, ids.responses, ids.beside
     while labels[-1] == MASKED:  # a turn of the user's that truncation left last
         labels = labels[:-1]
     response = response[: len(labels)]

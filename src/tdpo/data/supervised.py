@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from tdpo.config.row_spec import RowSpec, parse_json
 from tdpo.data.formats import FORMATS, DataReport, Format, RowDropped, RowError, chat_options, is_empty
@@ -25,28 +25,14 @@ ANSWER_USES = ("label", "history", *CHAT_USES)
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """A prompt and the response to learn; of a conversation its last one, with the earlier ones in the prompt.
+class Exchange(PreferenceRecord):
+    """A prompt and, as ``chosen``, the response to learn; of a conversation its last one. ``rejected`` is empty.
 
     Attributes:
-        prompt: Plain text or chat messages; empty before plain text.
-        response: The same kind.
-        source: The file or dataset it was read from.
-        row: Its row there.
-        tools: As in :class:`~tdpo.types.PreferenceRecord`.
-        chat_template_kwargs: The same.
-        truncation_mode: The same.
         earlier: Indices of the messages of the prompt that are responses to learn too.
         notes: Warnings about the row, for the report.
     """
 
-    prompt: Text
-    response: Text
-    source: str
-    row: int
-    tools: list[Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    truncation_mode: Literal["keep_end", "keep_start"] | None = None
     earlier: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -161,7 +147,7 @@ def _learnt(record: Any) -> Any:
     if not isinstance(record, PreferenceRecord):
         return record
     options = (record.tools, record.chat_template_kwargs)
-    return Exchange(record.prompt, record.chosen, record.source, record.row, *options)
+    return Exchange(record.prompt, record.chosen, "", record.source, record.row, *options)
 
 
 def _answered(row: SourceRow, asked: str, answered: str) -> list[Exchange]:
@@ -209,15 +195,15 @@ def _learn_turns(row: SourceRow, name: str, turns: list[Message], flags: list[bo
     prompt, response = turns[: learnt[-1]], [turns[learnt[-1]]]
     notes = [UNANSWERED] if turns[-1]["role"] != "assistant" else []
     notes += [UNASKED] if turns[0]["role"] == "assistant" and flags[0] else []
-    options = chat_options(row, prompt)
-    return [Exchange(prompt, response, row.source, row.row, **options, earlier=tuple(learnt[:-1]), notes=tuple(notes))]
+    more: dict[str, Any] = {**chat_options(row, prompt), "earlier": tuple(learnt[:-1]), "notes": tuple(notes)}
+    return [Exchange(prompt, response, "", row.source, row.row, **more)]
 
 
 def _exchange(row: SourceRow, prompt: Text, response: Text, name: str) -> list[Exchange]:
     _drop_unwanted(row)
     if is_empty(response):
         raise RowError(f"field {name!r} is empty")
-    return [Exchange(prompt, response, row.source, row.row, **chat_options(row, prompt))]
+    return [Exchange(prompt, response, "", row.source, row.row, **chat_options(row, prompt))]
 
 
 def _drop_unwanted(row: SourceRow) -> None:

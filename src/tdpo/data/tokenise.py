@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tdpo.config.tokens import Lengths, Rendering, TruncationMode
-from tdpo.data.continuation import Anchor, encode_continuations, find_anchors
-from tdpo.data.encode import TextEncoder
+from tdpo.data.encode import RenderedTurns, TextEncoder
 from tdpo.data.formats import BAD_ROW_ADVICE, BadRows, DataReport, OnBadRow, RowError
-from tdpo.data.rendered import RenderedTexts
-from tdpo.data.special_tokens import RenderedTurns, cut_after_end, special_texts
+from tdpo.data.special_tokens import SpecialTokens
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
 if TYPE_CHECKING:
     from tdpo.data.chat import ChatRenderer
-    from tdpo.data.supervised import Exchange
 
 REFUSED_ADVICE = (
     f"{BAD_ROW_ADVICE}, --chat_template_path gives another template, --ignore_columns leaves out a column such as "
@@ -37,7 +32,7 @@ class Turns(NamedTuple):
         responses: Responses of the same kind; none where a prompt is asked alone.
     """
 
-    record: PreferenceRecord | Exchange
+    record: PreferenceRecord
     prompt: Text
     responses: Sequence[Text] = ()
 
@@ -54,12 +49,14 @@ class Ids(NamedTuple):
         record: The record they belong to.
         prompt: Ids of the prompt; empty only for an empty text where the tokenizer starts a text with nothing.
         responses: Ids of each response.
+        beside: Lists of one item for each response token, such as labels, which are truncated with the responses.
         reason_identical: What made the responses identical, if they are.
     """
 
-    record: PreferenceRecord | Exchange
+    record: PreferenceRecord
     prompt: list[int]
     responses: Sequence[list[int]]
+    beside: Sequence[list[int]] = ()
     reason_identical: str = "after truncation"
 
 
@@ -89,42 +86,13 @@ class Tokeniser:
             )
         self.tokenizer, self.processes = tokenizer, processes
         self.rendering, self.lengths = rendering or Rendering(), lengths or Lengths()
-        self.special = special_texts(tokenizer)
-        self.texts = RenderedTexts(tokenizer, self.special)
-
-    @cached_property
-    def encode(self) -> TextEncoder:
-        """Texts to ids, without start and end tokens."""
-        return TextEncoder(self.tokenizer)
-
-    @cached_property
-    def _anchors(self) -> list[Anchor]:
-        return find_anchors(self.tokenizer, self.encode)
+        self.special, self.encode = SpecialTokens(tokenizer), TextEncoder(tokenizer)
 
     @cached_property
     def _chats(self) -> ChatRenderer:
         from tdpo.data.chat import ChatRenderer
 
         return ChatRenderer(self.tokenizer, self.special, self.rendering.template_arguments)
-
-    @cached_property
-    def bos(self) -> list[int]:
-        """Ids that the tokenizer puts at the start of a text: none, its beginning-of-sequence token, or several."""
-        for text in ("a", "1", "."):
-            plain = self.encode([text])[0]
-            whole = self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-            for start in range(len(whole) - len(plain) + 1):
-                if plain and whole[start : start + len(plain)] == plain:
-                    return list(whole[:start])
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and whole[:1] == [bos] else []
-
-    @cached_property
-    def _unknown(self) -> int | None:
-        """The token of text that the tokenizer does not know, where it has such text."""
-        unknown = self.tokenizer.unk_token_id
-        rare = self.encode(["\U00012031", "\uf8ff", "\u2fd5"])
-        return unknown if any(unknown in ids for ids in rare) else None
 
     def unlimited(self) -> Tokeniser:
         """Returns the same tokeniser without truncation."""
@@ -169,12 +137,13 @@ class Tokeniser:
                 report.notice(turn.record, notice)
         bad.raise_error(REFUSED_ADVICE)
         end = [self.tokenizer.eos_token_id]
-        encoded = self._encode_pieces([text for _, text in rendered])
+        encoded = self.encode.turns([text for _, text in rendered])
+        unknown = self.encode.unknown
         for (turn, text), (prompt, *responses) in zip(rendered, encoded, strict=True):
             if not all(responses):
                 bad.add(turn.record, f"the tokenizer leaves nothing of {turn.names[responses.index([])]}")
                 continue
-            if self._unknown is not None and any(self._unknown in ids for ids in (prompt, *responses)):
+            if unknown is not None and any(unknown in ids for ids in (prompt, *responses)):
                 report.notice(
                     turn.record, f"text that the tokenizer does not know becomes {self.tokenizer.unk_token!r}"
                 )
@@ -210,7 +179,8 @@ class Tokeniser:
                 room = limits.max_length - len(prompt)
                 if longest > room:
                     report.truncated["response"].append(row)
-                yield ids._replace(prompt=prompt, responses=[response[:room] for response in ids.responses])
+                responses, beside = ([part[:room] for part in parts] for parts in (ids.responses, ids.beside))
+                yield ids._replace(prompt=prompt, responses=responses, beside=beside)
         overlong.raise_error("--on_overlong truncate or drop would continue")
 
     def prompts(self, asked: Sequence[Text | Turns]) -> list[list[int]]:
@@ -235,7 +205,7 @@ class Tokeniser:
                 rendered.append(RenderedTurns(self._render(turn).prompt))
             except RowError as error:
                 raise UserError(f"{turn.record.source}, row {turn.record.row}: {error}") from error
-        encoded = [ids for (ids,) in self._encode_pieces(rendered)]
+        encoded = [ids for (ids,) in self.encode.turns(rendered)]
         pairs = zip(turns, encoded, strict=True)
         ids = [self._with_start(found, ()) if isinstance(turn.prompt, str) else found for turn, found in pairs]
         return [found or self._first_ids() for found in ids]
@@ -246,7 +216,7 @@ class Tokeniser:
             return prompt
         if (mode or self.lengths.truncation_mode) == "keep_start":
             return prompt[:limit]
-        starts = [start for start in (self.bos, [self.tokenizer.bos_token_id]) if start]
+        starts = [start for start in (self.encode.start, [self.tokenizer.bos_token_id]) if start]
         head = next((start for start in starts if prompt[: len(start)] == start and limit > len(start)), [])
         return head + prompt[len(prompt) - limit + len(head) :]
 
@@ -260,42 +230,26 @@ class Tokeniser:
         responses: Any = turn.responses
         if not isinstance(prompt, str):
             chat = self._chats.render(prompt, responses, record.tools, record.chat_template_kwargs, turn.names)
-            ends = () if chosen else self.texts.notices_of_turns(responses)
+            ends = () if chosen else self.special.notices_of_turns(responses)
             return chat._replace(notices=[*chat.notices, *ends])
-        notices = list(self.texts.notices(prompt, responses, chosen=chosen is not None))
+        notices = list(self.special.notices(prompt, responses, chosen=chosen is not None))
         literal = chosen != "tokens"
-        cut = [(response, False) if literal else cut_after_end(response, self.special) for response in responses]
+        cut = [(response, False) if literal else self.special.cut_after_end(response) for response in responses]
         pieces = [[(text, literal, True)] for text, _ in cut]
         return RenderedTurns([(prompt, literal, False)], pieces, [ended for _, ended in cut], notices)
 
-    def _encode_pieces(self, rendered: Sequence[RenderedTurns]) -> Iterator[list[list[int]]]:
-        """Yields ids of each prompt and its responses; all pieces of a kind are encoded in one batch."""
-        parts = [[turns.prompt, *turns.responses] for turns in rendered]
-        texts: dict[tuple[bool, bool], list[str]] = defaultdict(list)
-        for text, literal, continues in chain.from_iterable(chain.from_iterable(parts)):
-            texts[literal, continues].append(text)
-        encoded = {}
-        for (literal, continues), batch in texts.items():
-            anchors = self._anchors if continues else ()
-            encoded[literal, continues] = iter(encode_continuations(batch, literal, anchors, self.encode))
-        for pieces_of_parts in parts:
-            yield [
-                list(chain.from_iterable(next(encoded[literal, continues]) for _, literal, continues in pieces))
-                for pieces in pieces_of_parts
-            ]
-
     def _with_start(self, prompt: list[int], responses: Sequence[list[int]]) -> list[int]:
         """Returns a prompt of plain text behind the ids that start a text, unless its text has their tokens."""
-        start = self.bos
+        start = self.encode.start
         may_have_it = self.rendering.special_tokens == "tokens" and start
         if may_have_it and any(ids[: len(start)] == start for ids in ([prompt] if prompt else responses)):
             return prompt
         return start + prompt
 
-    def _first_ids(self, record: PreferenceRecord | Exchange | None = None) -> list[int]:
+    def _first_ids(self, record: PreferenceRecord | None = None) -> list[int]:
         """Returns the ids that an empty prompt becomes."""
-        if self.bos or self.tokenizer.bos_token_id is not None:
-            return self.bos or [self.tokenizer.bos_token_id]
+        if self.encode.start or self.tokenizer.bos_token_id is not None:
+            return self.encode.start or [self.tokenizer.bos_token_id]
         where = f"{record.source}, row {record.row}: the" if record else "a"
         raise UserError(f"{where} prompt is empty and the tokenizer has no beginning-of-sequence token to start from")
 

@@ -77,7 +77,7 @@ def iter_records(
             report.format = f"{report.format}, {name}" if report.format else name
         records = _convert(name, known, head, usable, spec, bad)
         for index, record in enumerate(known.join(list(records), spec, report) if known.join else records):
-            text = record.prompt or (record.chosen if isinstance(record, PreferenceRecord) else record.response)
+            text = record.prompt or record.chosen
             if spec.side is not None and not spec.side.holds(text):
                 report.elsewhere += 1
                 continue
