@@ -115,7 +115,7 @@ def flip_a_byte(path: Path) -> None:
         lambda pairs, about: about.write_text("[]"),
     ],
 )
-def test_a_damaged_entry_is_told_in_one_line_and_made_again(
+def test_a_damaged_entry_is_reported_in_one_line_and_made_again(
     harm: object, file: Path, tmp_path: Path, tokenised: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     first = list(prepared(file, tmp_path / "cache"))
@@ -144,7 +144,7 @@ def test_a_full_disk_or_a_forbidden_folder_costs_a_warning(
     assert not [p for p in (tmp_path / "full").iterdir() if p.suffix != ".lock"]
 
 
-def test_bad_rows_are_told_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_bad_rows_are_reported_and_leave_nothing_behind(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", [*preference_rows(3), {"prompt": "a", "chosen": 3, "rejected": "b"}])
     for _ in range(2):
         with pytest.raises(UserError, match=r"row 4: field 'chosen' must be"):

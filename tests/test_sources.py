@@ -178,7 +178,7 @@ def test_a_key_that_stands_twice_would_lose_a_value(tmp_path: Path) -> None:
     assert row.error == "not readable JSON: the key 'x' stands twice in one object"
 
 
-def test_utf_16_and_broken_utf_8_are_told(tmp_path: Path) -> None:
+def test_utf_16_and_broken_utf_8_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"a": 1}\n'.encode("utf-16"))
     with pytest.raises(UserError, match=r"a\.jsonl: it is UTF-16 text; save it as UTF-8"):
         read_source(str(tmp_path / "a.jsonl"), "train")
@@ -190,7 +190,7 @@ def test_utf_16_and_broken_utf_8_are_told(tmp_path: Path) -> None:
         read_source(str(tmp_path / "c.json"), "train")
 
 
-def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
+def test_what_is_no_dataset_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     with pytest.raises(UserError, match=r"a\.parquet: it is a pointer of Git LFS, not the file; git lfs pull"):
         read_source(str(tmp_path / "a.parquet"), "train")
@@ -204,7 +204,7 @@ def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
     assert fingerprint(open_source(str(strange), "train"))
 
 
-def test_files_cut_in_the_middle_are_told(tmp_path: Path) -> None:
+def test_files_cut_in_the_middle_are_reported(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"prompt": str(i), "text": os.urandom(20).hex()}) + "\n" for i in range(2000)).encode()
     whole = {
         "a.jsonl.gz": gzip.compress(lines), "b.jsonl.bz2": bz2.compress(lines), "c.jsonl.xz": lzma.compress(lines),
@@ -222,7 +222,7 @@ def test_files_cut_in_the_middle_are_told(tmp_path: Path) -> None:
             read_source(str(tmp_path / name), "train")
 
 
-def test_tables_with_a_name_twice_and_dates_beyond_time_are_told(tmp_path: Path) -> None:
+def test_tables_with_a_name_twice_and_dates_beyond_time_are_reported(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["chosen", "chosen"])
     pq.write_table(twice, tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: a column name stands twice: chosen, chosen"):

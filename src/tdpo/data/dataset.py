@@ -72,11 +72,11 @@ class PairDataset(Sequence[TokenisedPair]):
     @overload
     def __getitem__(self, index: slice) -> list[TokenisedPair]: ...
     def __getitem__(self, index: int | slice) -> TokenisedPair | list[TokenisedPair]:
-        rows = range(len(self))[index]  # raises IndexError
-        if isinstance(rows, range):
-            return [self[row] for row in rows]
-        prompt, chosen, rejected = (self.table[name][rows].values.to_numpy().tolist() for name in SIDES)
-        return TokenisedPair(prompt, chosen, rejected, self.table["row"][rows].as_py())
+        found = range(len(self))[index]  # raises IndexError
+        if isinstance(found, range):
+            return [self[row] for row in found]
+        ids = {name: self.table[name][found].values.to_numpy().tolist() for name in SIDES}  # faster than as_py
+        return TokenisedPair(**ids, row=self.table["row"][found].as_py())
 
     def side_lengths(self) -> np.ndarray:
         """Returns ``[P, 3]`` int64: tokens of prompt, chosen and rejected response of each pair."""

@@ -89,7 +89,7 @@ def test_the_split_option_chooses_among_lists(tmp_path: Path) -> None:
         ({"prompt": [], "chosen": []}, r"a\.json: no rows in it"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_told_apart_is_refused_by_name(tmp_path: Path, content: Any, message: str) -> None:
+def test_what_is_ambiguous_is_refused_by_name(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(tmp_path, content, split="dev")
 
