@@ -12,14 +12,14 @@ from tdpo.config.row_spec import SHP_SCORE_RATIO, RowSpec
 from tdpo.data.formats.fields import (
     as_text,
     chat_options,
-    check_kinds,
     field_of,
     first_of,
     is_empty,
+    mixed_kinds,
     number,
     plain_text,
 )
-from tdpo.data.formats.prompts import check_placeholders, checked, has_prompt, make_record, prompt_of, with_system
+from tdpo.data.formats.prompts import check_placeholders, has_prompt, make_record, prompt_of, with_system
 from tdpo.data.formats.report import DataReport, RowDropped, RowError
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord, Text
@@ -28,6 +28,10 @@ LISTS = ("completions", "responses", "answers", "candidates", "generations")
 TEXTS = ("response", "text", "completion", "answer", "content", "output", "generation")
 SCORES = ("score", "reward", "rating", "overall_score", "pm_score")
 RANKS = ("rank", "ranking")
+BESIDE: dict[tuple[str, ...], tuple[str, ...]] = {
+    names: tuple(f"{name}s" for name in names) for names in (SCORES, RANKS)
+}
+"""Columns that list such figures beside the answers."""
 ANSWER_KEYS = (*TEXTS, *SCORES, *RANKS)
 SHP_COLUMNS = ("history", "human_ref_A", "human_ref_B", "score_A", "score_B")
 COMPLETION_COLUMNS = (("completion", "response"), ("reward", "score"))
@@ -98,12 +102,13 @@ def shp(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
 
 def completion(row: SourceRow, spec: RowSpec) -> list[Scored]:
     """Reads one scored completion: ``prompt``, ``completion`` (or ``response``) and ``reward`` (or ``score``)."""
-    name, score = (first_of(row.fields, names) for names in COMPLETION_COLUMNS)
-    (scored,) = _scored(row, prompt_of(row), [(field_of(row, name), field_of(row, score, number))])
-    check_kinds(prompt=scored[1].prompt, **{name: scored[1].chosen})
-    if is_empty(scored[1].chosen):
+    name, score_name = (first_of(row.fields, names) for names in COMPLETION_COLUMNS)
+    ((score, answer),) = _scored(row, prompt_of(row), [(field_of(row, name), field_of(row, score_name, number))])
+    if isinstance(answer.prompt, str) != isinstance(answer.chosen, str):
+        raise mixed_kinds(prompt=answer.prompt, **{name: answer.chosen})
+    if is_empty(answer.chosen):
         raise RowError(f"field {name!r} is an empty response")
-    return [scored]
+    return [(score, answer)]
 
 
 def completion_pairs(completions: Sequence[Scored], spec: RowSpec, report: DataReport) -> Iterator[PreferenceRecord]:
@@ -141,14 +146,12 @@ def pairs(answers: Sequence[Scored], spec: RowSpec) -> list[PreferenceRecord]:
         candidates = [(one, other) if one[0] > other[0] else (other, one) for one, other in two]
     least = spec.min_margin or 0.0
     apart = [(one, two) for (high, one), (low, two) in candidates if _differ(high - low, least)]
-    differing = [(one, two.chosen) for one, two in apart if one.chosen != two.chosen]
+    differing = [(one, two) for one, two in apart if one.chosen != two.chosen]
     if not differing:
         margin = f" by {spec.min_margin:g} or more" if spec.min_margin else ""
         raise RowDropped("chosen and rejected are identical" if apart else f"no two scores differ{margin}")
-    return [
-        checked(PreferenceRecord(a.prompt, a.chosen, rejected, a.source, a.row, a.tools, a.chat_template_kwargs))
-        for a, rejected in differing
-    ]
+    options = {"tools": answers[0][1].tools, "chat_template_kwargs": answers[0][1].chat_template_kwargs}
+    return [make_record(one, one.prompt, one.chosen, two.chosen, options) for one, two in differing]
 
 
 def dialogue(text: str) -> str:
@@ -161,7 +164,7 @@ def has_list(fields: dict[str, Any], names: tuple[str, ...]) -> bool:
     answers = fields.get(first_of(fields, LISTS))
     if not has_prompt(fields) or not isinstance(answers, list) or not answers:
         return False
-    if isinstance(fields.get(first_of(fields, plurals(names))), list):
+    if isinstance(fields.get(first_of(fields, BESIDE[names])), list):
         return True
     return isinstance(answers[0], dict) and any(name in answers[0] for name in names)
 
@@ -178,11 +181,6 @@ def has_completion(fields: dict[str, Any]) -> bool:
     return has_prompt(fields) and isinstance(text, str | list) and bool({"reward", "score"} & fields.keys())
 
 
-def plurals(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the columns that list such figures, one an answer."""
-    return tuple(name + "s" for name in names)
-
-
 def _scored(row: SourceRow, prompt: Text, answers: Sequence[tuple[Text, float]]) -> list[Scored]:
     """Makes the records of answers, as chats if the prompt is one."""
     prompt, *texts = with_system(row, prompt, *(text for text, _ in answers))
@@ -194,7 +192,7 @@ def _scored(row: SourceRow, prompt: Text, answers: Sequence[tuple[Text, float]])
 
 def _read_list(row: SourceRow, names: tuple[str, ...]) -> list[tuple[Text, float]]:
     """Reads the answers of a row, each with its score; one that is empty or has none is left out."""
-    name, plural, figure = first_of(row.fields, LISTS), first_of(row.fields, plurals(names)), names[0]
+    name, plural, figure = first_of(row.fields, LISTS), first_of(row.fields, BESIDE[names]), names[0]
     answers = field_of(row, name, _answer_list)
     objects = [entry for entry in answers if isinstance(entry, dict)]
     figures: Any = row.fields.get(plural)

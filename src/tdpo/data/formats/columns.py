@@ -67,7 +67,7 @@ class UnusedColumns:
         Raises:
             UserError: naming all columns among them that may be the prompt, each with its first row.
         """
-        stopping: dict[str, tuple[SourceRow, bool]] = {}
+        stopping: dict[str, tuple[SourceRow, str]] = {}
         for row in rows:
             used = self._used(row.fields)
             for name, value in row.fields.items():
@@ -75,8 +75,14 @@ class UnusedColumns:
                     continue
                 if value in map(row.fields.get, used):  # as the messages of ultrafeedback_binarized
                     continue
-                if (media := self._check_column(row, used, name, value)) is not None:
-                    stopping.setdefault(name, (row, media))
+                kind = self._lost(row, used, name, value)
+                if kind == "text":
+                    shown = f"{name} ({row.source})" if row.source != self.report.source else name
+                    shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
+                    self.report.unused.setdefault(shown, row.row)
+                    self.named.add(name)
+                elif kind:
+                    stopping.setdefault(name, (row, kind))
         if stopping:
             raise UserError(self._message(stopping))
 
@@ -103,16 +109,16 @@ class UnusedColumns:
                     self.named.add(f"{column}.{key}")
                     self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
 
-    def _check_column(self, row: SourceRow, used: set[str], name: str, value: Any) -> bool | None:
-        """Returns whether a column that must not be left out holds media, else None; the report names other texts."""
+    def _lost(self, row: SourceRow, used: set[str], name: str, value: Any) -> str:
+        """Returns what would be lost without a column: ``"media"``, a ``"prompt"``, another ``"text"``, or nothing."""
         parts = list(parts_in(value))
         texts = [part.strip() for part in parts if _is_said(part)]
         plain_name = re.sub(r"[^a-z0-9]", "", str(name).lower()).removesuffix("s")
         if any(map(_is_binary, parts)) or (plain_name in MEDIA and value != "" and any(map(_is_single, parts))):
-            return True
+            return "media"
         turns = any(holds_turns(part if isinstance(part, list) else [part]) for part in parts)
         if not texts or (is_metadata(name) and not turns and all(map(_is_short, texts))):
-            return None
+            return ""
         annotation = any(map(ANNOTATION.fullmatch, _words(name)))
         # The prompt of the format implicit is guessed from texts, and any column beside them may be the real one.
         guessed = self.name == "implicit" and isinstance(row.fields.get("chosen"), str)
@@ -120,16 +126,11 @@ class UnusedColumns:
         if guessed or CONTEXT.fullmatch(plain_name) or (turns and not annotation):
             whole = {text.strip() for text in (*prompts, *answers)}
             repeated = all(text in whole or any(text in prompt for prompt in prompts) for text in texts)
-            return None if repeated else False
-        if not all(any(text in other for other in (*prompts, *answers)) for text in texts):
-            shown = f"{name} ({row.source})" if row.source != self.report.source else name
-            shown = shown if len(self.report.unused) < REASONS_KEPT else "other columns"
-            self.report.unused.setdefault(shown, row.row)
-            self.named.add(name)
-        return None
+            return "" if repeated else "prompt"
+        return "" if all(any(text in other for other in (*prompts, *answers)) for text in texts) else "text"
 
-    def _message(self, stopping: dict[str, tuple[SourceRow, bool]]) -> str:
-        media = [name for name, (_, is_media) in stopping.items() if is_media]
+    def _message(self, stopping: dict[str, tuple[SourceRow, str]]) -> str:
+        media = [name for name, (_, kind) in stopping.items() if kind == "media"]
         names = media or list(stopping)
         name, (first, _) = names[0], stopping[names[0]]
         where, holds, them = f"the column {name!r}", "holds", "it"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from tdpo.config.row_spec import RowSpec
+from tdpo.data.formats.answers import LISTS
 from tdpo.data.formats.columns import UnusedColumns
 from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, renamed
 from tdpo.data.formats.prompts import ASKED, SYSTEMS
@@ -145,7 +146,7 @@ def _format_of(head: list[SourceRow], spec: RowSpec, formats: Mapping[str, Forma
         name = next(filter(None, (recognise(row.fields, formats) for row in head)), "")
         if not name:
             raise _unknown_columns(head[0], formats)
-    known = find_format(name, formats)
+    known = formats[name] if name in formats else find_format(name, formats)
     for option in spec.given():
         if option not in known.options:
             having = ", ".join(other for other, one in formats.items() if option in one.options)
@@ -161,7 +162,8 @@ def _convert(
     if known.uses:
         unused.check(head)
         for row in head:
-            unused.check_answers(row)
+            if not row.fields.keys().isdisjoint(LISTS):
+                unused.check_answers(row)
     systems = SYSTEMS if SYSTEMS in known.uses else ()
     chats = any(row.fields.get(column) is not None for row in head for column in systems)
     for index, row in enumerate(itertools.chain(head, others)):

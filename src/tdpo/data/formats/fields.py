@@ -168,15 +168,10 @@ def is_empty(text: Text) -> bool:
     return not (text[-1]["content"].strip() or text[-1].get("tool_calls") or text[-1].get("function_call"))
 
 
-def check_kinds(**texts: Text) -> None:
-    """Refuses texts beside chat messages.
-
-    Raises:
-        RowError: naming the kind of each.
-    """
-    if len({isinstance(text, str) for text in texts.values()}) > 1:
-        found = ", ".join(f"{name} {'text' if isinstance(text, str) else 'messages'}" for name, text in texts.items())
-        raise RowError(f"texts and chat messages are mixed: {found}")
+def mixed_kinds(**texts: Text) -> RowError:
+    """Returns the error for texts beside chat messages, naming the kind of each."""
+    found = ", ".join(f"{name} {'text' if isinstance(text, str) else 'messages'}" for name, text in texts.items())
+    return RowError(f"texts and chat messages are mixed: {found}")
 
 
 def renamed(row: SourceRow, columns: Sequence[tuple[str, str]]) -> SourceRow:

@@ -1,4 +1,4 @@
-"""Pairs in two columns: TRL's shapes, HH's dialogues, and the rows of LLaMA-Factory, ms-swift and OpenAI."""
+"""Pairs in two columns: TRL's shapes, dialogues, rows of LLaMA-Factory, ms-swift and OpenAI, labelled responses."""
 
 from __future__ import annotations
 
@@ -9,26 +9,16 @@ from typing import Any
 import regex
 
 from tdpo.config.row_spec import RowSpec
+from tdpo.data.formats import prompts
 from tdpo.data.formats.fields import (
     ASKING_ROLES,
     assistant_turn,
-    check_kinds,
     field_of,
     first_of,
+    mixed_kinds,
+    number,
     plain_text,
     read_turns,
-)
-from tdpo.data.formats.prompts import (
-    PROMPTS,
-    SYSTEMS,
-    TURNS,
-    has_prompt,
-    instruction_of,
-    make_record,
-    pair_record,
-    prompt_of,
-    shared_turns,
-    turns_column,
 )
 from tdpo.data.formats.report import RowDropped, RowError
 from tdpo.data.sources import SourceRow, describe
@@ -44,6 +34,22 @@ ANSWER_HEADER = regex.compile(
 """Beginning of an assistant's turn in chats that are rendered already, in the usual families of models."""
 BOUNDARY = regex.compile(r"(?w)\b")
 """A word boundary as Unicode defines it (UAX 29): none in a number, an emoji, a flag or before a combining mark."""
+STEMS = ("response", "output", "answer", "completion", "generation", "conversation")
+SUFFIXES = (("_0", "_1"), ("_1", "_2"), ("_a", "_b"), ("_A", "_B"), ("1", "2"))
+LABELS = ("better_response_id", "preference", "winner", "choice")
+"""Columns that name the better response: PKU-SafeRLHF's, AlpacaFarm's, Chatbot Arena's, and one more."""
+STRENGTHS = ("preference_strength", "overall_preference")
+"""HelpSteer's columns: below zero the first response is better, above zero the second."""
+RATINGS = ("score", "rating", "reward")
+TIES = (
+    "tie", "tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad", "both_good", "both good", "neither",
+)  # fmt: skip
+PAIRS = tuple((stem, suffixes) for stem in STEMS for suffixes in SUFFIXES)
+LABELLED_USES = (
+    *prompts.PROMPT_USES,
+    tuple(f"{stem}{a}+{stem}{b}" for stem, (a, b) in PAIRS),
+    (*LABELS, *STRENGTHS, *(f"{name}{a}+{name}{b}" for name in RATINGS for a, b in SUFFIXES)),
+)
 
 
 def preference(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
@@ -53,8 +59,8 @@ def preference(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     Where both responses repeat the whole prompt as their first messages, it is taken once; so is a prompt given as text
     beside chats that hold it among the turns they share (``ultrafeedback_binarized``).
     """
-    prompt = prompt_of(row)
-    return [pair_record(row, prompt, field_of(row, "chosen"), field_of(row, "rejected"))]
+    prompt = prompts.prompt_of(row)
+    return [prompts.pair_record(row, prompt, field_of(row, "chosen"), field_of(row, "rejected"))]
 
 
 def alpaca(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
@@ -68,8 +74,8 @@ def alpaca(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     if output is not None and all(fields.get(name) is None for name in PAIR):
         if not isinstance(output, list) or len(output) != 2:
             raise RowError(f"field 'output' must list two texts, the better one first, found {describe(output)}")
-        for number, (name, text) in enumerate(zip(PAIR, output, strict=True), 1):
-            fields[name] = plain_text(text, f"field 'output', text {number}")
+        for index, (name, text) in enumerate(zip(PAIR, output, strict=True), 1):
+            fields[name] = plain_text(text, f"field 'output', text {index}")
     return preference(replace(row, fields=fields), spec)
 
 
@@ -78,11 +84,11 @@ def sharegpt(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
 
     ``system`` and ``tools`` beside them are taken as LLaMA-Factory takes them.
     """
-    name = first_of(row.fields, TURNS)
+    name = first_of(row.fields, prompts.TURNS)
     prompt, *pair = field_of(row, name, read_turns), field_of(row, "chosen"), field_of(row, "rejected")
     if prompt[-1]["role"] == "assistant" and prompt not in pair:
         raise RowError(f"field {name!r} ends with the assistant's turn, and chosen and rejected are to be that")
-    return [pair_record(row, prompt, *pair)]
+    return [prompts.pair_record(row, prompt, *pair)]
 
 
 def swift(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
@@ -94,15 +100,15 @@ def swift(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     rejected = assistant_turn(field_of(row, name))
     if row.fields.get("messages") is None:
         asked = first_of(row.fields, ("query", "instruction"))
-        prompt = prompt_of(row) if row.fields.get(asked) is None else instruction_of(row, asked)
+        prompt = prompts.prompt_of(row) if row.fields.get(asked) is None else prompts.instruction_of(row, asked)
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return [pair_record(row, prompt, field_of(row, "response"), rejected)]
+        return [prompts.pair_record(row, prompt, field_of(row, "response"), rejected)]
     messages = field_of(row, "messages", read_turns)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise RowError(f"field 'messages' must end with the assistant's turn, to which {name!r} is the worse one")
     if name == "rejected_messages" and rejected[0] == messages[0]:
-        return [pair_record(row, None, messages, rejected)]
-    return [pair_record(row, messages[:-1], messages[-1:], rejected)]
+        return [prompts.pair_record(row, None, messages, rejected)]
+    return [prompts.pair_record(row, messages[:-1], messages[-1:], rejected)]
 
 
 def openai(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
@@ -113,7 +119,8 @@ def openai(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
         if key not in known and value:
             raise RowError(f"field 'input' holds {key!r}, which is not used; there are {', '.join(known)}")
     inner = replace(row, fields={name: asked.get(name) for name in known[:2]})
-    return [pair_record(inner, field_of(inner, "messages", read_turns), *(field_of(row, name) for name in OUTPUTS))]
+    prompt = field_of(inner, "messages", read_turns)
+    return [prompts.pair_record(inner, prompt, *(field_of(row, name) for name in OUTPUTS))]
 
 
 def implicit(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
@@ -123,45 +130,54 @@ def implicit(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     before the last assistant's answer.
     """
     chosen, rejected = field_of(row, "chosen"), field_of(row, "rejected")
-    check_kinds(chosen=chosen, rejected=rejected)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise mixed_kinds(chosen=chosen, rejected=rejected)
     if chosen == rejected:
         raise RowDropped("chosen and rejected are identical")
     if isinstance(chosen, str):
-        system = first_of(row.fields, SYSTEMS)
+        system = first_of(row.fields, prompts.SYSTEMS)
         if row.fields.get(system):
             raise RowError(f"field {system!r} is for a chat, and chosen and rejected are texts without a prompt beside")
         end = _shared_text(chosen, rejected)
         if not chosen[:end].strip():
             raise RowError("there is no field 'prompt', and chosen and rejected do not begin with the same words")
-        return [make_record(row, chosen[:end], chosen[end:], rejected[end:])]
-    shared = shared_turns(chosen, rejected)
-    if not shared:
-        raise RowError("there is no field 'prompt', and chosen and rejected do not begin with the same messages")
-    if any(messages[len(shared)]["role"] in ASKING_ROLES for messages in (chosen, rejected)):
+        return [prompts.make_record(row, chosen[:end], chosen[end:], rejected[end:])]
+    shared = prompts.shared_turns(chosen, rejected)
+    if shared and any(messages[len(shared)]["role"] in ASKING_ROLES for messages in (chosen, rejected)):
         raise RowDropped("the two chats do not share their prompt")
-    return [pair_record(row, None, chosen, rejected)]
+    return [prompts.pair_record(row, None, chosen, rejected)]
 
 
 def hh(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     """Reads Anthropic HH: two whole dialogues as text that share all up to the last ``Assistant:``."""
-    prompts, responses = [], []
-    for name in PAIR:
-        text = field_of(row, name)
-        if not isinstance(text, str) or DIALOGUE_TURN not in text:
-            raise RowError(f"field {name!r} must be a dialogue with an 'Assistant:' turn, found {describe(text)}")
-        end = text.rindex(DIALOGUE_TURN) + len(DIALOGUE_TURN)
-        prompts.append(text[:end])
-        responses.append(text[end:])
-    if prompts[0] != prompts[1]:
+    (prompt, chosen), (other, rejected) = (field_of(row, name, _split_dialogue) for name in PAIR)
+    if prompt != other:
         raise RowDropped("the two dialogues do not share their prompt")
-    if not all(map(str.strip, responses)):
+    if not (chosen.strip() and rejected.strip()):
         raise RowDropped("a dialogue ends without a response")
-    return [make_record(row, prompts[0], *responses)]
+    return [prompts.make_record(row, prompt, chosen, rejected)]
+
+
+def labelled(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
+    """Reads two responses and which of them is better.
+
+    ``better_response_id``, ``preference``, ``winner`` and ``choice`` name the better one by the end of its column's
+    name (``0``, ``1``, ``a``), by the whole name, or as ``model_a``; ``preference_strength`` and ``overall_preference``
+    are below zero where it is the first; of two ratings the larger one is better.
+    """
+    stem, ends = _pair_of(row.fields) or PAIRS[0]
+    sides = [field_of(row, stem + end) for end in ends]
+    lead = _lead_of_first(row, stem, ends)
+    if lead == 0:
+        raise RowDropped("neither response is the better one")
+    chats = all(isinstance(side, list) for side in sides) and not prompts.has_prompt(row.fields)
+    prompt = None if chats else prompts.prompt_of(row)
+    return [prompts.pair_record(row, prompt, *(sides if lead > 0 else reversed(sides)))]
 
 
 def has_explicit_prompt(fields: dict[str, Any]) -> bool:
     """Returns whether a pair has its prompt beside it; dialogues, or an instruction, are of other formats."""
-    asked = any(fields.get(name) is not None for name in PROMPTS)
+    asked = any(fields.get(name) is not None for name in prompts.PROMPTS)
     return "prompt" in fields or (asked and "instruction" not in fields and not has_dialogues(fields))
 
 
@@ -173,7 +189,7 @@ def has_dialogues(fields: dict[str, Any]) -> bool:
 
 def has_turns(fields: dict[str, Any]) -> bool:
     """Returns whether turns stand beside a pair, and are not those of one of its two whole chats."""
-    turns = turns_column(fields)
+    turns = prompts.turns_column(fields)
     if turns is not None:
         return fields[turns] not in (fields["chosen"], fields["rejected"])
     return any(fields.get(name) is not None for name in ("conversations", "messages"))
@@ -188,7 +204,17 @@ def has_outputs(fields: dict[str, Any]) -> bool:
 def has_rejected(fields: dict[str, Any]) -> bool:
     """Returns whether a row has ms-swift's rejected response, and a better one."""
     worse = fields.get("rejected_response") is not None or fields.get("rejected_messages") is not None
-    return worse and (fields.get("messages") is not None or ("response" in fields and has_prompt(fields)))
+    return worse and (fields.get("messages") is not None or ("response" in fields and prompts.has_prompt(fields)))
+
+
+def has_labelled_pair(fields: dict[str, Any]) -> bool:
+    """Returns whether a row has two responses to a prompt and the better one's label."""
+    stem, ends = _pair_of(fields) or ("", ("", ""))
+    if not stem or isinstance(fields.get("question"), dict):  # as in webgpt_comparisons
+        return False
+    prompted = prompts.has_prompt(fields) or all(prompts.holds_turns(fields[stem + end]) for end in ends)
+    labelled = any(fields.get(name) is not None for name in (*LABELS, *STRENGTHS))
+    return prompted and (labelled or _rating_of(fields, ends) is not None)
 
 
 def common_words(one: str, other: str) -> int:
@@ -227,7 +253,55 @@ def _shared_text(one: str, other: str) -> int:
     return shared or common_words(one, other)
 
 
+def _split_dialogue(value: Any, what: str) -> tuple[str, str]:
+    """Reads an HH dialogue as prompt (through the last ``Assistant:``) and response (its leading space included)."""
+    if not isinstance(value, str) or DIALOGUE_TURN not in value:
+        raise RowError(f"{what} must be a dialogue with an 'Assistant:' turn, found {describe(value)}")
+    before, turn, response = plain_text(value, what).rpartition(DIALOGUE_TURN)
+    return before + turn, response
+
+
 def _object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError(f"{what} must be an object with messages, found {describe(value)}")
     return value
+
+
+def _pair_of(fields: dict[str, Any]) -> tuple[str, tuple[str, str]] | None:
+    """Finds two columns of responses, as the beginning and the two ends of their names."""
+    return next((pair for pair in PAIRS if all(pair[0] + end in fields for end in pair[1])), None)
+
+
+def _rating_of(fields: dict[str, Any], ends: tuple[str, str]) -> str | None:
+    return next((name for name in RATINGS if all(name + end in fields for end in ends)), None)
+
+
+def _lead_of_first(row: SourceRow, stem: str, ends: tuple[str, str]) -> float:
+    """Returns a number above zero where the first response is better, below where the second is, and 0 for a tie.
+
+    Raises:
+        RowError: for a label that names neither.
+    """
+    label = first_of(row.fields, (*LABELS, *STRENGTHS))
+    value = row.fields.get(label)
+    if value is None:
+        rating = _rating_of(row.fields, ends)
+        if rating is None:
+            names = " and ".join(repr(stem + end) for end in ends)
+            raise RowError(f"field {label!r} is missing, which says the better of {names}")
+        first, second = (field_of(row, rating + end, number) for end in ends)
+        return first - second
+    if label in STRENGTHS:
+        return -number(value, f"field {label!r}")
+    short = [end.strip("_").lower() for end in ends]
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    given = "" if isinstance(value, bool) else str(value).strip().lower()
+    if given in TIES or (short == ["1", "2"] and given == "1.5"):
+        return 0
+    for sign, end, suffix in zip((1, -1), short, ends, strict=True):
+        if given in (end, (stem + suffix).lower(), f"model_{end}"):
+            return sign
+    raise RowError(
+        f"field {label!r} must name the better response: {short[0]} for {stem + ends[0]!r}, {short[1]} for "
+        f"{stem + ends[1]!r} or tie, found {describe(value)}"
+    )

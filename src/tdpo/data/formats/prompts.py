@@ -8,10 +8,10 @@ from tdpo.data.formats.fields import (
     ASKING_ROLES,
     assistant_turn,
     chat_options,
-    check_kinds,
     field_of,
     first_of,
     is_empty,
+    mixed_kinds,
     plain_text,
     read_turns,
 )
@@ -150,29 +150,35 @@ def pair_record(row: SourceRow, prompt: Text | None, chosen: Text, rejected: Tex
     return record
 
 
-def make_record(row: SourceRow, prompt: Text, chosen: Text, rejected: Text) -> PreferenceRecord:
-    """Makes the record of a complete prompt and its responses; see :func:`checked`."""
-    return checked(PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **chat_options(row, prompt)))
+def make_record(
+    row: Any, prompt: Text, chosen: Text, rejected: Text, options: dict[str, Any] | None = None
+) -> PreferenceRecord:
+    """Makes the record of texts that are complete.
 
-
-def checked(record: PreferenceRecord) -> PreferenceRecord:
-    """Returns a record that can be trained on.
+    Args:
+        row: Their row, or anything with its location.
+        prompt: The prompt.
+        chosen: The preferred response.
+        rejected: The other one.
+        options: Further fields of the record; None reads them from the row.
 
     Raises:
         RowError: for an empty response, or one that begins with a question.
         RowDropped: if the responses are identical.
     """
-    check_kinds(prompt=record.prompt, chosen=record.chosen, rejected=record.rejected)
-    for name, response in (("chosen", record.chosen), ("rejected", record.rejected)):
+    options = chat_options(row, prompt) if options is None else options
+    if not isinstance(prompt, str) == isinstance(chosen, str) == isinstance(rejected, str):
+        raise mixed_kinds(prompt=prompt, chosen=chosen, rejected=rejected)
+    for name, response in (("chosen", chosen), ("rejected", rejected)):
         if is_empty(response):
             raise RowError(f"field {name!r} is an empty response")
         if isinstance(response, list) and (role := response[0]["role"]) in ASKING_ROLES:
             raise RowError(
                 f"field {name!r} begins with a message of role {role!r}, and a response with the assistant's"
             )
-    if record.chosen == record.rejected:
+    if chosen == rejected:
         raise RowDropped("chosen and rejected are identical")
-    return record
+    return PreferenceRecord(prompt, chosen, rejected, row.source, row.row, **options)
 
 
 def shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:

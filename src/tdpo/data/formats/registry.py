@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from tdpo.config.row_spec import AUTO, RowSpec
-from tdpo.data.formats import answers, labelled, pairs
+from tdpo.data.formats import answers, pairs
 from tdpo.data.formats.pairs import PAIR
 from tdpo.data.formats.prompts import CHAT_OPTIONS, CHAT_USES, PROMPT_USES, TURNS
 from tdpo.data.formats.report import DataReport, RowError
@@ -106,7 +106,7 @@ FORMATS: dict[str, Format] = {
     **{
         name: Format(
             columns, partial(answers.listed, names=names),
-            uses=(*PROMPT_USES, answers.LISTS, answers.plurals(names)),
+            uses=(*PROMPT_USES, answers.LISTS, answers.BESIDE[names]),
             matches=partial(answers.has_list, names=names), options=PAIRING_OPTIONS,
         )
         for name, columns, names in (
@@ -116,7 +116,7 @@ FORMATS: dict[str, Format] = {
     },
     "labelled": Format(
         "prompt, response_0, response_1 and the better one by better_response_id, preference, winner or two ratings",
-        labelled.labelled, uses=labelled.LABELLED_USES, matches=labelled.has_labelled_pair,
+        pairs.labelled, uses=pairs.LABELLED_USES, matches=pairs.has_labelled_pair,
     ),
     "scored": Format(
         "prompt, completion, reward: one completion a row", answers.completion,
@@ -153,7 +153,8 @@ def recognise(fields: dict[str, Any], formats: Mapping[str, Format]) -> str | No
     pair = {name: fields.get(name) for name in PAIR}
     if any(value is not None for value in pair.values()):
         kept |= {*PAIR}
-        if not (pairs.has_dialogues(pair) or all(isinstance(value, list) for value in pair.values())):
+        lists = all(isinstance(value, list) for value in pair.values())
+        if fields.get("prompt") is None and not (lists or pairs.has_dialogues(pair)):
             kept.add("prompt")
     fields = {name: value for name, value in fields.items() if value is not None or name in kept}
     return next((name for name, known in formats.items() if known.recognises(fields)), None)
