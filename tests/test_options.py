@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from conftest import make_model
 from test_cli import TRAIN_OPTIONS, mistake, train
 
 from tdpo.commands.options import parse
-from tdpo.config import ModelConfig, TDPOConfig
+from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceConfig, SFTConfig, TDPOConfig
 from tdpo.data.formats import FORMATS
 from tdpo.data.sft import SFT_FORMATS
 from tdpo.data.templates import TEMPLATES
+from tdpo.demo.results import DemoOptions
 from tdpo.errors import UserError
+from tdpo.evaluate.generate import Sampling
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--use_cpu"]
 
@@ -232,6 +235,18 @@ def test_importing_the_options_imports_no_other_stage() -> None:
     code = "import sys, tdpo.config; print(*sorted({m.split('.')[1] for m in sys.modules if m.startswith('tdpo.')}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["config", "errors", "loading", "objectives", "types"]
+
+
+@pytest.mark.parametrize(
+    "kind", [ModelConfig, ReferenceConfig, AdapterOptions, EvalDataConfig, TDPOConfig, SFTConfig, Sampling, DemoOptions]
+)
+def test_every_field_has_a_help_text_and_docstrings_name_no_other(kind: Any) -> None:
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    assert all(field.metadata.get("help") for field in fields.values())
+    for owner in [owner for owner in kind.__mro__ if owner.__module__.startswith("tdpo.")]:
+        for name, line in re.findall(r"^        (\w+): (.*)", owner.__doc__.partition("Attributes:")[2], re.M):
+            assert name in owner.__annotations__, f"{owner.__name__} documents {name}, which is no field of its own"
+            assert owner.__dataclass_fields__[name].metadata["help"].startswith(line)
 
 
 def test_help_names_every_format_and_template() -> None:

@@ -97,8 +97,9 @@ def read_datasets(model_config: ModelConfig, data: EvalDataConfig, options: Any)
     """Returns the tokenizer, the dataset to train on and the held-out one, or None without held-out rows."""
     tokenizer, spec = load_tokenizer(model_config), options.row_spec()
     tokeniser = make_tokeniser(options, tokenizer)
-    train, held_out = read_dataset(open_training(data, spec), options, tokeniser), open_held_out(data, spec)
-    return tokenizer, train, None if held_out is None else read_dataset(held_out, options, tokeniser)
+    sources = open_training(data, spec), open_held_out(data, spec)
+    train, held_out = (None if source is None else read_dataset(source, options, tokeniser) for source in sources)
+    return tokenizer, train, held_out
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Every option, once: dataclasses that the trainers take and the command line parses.
 
-Defaults live here and nowhere else; help texts are what ``tdpo <command> --help`` prints.
+Defaults live here and nowhere else. What the docstring of a class says of an option is what ``tdpo <command> --help``
+prints.
 """
 
 from tdpo.config.checks import seconds

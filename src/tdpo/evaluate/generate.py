@@ -108,7 +108,7 @@ def _generation_config(sampling: Sampling, ends: list[int]) -> GenerationConfig:
         num_return_sequences=1,
         repetition_penalty=1.0,
         eos_token_id=ends or None,
-        pad_token_id=(ends or [0])[0],  # fills short prompts and ended responses; neither is seen or kept
+        pad_token_id=0,  # any token: it fills short prompts and ended responses, and is neither seen nor kept
         **drawing,
     )
 
