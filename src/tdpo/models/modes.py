@@ -218,23 +218,18 @@ def _switch_off(lm: Any) -> list[str]:
         for name, value in vars(owner).items():
             if word in name and type(value) in (int, float) and value > 0:
                 found.setdefault(prefix + name, []).append((owner, name, value))
-    unused = [name for name, values in found.items() if not _evaluation_uses(lm, values)]
-    for name in unused:
-        for owner, attribute, value in found[name]:
-            setattr(owner, attribute, type(value)(0))
-    return unused
-
-
-def _evaluation_uses(lm: Any, values: list[tuple[Any, str, float]]) -> bool:
-    """Returns whether the states of evaluation mode change when a number is replaced, by NaN where that is allowed."""
+    unused = []
     with evaluating(lm):
         before = _states(lm)
-        for owner, name, _ in values:
-            setattr(owner, name, 0.9 if "drop" in name else math.nan)  # torch checks a probability's range in any mode
-        try:
-            return not torch.equal(_states(lm), before)
-        except MODEL_ERRORS:
-            return True
-        finally:
-            for owner, name, value in values:
-                setattr(owner, name, value)
+        for name, values in found.items():
+            for owner, attribute, _ in values:  # torch checks a probability's range in any mode
+                setattr(owner, attribute, 0.9 if "drop" in attribute else math.nan)
+            try:
+                used = not torch.equal(_states(lm), before)
+            except MODEL_ERRORS:
+                used = True
+            for owner, attribute, value in values:
+                setattr(owner, attribute, value if used else type(value)(0))
+            if not used:
+                unused.append(name)
+    return unused
