@@ -11,6 +11,15 @@ from typing import Any
 import jinja2
 import torch
 import transformers
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.utils import find_adapter_config_file
 
 from tdpo.config import ModelConfig
@@ -21,11 +30,7 @@ from tdpo.models.generation import adopt_generation_config
 from tdpo.models.multimodal import processor_template
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-LANGUAGE_MODELS = (
-    transformers.AutoModelForImageTextToText,
-    transformers.AutoModelForMultimodalLM,
-    transformers.AutoModelForCausalLM,
-)
+LANGUAGE_MODELS = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
 """Auto classes of models that continue a text; the last has the text half alone of some multimodal checkpoints."""
 
 
@@ -127,7 +132,6 @@ def same_model(name: str, other: str) -> bool:
 def _load_base(config: ModelConfig, name: str, revision: str, quantization: dict[str, Any] | None) -> Any:
     """Loads a model that is no adapter."""
     options: dict[str, Any] = {**(config.model_init_kwargs or {})}  # type: ignore[dict-item]
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": config.trust_remote_code}
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if quantization is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -136,19 +140,20 @@ def _load_base(config: ModelConfig, name: str, revision: str, quantization: dict
         # Products run in the model's dtype.
         compute = torch.bfloat16 if dtype == "auto" else dtype
         compute_option = {"bnb_4bit_compute_dtype": compute} if quantization.get("load_in_4bit") else {}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(**quantization, **compute_option)
+        options["quantization_config"] = BitsAndBytesConfig(**quantization, **compute_option)
     try:
-        described = transformers.AutoConfig.from_pretrained(name, **source)
+        described = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
         model_class = _model_class(described, config.trust_remote_code)
         if model_class is None:
             kind = (described.architectures or [f"{described.model_type} model"])[0]
             raise UserError(f"model {name!r} is a {kind}, not a causal language model")
         loaded: Any = model_class.from_pretrained(
             name,
+            revision=revision,
             output_loading_info=True,
             dtype=dtype,
             attn_implementation=config.attn_implementation,
-            **source,
+            trust_remote_code=config.trust_remote_code,
             **options,
         )
     except UserError:
@@ -184,9 +189,7 @@ def _model_class(described: Any, remote_code: bool) -> Any:
         return named
     # A missing head fails to load, unless it is tied: then all weights are there, be it of a base model or of a model
     # for another task, which is refused.
-    another_task = getattr(named, "config_class", None) is kind and named is not transformers.MODEL_MAPPING.get(
-        kind, None
-    )
+    another_task = getattr(named, "config_class", None) is kind and named is not MODEL_MAPPING.get(kind, None)
     if another_task and getattr(described.get_text_config(), "tie_word_embeddings", False):
         return None
     return known[0] if known else None
@@ -205,9 +208,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         name, revision = (name, revision) if base is None else (base, "main")
     _check_folder(name, TOKENIZER_FILES, "tokenizer")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=config.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a broken folder or the network may raise anything
         raise UserError(f"tokenizer {name!r} cannot be loaded: {_first_line(error)}") from error
     if config.eos_token is not None:
@@ -252,9 +253,7 @@ def model_limits(config: ModelConfig) -> tuple[int | None, int | None]:
     base = adapter_base(name, revision)
     name, revision = (name, revision) if base is None else (base, "main")
     try:
-        found = transformers.AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=config.trust_remote_code
-        )
+        found = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a broken config or the network may raise anything
         if (Path(name).expanduser() / "config.json").is_file():
             raise UserError(f"model {name!r}: its config.json cannot be read: {_first_line(error)}") from error
