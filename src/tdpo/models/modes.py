@@ -1,8 +1,8 @@
-"""Compares training mode with evaluation mode on the loaded model.
+"""Keeps policy and reference comparable where training mode computes something else than evaluation mode.
 
-A policy trains in training mode and its reference runs in evaluation mode. Where a model computes something else in
-training (dropout, noise on a router's inputs, layers with another arithmetic), policy and reference differ before the
-first step. Which models do is measured with a few small forward passes in both modes.
+By default a policy trains in training mode and its reference runs in evaluation mode. Where a model computes something
+else in training (dropout, noise on a router's inputs, layers that use another algorithm), the two differ before the
+first step. Which models do is measured by running the model on a short input in both modes.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from tdpo.models.probe import (
 
 logger = logging.getLogger("tdpo")
 PROBED_TOKENS = 61
-"""A prime number, since some models take only multiples of a chunk in training mode (Reformer)."""
+"""Prime, so no multiple of the chunk length that some models need in training mode (Reformer), which are refused."""
 MANY_ROWS = 16
-"""Sequences run where random numbers are drawn without an effect on one, as for experts that are nearly equal."""
+"""Sequences of a second measurement, where random numbers were drawn without an effect on the first sequence."""
 
 
 @dataclass(frozen=True)
 class ModeGap:
-    """Differences of a model's final hidden states, relative to the largest entry of each position.
+    """Differences of a model's final hidden states, each divided by the largest absolute value at its position.
 
     Attributes:
-        noise: Between two passes in training mode; 0 where training mode draws no random numbers.
-        arithmetic: Between training mode and evaluation mode, both without gradients.
-        gradient: Between training mode with gradients and without.
+        noise: Between two passes in training mode; 0 where it is no more than evaluation mode shows too.
+        arithmetic: Between training mode and evaluation mode, both without gradients; it contains the noise.
+        gradient: Between training mode with gradients and without; it contains the noise.
     """
 
     noise: float
@@ -53,7 +53,7 @@ class ModeGap:
 
     @property
     def steady(self) -> bool:
-        """Returns whether training mode is another arithmetic without being random."""
+        """True where training mode computes something else without being random."""
         return self.arithmetic > 0 and not self.noise
 
 
@@ -64,11 +64,14 @@ _followers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def prepare_training_mode(policy: nn.Module, disable: bool) -> ModeGap:
-    """Switches off dropout and other noise of training mode, and measures what differs from evaluation mode then.
+    """Switches off dropout and other noise of training mode if asked to, and measures what still differs.
 
     Args:
-        policy: The policy in its adapter, before any wrapper.
+        policy: The policy, with its adapter if it has one, not yet wrapped by DDP or FSDP.
         disable: Whether noise is to be switched off; otherwise it is only reported.
+
+    Returns:
+        The differences between training mode and evaluation mode that are left.
 
     Raises:
         UserError: for 4-bit weights that were repacked for inference, which no gradient flows through.
@@ -97,14 +100,14 @@ def prepare_training_mode(policy: nn.Module, disable: bool) -> ModeGap:
 
 
 def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], cached: bool, disable: bool) -> None:
-    """Makes policy and reference compute the same in training as long as their weights are equal.
+    """Calls :func:`prepare_training_mode` and decides the modes in which policy and reference run.
 
-    Where training mode still differs from evaluation mode after :func:`prepare_training_mode`, the reference runs in
-    training mode with the policy. If that mode is random although noise is to be switched off, or differs from
-    a cached reference by more than rounding, the policy stays in evaluation mode, where gradients are computed as well.
+    The policy is trained in evaluation mode if noise remains that should be off, or if the reference is cached, which
+    ran in evaluation mode, and training mode differs by more than rounding; gradients are the usual ones in that mode.
+    Elsewhere a reference runs in training mode with the policy where that differs without being random.
 
     Args:
-        policy: The policy in its adapter, before any wrapper.
+        policy: The policy, with its adapter if it has one, not yet wrapped by DDP or FSDP.
         reference: The models that run for the reference.
         cached: Whether the reference's states are read from a cache.
         disable: Whether the policy is to train without noise.
@@ -114,81 +117,76 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
     _kept_in_evaluation.discard(lm)
     if (gap.noise and disable) or (cached and not gap.noise and gap.arithmetic > limit):
         _kept_in_evaluation.add(lm)
+        why = "which no setting switches off" if gap.noise else "and the cached reference ran in evaluation mode"
         logger.warning(
-            "%s computes something else in training mode (its hidden states differ by %.1e), and no setting switches "
-            "that off: the policy is trained in evaluation mode, so that it starts equal to its reference. Gradient "
-            "checkpointing has no effect in that mode",
-            name,
-            max(gap.noise, gap.arithmetic),
-        )
+            "%s computes something else in training mode (its hidden states differ by %.1e), %s: the policy is trained "
+            "in evaluation mode, so that it starts equal to its reference. Gradient checkpointing has no effect then",
+            name, max(gap.noise, gap.arithmetic), why,
+        )  # fmt: skip
     elif not gap.noise and gap.gradient > limit:
         logger.warning(
-            "%s computes something else where gradients are recorded (its hidden states differ by %.1e); the "
-            "reference runs without, so the KL does not start at 0",
-            name,
-            gap.gradient,
-        )
+            "%s computes other hidden states when gradients are on (they differ by %.1e); the reference runs without "
+            "gradients, so the KL does not start at 0",
+            name, gap.gradient,
+        )  # fmt: skip
     if gap.steady and lm not in _kept_in_evaluation:
         for model in reference:
-            disable_dropout(model)  # a copy from before the policy's was switched off may run in training mode now
+            disable_dropout(model)  # a separate reference may run in training mode from now on
             mode_gap(model, again=model is not policy)
 
 
 @measured
 def mode_gap(lm: Any) -> ModeGap:
-    """Runs a short sequence in evaluation mode and in training mode and compares the hidden states."""
+    """Compares a model's hidden states in evaluation mode and in training mode, in a few short passes."""
     cuda = lm.get_input_embeddings().weight.device.type == "cuda"
     random_state = torch.cuda.get_rng_state if cuda else torch.get_rng_state
     with probing(lm):
-        quiet = [_states(lm), _states(lm)]
+        evaluation = [_states(lm), _states(lm)]
         _set_mode(lm, True)
-        loud, drawn = [_states(lm), _states(lm)], random_state()
-        recorded = _states(lm, gradients=True)
-        noise, arithmetic = relative_difference(*loud), relative_difference(loud[0], quiet[0])
-        if not noise and not torch.equal(drawn, random_state()):  # they may matter to few tokens only
+        training, drawn = [_states(lm), _states(lm)], random_state()
+        with torch.enable_grad():
+            with_gradients = _states(lm)
+        noise, arithmetic = relative_difference(*training), relative_difference(training[0], evaluation[0])
+        if not noise and not torch.equal(drawn, random_state()):  # drawn, but one sequence shows no effect: try more
             noise = relative_difference(_states(lm, MANY_ROWS), _states(lm, MANY_ROWS))
-    unsteady = 10 * relative_difference(*quiet)  # kernels may add up in any order
-    return ModeGap(
-        noise if noise > unsteady else 0.0,
-        arithmetic if arithmetic > unsteady else 0.0,
-        relative_difference(recorded, loud[0]),
-    )
+    nondeterminism = 10 * relative_difference(*evaluation)  # GPU kernels add in varying order
+    noise, arithmetic = (gap if gap > nondeterminism else 0.0 for gap in (noise, arithmetic))
+    return ModeGap(noise, arithmetic, relative_difference(with_gradients, training[0]))
 
 
-def _states(lm: Any, rows: int = 1, gradients: bool = False) -> Tensor:
-    """Returns the hidden states ``[R * T, D]`` of short sequences, in the mode the model is in."""
+def _states(lm: Any, rows: int = 1) -> Tensor:
+    """Returns the hidden states ``[rows * tokens, D]`` of short sequences, in the mode the model is in."""
     ids = probe_ids(lm, rows, min(PROBED_TOKENS, position_limit(lm) or PROBED_TOKENS))
-    with torch.set_grad_enabled(gradients):
-        return body_states(lm, input_ids=ids).detach().flatten(0, 1)
+    return body_states(lm, input_ids=ids).detach().flatten(0, 1)
 
 
 def _set_mode(model: nn.Module, training: bool) -> None:
-    """Sets the mode of all modules but the embedding, whose noise in training is added on purpose (NEFTune)."""
+    """Sets the mode of all modules but the input embedding, where NEFTune adds noise on purpose."""
     model.train(training)
     causal_lm(model).get_input_embeddings().eval()
 
 
 @contextmanager
 def policy_mode(model: nn.Module) -> Iterator[None]:
-    """Leaves the policy in its mode, or in evaluation mode where :func:`prepare_reference_mode` decided so."""
+    """Leaves the policy in its mode, or in evaluation mode if :func:`prepare_reference_mode` chose that."""
     lm = causal_lm(model)
     if lm not in _kept_in_evaluation:
         yield
         return
     embedding, training = lm.get_input_embeddings(), lm.training
     with evaluating(model):
-        embedding.train(training)
+        embedding.train(training)  # NEFTune stays on
         yield
 
 
 def reference_mode(model: nn.Module) -> Any:
-    """Returns a context of evaluation mode; a reference that :func:`same_mode` put in the policy's mode stays in it."""
+    """Returns the context of a reference: evaluation mode, or unchanged where :func:`same_mode` set its mode."""
     return nullcontext() if model in _followers else evaluating(model)
 
 
 @contextmanager
 def same_mode(policy: nn.Module, reference: Any) -> Iterator[None]:
-    """Puts a reference's models in training mode with the policy where that mode differs without being random."""
+    """Puts a reference's models in training mode with the policy where both differ in it without being random."""
     differs = policy.training and causal_lm(policy) not in _kept_in_evaluation and mode_gap(policy, latest=True).steady
     followers = [model for model in reference.models() if mode_gap(model, latest=True).steady] if differs else []
     with evaluating(*followers):
@@ -202,39 +200,35 @@ def same_mode(policy: nn.Module, reference: Any) -> Iterator[None]:
 
 
 def _switch_off(lm: Any) -> list[str]:
-    """Sets dropout in the configs, which some models read at every call, and jitter in the modules to 0.
+    """Sets config numbers named "drop" and module numbers named "jitter" to 0, unless evaluation mode depends on them.
 
-    Numbers that evaluation mode depends on stay as they were.
+    Some models read dropout from the config at every call.
 
     Returns:
         The names that were set.
     """
-    configs = [lm.config]
-    for config in configs:  # grows by the configs within it
-        configs += [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    configs, nested = [], [lm.config]
+    while nested:
+        configs.append(nested.pop(0))
+        nested += [value for value in vars(configs[-1]).values() if hasattr(value, "to_dict")]
     found: dict[str, list[tuple[Any, str, float]]] = {}
     searched = [(config, "drop", "config.") for config in configs]
     for owner, word, prefix in [*searched, *((module, "jitter", "") for module in lm.modules())]:
         for name, value in vars(owner).items():
             if word in name and type(value) in (int, float) and value > 0:
                 found.setdefault(prefix + name, []).append((owner, name, value))
-    unused = [name for name, values in found.items() if not _evaluation_uses(lm, values)]
-    for name in unused:
-        for owner, attribute, value in found[name]:
-            setattr(owner, attribute, type(value)(0))
-    return unused
-
-
-def _evaluation_uses(lm: Any, values: list[tuple[Any, str, float]]) -> bool:
-    """Returns whether the states of evaluation mode change when a number is replaced, by NaN where that is allowed."""
+    unused = []
     with evaluating(lm):
         before = _states(lm)
-        for owner, name, _ in values:
-            setattr(owner, name, 0.9 if "drop" in name else math.nan)  # torch checks a probability's range in any mode
-        try:
-            return not torch.equal(_states(lm), before)
-        except MODEL_ERRORS:
-            return True
-        finally:
-            for owner, name, value in values:
-                setattr(owner, name, value)
+        for name, values in found.items():
+            for owner, attribute, value in values:  # torch checks a probability's range in any mode
+                setattr(owner, attribute, (1 + value) / 2 if "drop" in attribute else math.nan)
+            try:
+                used = not torch.equal(_states(lm), before)
+            except MODEL_ERRORS:
+                used = True
+            for owner, attribute, value in values:
+                setattr(owner, attribute, value if used else type(value)(0))
+            if not used:
+                unused.append(name)
+    return unused

@@ -8,6 +8,7 @@ another way is reported.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -84,15 +85,14 @@ def _switches(lm: Any) -> list[tuple[int, bool]]:
     text = lm.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # layers may be of several kinds
-    lengths = [
-        (text.max_position_embeddings, True)
-        if kind["rope_type"] == "dynamic"
-        else (kind["original_max_position_embeddings"], False)
-        for kind in kinds
-        if kind.get("rope_type") in ("dynamic", "longrope")
-    ]
-    limit = position_limit(lm)
-    return sorted(switch for switch in set(lengths) if limit is None or switch[0] < limit)
+    limit = position_limit(lm) or sys.maxsize
+    switches = set()
+    for kind in kinds:
+        if kind.get("rope_type") == "dynamic":
+            switches.add((text.max_position_embeddings, True))
+        elif kind.get("rope_type") == "longrope":
+            switches.add((kind["original_max_position_embeddings"], False))
+    return sorted(switch for switch in switches if switch[0] < limit)
 
 
 def laid_out(model: nn.Module, batch: PackedBatch) -> PackedBatch:

@@ -79,13 +79,14 @@ def find_router_loss(model: nn.Module, coefficient: float | None = None) -> Rout
     """
     lm = causal_lm(model)
     text = lm.config.get_text_config()
-    own, asked = _own_coefficient(text), getattr(text, "output_router_logits", None)
-    if coefficient == 0:
+    asked = getattr(text, "output_router_logits", None)
+    if coefficient == 0 or (coefficient is None and asked is None):
         return None
+    own = _own_coefficient(text)
     if coefficient is None and not (own and asked):
         # Some configs have a coefficient that no forward uses (Llama 4).
         with suppress(UserError):
-            if own and asked is False and _prove_balance(lm):
+            if own and not asked and _prove_balance(lm):
                 logger.warning(
                     "%s: the load-balancing loss of its routers is left out, since output_router_logits is off in its "
                     "config; --router_aux_loss_coef %g adds it with the config's coefficient, as TRL does, and 0 "
@@ -121,7 +122,8 @@ def _prove_balance(lm: Any) -> Balance | None:
     inputs = {"input_ids": ids, "attention_mask": mask, "output_router_logits": True, "use_cache": False}
     modules = [sys.modules[cls.__module__] for cls in type(lm).__mro__]
     module: Any = next((module for module in modules if hasattr(module, BALANCING)), SimpleNamespace())
-    function, calls = getattr(module, BALANCING, None), list[tuple[Any, ...]]()
+    function: Any = getattr(module, BALANCING, None)
+    calls: list[tuple[Any, ...]] = []
 
     def record(*args: Any) -> Any:
         calls.append(args)
