@@ -23,6 +23,8 @@ from torch import Tensor
 Message = dict[str, Any]
 Text = str | list[Message]
 Layout = Literal["padded", "tree"]
+WEIGHTS = ("chosen_weights", "rejected_weights", "chosen_kl_weights", "rejected_kl_weights")
+"""Columns and fields with token weights."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class PreferenceRecord:
         tools: Tools the chat template shows the model, as JSON schemas; only for chats.
         chat_template_kwargs: Further arguments of the chat template; only for chats.
         truncation_mode: Which part of the prompt stays when it is cut, where the source says so; None is the run's.
+        weights: Token weights by column, of :data:`WEIGHTS`: one number per token of the response, or
+            ``[start, end, weight]`` for spans of characters of its text.
     """
 
     prompt: Text
@@ -48,6 +52,7 @@ class PreferenceRecord:
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     truncation_mode: Literal["keep_end", "keep_start"] | None = None
+    weights: dict[str, list[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,10 @@ class TokenisedPair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     row: int = 0
-    chosen_weights: list[float] | None = None
-    rejected_weights: list[float] | None = None
-    chosen_kl_weights: list[float] | None = None
-    rejected_kl_weights: list[float] | None = None
+    chosen_weights: list[float] | None = dataclasses.field(default=None, repr=False)
+    rejected_weights: list[float] | None = dataclasses.field(default=None, repr=False)
+    chosen_kl_weights: list[float] | None = dataclasses.field(default=None, repr=False)
+    rejected_kl_weights: list[float] | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -81,10 +86,11 @@ class TokenisedPair:
                     f"TokenisedPair (row {self.row}): {name} is empty; every response needs a prompt token to be "
                     "predicted from and at least one token of its own"
                 )
-        for name, ids in (("chosen", self.chosen_ids), ("rejected", self.rejected_ids)):
-            for column in (f"{name}_weights", f"{name}_kl_weights"):
-                if wrong := wrong_weights(getattr(self, column), len(ids)):
-                    raise ValueError(f"TokenisedPair (row {self.row}): {column} {wrong}")
+        for name in WEIGHTS:
+            weights = getattr(self, name)
+            ids = self.chosen_ids if name.startswith("chosen") else self.rejected_ids
+            if weights is not None and (wrong := wrong_weights(weights, len(ids))):
+                raise ValueError(f"TokenisedPair (row {self.row}): {name} {wrong}")
 
     @property
     def key(self) -> int:
@@ -108,15 +114,13 @@ class TokenisedPair:
         return TokenisedPair(self.prompt_ids, self.rejected_ids, self.chosen_ids, self.row, *weights)
 
 
-def wrong_weights(weights: Sequence[float] | None, tokens: int) -> str:
-    """Describes what is wrong with the weights of a response; empty for none and for usable ones.
+def wrong_weights(weights: Sequence[float], tokens: int) -> str:
+    """Describes what is wrong with the weights of a response; empty if they can be used.
 
     Example:
         >>> wrong_weights([0.5, 1.0], 2), wrong_weights([0.5], 2), wrong_weights([0.0, 0.0], 2)
         ('', 'has 1 numbers for 2 tokens', 'is 0 for every token')
     """
-    if weights is None:
-        return ""
     if len(weights) != tokens:
         return f"has {len(weights)} numbers for {tokens} tokens"
     for number, weight in enumerate(weights, 1):

@@ -21,7 +21,7 @@ from tdpo.data.sources import Source, SourceRow, from_memory
 from tdpo.data.table import SIDES, record_batch
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
-from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
+from tdpo.types import WEIGHTS, PackedBatch, PreferenceRecord, TokenisedPair
 
 CHUNK = 2048
 """Records tokenised at a time: what bounds the memory that text and lists of ids take on their way."""
@@ -59,7 +59,8 @@ class PairDataset(Sequence[TokenisedPair]):
     def __init__(self, pairs: pa.Table | Path, report: DataReport) -> None:
         self.report, self._pairs = report, pairs
         mapped = isinstance(pairs, Path)
-        self.table: Any = pa.ipc.open_file(pa.memory_map(str(pairs))).read_all() if mapped else pairs
+        table: Any = pa.ipc.open_file(pa.memory_map(str(pairs))).read_all() if mapped else pairs
+        self.table, self.weights = table, [name for name in WEIGHTS if table[name].null_count < len(table)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PairDataset, (self._pairs, self.report)
@@ -76,7 +77,8 @@ class PairDataset(Sequence[TokenisedPair]):
         if isinstance(found, range):
             return [self[row] for row in found]
         ids = {name: self.table[name][found].values.to_numpy().tolist() for name in SIDES}  # faster than as_py
-        return TokenisedPair(**ids, row=self.table["row"][found].as_py())
+        weights = {name: self.table[name][found].as_py() for name in self.weights}
+        return TokenisedPair(**ids, row=self.table["row"][found].as_py(), **weights)
 
     def side_lengths(self) -> np.ndarray:
         """Returns ``[P, 3]`` int64: tokens of prompt, chosen and rejected response of each pair."""
@@ -186,9 +188,12 @@ def _batches(
 def _tokenised(row: SourceRow) -> TokenisedPair:
     try:
         prompt, chosen, rejected = (array("i", row.fields[column]).tolist() for column in SIDES)
-        return TokenisedPair(prompt, chosen, rejected, row.row)
+        weights = {name: list(row.fields[name]) for name in WEIGHTS if row.fields.get(name) is not None}
+        return TokenisedPair(prompt, chosen, rejected, row.row, **weights)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{row.location}: {', '.join(SIDES)} must be lists of token ids: {error}") from error
+        raise UserError(
+            f"{row.location}: {', '.join(SIDES)} must be lists of token ids, weights lists of as many numbers: {error}"
+        ) from error
 
 
 def check_fits(

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from tdpo.data.token_weights import carried_weights
 from tdpo.types import Layout, PackedBatch, TokenisedPair
 
 PADDING_ID = 0
@@ -38,7 +39,7 @@ def pack_padded(pairs: Sequence[TokenisedPair]) -> PackedBatch:
     """
     trees = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
     batch = _pack(trees, [pair.row for pair in pairs], "padded")
-    return replace(batch, pair_keys=tuple(pair.key for pair in pairs))
+    return replace(batch, pair_keys=tuple(pair.key for pair in pairs), weights=carried_weights(pairs))
 
 
 def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0, every_token: bool = False) -> PackedBatch:
@@ -63,7 +64,7 @@ def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0, every_token: b
     """
     trees = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
     batch = _pack(trees, [pair.row for pair in pairs], "tree", capacity, every_token)
-    return replace(batch, pair_keys=tuple(pair.key for pair in pairs))
+    return replace(batch, pair_keys=tuple(pair.key for pair in pairs), weights=carried_weights(pairs))
 
 
 def pack_sequences(
@@ -120,7 +121,7 @@ def as_padded(batch: PackedBatch) -> PackedBatch:
     sides = [side.tolist() for side in batch.labels.split(list(batch.lengths))]
     responses = [[side for side in sides[start : start + 2] if side] for start in range(0, len(sides), 2)]
     padded = _pack(list(zip(prompts, responses, strict=True)), batch.pair_rows.tolist(), "padded")
-    return replace(padded, pair_keys=batch.pair_keys).to(batch.input_ids.device)
+    return replace(padded, pair_keys=batch.pair_keys, weights=batch.weights).to(batch.input_ids.device)
 
 
 def _pack(

@@ -7,10 +7,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from tdpo.types import TokenisedPair
+from tdpo.types import WEIGHTS, TokenisedPair
 
 SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
-SCHEMA = pa.schema([*((name, pa.list_(pa.int32())) for name in SIDES), ("row", pa.int64())])
+SCHEMA = pa.schema(
+    [
+        *((name, pa.list_(pa.int32())) for name in SIDES),
+        ("row", pa.int64()),
+        *((name, pa.list_(pa.float32())) for name in WEIGHTS),
+    ]
+)
 """A column for each field of a :class:`~tdpo.types.TokenisedPair`."""
 
 

@@ -2,20 +2,79 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tdpo.data.formats.report import RowError
+from tdpo.data.sources import describe
 from tdpo.errors import UserError
-from tdpo.types import PackedBatch, TokenisedPair
+from tdpo.types import PackedBatch, TokenisedPair, wrong_weights
 
 SCHEDULES = {
     "ld": "tokens past the length of the shorter response of the pair count this much (LD-DPO)",
     "decay": "token t counts this to the power of t, from 0",
 }
+
+
+def token_weights(value: Any, name: str, ids: Sequence[int], text: str, decode: Callable[..., str]) -> list[float]:
+    """Reads the weights of a response's tokens from its column.
+
+    Args:
+        value: One number per token (the end token may be left out, and gets 1), or ``[start, end, weight]`` for spans
+            of characters. A token has the weight of the span with its first character that is not white space, and 1
+            outside of all spans.
+        name: The column, for messages.
+        ids: The response, end token included.
+        text: Its text, in which spans count.
+        decode: The tokenizer's.
+
+    Raises:
+        RowError: for anything else, and for weights that are negative, not finite or all 0.
+    """
+    if not isinstance(value, list) or not value:
+        raise RowError(f"field {name!r} must list numbers or [start, end, weight], found {describe(value)}")
+    if all(isinstance(span, list) for span in value):
+        weights = _weights_of_spans(value, name, ids, text, decode)
+    elif all(isinstance(number, int | float) for number in value):
+        weights = [float(number) for number in value] + ([1.0] if len(value) == len(ids) - 1 else [])
+    else:
+        raise RowError(f"field {name!r} must list numbers alone or [start, end, weight] alone")
+    if wrong := wrong_weights(weights, len(ids)):
+        raise RowError(f"field {name!r} {wrong}")
+    return weights
+
+
+def _weights_of_spans(
+    spans: list[list[Any]], name: str, ids: Sequence[int], text: str, decode: Callable[..., str]
+) -> list[float]:
+    for number, span in enumerate(spans, 1):
+        if len(span) != 3 or not all(isinstance(part, int | float) for part in span):
+            raise RowError(f"field {name!r}, span {number}: expected [start, end, weight], found {describe(span)}")
+        if not 0 <= span[0] < span[1] <= len(text):
+            raise RowError(f"field {name!r}, span {number}: {span[0]} to {span[1]} of a text of {len(text)} characters")
+        if not 0 <= span[2] < math.inf:
+            raise RowError(f"field {name!r}, span {number}: a weight is a finite number of at least 0, found {span[2]}")
+    shown = partial(decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    offset = shown(list(ids)).find(text.strip())
+    if offset < 0:
+        raise RowError(f"field {name!r}: the tokens do not spell the text, so give one number per token instead")
+    offset -= len(text) - len(text.lstrip())
+    # A character that is not complete yet is shown as U+FFFD.
+    ends = [len(shown(list(ids[:count])).rstrip("\ufffd")) for count in range(len(ids) + 1)]
+    weights = []
+    for begin, end in pairwise(ends):
+        begin, end = max(begin - offset, 0), end - offset
+        first = next((index for index in range(begin, min(end, len(text))) if not text[index].isspace()), begin)
+        inside = end > begin and first < len(text)
+        weights.append(next((float(w) for start, stop, w in spans if inside and start <= first < stop), 1.0))
+    return weights
 
 
 def carried_weights(pairs: Sequence[TokenisedPair]) -> Tensor | None:

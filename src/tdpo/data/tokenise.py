@@ -11,6 +11,7 @@ from tdpo.config.tokens import Lengths, Rendering, TruncationMode
 from tdpo.data.encode import RenderedTurns, TextEncoder
 from tdpo.data.formats import BAD_ROW_ADVICE, BadRows, DataReport, OnBadRow, RowError
 from tdpo.data.special_tokens import SpecialTokens
+from tdpo.data.token_weights import token_weights
 from tdpo.errors import UserError
 from tdpo.types import PreferenceRecord, Text, TokenisedPair
 
@@ -56,7 +57,7 @@ class Ids(NamedTuple):
     record: PreferenceRecord
     prompt: list[int]
     responses: Sequence[list[int]]
-    beside: Sequence[list[int]] = ()
+    beside: Sequence[list[Any]] = ()
     reason_identical: str = "after truncation"
 
 
@@ -116,7 +117,13 @@ class Tokeniser:
             if chosen == rejected:
                 report.drop(ids.record, f"chosen and rejected are identical {ids.reason_identical}")
                 continue
-            pairs.append(TokenisedPair(ids.prompt or self._first_ids(ids.record), chosen, rejected, ids.record.row))
+            weights = dict(zip(ids.record.weights or (), ids.beside, strict=True))
+            unused = next((name for name, numbers in weights.items() if not any(numbers)), "")
+            if unused:
+                report.drop(ids.record, f"{unused!r} is 0 for every token that truncation leaves")
+                continue
+            prompt = ids.prompt or self._first_ids(ids.record)
+            pairs.append(TokenisedPair(prompt, chosen, rejected, ids.record.row, **weights))
         report.kept = len(pairs)
         return pairs
 
@@ -151,10 +158,30 @@ class Tokeniser:
             if isinstance(turn.prompt, str):
                 prompt = self._with_start(prompt, responses)
             ids = Ids(turn.record, prompt, responses)
+            if turn.record.weights:
+                try:
+                    ids = ids._replace(beside=self._weights(turn, responses))
+                except RowError as error:
+                    bad.add(turn.record, error)
+                    continue
             if len(responses) > 1 and responses[0] == responses[1]:
                 ids = ids._replace(reason_identical=_reason_identical(turn, text.notices))
             yield ids
         bad.raise_error(BAD_ROW_ADVICE)
+
+    def _weights(self, turn: Turns, responses: Sequence[list[int]]) -> list[list[float]]:
+        """Returns the token weights of a record, a list for each of its columns.
+
+        Raises:
+            RowError: naming the column, for weights that do not fit the tokens or the text.
+        """
+        found = []
+        for name, value in (turn.record.weights or {}).items():
+            side = name.startswith("rejected")
+            response = turn.responses[side]
+            text = response if isinstance(response, str) else str(response[-1].get("content"))
+            found.append(token_weights(value, name, responses[side], text, self.tokenizer.decode))
+        return found
 
     def truncate(self, encoded: Iterable[Ids], report: DataReport) -> Iterator[Ids]:
         """Truncates, drops or refuses what is overlong, as :class:`Lengths` says, and counts it.

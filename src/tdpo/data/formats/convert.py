@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recog
 from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, RowDropped, RowError
 from tdpo.data.sources import SourceRow, groups_of
 from tdpo.errors import UserError, nearest
-from tdpo.types import PreferenceRecord
+from tdpo.types import WEIGHTS, PreferenceRecord
 
 BAD_ROW_ADVICE = "--on_bad_row drop leaves such rows out"
 PAIRS_BY_NAME = (
@@ -175,7 +175,7 @@ def _convert(
         elif filled and not chats:
             _check_late_system(row, filled)
         try:
-            yield from known.convert(row, spec)
+            yield from _with_weights(known.convert(row, spec), row)
         except RowDropped as reason:
             bad.report.drop(row, str(reason))
         except RowError as error:
@@ -185,6 +185,16 @@ def _convert(
         for note in row.notes:
             bad.report.notice(row, note)
         row.notes.clear()
+
+
+def _with_weights(records: Sequence[Any], row: SourceRow) -> Sequence[Any]:
+    """Adds the token weights of a row to the pair that it holds."""
+    weights = {name: row.fields[name] for name in WEIGHTS if row.fields.get(name) is not None}
+    if not weights or not all(isinstance(record, PreferenceRecord) and record.rejected for record in records):
+        return records
+    if len(records) != 1:
+        raise RowError(f"{next(iter(weights))!r} needs one pair per row, and this row gives {len(records)}")
+    return [replace(records[0], weights=weights)]
 
 
 def _check_late_system(row: SourceRow, column: str) -> None:
