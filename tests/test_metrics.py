@@ -34,8 +34,12 @@ def scores(logratios: list[list[float]], kls: list[list[float]], tokens: list[li
 
 def test_means_are_over_pairs_and_per_token_values_over_tokens() -> None:
     sums = Sums()
-    sums.add(pair_columns(scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]), beta=0.5))
-    sums.add(pair_columns(scores([[4.0, 0.0]], [[5.0, 0.0]], [[4, 4]]), beta=0.5))
+    sums.add(
+        pair_columns(
+            scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]), objectives.tdpo1(0.5)
+        )
+    )
+    sums.add(pair_columns(scores([[4.0, 0.0]], [[5.0, 0.0]], [[4, 4]]), objectives.tdpo1(0.5)))
     means = pair_means(sums.state())
     assert sorted(means) == sorted(METRICS)
     assert means["implicit_rewards/chosen"] == pytest.approx(0.5 * 7 / 3)
@@ -55,16 +59,20 @@ def test_means_are_over_pairs_and_per_token_values_over_tokens() -> None:
 
 def test_a_tie_counts_as_half_an_accurate_pair() -> None:
     tied = scores([[1.0, 1.0], [0.0, 1.0], [2.0, 1.0]], [[0.0, 0.0]] * 3, [[1, 1]] * 3)
-    columns = pair_columns(tied, beta=0.5)
+    columns = pair_columns(tied, objectives.tdpo1(0.5))
     assert columns["rewards/accuracies"].tolist() == [0.5, 0.0, 1.0]
     assert columns["implicit_rewards/accuracies"].tolist() == [0.5, 0.0, 1.0]
 
 
 def test_sums_of_several_processes_are_added() -> None:
     parts, whole = (Sums(), Sums()), Sums()
-    parts[0].add(pair_columns(scores([[1.0, 3.0]], [[1.0, 2.0]], [[2, 1]]), 0.5))
-    parts[1].add(pair_columns(scores([[2.0, -2.0]], [[3.0, 4.0]], [[2, 3]]), 0.5))
-    whole.add(pair_columns(scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]), 0.5))
+    parts[0].add(pair_columns(scores([[1.0, 3.0]], [[1.0, 2.0]], [[2, 1]]), objectives.tdpo1(0.5)))
+    parts[1].add(pair_columns(scores([[2.0, -2.0]], [[3.0, 4.0]], [[2, 3]]), objectives.tdpo1(0.5)))
+    whole.add(
+        pair_columns(
+            scores([[1.0, 3.0], [2.0, -2.0]], [[1.0, 2.0], [3.0, 4.0]], [[2, 1], [2, 3]]), objectives.tdpo1(0.5)
+        )
+    )
     other = torch.tensor([list(parts[1].state().values())])
     two: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: torch.cat([own, other]))
     summed, expected = pair_means(parts[0].take(two)), pair_means(whole.state())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from transformers.utils import cached_file
 
 from tdpo.commands.common import console, metric_table, quieten, read_dataset, write_json
 from tdpo.commands.options import parse
@@ -16,10 +17,12 @@ from tdpo.config.data import DATASET_HELP
 from tdpo.data.dataset import check_fits
 from tdpo.data.options import check_format, make_tokeniser
 from tdpo.data.sources import open_source
+from tdpo.errors import UserError
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.files import check_writable
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
+from tdpo.objectives.remembered import FILE, read_objective
 
 
 @documented
@@ -28,14 +31,16 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
     """What is evaluated and where the figures go.
 
     Attributes:
-        ref_model_name_or_path: Reference model: a hub name or a folder.
+        ref_model_name_or_path: Reference model: a hub name or a folder; needed unless the objective has no reference.
+        objective: Objective that decides loss and rewards; default: what the policy was trained with, or tdpo2.
         dataset_config: Configuration of a hub dataset.
         dataset_test_split: Split to evaluate on: of a hub dataset, or the beginning of file names.
         per_device_eval_batch_size: Pairs scored at a time.
         json: File to write the metrics to, as one flat object.
     """
 
-    ref_model_name_or_path: str = field(kw_only=True)
+    ref_model_name_or_path: str | None = None
+    objective: str | None = None
     dataset_name: str = field(metadata={"help": DATASET_HELP}, kw_only=True)
     dataset_config: str | None = None
     dataset_test_split: str = "test"
@@ -51,7 +56,11 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     model_config, options = parse("eval", (ModelConfig, EvalOptions), argv)
     quieten()
-    objective = options.build_objective()
+    folder, revision = model_config.model_name_or_path, model_config.model_revision
+    saved = cached_file(folder, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    objective = options.build_objective(None if saved is None else read_objective(saved))
+    if objective.uses_reference and not options.ref_model_name_or_path:
+        raise UserError(f"--ref_model_name_or_path is missing: {objective.spelling()} compares with a reference")
     spec = replace(options.row_spec(), side=options.side(test=True))
     if options.json:
         check_writable(Path(options.json).absolute().parent)
@@ -60,11 +69,13 @@ def run(argv: Sequence[str]) -> None:
     dataset = read_dataset(source, options, make_tokeniser(options, tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()
-    reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
-    limit = position_limit(policy, reference)
+    reference = None
+    if objective.uses_reference:
+        reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
+    limit = position_limit(policy, *([] if reference is None else [reference]))
     check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source, len(tokenizer))
     how = options.per_device_eval_batch_size, options.layout, options.backend, options.logits_budget
-    metrics = evaluate_pairs(policy, reference, dataset, objective, *how, progress=True)
+    metrics = evaluate_pairs(policy, reference, dataset, objective, *how, True, options.token_weights)
     console().print(metric_table(metrics, f"{objective}, {len(dataset)} pairs"))
     if options.json:
         write_json(options.json, metrics)

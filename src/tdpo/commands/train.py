@@ -31,7 +31,7 @@ from tdpo.train.trainer import TDPOTrainer
 OPTIONS = (ModelConfig, ReferenceConfig, AdapterOptions, EvalDataConfig, TDPOConfig)
 OTHER_FILES = (
     "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.*", "vocab.*", "merges.txt",
-    "*processor_config.json", "audio_tokenizer_config.json", "*_results.json", "trainer_state.json",
+    "*processor_config.json", "audio_tokenizer_config.json", "objective.json", "*_results.json", "trainer_state.json",
 )  # fmt: skip
 """Files that a finished run leaves beside the model."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,23 +40,37 @@ class ObjectiveOptions:
     if TYPE_CHECKING:  # of the fields that _with_parameters adds, those that editors should complete
         beta: float | None = None
         alpha: float | None = None
-    objective: str = option(
+    objective: str | None = option(
         objectives.DEFAULT,
         f"Preference objective: {', '.join(objectives.OBJECTIVES)}, or module:Class for one of your own.",
     )
     objective_args: dict[str, Any] | None = option(
         None, "Parameters of an objective of your own by name; those of the objectives above are options."
     )
+    token_weights: str | None = option(
+        None,
+        "Weights of response tokens by position: ld:A (tokens past the length of the shorter response count A, as in "
+        "LD-DPO) or decay:A (token t counts A to the power of t). They multiply those of the data.",
+    )
 
-    def build_objective(self) -> objectives.Objective:
+    def build_objective(self, remembered: Mapping[str, Any] | None = None) -> objectives.Objective:
         """Builds the objective of these options.
+
+        Args:
+            remembered: Objective, parameters and token weights of a saved model, for what these options leave out.
 
         Raises:
             UserError: for an unknown name, or a parameter that the objective does not have or cannot have.
         """
         names = {parameter.name for objective in objectives.OBJECTIVES.values() for parameter in fields(objective)}
         given = {name: getattr(self, name) for name in sorted(names)}
-        return objectives.build(self.objective, **given, **(self.objective_args or {}))
+        if self.token_weights is not None:
+            objectives.PositionWeights.parse(self.token_weights)
+        given = {name: value for name, value in given.items() if value is not None} | (self.objective_args or {})
+        if self.objective is None and remembered is not None:
+            self.token_weights = self.token_weights or remembered["token_weights"]
+            return objectives.build(remembered["objective"], **{**remembered["parameters"], **given})
+        return objectives.build(self.objective or objectives.DEFAULT, **given)
 
 
 @documented

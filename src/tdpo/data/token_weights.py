@@ -1,10 +1,9 @@
-"""Weights of response tokens in the objective: those that pairs carry, and those that follow from the position."""
+"""Weights of response tokens that pairs carry, read from the columns of a dataset."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,13 +13,7 @@ from torch import Tensor
 
 from tdpo.data.formats.report import RowError
 from tdpo.data.sources import describe
-from tdpo.errors import UserError
-from tdpo.types import PackedBatch, TokenisedPair, wrong_weights
-
-SCHEDULES = {
-    "ld": "tokens past the length of the shorter response of the pair count this much (LD-DPO)",
-    "decay": "token t counts this to the power of t, from 0",
-}
+from tdpo.types import TokenisedPair, wrong_weights
 
 
 def token_weights(value: Any, name: str, ids: Sequence[int], text: str, decode: Callable[..., str]) -> list[float]:
@@ -96,73 +89,3 @@ def carried_weights(pairs: Sequence[TokenisedPair]) -> Tensor | None:
                 found |= weights is not None
                 row += [1.0] * len(ids) if weights is None else weights
     return torch.tensor(rows) if found else None
-
-
-@dataclass(frozen=True)
-class PositionWeights:
-    """Weights by position, on log-ratio and KL alike: ``ld:0.5`` or ``decay:0.98``.
-
-    Attributes:
-        name: A key of :data:`SCHEDULES`.
-        factor: Its number.
-
-    Source of ``ld``: Liu et al. 2024 (arXiv 2409.06411), eq. 9; TRL's ``ld_alpha``.
-
-    Example:
-        >>> PositionWeights.parse("ld:0.5").of_lengths([3, 1]).tolist()
-        [1.0, 0.5, 0.5, 1.0]
-        >>> PositionWeights.parse("decay:0.5").of_lengths([3, 1]).tolist()
-        [1.0, 0.5, 0.25, 1.0]
-    """
-
-    name: str
-    factor: float
-
-    @classmethod
-    def parse(cls, text: str) -> PositionWeights:
-        """Reads ``name:number``.
-
-        Raises:
-            UserError: for an unknown name or a number outside [0, 1].
-        """
-        name, _, number = text.partition(":")
-        try:
-            factor = float(number)
-        except ValueError:
-            factor = -1.0
-        if name not in SCHEDULES or not 0 <= factor <= 1:
-            raise UserError(f"--token_weights {text}: expected ld:A or decay:A with a number A from 0 to 1")
-        return cls(name, factor)
-
-    def of_lengths(self, lengths: Sequence[int]) -> Tensor:
-        """Computes the weights ``[N]`` of responses with these lengths: chosen 0, rejected 0, chosen 1, ..."""
-        parts = []
-        for chosen, rejected in zip(lengths[::2], lengths[1::2], strict=True):
-            for length in (chosen, rejected):
-                position = torch.arange(length)
-                if self.name == "decay":
-                    parts.append(self.factor**position)
-                else:
-                    parts.append(torch.where(position < min(chosen, rejected), 1.0, self.factor))
-        return torch.cat(parts).to(torch.float32)
-
-    def weigh(self, batch: PackedBatch) -> PackedBatch:
-        """Returns the batch with these weights, times those that it has."""
-        weights_N = self.of_lengths(batch.lengths)
-        weights = weights_N.expand(2, -1) if batch.weights is None else batch.weights * weights_N
-        return replace(batch, weights=weights.contiguous())
-
-
-def weighted(
-    pack: Callable[[Sequence[TokenisedPair]], PackedBatch], token_weights: str | None
-) -> Callable[[Sequence[TokenisedPair]], PackedBatch]:
-    """Returns the function that lays pairs out with weights by position; None adds none."""
-    if token_weights is None:
-        return pack
-    return partial(_pack_weighted, PositionWeights.parse(token_weights), pack)
-
-
-def _pack_weighted(
-    schedule: PositionWeights, pack: Callable[[Sequence[TokenisedPair]], PackedBatch], pairs: Sequence[TokenisedPair]
-) -> PackedBatch:
-    return schedule.weigh(pack(pairs))

@@ -83,13 +83,13 @@ def response_logps(
         logits_budget: See :func:`tdpo.ops.response_stats`.
     """
     device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
-        for start in range(0, len(pairs), batch_size):
-            batch = pack(pairs[start : start + batch_size]).to(device)
+    for start in range(0, len(pairs), batch_size):
+        batch = pack(pairs[start : start + batch_size]).to(device)
 
-            def logps(states: Tensor, batch: PackedBatch = batch) -> tuple[Tensor]:
-                return (ops.response_logp(Hidden(states, head_of(model)), batch.labels, logits_budget),)
+        def logps(states: Tensor, batch: PackedBatch = batch) -> tuple[Tensor]:
+            return (ops.response_logp(Hidden(states, head_of(model)), batch.labels, logits_budget),)
 
+        with evaluating(model), torch.no_grad():  # within a step: a generator's modes would be its caller's
             (logp_N,) = run_in_head(model, response_states(model, batch), logps)
-            sides = logp_N.float().cpu().split(list(batch.lengths))
-            yield from zip(sides[::2], sides[1::2], strict=True)
+        sides = logp_N.float().cpu().split(list(batch.lengths))
+        yield from zip(sides[::2], sides[1::2], strict=True)

@@ -58,6 +58,22 @@ class Reference(ABC):
         self.to(accelerator.device)
 
 
+class NoReference(Reference):
+    """Stands for the reference of an objective that has none; nothing is run or kept in memory."""
+
+    @override
+    def states(self, batch: PackedBatch) -> Tensor:
+        raise ValueError("the objective has no reference")
+
+    @override
+    def head(self) -> Head:
+        raise ValueError("the objective has no reference")
+
+    @override
+    def to(self, device: torch.device | str) -> None:
+        pass
+
+
 class LiveReference(Reference):
     """Runs a model as it is at this moment; a policy is no longer a reference after its first step."""
 

@@ -9,6 +9,7 @@ from tdpo.errors import UserError, nearest
 from tdpo.loading import load_object
 from tdpo.objectives.base import Objective, SumObjective, parameter, preference_loss
 from tdpo.objectives.dpo import DPO, DPOP, FDPO, IPO, CalDPO, RobustDPO, SimPO
+from tdpo.objectives.positions import PositionWeights, weighted
 from tdpo.objectives.tdpo import TBPO, TDPO1, TDPO2
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -20,9 +21,37 @@ dpo, tdpo1, tdpo2, tbpo = DPO, TDPO1, TDPO2, TBPO
 fdpo, ipo, robust, dpop, cal_dpo, simpo = FDPO, IPO, RobustDPO, DPOP, CalDPO, SimPO
 
 __all__ = [
-    "DEFAULT", "DPO", "DPOP", "FDPO", "IPO", "OBJECTIVES", "TBPO", "TDPO1", "TDPO2", "CalDPO", "Objective", "RobustDPO",
-    "SimPO", "SumObjective", "build", "cal_dpo", "dpo", "dpop", "fdpo", "find_objective", "ipo", "parameter",
-    "parameter_names", "preference_loss", "robust", "simpo", "tbpo", "tdpo1", "tdpo2",
+    "DEFAULT",
+    "DPO",
+    "DPOP",
+    "FDPO",
+    "IPO",
+    "OBJECTIVES",
+    "TBPO",
+    "TDPO1",
+    "TDPO2",
+    "CalDPO",
+    "Objective",
+    "PositionWeights",
+    "RobustDPO",
+    "SimPO",
+    "SumObjective",
+    "build",
+    "cal_dpo",
+    "dpo",
+    "dpop",
+    "fdpo",
+    "find_objective",
+    "ipo",
+    "parameter",
+    "parameter_names",
+    "preference_loss",
+    "robust",
+    "simpo",
+    "tbpo",
+    "tdpo1",
+    "tdpo2",
+    "weighted",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from tdpo.objectives import Objective
 from tdpo.score import PairScores
 
 SIDES = ("chosen", "rejected")
@@ -61,9 +62,15 @@ class Sums:
         self._sums = torch.tensor(list(state.values()), dtype=torch.float32) if state else None
 
 
-def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:
+def metric_names(objective: Objective) -> tuple[str, ...]:
+    """Returns the metrics of an objective; without a reference there is nothing to compare with."""
+    compares = ("implicit_rewards/", "kl")
+    return METRICS if objective.uses_reference else tuple(name for name in METRICS if not name.startswith(compares))
+
+
+def pair_columns(scores: PairScores, objective: Objective) -> dict[str, Tensor]:
     """Computes every metric of every pair, ``[P]`` each, under the names they are logged by, and the counts."""
-    stats = scores.stats
+    stats, beta = scores.stats, objective.reward_scale
     columns = {"pairs": torch.ones_like(scores.loss), "loss": scores.loss}
     columns |= {"tokens/chosen": stats.chosen_length, "tokens/rejected": stats.rejected_length}  # type: ignore[dict-item]
     for name, chosen, rejected in (
@@ -78,7 +85,10 @@ def pair_columns(scores: PairScores, beta: float) -> dict[str, Tensor]:
     columns["kl/margin"] = stats.chosen_kl - stats.rejected_kl
     if scores.aux_loss is not None:
         columns["aux_loss"] = scores.aux_loss.expand_as(scores.loss)
-    return columns
+    if objective.uses_reference:
+        return columns
+    names = (*metric_names(objective), "pairs", "tokens/chosen", "tokens/rejected", "aux_loss")
+    return {name: column for name, column in columns.items() if name in names}
 
 
 def pair_means(sums: dict[str, float]) -> dict[str, float]:
@@ -92,6 +102,8 @@ def pair_means(sums: dict[str, float]) -> dict[str, float]:
         return {}
     pairs = sums["pairs"]
     means = {name: value / pairs for name, value in sums.items() if name != "pairs" and not name.startswith("tokens/")}
+    if "kl/margin" not in means:
+        return means
     for side in SIDES:
         means[f"kl_per_token/{side}"] = sums[f"kl/{side}"] / sums[f"tokens/{side}"]
     means["kl_per_token/margin"] = means["kl_per_token/chosen"] - means["kl_per_token/rejected"]

@@ -17,14 +17,15 @@ from tdpo.errors import UserError
 from tdpo.models.adapters import KEEPING_INITS, check_tunes_weights, equals_base, has_adapter, with_adapter
 from tdpo.models.neighbours import neighbour_plan
 from tdpo.models.policy import causal_lm, prove_head
-from tdpo.models.reference import AdapterOff, FrozenCopy, LiveReference, Reference, check_comparable
+from tdpo.models.reference import AdapterOff, FrozenCopy, LiveReference, NoReference, Reference, check_comparable
+from tdpo.objectives import Objective
 
 logger = logging.getLogger("tdpo")
 DEFAULT_CACHE = "reference-cache"
 
 
 def prepare_models(
-    policy: Any, ref_model: nn.Module | None, peft_config: Any, args: TDPOConfig
+    policy: Any, ref_model: nn.Module | None, peft_config: Any, args: TDPOConfig, objective: Objective
 ) -> tuple[Any, Reference, str, Path | None]:
     """Adds the adapter to the policy and chooses the reference.
 
@@ -42,6 +43,11 @@ def prepare_models(
     if ref_model is not None:
         prove_head(ref_model)
         check_comparable(policy, ref_model)
+    if not objective.uses_reference:
+        _check_without(objective, ref_model, args)
+        if peft_config is not None:
+            policy = with_adapter(policy, peft_config)
+        return policy, NoReference(), f"reference: none ({objective.spelling()} compares without one)", None
     strategy, why = _choose(policy, ref_model, peft_config, args)
     reason = neighbour_plan(policy).reason
     if reason and strategy != "cached":  # fill() refuses that
@@ -64,6 +70,18 @@ def prepare_models(
     else:
         reference = LiveReference(policy)
     return policy, reference, f"reference: {strategy} ({why})", cache
+
+
+def _check_without(objective: Objective, ref_model: Any, args: TDPOConfig) -> None:
+    """Refuses options of a reference for an objective that has none."""
+    given = {
+        "a reference model (--ref_model_name_or_path, ref_model)": ref_model is not None,
+        f"--reference {args.reference}": args.reference != "auto",
+        "--reference_cache": args.reference_cache is not None,
+        "--sync_ref_model": args.sync_ref_model,
+    }
+    for option in filter(given.get, given):
+        raise UserError(f"{option} contradicts --objective {objective.spelling()}, which has no reference")
 
 
 def _choose(policy: Any, ref_model: Any, peft_config: Any, args: TDPOConfig) -> tuple[str, str]:

@@ -34,10 +34,11 @@ from tdpo.models.policy import head_of, position_limit
 from tdpo.models.probe import unwrapped
 from tdpo.models.redirect import run_in_forward
 from tdpo.models.reference import FrozenCopy, Reference
-from tdpo.objectives import Objective
+from tdpo.objectives import Objective, weighted
+from tdpo.objectives.remembered import ObjectiveFile
 from tdpo.score import LogitsBudget, PairScores, batch_loss, packer, tree_refusal
 from tdpo.train.base import BatchMeanTrainer, load_policy, prepare_policy
-from tdpo.train.metrics import METRICS, displacement, pair_columns, pair_means
+from tdpo.train.metrics import displacement, metric_names, pair_columns, pair_means
 from tdpo.train.preflight import check_call
 from tdpo.train.references import prepare_models
 from tdpo.types import PackedBatch
@@ -100,7 +101,9 @@ class TDPOTrainer(BatchMeanTrainer):
         if given is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
         self.args, self.objective = args, args.build_objective()
-        policy, self.reference, self.reference_line, cache = prepare_models(policy, given, peft_config, args)
+        policy, self.reference, self.reference_line, cache = prepare_models(
+            policy, given, peft_config, args, self.objective
+        )
         prepare_reference_mode(policy, self.reference.models(), cache is not None, args.disable_dropout)
         self._router = prepare_policy(policy, args, peft_config)
         self._budget = LogitsBudget(args.logits_budget)
@@ -118,7 +121,7 @@ class TDPOTrainer(BatchMeanTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or Collator(every_token),
+            data_collator=data_collator or Collator(weighted(every_token, args.token_weights)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -127,6 +130,8 @@ class TDPOTrainer(BatchMeanTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.run_parts["metrics"] = self.train_metrics
+        self._objective_file = ObjectiveFile(self.objective, args.token_weights)
+        self.checkpoint_files.append(self._objective_file)
         if cache is None:
             self._start_reference(own=ref_model is None)
         else:
@@ -200,7 +205,7 @@ class TDPOTrainer(BatchMeanTrainer):
         )  # fmt: skip
         with self.accelerator.autocast():
             total, scores = run_in_forward(model, self.model, score)
-        return total, scores, pair_columns(scores, self.objective.reward_scale)
+        return total, scores, pair_columns(scores, self.objective)
 
     metric_means = staticmethod(pair_means)
 
@@ -211,6 +216,12 @@ class TDPOTrainer(BatchMeanTrainer):
         if warning:
             self._warned = True
             logger.warning(warning)
+
+    @override
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self._objective_file.save(output_dir or str(self.args.output_dir))
 
     @override
     def prepare_dataset(self, data: Iterable[Any], name: str) -> PairDataset:
@@ -225,7 +236,7 @@ class TDPOTrainer(BatchMeanTrainer):
 
     @override
     def metric_names(self) -> list[str]:
-        return [*METRICS] + (["aux_loss"] if self._router else [])
+        return [*metric_names(self.objective)] + (["aux_loss"] if self._router else [])
 
 
 def _tokenizer_of(policy: Any, config: ModelConfig, dataset: Any) -> Any:
