@@ -78,7 +78,7 @@ class UnusedColumns:
                     self._check_answers(row, name, value)
                 if value is None or name in used or name in self.named or (is_metadata(name) and _is_short(value)):
                     continue
-                if isinstance(value, str | list) and value in map(row.fields.get, used):  # as of ultrafeedback_binarized
+                if isinstance(value, str | list) and value in map(row.fields.get, used):  # as in ultrafeedback
                     continue
                 kind = self._lost(row, used, name, value)
                 if kind == "text":
