@@ -403,11 +403,11 @@ def test_a_function_of_the_users_converts_rows() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my_functions:none", "module my_functions has no none"),
+        ("my_functions:none", "AttributeError: module 'my_functions' has no attribute 'none'"),
         ("my_functions:value", "the number 3 is not a function"),
         ("my_nowhere:good", "ModuleNotFoundError: No module named 'my_nowhere'"),
         ("my_broken:good", "ZeroDivisionError: division by zero"),
-        (":", "ValueError: Empty module name"),
+        (":", "ValueError: invalid format: ':'"),
     ],
 )
 def test_a_function_that_cannot_be_imported_is_named(name: str, message: str) -> None:

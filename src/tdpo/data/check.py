@@ -64,11 +64,10 @@ class DataCheck:
         """Lengths of each measure by percentile; empty without pairs."""
         if not len(self.lengths):
             return {}
+        columns = np.percentile(self.lengths, PERCENTILES, axis=0).astype(int).T.tolist()
+        names = [f"p{percentile}" for percentile in PERCENTILES]
         return {
-            name: {
-                f"p{p}": int(value) for p, value in zip(PERCENTILES, np.percentile(column, PERCENTILES), strict=True)
-            }
-            for name, column in zip(MEASURES, self.lengths.T, strict=True)
+            measure: dict(zip(names, column, strict=True)) for measure, column in zip(MEASURES, columns, strict=True)
         }
 
     def length_bias(self) -> dict[str, float]:
@@ -114,11 +113,11 @@ class DataCheck:
         """Returns the first pairs with ids as they are trained on, and their text with special tokens."""
         found = []
         for record, pair in zip(self.records[:count], self.pairs[:count], strict=True):
-            sides = {name: getattr(pair, f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
-            decode = tokeniser.tokenizer.decode
-            texts = {name: decode(ids, clean_up_tokenization_spaces=False) for name, ids in sides.items()}
-            ids = {f"{name}_ids": ids for name, ids in sides.items()}
-            found.append({"row": record.row, "source": record.source, **ids, **texts})
+            shown: dict[str, Any] = {"row": record.row, "source": record.source}
+            for name in ("prompt", "chosen", "rejected"):
+                shown[f"{name}_ids"] = ids = getattr(pair, f"{name}_ids")
+                shown[name] = tokeniser.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            found.append(shown)
         return found
 
     def clean_rows(self) -> list[dict[str, Any]]:

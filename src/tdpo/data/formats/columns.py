@@ -61,19 +61,24 @@ class UnusedColumns:
     report: DataReport
     named: set[str] = field(default_factory=set)
 
-    def check(self, rows: Iterable[SourceRow]) -> None:
-        """Checks the columns of rows.
+    def check(self, rows: Iterable[SourceRow], answers: bool = False) -> None:
+        """Checks the columns of rows, and if asked to the keys of the answers that they list.
 
         Raises:
             UserError: naming all columns among them that may be the prompt, each with its first row.
         """
         stopping: dict[str, tuple[SourceRow, str]] = {}
         for row in rows:
-            used = self._used(row.fields)
+            used = {use for use in self.uses if isinstance(use, str)}
+            for uses in (use for use in self.uses if not isinstance(use, str)):
+                there = next((names for names in uses if row.fields.get(names.partition("+")[0]) is not None), "")
+                used.update(there.split("+") if there else ())
             for name, value in row.fields.items():
+                if answers and name in LISTS and name in used and isinstance(value, list):
+                    self._check_answers(row, name, value)
                 if value is None or name in used or name in self.named or (is_metadata(name) and _is_short(value)):
                     continue
-                if value in map(row.fields.get, used):  # as the messages of ultrafeedback_binarized
+                if isinstance(value, str | list) and value in map(row.fields.get, used):  # as in ultrafeedback
                     continue
                 kind = self._lost(row, used, name, value)
                 if kind == "text":
@@ -86,28 +91,14 @@ class UnusedColumns:
         if stopping:
             raise UserError(self._message(stopping))
 
-    def _used(self, fields: dict[str, Any]) -> set[str]:
-        used = set()
-        for use in self.uses:
-            if isinstance(use, str):
-                used.add(use)
-                continue
-            there = next((names for names in use if fields.get(names.partition("+")[0]) is not None), "")
-            used.update(there.split("+") if there else ())
-        return used
-
-    def check_answers(self, row: SourceRow) -> None:
+    def _check_answers(self, row: SourceRow, column: str, answers: list[Any]) -> None:
         """Reports keys of listed answers that hold text and are not used, such as a critique, once for each."""
-        columns = self._used(row.fields).intersection(LISTS)
-        listed = [(name, row.fields[name]) for name in columns if isinstance(row.fields.get(name), list)]
-        for column, answer in ((name, answer) for name, answers in listed for answer in answers):
-            if not isinstance(answer, dict) or holds_turns([answer]):
-                continue
-            for key, value in answer.items():
-                known = key in ANSWER_KEYS or is_metadata(key) or f"{column}.{key}" in self.named
-                if not known and any(_is_binary(part) or _is_said(part) for part in parts_in(value)):
-                    self.named.add(f"{column}.{key}")
-                    self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
+        objects = [answer for answer in answers if isinstance(answer, dict) and not holds_turns([answer])]
+        for key, value in (item for answer in objects for item in answer.items()):
+            known = key in ANSWER_KEYS or is_metadata(key) or f"{column}.{key}" in self.named
+            if not known and any(_is_binary(part) or _is_said(part) for part in parts_in(value)):
+                self.named.add(f"{column}.{key}")
+                self.report.notice(row, f"{key!r} of the answers in {column!r} is text that is not used, first")
 
     def _lost(self, row: SourceRow, used: set[str], name: str, value: Any) -> str:
         """Returns what would be lost without a column: ``"media"``, a ``"prompt"``, another ``"text"``, or nothing."""

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from tdpo.config.row_spec import RowSpec
-from tdpo.data.formats.answers import LISTS
 from tdpo.data.formats.columns import UnusedColumns
 from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, renamed
 from tdpo.data.formats.prompts import ASKED, SYSTEMS
@@ -160,10 +159,7 @@ def _convert(
     """Yields what the rows of a format give; checks their unused columns and gives all of them a system column."""
     unused = UnusedColumns(name, known.uses, bad.report)
     if known.uses:
-        unused.check(head)
-        for row in head:
-            if not row.fields.keys().isdisjoint(LISTS):
-                unused.check_answers(row)
+        unused.check(head, answers=True)
     systems = SYSTEMS if SYSTEMS in known.uses else ()
     chats = any(row.fields.get(column) is not None for row in head for column in systems)
     for index, row in enumerate(itertools.chain(head, others)):

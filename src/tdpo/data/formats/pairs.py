@@ -10,16 +10,7 @@ import regex
 
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.formats import prompts
-from tdpo.data.formats.fields import (
-    ASKING_ROLES,
-    assistant_turn,
-    field_of,
-    first_of,
-    mixed_kinds,
-    number,
-    plain_text,
-    read_turns,
-)
+from tdpo.data.formats.fields import ASKING_ROLES, field_of, first_of, mixed_kinds, number, plain_text, read_turns
 from tdpo.data.formats.report import RowDropped, RowError
 from tdpo.data.sources import SourceRow, describe
 from tdpo.types import PreferenceRecord
@@ -97,7 +88,7 @@ def swift(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     These are ``query``, ``response``, ``rejected_response``, ``history`` and ``system``. All of them are chats.
     """
     name = first_of(row.fields, ("rejected_response", "rejected_messages"))
-    rejected = assistant_turn(field_of(row, name))
+    rejected = field_of(row, name)
     if row.fields.get("messages") is None:
         asked = first_of(row.fields, ("query", "instruction"))
         prompt = prompts.prompt_of(row) if row.fields.get(asked) is None else prompts.instruction_of(row, asked)
@@ -106,7 +97,7 @@ def swift(row: SourceRow, spec: RowSpec) -> list[PreferenceRecord]:
     messages = field_of(row, "messages", read_turns)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise RowError(f"field 'messages' must end with the assistant's turn, to which {name!r} is the worse one")
-    if name == "rejected_messages" and rejected[0] == messages[0]:
+    if name == "rejected_messages" and rejected[:1] == messages[:1]:
         return [prompts.pair_record(row, None, messages, rejected)]
     return [prompts.pair_record(row, messages[:-1], messages[-1:], rejected)]
 

@@ -5,8 +5,8 @@ What a user names as ``module:function`` becomes a format too.
 
 from __future__ import annotations
 
-import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -166,16 +166,12 @@ def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
     It is called with a row's columns and returns None, a :class:`~tdpo.types.PreferenceRecord`, an object in any format
     without ``join``, or several of these.
     """
-    module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        function = pkgutil.resolve_name(name)
     except Exception as error:  # importing a user's module can raise anything
         raise UserError(f"--dataset_format {name}: {type(error).__name__}: {error}") from error
-    if not hasattr(module, function_name):
-        raise UserError(f"--dataset_format {name}: module {module_name} has no {function_name}")
-    function = getattr(module, function_name)
     if not callable(function):
         raise UserError(f"--dataset_format {name}: {describe(function)} is not a function")
     single_row_formats = {key: known for key, known in formats.items() if known.join is None}
