@@ -17,7 +17,7 @@ from rich.text import Text as Styled
 from tdpo.cli import COMMANDS
 from tdpo.commands.common import check_writable, console, quieten, write_text
 from tdpo.commands.options import parse
-from tdpo.config import DATASET_HELP, FormatOptions, ModelConfig, ReferenceConfig, RenderingOptions, SplitOptions
+from tdpo.config import DATASET_HELP, FormatOptions, ModelConfig, ReferenceConfig, SplitOptions
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.dataset import check_fits
 from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed
@@ -36,7 +36,7 @@ logger = logging.getLogger("tdpo")
 
 
 @dataclass
-class GenerateOptions(FormatOptions, RenderingOptions, SplitOptions):
+class GenerateOptions(FormatOptions, SplitOptions):
     """What is asked of the models, how they answer, and where it goes."""
 
     prompt: list[str] = field(default_factory=list, metadata={"help": "One or more prompts, as plain text."})

@@ -7,12 +7,10 @@ from tdpo.config.arguments import FIXED, HONOURED, Fixed
 from tdpo.config.checks import check_at_least, check_choices, option, seconds
 from tdpo.config.data import (
     DATASET_HELP,
-    DataConfig,
     EvalDataConfig,
     FormatOptions,
     LengthOptions,
     PairOptions,
-    RenderingOptions,
     SplitOptions,
 )
 from tdpo.config.models import AdapterOptions, ModelConfig, ReferenceConfig
@@ -35,7 +33,6 @@ __all__ = [
     "FIXED",
     "HONOURED",
     "AdapterOptions",
-    "DataConfig",
     "EvalDataConfig",
     "Fixed",
     "FormatOptions",
@@ -45,7 +42,6 @@ __all__ = [
     "ObjectiveOptions",
     "PairOptions",
     "ReferenceConfig",
-    "RenderingOptions",
     "RunOptions",
     "SFTConfig",
     "ScoringOptions",

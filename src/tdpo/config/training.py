@@ -8,7 +8,7 @@ from typing import Literal
 
 from tdpo import objectives
 from tdpo.config.checks import check_at_least, check_choices, option
-from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, RenderingOptions
+from tdpo.config.data import FormatOptions, LengthOptions, PairOptions
 from tdpo.config.run import RunOptions
 from tdpo.config.tokens import Lengths
 from tdpo.errors import UserError
@@ -143,7 +143,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
 
 
 @dataclass
-class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, RunOptions):
+class SFTConfig(FormatOptions, LengthOptions, LayoutOptions, RunOptions):
     """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below."""
 
     learning_rate: float = option(2e-5, "The initial learning rate.")

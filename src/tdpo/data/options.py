@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from tdpo.config import DataConfig, EvalDataConfig, FormatOptions, PairOptions, SFTConfig, check_at_least
+from tdpo.config import EvalDataConfig, FormatOptions, PairOptions, SFTConfig, check_at_least
 from tdpo.config.row_spec import AUTO, RowSpec, Side
 from tdpo.data.cache import PairCache
 from tdpo.data.dataset import PairDataset, prepare_pairs
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tdpo.data.sft import SFTDataset
 
 
-def open_training(data: DataConfig, spec: RowSpec) -> Source:
+def open_training(data: EvalDataConfig, spec: RowSpec) -> Source:
     """Opens the rows to train on, each with the options it is read by.
 
     Args:
@@ -35,7 +35,7 @@ def open_held_out(data: EvalDataConfig, spec: RowSpec) -> Source | None:
     return None if data.test_fraction is None else _open(data, spec, data.side(True))
 
 
-def _open(data: DataConfig, spec: RowSpec, side: Side | None) -> Source:
+def _open(data: EvalDataConfig, spec: RowSpec, side: Side | None) -> Source:
     split = data.dataset_train_split
     if data.dataset_name:
         return open_source(data.dataset_name, split, data.dataset_config).read_by(replace(spec, side=side))
