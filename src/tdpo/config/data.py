@@ -191,10 +191,6 @@ class LengthOptions:
         "error", "What happens to rows that cannot be used: stop, or drop and count.", ["error", "drop"]
     )
 
-    def longest(self) -> int:
-        """Returns ``max_length`` as a number, also where it is None."""
-        return UNLIMITED if self.max_length is None else self.max_length
-
 
 @dataclass
 class PairOptions(FormatOptions, LengthOptions):
@@ -215,7 +211,8 @@ class PairOptions(FormatOptions, LengthOptions):
 
     def lengths(self) -> Lengths:
         """Returns the truncation of these options; a default prompt length gives way to a short ``max_length``."""
-        longest, prompt = self.longest(), self.max_prompt_length
+        longest = UNLIMITED if self.max_length is None else self.max_length
+        prompt = self.max_prompt_length
         if isinstance(prompt, _Default):
             prompt = int(prompt) if longest > prompt else max(longest // 2, 1)
         elif prompt is None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tdpo import objectives
 from tdpo.config.checks import check_at_least, check_choices, option
-from tdpo.config.data import FormatOptions, LengthOptions, PairOptions
+from tdpo.config.data import UNLIMITED, FormatOptions, LengthOptions, PairOptions
 from tdpo.config.run import RunOptions
 from tdpo.config.tokens import Lengths
 from tdpo.errors import UserError
@@ -162,5 +162,5 @@ class SFTConfig(FormatOptions, LengthOptions, LayoutOptions, RunOptions):
 
     def lengths(self) -> Lengths:
         """Returns the truncation of these options: half of an overlong example may be its prompt."""
-        longest = self.longest()
+        longest = UNLIMITED if self.max_length is None else self.max_length
         return Lengths(longest, max(longest // 2, 1), self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]
