@@ -338,9 +338,9 @@ def test_columns_stand_under_other_names() -> None:
         ("prompt", "expected field=column"),
         ("prompt=", "expected field=column"),
         ("prompt=a,prompt=b", "a field is named twice"),
-        ('{"prompt": 3}', "expected field names with column names"),
+        ('{"prompt": 3}', "expected field=column"),
         ('{"prompt"', "not valid JSON"),
-        (["prompt"], "expected field names"),
+        (["prompt"], "expected field=column"),
     ],
 )
 def test_malformed_column_options_are_refused(columns: Any, message: str) -> None:

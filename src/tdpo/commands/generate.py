@@ -16,7 +16,7 @@ from rich.text import Text as Styled
 
 from tdpo.commands.common import console, quieten, write_text
 from tdpo.commands.options import parse
-from tdpo.config import FormatOptions, ModelConfig, ReferenceConfig, RenderingOptions, SplitOptions
+from tdpo.config import FormatOptions, ModelConfig, ReferenceConfig, SplitOptions
 from tdpo.config.checks import check_values, documented, option
 from tdpo.config.data import DATASET_HELP, UNLIMITED
 from tdpo.config.row_spec import RowSpec
@@ -39,7 +39,7 @@ logger = logging.getLogger("tdpo")
 
 @documented
 @dataclass
-class GenerateOptions(Sampling, FormatOptions, RenderingOptions, SplitOptions):
+class GenerateOptions(Sampling, FormatOptions, SplitOptions):
     """What is asked of the models, how they answer, and where it goes.
 
     Attributes:

@@ -5,13 +5,13 @@ prints.
 """
 
 from tdpo.config.checks import seconds
-from tdpo.config.data import DataConfig, EvalDataConfig, FormatOptions, PairOptions, RenderingOptions, SplitOptions
+from tdpo.config.data import EvalDataConfig, FormatOptions, PairOptions, SplitOptions
 from tdpo.config.models import AdapterOptions, ModelConfig, ReferenceConfig
 from tdpo.config.run import APPLIED, RunOptions
 from tdpo.config.training import LayoutOptions, ObjectiveOptions, ScoringOptions, SFTConfig, TDPOConfig
 
 __all__ = [
-    "APPLIED", "AdapterOptions", "DataConfig", "EvalDataConfig", "FormatOptions", "LayoutOptions", "ModelConfig",
-    "ObjectiveOptions", "PairOptions", "ReferenceConfig", "RenderingOptions", "RunOptions", "SFTConfig",
+    "APPLIED", "AdapterOptions", "EvalDataConfig", "FormatOptions", "LayoutOptions", "ModelConfig",
+    "ObjectiveOptions", "PairOptions", "ReferenceConfig", "RunOptions", "SFTConfig",
     "ScoringOptions", "SplitOptions", "TDPOConfig", "seconds",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tdpo.config.checks import option
-from tdpo.config.row_spec import AUTO, PAIRS_FROM, RowSpec, Side, parse_columns, parse_names
+from tdpo.config.row_spec import AUTO, PAIRS_FROM, RowSpec, Side, parse_columns, parse_mapping, parse_names
 from tdpo.config.tokens import NOT_OF_A_ROW, Lengths, Rendering
 from tdpo.errors import UserError
 
@@ -45,8 +45,8 @@ class SplitOptions:
 
 
 @dataclass
-class DataConfig(SplitOptions):
-    """Which data, and how its rows are read."""
+class EvalDataConfig(SplitOptions):
+    """Data to train on and to evaluate on."""
 
     dataset_name: str | None = option(None, f"{DATASET_HELP} (this or --datasets)")
     datasets: list[str] = option(
@@ -59,23 +59,15 @@ class DataConfig(SplitOptions):
         "train", "Split to train on: of a hub dataset or a .json file, or the beginning of file names in a folder."
     )
 
-    def __post_init__(self) -> None:
-        if bool(self.dataset_name) == bool(self.datasets):
-            raise UserError("give either --dataset_name or --datasets, which names several")
-        self.side(True)
-
-
-@dataclass
-class EvalDataConfig(DataConfig):
-    """Training data, and held-out data beside it."""
-
     dataset_test_split: str = option("test", "Split of --eval_dataset_name to evaluate on.")
     eval_dataset_name: str | None = option(
         None, "Held-out data, named as --dataset_name; it is evaluated at the end of training at least."
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if bool(self.dataset_name) == bool(self.datasets):
+            raise UserError("give either --dataset_name or --datasets, which names several")
+        self.side(True)
         if self.eval_dataset_name and self.test_fraction is not None:
             raise UserError("--eval_dataset_name and --test_fraction contradict each other: both name held-out data")
 
@@ -95,7 +87,7 @@ class EvalDataConfig(DataConfig):
 
 @dataclass
 class FormatOptions:
-    """How rows become records."""
+    """How rows become records, and records text."""
 
     dataset_format: str = option(
         AUTO,
@@ -119,6 +111,18 @@ class FormatOptions:
     )
     min_margin: float | None = option(None, "Least difference of scores under --pairs_from margin.")
     min_score_ratio: float | None = option(None, "Least ratio of scores in the format shp, 2 by default.")
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Arguments of the chat template for all rows, as JSON or enable_thinking=true,...; a row's own "
+        "chat_template_kwargs win.",
+    )
+    special_tokens: str | None = option(
+        None,
+        "Special-token text in plain texts: tokens encodes it as those tokens and adds no second start or "
+        "end token, for texts that are rendered chats; text encodes it as plain text. Default: text, but stop "
+        "where most rows are rendered chats.",
+        ["text", "tokens"],
+    )
 
     def row_spec(self) -> RowSpec:
         """Returns how rows are read under these options.
@@ -134,24 +138,6 @@ class FormatOptions:
             self.min_score_ratio,
             ignore_columns=parse_names(self.ignore_columns),
         )
-
-
-@dataclass
-class RenderingOptions:
-    """How chats are rendered, and what special-token text in plain texts is."""
-
-    chat_template_kwargs: dict[str, Any] | str | None = option(
-        None,
-        "Arguments of the chat template for all rows, as JSON or enable_thinking=true,...; a row's own "
-        "chat_template_kwargs win.",
-    )
-    special_tokens: str | None = option(
-        None,
-        "Special-token text in plain texts: tokens encodes it as those tokens and adds no second start or "
-        "end token, for texts that are rendered chats; text encodes it as plain text. Default: text, but stop "
-        "where most rows are rendered chats.",
-        ["text", "tokens"],
-    )
 
     def rendering(self) -> Rendering:
         """Returns how chats are rendered under these options.
@@ -172,24 +158,14 @@ def template_arguments(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     Raises:
         UserError: for anything else, and for arguments that are not for the template.
     """
-    option = f"--chat_template_kwargs {given}"
-    content: Any = given or {}
-    if isinstance(content, str) and content.lstrip().startswith("{"):
-        try:
-            content = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{option}: not valid JSON: {error}") from error
-    elif isinstance(content, str):
-        parts = [part.partition("=") for part in content.split(",") if part.strip()]
-        if not all(name.strip() and equals for name, equals, _ in parts):
-            raise UserError(f"{option}: expected JSON or name=value,name=value, e.g. enable_thinking=true")
-        content = {name.strip(): _json_or_text(value.strip()) for name, _, value in parts}
-    if not isinstance(content, Mapping):
-        raise UserError(f"{option}: expected an object of argument names with values")
-    refused = [name for name in content if not isinstance(name, str) or name in NOT_OF_A_ROW]
+    if not given:
+        return {}
+    option, expected = f"--chat_template_kwargs {given}", "JSON or name=value,name=value, e.g. enable_thinking=true"
+    content = parse_mapping(given, option, expected, _json_or_text)
+    refused = [name for name in content if name in NOT_OF_A_ROW]
     if refused:
         raise UserError(f"{option}: {refused[0]!r} is not an argument for the template")
-    return dict(content)
+    return content
 
 
 def _json_or_text(value: str) -> Any:
@@ -215,13 +191,9 @@ class LengthOptions:
         "error", "What happens to rows that cannot be used: stop, or drop and count.", ["error", "drop"]
     )
 
-    def longest(self) -> int:
-        """Returns ``max_length`` as a number, also where it is None."""
-        return UNLIMITED if self.max_length is None else self.max_length
-
 
 @dataclass
-class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
+class PairOptions(FormatOptions, LengthOptions):
     """How preference rows are read and cut."""
 
     max_prompt_length: int | None = option(
@@ -239,7 +211,8 @@ class PairOptions(FormatOptions, RenderingOptions, LengthOptions):
 
     def lengths(self) -> Lengths:
         """Returns the truncation of these options; a default prompt length gives way to a short ``max_length``."""
-        longest, prompt = self.longest(), self.max_prompt_length
+        longest = UNLIMITED if self.max_length is None else self.max_length
+        prompt = self.max_prompt_length
         if isinstance(prompt, _Default):
             prompt = int(prompt) if longest > prompt else max(longest // 2, 1)
         elif prompt is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -104,23 +104,40 @@ def parse_columns(columns: str | Mapping[str, str] | None) -> tuple[tuple[str, s
     Raises:
         UserError: for anything else.
     """
-    content: Any = columns
-    if isinstance(columns, str):
-        if columns.lstrip().startswith("{"):
-            content = parse_json(columns, f"--columns {columns}:", UserError)
-        else:
-            parts = [part.partition("=") for part in columns.split(",") if part.strip()]
-            if not all(name.strip() and equals and column.strip() for name, equals, column in parts):
-                raise UserError(f"--columns {columns}: expected field=column,field=column, e.g. prompt=question")
-            names = [name.strip() for name, _, _ in parts]
-            if len(set(names)) < len(names):
-                raise UserError(f"--columns {columns}: a field is named twice")
-            content = {name.strip(): column.strip() for name, _, column in parts}
-    if content is None:
+    if columns is None:
         return ()
-    if not isinstance(content, Mapping) or not all(isinstance(word, str) for pair in content.items() for word in pair):
-        raise UserError(f"--columns {columns}: expected field names with column names")
+    option, expected = f"--columns {columns}", "field=column,field=column, e.g. prompt=question, or these as JSON"
+    content = parse_mapping(columns, option, expected)
+    if not all(isinstance(column, str) and column for column in content.values()):
+        raise UserError(f"{option}: expected {expected}")
     return tuple(content.items())
+
+
+def parse_mapping(given: Any, option: str, expected: str, read: Callable[[str], Any] = str) -> dict[str, Any]:
+    """Parses a mapping that is written as ``name=value,name=value`` or JSON, or is one already.
+
+    Args:
+        given: The mapping.
+        option: The option and its value, for messages.
+        expected: What is expected, for messages.
+        read: Reads a value that is not JSON.
+
+    Raises:
+        UserError: for anything else, and for a name that occurs twice.
+    """
+    content = given
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        content = parse_json(given, f"{option}:", UserError)
+    elif isinstance(given, str):
+        parts = [part.partition("=") for part in given.split(",") if part.strip()]
+        content = {name.strip(): read(value.strip()) for name, equals, value in parts if equals and name.strip()}
+        if len(content) < len({name.strip() for name, _, _ in parts}):
+            raise UserError(f"{option}: expected {expected}")
+        if len(content) < len(parts):
+            raise UserError(f"{option}: a field is named twice")
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"{option}: expected {expected}")
+    return dict(content)
 
 
 def parse_names(names: str | Sequence[str] | None) -> tuple[str, ...]:

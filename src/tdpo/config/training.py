@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tdpo import objectives
 from tdpo.config.checks import check_used, check_values, documented, option
-from tdpo.config.data import FormatOptions, LengthOptions, PairOptions, RenderingOptions
+from tdpo.config.data import UNLIMITED, FormatOptions, LengthOptions, PairOptions
 from tdpo.config.run import RunOptions
 from tdpo.config.tokens import Lengths
 from tdpo.errors import UserError
@@ -156,7 +156,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
 
 @documented
 @dataclass
-class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, RunOptions):
+class SFTConfig(FormatOptions, LengthOptions, LayoutOptions, RunOptions):
     """Arguments of tdpo.SFTTrainer: all of ``transformers.TrainingArguments`` and the fields below.
 
     Attributes:
@@ -176,5 +176,5 @@ class SFTConfig(FormatOptions, RenderingOptions, LengthOptions, LayoutOptions, R
 
     def lengths(self) -> Lengths:
         """Returns the truncation of these options: half of an overlong example may be its prompt."""
-        longest = self.longest()
+        longest = UNLIMITED if self.max_length is None else self.max_length
         return Lengths(longest, max(longest // 2, 1), self.truncation_mode, self.on_overlong)  # type: ignore[arg-type]

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdpo.data.calls import without_nulls
-from tdpo.data.encode import Piece, RenderedTurns
+from tdpo.data.encode import RenderedTurns
 from tdpo.data.formats import RowError
 from tdpo.data.omissions import ADVICE, Chat, OmissionFinder
-from tdpo.data.special_tokens import SpecialTokens
+from tdpo.data.special_tokens import RESPONSE, SpecialTokens
 from tdpo.data.template import ChatTemplate
 from tdpo.types import Message
 
@@ -20,47 +20,6 @@ logger = logging.getLogger("tdpo")
 
 ASKS_IF_DEFINED = re.compile(r"(?<![\w.])([A-Za-z_]\w*) is (?:not )?defined")
 """How templates look for arguments that need not be given."""
-OPEN, CLOSE = "\ue000", "\ue001"
-"""Private-use characters around the index of a text that is the user's, see :class:`Marks`."""
-RESPONSE = "\ue002"
-"""Marks a response's content where only its position is needed."""
-
-
-class Marks:
-    """Marks special-token text in messages and tools, so that a chat template's own can be distinguished from it.
-
-    Args:
-        special: Texts of the special tokens.
-    """
-
-    def __init__(self, special: Sequence[str]) -> None:
-        self._texts = [*special, OPEN, CLOSE, RESPONSE]
-        self._pattern = re.compile("|".join(map(re.escape, self._texts)))
-
-    def add(self, value: Any) -> Any:
-        """Returns messages or tools with marks in place of special-token text."""
-        if isinstance(value, str):
-            return self._pattern.sub(lambda found: f"{OPEN}{self._texts.index(found[0])}{CLOSE}", value)
-        if isinstance(value, list):
-            return [self.add(item) for item in value]
-        if isinstance(value, dict):
-            return {name: value[name] if name == "role" else self.add(value[name]) for name in value}
-        return value
-
-    def split(self, rendered: str, continues: bool = False) -> list[Piece]:
-        """Splits a rendering into the template's text, whose special tokens are special, and the user's."""
-        pieces: list[Piece] = []
-        for index, text in enumerate(re.split(f"{OPEN}([0-9]+){CLOSE}", rendered)):
-            literal = index % 2 == 1
-            # A template that cuts text can leave half a mark; the user's own such characters are marked themselves.
-            text = self._texts[int(text)] if literal else text.replace(OPEN, "").replace(CLOSE, "")
-            if text:
-                pieces.append((text, literal, continues or bool(pieces)))
-        return pieces
-
-    def remove(self, rendered: str) -> str:
-        """Returns a rendering with the user's own text in place of the marks."""
-        return "".join(text for text, _, _ in self.split(rendered))
 
 
 class ChatRenderer:
@@ -75,9 +34,8 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, special: SpecialTokens, arguments: Mapping[str, Any]) -> None:
         self._special, self._arguments = special, dict(arguments)
         self._special_pattern = re.compile("|".join(map(re.escape, special.texts)))
-        self._marks = Marks(special.texts)
         self._template = ChatTemplate(tokenizer, self._arguments)
-        self._omissions = OmissionFinder(self._template.render, self._marks.remove)
+        self._omissions = OmissionFinder(self._template.render, self._special.unmark)
         self._warned = False
 
     def render(
@@ -107,10 +65,10 @@ class ChatRenderer:
             UserError: if there is no template.
         """
         more = {**self._arguments, **(arguments or {})}
-        asking = Chat(self._prepared(messages), self._marks.add(without_nulls(tools)))
+        asking = Chat(self._prepared(messages), self._special.mark(without_nulls(tools)))
         prompt = self._template.render(asking, more, generation_prompt=True)
         if not responses:
-            return RenderedTurns(self._marks.split(prompt))
+            return RenderedTurns(self._special.split(prompt))
         chats = [asking._replace(messages=[*asking.messages, *self._prepared(turns)]) for turns in responses]
         rendered = [self._template.render(chat, more) for chat in chats]
         if not _divides(prompt, rendered):
@@ -125,12 +83,12 @@ class ChatRenderer:
         for name, (text, _) in zip(names, cut, strict=True):
             if not self._special_pattern.sub("", text).strip():
                 raise RowError(f"the chat template renders {name} as nothing but its end token; {ADVICE}")
-        pieces = [self._marks.split(text, continues=True) for text, _ in cut]
-        return RenderedTurns(self._marks.split(prompt), pieces, [ended for _, ended in cut], notices)
+        pieces = [self._special.split(text, continues=True) for text, _ in cut]
+        return RenderedTurns(self._special.split(prompt), pieces, [ended for _, ended in cut], notices)
 
     def _prepared(self, messages: Sequence[Message]) -> list[Message]:
         """Returns messages as the template gets them: calls in its form, special-token text of the user's marked."""
-        return [self._marks.add(self._template.in_form(message)) for message in messages]
+        return [self._special.mark(self._template.in_form(message)) for message in messages]
 
     def _before_content(self, asking: Chat, role: str, arguments: dict[str, Any]) -> str:
         """Returns the rendering up to where a response's first words would be."""
@@ -145,7 +103,7 @@ class ChatRenderer:
         """Describes a prompt that no response continues, with the argument of the template that would change it."""
         message = (
             "the chat template renders the prompt differently for different responses, so the two cannot be separated; "
-            f"it ends in {self._marks.remove(asked)[-40:]!r}."
+            f"it ends in {self._special.unmark(asked)[-40:]!r}."
         )
         names = dict.fromkeys(ASKS_IF_DEFINED.findall(self._template.source))
         for name, value in itertools.product(names, (True, False)):
@@ -155,7 +113,7 @@ class ChatRenderer:
                 continue
             if _divides(prompt, rendered):
                 return (
-                    f"{message} With {name}={value} it ends in {self._marks.remove(prompt)[-20:]!r}, which the "
+                    f"{message} With {name}={value} it ends in {self._special.unmark(prompt)[-20:]!r}, which the "
                     f"responses continue: give --chat_template_kwargs {name}={str(value).lower()}, or the row's own "
                     "field chat_template_kwargs"
                 )
@@ -167,8 +125,8 @@ class ChatRenderer:
             logger.warning(
                 "the chat template renders a prompt differently once a response follows: asked alone it ends in %r, "
                 "before a response in %r. Training takes the latter; --chat_template_path gives another template",
-                self._marks.remove(asked)[-60:],
-                self._marks.remove(prompt)[-60:],
+                self._special.unmark(asked)[-60:],
+                self._special.unmark(prompt)[-60:],
             )
 
 

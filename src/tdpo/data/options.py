@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from tdpo.config import DataConfig, EvalDataConfig, FormatOptions, PairOptions, SFTConfig
+from tdpo.config import EvalDataConfig, FormatOptions, PairOptions, SFTConfig
 from tdpo.config.checks import check_values
 from tdpo.config.row_spec import AUTO, RowSpec
 from tdpo.data.dataset import PairDataset, prepare_pairs
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tdpo.data.sft import SFTDataset
 
 
-def open_training(data: DataConfig, spec: RowSpec, held_out: bool = False) -> Source:
+def open_training(data: EvalDataConfig, spec: RowSpec, held_out: bool = False) -> Source:
     """Opens the rows to train on, each with the options it is read by.
 
     Args:

@@ -1,4 +1,4 @@
-"""Special-token text: where it ends a response, and where it shows that plain texts are rendered chats already."""
+"""Special-token text: where it ends a response, is a user's own words, or shows that texts are rendered chats."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from tdpo.data.encode import Piece
 from tdpo.errors import UserError
 from tdpo.types import Message, PreferenceRecord
 
@@ -15,6 +16,10 @@ LOOKED_AT = 100
 FOREIGN = re.compile(r"<\|\w+\|>|<\uff5c[^\uff5c<>\s]+\uff5c>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>")
 """Control tokens of the usual families of models."""
 FOREIGN_HINTS = ("<|", "<\uff5c", "_of_turn>", "INST]", "<<SYS")
+OPEN, CLOSE = "\ue000", "\ue001"
+"""Private-use characters around the index of a text that is the user's, see :meth:`SpecialTokens.mark`."""
+RESPONSE = "\ue002"
+"""Marks a response's content where only its position is needed."""
 
 
 class SpecialTokens:
@@ -36,6 +41,33 @@ class SpecialTokens:
         control = [token for token in self.texts if token not in ordinary]
         self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
         self._hints = tuple({*FOREIGN_HINTS, *(token[:2] for token in control)})
+        self._marked = [*self.texts, OPEN, CLOSE, RESPONSE]
+        self._to_mark = re.compile("|".join(map(re.escape, self._marked)))
+
+    def mark(self, value: Any) -> Any:
+        """Returns messages or tools with marks in place of special-token text, which a template may write itself."""
+        if isinstance(value, str):
+            return self._to_mark.sub(lambda found: f"{OPEN}{self._marked.index(found[0])}{CLOSE}", value)
+        if isinstance(value, list):
+            return [self.mark(item) for item in value]
+        if isinstance(value, dict):
+            return {name: value[name] if name == "role" else self.mark(value[name]) for name in value}
+        return value
+
+    def split(self, rendered: str, continues: bool = False) -> list[Piece]:
+        """Splits a rendering into the template's text, whose special tokens are special, and the user's marked one."""
+        pieces: list[Piece] = []
+        for index, text in enumerate(re.split(f"{OPEN}([0-9]+){CLOSE}", rendered)):
+            literal = index % 2 == 1
+            # A template that cuts text can leave half a mark; the user's own such characters are marked themselves.
+            text = self._marked[int(text)] if literal else text.replace(OPEN, "").replace(CLOSE, "")
+            if text:
+                pieces.append((text, literal, continues or bool(pieces)))
+        return pieces
+
+    def unmark(self, rendered: str) -> str:
+        """Returns a rendering with the user's own text in place of the marks."""
+        return "".join(text for text, _, _ in self.split(rendered))
 
     def cut_after_end(self, response: str) -> tuple[str, bool]:
         """Cuts the white space after a special token that ends a response, and returns whether it ends in one."""
