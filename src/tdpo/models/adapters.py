@@ -103,40 +103,29 @@ def silence_tied_warnings() -> Iterator[None]:
         yield
 
 
-def base_name(name: str, prefix: str) -> str | None:
-    """Returns the name a tensor of an adapted model has in its base; None for one that belongs to the adapter.
-
-    Args:
-        name: Its name in the state of ``get_base_model()``.
-        prefix: What the tuner's own parameters begin with, ``lora_`` for LoRA.
-
-    Example:
-        >>> base_name("model.layers.0.q_proj.base_layer.weight", "lora_")
-        'model.layers.0.q_proj.weight'
-        >>> base_name("lm_head.original_module.weight", "lora_")
-        'lm_head.weight'
-        >>> base_name("model.layers.0.q_proj.lora_A.default.weight", "lora_") is None
-        True
-    """
-    parts = name.split(".")
-    owned = (prefix, "trainable_tokens_") if prefix else ("trainable_tokens_",)
-    if "modules_to_save" in parts or any(part.startswith(owned) for part in parts):
-        return None
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
-
-
 def base_tensors(model: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of an adapted model that are its base's, under their names in the base.
 
     Args:
         model: The adapted model.
         named: Names in ``get_base_model()`` and tensors.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> lora = SimpleNamespace(base_model=SimpleNamespace(prefix="lora_"))
+        >>> names = "q_proj.base_layer.weight", "q_proj.lora_A.default.weight", "lm_head.original_module.weight"
+        >>> [name for name, _ in base_tensors(lora, [(name, torch.zeros(1)) for name in names])]
+        ['q_proj.weight', 'lm_head.weight']
     """
     prefix = getattr(model.base_model, "prefix", "")
+    own = (prefix, "trainable_tokens_") if prefix else ("trainable_tokens_",)
     for name, tensor in named:
-        plain = base_name(name, prefix)
-        if plain is not None:
-            yield plain, tensor
+        parts = name.split(".")
+        if "modules_to_save" not in parts and not any(part.startswith(own) for part in parts):
+            yield (
+                ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter")),
+                tensor,
+            )
 
 
 def find_changed_base(model: Any) -> str:

@@ -141,26 +141,13 @@ def _load_base(config: ModelConfig, name: str, revision: str, quantization: dict
         compute = torch.bfloat16 if dtype == "auto" else dtype
         compute_option = {"bnb_4bit_compute_dtype": compute} if quantization.get("load_in_4bit") else {}
         options["quantization_config"] = BitsAndBytesConfig(**quantization, **compute_option)
-    try:
-        described = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-        model_class = _model_class(described, config.trust_remote_code)
-        if model_class is None:
-            kind = (described.architectures or [f"{described.model_type} model"])[0]
-            raise UserError(f"model {name!r} is a {kind}, not a causal language model")
-        loaded: Any = model_class.from_pretrained(
-            name,
-            revision=revision,
-            output_loading_info=True,
-            dtype=dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-            **options,
-        )
-    except UserError:
-        raise
-    except Exception as error:  # a broken folder or the network may raise anything
-        raise UserError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    model, info = loaded
+    described = _from_pretrained(AutoConfig, "model", name, revision, config)
+    model_class = _model_class(described, config.trust_remote_code)
+    if model_class is None:
+        kind = (described.architectures or [f"{described.model_type} model"])[0]
+        raise UserError(f"model {name!r} is a {kind}, not a causal language model")
+    options |= {"dtype": dtype, "attn_implementation": config.attn_implementation, "output_loading_info": True}
+    model, info = _from_pretrained(model_class, "model", name, revision, config, **options)
     missing = _missing_weights(info)
     if missing:
         raise UserError(
@@ -168,6 +155,14 @@ def _load_base(config: ModelConfig, name: str, revision: str, quantization: dict
             "not a complete causal language model"
         )
     return model
+
+
+def _from_pretrained(loader: Any, what: str, name: str, revision: str, config: ModelConfig, **options: Any) -> Any:
+    """Loads by a class of transformers, whose errors become one line."""
+    try:
+        return loader.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code, **options)
+    except Exception as error:  # a broken folder or the network may raise anything
+        raise UserError(f"{what} {name!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def _model_class(described: Any, remote_code: bool) -> Any:
@@ -207,10 +202,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         base = adapter_base(name)  # an adapter saved without the tokenizer has its base's
         name, revision = (name, revision) if base is None else (base, "main")
     _check_folder(name, TOKENIZER_FILES, "tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # a broken folder or the network may raise anything
-        raise UserError(f"tokenizer {name!r} cannot be loaded: {_first_line(error)}") from error
+    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name, revision, config)
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
             raise UserError(f"--eos_token {config.eos_token!r} is not a token of the tokenizer {name!r}")

@@ -121,7 +121,7 @@ def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
     # Dynamic NTK keeps the frequencies of the longest sequence so far until a short one comes, so length 1 is first.
     steps = (1, switch, *(longer if plan.of_each_length else longer[-1:]))
 
-    def frequencies(forward: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _frequencies(forward: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Computes frequencies once for each length and picks each row's."""
         outputs: tuple[Tensor, ...] = ()
         for shorter, length in pairwise((0, *steps)):
@@ -137,5 +137,5 @@ def own_frequencies(plan: NeighbourPlan, lengths_R: Tensor) -> Iterator[None]:
 
     with ExitStack() as redirections:
         for module in plan.rotaries:
-            redirections.enter_context(redirect_forward(module, partial(frequencies, module.forward)))
+            redirections.enter_context(redirect_forward(module, partial(_frequencies, module.forward)))
         yield

@@ -54,12 +54,12 @@ def collect_router_logits(model: nn.Module) -> Iterator[list[tuple[Tensor, ...]]
     body, collected = body_of(model), list[Any]()
     forward = body.forward
 
-    def collect(*args: Any, **kwargs: Any) -> Any:
+    def _collect(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **{**kwargs, "output_router_logits": True})
         collected.append(getattr(output, "router_logits", None))
         return output
 
-    with redirect_forward(body, collect):
+    with redirect_forward(body, _collect):
         yield collected
 
 
@@ -125,13 +125,13 @@ def _prove_balance(lm: Any) -> Balance | None:
     function: Any = getattr(module, BALANCING, None)
     calls: list[tuple[Any, ...]] = []
 
-    def record(*args: Any) -> Any:
+    def _record(*args: Any) -> Any:
         calls.append(args)
         return function(*args)
 
     try:
         with probing(lm), collect_router_logits(lm) as collected:
-            setattr(module, BALANCING, record)
+            setattr(module, BALANCING, _record)
             theirs = getattr(type(lm).forward(lm, **inputs), "aux_loss", None)
     except UserError as error:  # the model cannot compute one from these inputs
         raise unknown from error

@@ -225,7 +225,7 @@ def _observed_forward(lm: Any, probe: Tensor) -> tuple[dict[str, tuple[Tensor, T
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     received: list[Tensor] = []
 
-    def resize(body: nn.Module, inputs: Any, output: Any) -> Any:
+    def _resize(body: nn.Module, inputs: Any, output: Any) -> Any:
         states = output[0][0]
         sizes = 2.0 ** torch.arange(-2, len(states) - 2, device=states.device)[:, None]
         seen["body"] = states, states * sizes.to(states.dtype)
@@ -235,16 +235,16 @@ def _observed_forward(lm: Any, probe: Tensor) -> tuple[dict[str, tuple[Tensor, T
         output["last_hidden_state"] = resized
         return output
 
-    def replace(head: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def _replace(head: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         seen.setdefault("head", (received[0], output[0]))
         return probe.to(output, copy=True)[None]  # some models write into their logits
 
     head = lm.get_output_embeddings()
     handles = [
-        body_of(lm).register_forward_hook(resize),
+        body_of(lm).register_forward_hook(_resize),
         # Before hooks of the head change its input, which run in a forward of their own too.
         head.register_forward_pre_hook(lambda layer, inputs: received.append(inputs[0][0]), prepend=True),
-        head.register_forward_hook(replace),
+        head.register_forward_hook(_replace),
     ]
     try:
         return seen, type(lm).forward(lm, input_ids=probe_ids(lm, 1, len(probe)), use_cache=False).logits[0]

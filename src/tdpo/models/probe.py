@@ -45,7 +45,7 @@ def measured(measure: Callable[[Any], Result]) -> Callable[..., Result]:
     results: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Result]]] = weakref.WeakKeyDictionary()
 
     @functools.wraps(measure)
-    def remembered(model: nn.Module, again: bool = False, latest: bool = False) -> Result:
+    def _remembered(model: nn.Module, again: bool = False, latest: bool = False) -> Result:
         lm = causal_lm(model)
         config, head = getattr(lm, "config", None), getattr(lm, "get_output_embeddings", None)
         known, attention = results.setdefault(lm, {}), getattr(config, "_attn_implementation", None)
@@ -58,7 +58,7 @@ def measured(measure: Callable[[Any], Result]) -> Callable[..., Result]:
             known[attention] = state, measure(lm)
         return known[attention][1]
 
-    return remembered
+    return _remembered
 
 
 @contextmanager
