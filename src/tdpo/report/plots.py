@@ -122,12 +122,9 @@ def draw_kl_growth(axes: Axes, curves: Mapping[str, KLCurve]) -> None:
     for index, (name, curve) in enumerate(curves.items()):
         colour, marker = style_of(name, index)
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 7, "markeredgecolor": "white"}
-        label = LABELS.get(name, name)
-        rejected, chosen = f"{label} rejected", f"{label} chosen"
-        axes.plot(curve.steps, curve.rejected, label=rejected, linewidth=2.2, clip_on=False, zorder=3, **style)
-        axes.plot(
-            curve.steps, curve.chosen, label=chosen, linewidth=1.6, linestyle=DASHES, clip_on=False, zorder=3, **style
-        )
+        for part, width, line in (("rejected", 2.2, "-"), ("chosen", 1.6, DASHES)):
+            style |= {"label": f"{LABELS.get(name, name)} {part}", "linewidth": width, "linestyle": line}
+            axes.plot(curve.steps, getattr(curve, part), clip_on=False, zorder=3, **style)
     axes.set_title("Sequential KL on held-out pairs over training", loc="left")
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("KL(reference || policy), nats per response")
