@@ -204,8 +204,7 @@ def has_labelled_pair(fields: dict[str, Any]) -> bool:
     if not stem or isinstance(fields.get("question"), dict):  # as in webgpt_comparisons
         return False
     prompted = prompts.has_prompt(fields) or all(prompts.holds_turns(fields[stem + end]) for end in ends)
-    labelled = any(fields.get(name) is not None for name in (*LABELS, *STRENGTHS))
-    return prompted and (labelled or _rating_of(fields, ends) is not None)
+    return prompted and _label_of(fields, ends) is not None
 
 
 def common_words(one: str, other: str) -> int:
@@ -263,8 +262,10 @@ def _pair_of(fields: dict[str, Any]) -> tuple[str, tuple[str, str]] | None:
     return next((pair for pair in PAIRS if all(pair[0] + end in fields for end in pair[1])), None)
 
 
-def _rating_of(fields: dict[str, Any], ends: tuple[str, str]) -> str | None:
-    return next((name for name in RATINGS if all(name + end in fields for end in ends)), None)
+def _label_of(fields: dict[str, Any], ends: tuple[str, str]) -> str | None:
+    """Finds the column that says which of two responses is better, or the name that two columns of ratings share."""
+    label = next((name for name in (*LABELS, *STRENGTHS) if fields.get(name) is not None), None)
+    return label or next((name for name in RATINGS if all(name + end in fields for end in ends)), None)
 
 
 def _lead_of_first(row: SourceRow, stem: str, ends: tuple[str, str]) -> float:
@@ -273,15 +274,14 @@ def _lead_of_first(row: SourceRow, stem: str, ends: tuple[str, str]) -> float:
     Raises:
         RowError: for a label that names neither.
     """
-    label = first_of(row.fields, (*LABELS, *STRENGTHS))
-    value = row.fields.get(label)
-    if value is None:
-        rating = _rating_of(row.fields, ends)
-        if rating is None:
-            names = " and ".join(repr(stem + end) for end in ends)
-            raise RowError(f"field {label!r} is missing, which says the better of {names}")
-        first, second = (field_of(row, rating + end, number) for end in ends)
+    label = _label_of(row.fields, ends)
+    if label is None:
+        names, there = " and ".join(repr(stem + end) for end in ends), first_of(row.fields, (*LABELS, *STRENGTHS))
+        raise RowError(f"field {there!r} is missing, which says the better of {names}")
+    if label in RATINGS:
+        first, second = (field_of(row, label + end, number) for end in ends)
         return first - second
+    value = row.fields[label]
     if label in STRENGTHS:
         return -number(value, f"field {label!r}")
     short = [end.strip("_").lower() for end in ends]
