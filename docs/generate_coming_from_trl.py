@@ -20,6 +20,7 @@ PAGE = Path(__file__).with_name("coming-from-trl.md")
 TRL_CLASSES = (DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
 ON_UNLESS_FP16 = "TRL's `None` is true unless `fp16` is on"
 REASONS = {
+    "beta": "the objective's own, 0.1 in most of them; see [objectives](objectives.md)",
     "learning_rate": "the paper's",
     "max_length": "the paper's",
     "truncation_mode": "the end of a prompt is what the responses answer",

@@ -136,7 +136,7 @@ def test_an_objective_with_the_name_of_a_loss_of_trl_needs_a_new_note() -> None:
     text = next(field for field in dataclasses.fields(trl.DPOConfig) if field.name == "loss_type").metadata["help"]
     theirs = set(re.findall(r"`'(\w+)'`", text))
     assert {"sigmoid", "ipo", "robust"} < theirs
-    assert not theirs & set(objectives.OBJECTIVES), "the note on loss_type says that none but sigmoid is available"
+    assert theirs & set(objectives.OBJECTIVES) == {"ipo", "robust"}, "the note on loss_type names what is available"
 
 
 def test_the_page_is_as_generated(generator: ModuleType) -> None:
@@ -159,7 +159,7 @@ def test_arguments_of_dpo_config_are_refused_by_name_all_at_once() -> None:
     lines = str(raised.value).splitlines()
     starts = (
         "TDPOConfig has no 'loss_type'. Use 'objective': `sigmoid` is `dpo`",
-        "TDPOConfig has no 'ld_alpha'. It is not available: the weighting of LD-DPO; leave it out.",
+        "TDPOConfig has no 'ld_alpha'. Use 'token_weights': `ld:0.5` for 0.5.",
         "TDPOConfig has no 'bta'. Did you mean 'beta'?",
         "TDPOConfig has no 'padding_free'. Use 'layout'",
     )

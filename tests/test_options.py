@@ -122,7 +122,7 @@ def test_what_a_file_has_wrong_is_listed_at_once(tmp_path: Path) -> None:
         "  'seed': no value; give one, or leave the key out for the default, 42",
         "  'per_device_train_batch_size': expected one value, found a mapping",
         "  'datasets': expected a list, found a mapping",
-        "  unknown key 'ld_alpha'. It is not available: the weighting of LD-DPO; leave it out.",
+        "  unknown key 'ld_alpha'. Use 'token_weights': `ld:0.5` for 0.5.",
         "  unknown key 'nonsuch_thing'.",
     ]
 
