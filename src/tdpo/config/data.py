@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tdpo.config.checks import option
+from tdpo.config.checks import documented, option
 from tdpo.config.row_spec import AUTO, PAIRS_FROM, RowSpec, Side, parse_columns, parse_mapping, parse_names
 from tdpo.config.tokens import NOT_OF_A_ROW, Lengths, Rendering
 from tdpo.errors import UserError
@@ -28,41 +28,47 @@ class _Default(int):
 HALF = _Default(256)
 
 
+@documented
 @dataclass
 class SplitOptions:
-    """One file for training and for evaluation: a part of its prompts is held out."""
+    """One file for training and for evaluation: a part of its prompts is held out.
 
-    test_fraction: float | None = option(
-        None,
-        "Hold out about this share of the prompts for evaluation; train, sft, eval and every process draw "
-        "the same ones.",
-    )
-    split_seed: int = option(0, "Seed of --test_fraction, and of fractional weights.")
+    Attributes:
+        test_fraction: Hold out about this share of the prompts for evaluation; train, sft, eval and every process draw
+            the same ones.
+        split_seed: Seed of --test_fraction, and of fractional weights.
+    """
+
+    test_fraction: float | None = None
+    split_seed: int = 0
 
     def side(self, test: bool) -> Side | None:
         """Returns one side of the split, or None if there is none."""
         return None if self.test_fraction is None else Side(self.test_fraction, self.split_seed, test)
 
 
+@documented
 @dataclass
 class EvalDataConfig(SplitOptions):
-    """Data to train on and to evaluate on."""
+    """Data to train on and to evaluate on.
+
+    Attributes:
+        datasets: A mixture instead of --dataset_name: name,weight=0.5,format=hh,... for each dataset, or a list of
+            mappings in a YAML file. A weight is how often a record is seen in an epoch.
+        dataset_config: Configuration of a hub dataset.
+        dataset_train_split: Split to train on: of a hub dataset or a .json file, or the beginning of file names in a
+            folder.
+        dataset_test_split: Split of --eval_dataset_name to evaluate on.
+        eval_dataset_name: Held-out data, named as --dataset_name; it is evaluated at the end of training at least.
+    """
 
     dataset_name: str | None = option(None, f"{DATASET_HELP} (this or --datasets)")
-    datasets: list[str] = option(
-        list,
-        "A mixture instead of --dataset_name: name,weight=0.5,format=hh,... for each dataset, or a list of "
-        "mappings in a YAML file. A weight is how often a record is seen in an epoch.",
-    )
-    dataset_config: str | None = option(None, "Configuration of a hub dataset.")
-    dataset_train_split: str = option(
-        "train", "Split to train on: of a hub dataset or a .json file, or the beginning of file names in a folder."
-    )
+    datasets: list[str] = option(list)
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
 
-    dataset_test_split: str = option("test", "Split of --eval_dataset_name to evaluate on.")
-    eval_dataset_name: str | None = option(
-        None, "Held-out data, named as --dataset_name; it is evaluated at the end of training at least."
-    )
+    dataset_test_split: str = "test"
+    eval_dataset_name: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.dataset_name) == bool(self.datasets):
@@ -85,44 +91,38 @@ class EvalDataConfig(SplitOptions):
             raise UserError(f"{names} and --datasets contradict each other: each of --datasets has fields of its own")
 
 
+@documented
 @dataclass
 class FormatOptions:
-    """How rows become records, and records text."""
+    """How rows become records, and records text.
 
-    dataset_format: str = option(
-        AUTO,
-        "Format of the rows: preference, swift, openai, sharegpt, alpaca, hh, implicit, shp, stackexchange, answers, "
-        "ranked, labelled, scored, in sft also completion, messages, answer, text, or module:function, a Python "
-        "function from a row to one of these, to several or to None; auto infers it from the columns.",
-    )
-    columns: dict[str, str] | str | None = option(
-        None, "Columns under other names: prompt=question,chosen=good,... or JSON."
-    )
-    ignore_columns: list[str] = option(
-        list,
-        "Columns to leave out: name,name,... Other columns that are not used are reported, and the run "
-        "stops where they may be the prompt.",
-    )
-    pairs_from: str | None = option(
-        None,
-        "Pairs of several answers to a prompt: all whose scores differ (default; in sft the best one), the "
-        "best with the worst, or all that differ by --min_margin.",
-        list(PAIRS_FROM),
-    )
-    min_margin: float | None = option(None, "Least difference of scores under --pairs_from margin.")
-    min_score_ratio: float | None = option(None, "Least ratio of scores in the format shp, 2 by default.")
-    chat_template_kwargs: dict[str, Any] | str | None = option(
-        None,
-        "Arguments of the chat template for all rows, as JSON or enable_thinking=true,...; a row's own "
-        "chat_template_kwargs win.",
-    )
-    special_tokens: str | None = option(
-        None,
-        "Special-token text in plain texts: tokens encodes it as those tokens and adds no second start or "
-        "end token, for texts that are rendered chats; text encodes it as plain text. Default: text, but stop "
-        "where most rows are rendered chats.",
-        ["text", "tokens"],
-    )
+    Attributes:
+        dataset_format: Format of the rows: preference, swift, openai, sharegpt, alpaca, hh, implicit, shp,
+            stackexchange, answers, ranked, labelled, scored, in sft also completion, messages, answer, text, or
+            module:function, a Python function from a row to one of these, to several or to None; auto infers it from
+            the columns.
+        columns: Columns under other names: prompt=question,chosen=good,... or JSON.
+        ignore_columns: Columns to leave out: name,name,... Other columns that are not used are reported, and the run
+            stops where they may be the prompt.
+        pairs_from: Pairs of several answers to a prompt: all whose scores differ (default; in sft the best one), the
+            best with the worst, or all that differ by --min_margin.
+        min_margin: Least difference of scores under --pairs_from margin.
+        min_score_ratio: Least ratio of scores in the format shp, 2 by default.
+        chat_template_kwargs: Arguments of the chat template for all rows, as JSON or enable_thinking=true,...; a row's
+            own chat_template_kwargs win.
+        special_tokens: Special-token text in plain texts: tokens encodes it as those tokens and adds no second start
+            or end token, for texts that are rendered chats; text encodes it as plain text. Default: text, but stop
+            where most rows are rendered chats.
+    """
+
+    dataset_format: str = AUTO
+    columns: dict[str, str] | str | None = None
+    ignore_columns: list[str] = option(list)
+    pairs_from: str | None = option(None, choices=list(PAIRS_FROM))
+    min_margin: float | None = None
+    min_score_ratio: float | None = None
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    special_tokens: str | None = option(None, choices=["text", "tokens"])
 
     def row_spec(self) -> RowSpec:
         """Returns how rows are read under these options.
@@ -175,39 +175,44 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
+@documented
 @dataclass
 class LengthOptions:
     """How long sequences may be, and what happens to rows that do not fit.
 
     See :class:`tdpo.config.tokens.Lengths`.
+
+    Attributes:
+        max_length: Longest sequence in tokens, prompt and response together; None for no limit.
+        truncation_mode: Which part of a prompt stays when it is cut.
+        on_overlong: What happens to longer rows.
+        on_bad_row: What happens to rows that cannot be used: stop, or drop and count.
     """
 
-    max_length: int | None = option(512, "Longest sequence in tokens, prompt and response together; None for no limit.")
-    truncation_mode: str = option(
-        "keep_end", "Which part of a prompt stays when it is cut.", ["keep_end", "keep_start"]
-    )
-    on_overlong: str = option("truncate", "What happens to longer rows.", ["truncate", "drop", "error"])
-    on_bad_row: str = option(
-        "error", "What happens to rows that cannot be used: stop, or drop and count.", ["error", "drop"]
-    )
+    max_length: int | None = 512
+    truncation_mode: str = option("keep_end", choices=["keep_end", "keep_start"])
+    on_overlong: str = option("truncate", choices=["truncate", "drop", "error"])
+    on_bad_row: str = option("error", choices=["error", "drop"])
 
 
+@documented
 @dataclass
 class PairOptions(FormatOptions, LengthOptions):
-    """How preference rows are read and cut."""
+    """How preference rows are read and cut.
 
-    max_prompt_length: int | None = option(
-        HALF,
-        "Longest prompt in tokens once a pair has to be cut to --max_length, half of a shorter one unless "
-        "given; None cuts a prompt only where it leaves no room for a response.",
-    )
-    cache_dataset: bool = option(True, "Keep tokenised pairs on disk, so that the next run need not tokenise them.")
-    dataset_num_proc: int = option(
-        1,
-        "Processes that tokenise a dataset; each takes seconds to start, so several pay for hundreds "
-        "of thousands of pairs.",
-    )
-    cache_dir: str | None = option(None, "Folder for tokenised pairs; default $TDPO_CACHE, or else ~/.cache/tdpo.")
+    Attributes:
+        max_prompt_length: Longest prompt in tokens once a pair has to be cut to --max_length, half of a shorter one
+            unless given; None cuts a prompt only where it leaves no room for a response.
+        cache_dataset: Keep tokenised pairs on disk, so that the next run need not tokenise them.
+        dataset_num_proc: Processes that tokenise a dataset; each takes seconds to start, so several pay for hundreds
+            of thousands of pairs.
+        cache_dir: Folder for tokenised pairs; default $TDPO_CACHE, or else ~/.cache/tdpo.
+    """
+
+    max_prompt_length: int | None = HALF
+    cache_dataset: bool = True
+    dataset_num_proc: int = 1
+    cache_dir: str | None = None
 
     def lengths(self) -> Lengths:
         """Returns the truncation of these options; a default prompt length gives way to a short ``max_length``."""
