@@ -258,3 +258,16 @@ def test_one_kind_of_weights_at_a_time(tmp_path: Path, model_folder: Path, capsy
     assert "give either" in mistake(
         capsys, *words, "--positive_model", "a", "--negative_model", "b", "--guide_model", "c"
     )
+
+
+def test_check_data_shows_weights(tmp_path: Path, model_folder: Path, capsys) -> None:
+    rows = [{"prompt": "The cat", "chosen": " sat on the mat", "rejected": " ran", "chosen_weights": [[1, 4, 2.5]]}]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    words = ["check-data", "--model_name_or_path", model_folder, "--dataset_name", tmp_path / "pairs.jsonl"]
+    words += ["--json", tmp_path / "found.json", "--fix", tmp_path / "clean.jsonl"]
+    assert main([str(word) for word in words]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "with token weights: chosen_weights from 1 to 2.5" in output and "weights 1 to 2.5, heaviest" in output
+    (example,) = json.loads((tmp_path / "found.json").read_text())["examples"]
+    assert 2.5 in example["chosen_weights"] and len(example["chosen_weights"]) == len(example["chosen_ids"])
+    assert json.loads((tmp_path / "clean.jsonl").read_text())["chosen_weights"] == [[1, 4, 2.5]]

@@ -19,7 +19,7 @@ from tdpo.data.sources import Source
 from tdpo.data.table import SCHEMA
 from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
-from tdpo.types import Message, PreferenceRecord, Text, TokenisedPair
+from tdpo.types import WEIGHTS, Message, PreferenceRecord, Text, TokenisedPair
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 MEASURES = ("prompt", "chosen", "rejected", "sequence")
@@ -117,6 +117,7 @@ class DataCheck:
             for name in ("prompt", "chosen", "rejected"):
                 shown[f"{name}_ids"] = ids = getattr(pair, f"{name}_ids")
                 shown[name] = tokeniser.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            shown |= {name: getattr(pair, name) for name in WEIGHTS if getattr(pair, name) is not None}
             found.append(shown)
         return found
 
@@ -124,7 +125,7 @@ class DataCheck:
         """Returns the pairs as rows of the format ``preference``, without repetitions and leaks."""
         names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
         return [
-            {name: value for name in names if (value := getattr(record, name)) is not None}
+            {name: value for name in names if (value := getattr(record, name)) is not None} | (record.weights or {})
             for index, record in enumerate(self.records)
             if index not in self.left_out
         ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -57,6 +58,11 @@ def counts_table(found: DataCheck, title: str) -> Table:
     for name, rows in found.rows.items():
         if rows:
             add(FINDINGS[name], rows)
+    for name in found.pairs.weights:
+        column = found.pairs.table[name]
+        least, most = pc.min_max(pc.list_flatten(column)).as_py().values()
+        with_weights = len(column) - column.null_count
+        table.add_row(f"{with_weights:,}", f"with token weights: {name} from {least:g} to {most:g}", "")
     table.add_row(Text(f"{report.kept:,}", "bold green"), Text("pairs to train on", "bold"), "")
     return table
 
@@ -118,7 +124,12 @@ def example(pair: TokenisedPair, uncut: TokenisedPair, tokenizer: Any, title: st
         # Where it was cut: at the end, or at the beginning but for such tokens as one that starts a text.
         begin = next(n for n in range(len(ids) + 1) if ids == [*all_ids[:n], *all_ids[n + cut :]])
         more = f", {cut:,} cut off" if cut else ""
-        heading = (name, f"bold reverse {STYLES[name]}"), (f" {len(ids):,} tokens{more}; {part}", "bright_black")
+        heading: list[tuple[str, str]] = [
+            (name, f"bold reverse {STYLES[name]}"),
+            (f" {len(ids):,} tokens{more}; {part}", "bright_black"),
+        ]
+        if (weights := getattr(pair, f"{name}_weights", None)) is not None:
+            heading.append((_heaviest(ids, weights, tokenizer), "bright_black"))
         text = _marked(ids[:begin], tokenizer, name)
         if cut:
             gone = tokenizer.decode(all_ids[begin : begin + cut], clean_up_tokenization_spaces=False)
@@ -127,6 +138,13 @@ def example(pair: TokenisedPair, uncut: TokenisedPair, tokenizer: Any, title: st
             )
         parts += [*([Text()] if parts else []), Text.assemble(*heading), text + _marked(ids[begin:], tokenizer, name)]
     return Panel(Group(*parts), title=title, title_align="left", border_style="bright_black")
+
+
+def _heaviest(ids: Sequence[int], weights: Sequence[float], tokenizer: Any) -> str:
+    """Describes the weights of a response and names its heaviest tokens."""
+    order = sorted(range(len(ids)), key=lambda index: -weights[index])[:3]
+    named = ", ".join(f"{tokenizer.decode([ids[index]])!r} {weights[index]:g}" for index in order)
+    return f"; weights {min(weights):g} to {max(weights):g}, heaviest {named}"
 
 
 def legend() -> Text:
