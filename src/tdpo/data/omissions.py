@@ -53,12 +53,12 @@ class Leaf(NamedTuple):
 
     def shown_in(self, rendered: str, start: int = 0) -> bool:
         """Returns whether a rendering contains the text as it is, or as JSON has it."""
-        if isinstance(self.text, str):
-            if rendered.find(self.text, start) >= 0:
-                return True
-            escaped = (json.dumps(self.text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-            return any(rendered.find(text, start) >= 0 for text in escaped)
-        return rendered.find(json.dumps(self.text), start) >= 0
+        if not isinstance(self.text, str):
+            return rendered.find(json.dumps(self.text), start) >= 0
+        if rendered.find(self.text, start) >= 0:
+            return True
+        escaped = (json.dumps(self.text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+        return any(rendered.find(text, start) >= 0 for text in escaped)
 
 
 class Chat(NamedTuple):
@@ -80,20 +80,15 @@ class Chat(NamedTuple):
             return self._replace(tools=_put(self.tools, leaf.path, change))
         return self._replace(messages=_put(self.messages, (leaf.message, *leaf.path), change))
 
-    def leaves_of_tools(self) -> list[Leaf]:
-        """Returns what a rendering must show of the tools: names and descriptions."""
+    def leaves(self, first: int = 0) -> list[Leaf]:
+        """Returns what a rendering must show of the messages from index ``first`` on; from 0 on, of the tools too."""
         found: list[Leaf] = []
-        for index, tool in enumerate(self.tools or ()):
+        for index, tool in enumerate((self.tools or ()) if first == 0 else ()):
             inside = isinstance(tool.get("function"), dict)
             described, path = (tool["function"], (index, "function")) if inside else (tool, (index,))
             for name in ("name", "description"):
                 if isinstance(described.get(name), str):
                     found += _leaf(-1, TOOLS, (*path, name), described[name])
-        return found
-
-    def leaves_of_messages(self, first: int = 0) -> list[Leaf]:
-        """Returns what a rendering must show of the messages from index ``first`` on."""
-        found: list[Leaf] = []
         for index, message in enumerate(self.messages[first:], first):
             for field, kind in FIELDS.items():
                 if field in message and not (kind == NAMES and message["role"] == "tool"):
@@ -137,10 +132,10 @@ class OmissionFinder:
             RowError: if the preference depends on what is left out.
         """
         first = len(asking.messages)
-        asked = asking.leaves_of_tools() + asking.leaves_of_messages()
+        asked = asking.leaves()
         found: dict[str, None] = {}
         for number, (chat, whole, name) in enumerate(zip(chats, rendered, names, strict=True)):
-            answered = chat.leaves_of_messages(first)
+            answered = chat.leaves(first)
             always_lost = self._lost_parts(chat, asked + answered, arguments)
             lost: set[Part] = set()
             # The prompt is the same before every response.
@@ -187,7 +182,7 @@ class OmissionFinder:
             rendered = self._attempt(chat, arguments)
             self._known[key] = {
                 leaf.part
-                for leaf in chat.leaves_of_tools() + chat.leaves_of_messages()
+                for leaf in chat.leaves()
                 if rendered is not None
                 and isinstance(leaf.text, str)
                 and leaf.text not in rendered
