@@ -18,7 +18,7 @@ from tdpo.config.row_spec import RowSpec
 from tdpo.data.cache import cache_key, cached_pairs, in_memory
 from tdpo.data.formats import DataReport, OnBadRow, iter_records, name_of
 from tdpo.data.sources import Source, SourceRow, from_memory
-from tdpo.data.table import SIDES, record_batch
+from tdpo.data.table import SCHEMA, SIDES, record_batch
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.types import PackedBatch, PreferenceRecord, TokenisedPair
@@ -76,7 +76,8 @@ class PairDataset(Sequence[TokenisedPair]):
         if isinstance(found, range):
             return [self[row] for row in found]
         ids = {name: self.table[name][found].values.to_numpy().tolist() for name in SIDES}  # faster than as_py
-        return TokenisedPair(**ids, row=self.table["row"][found].as_py())
+        others = {name: self.table[name][found].as_py() for name in SCHEMA.names if name not in SIDES}
+        return TokenisedPair(**ids, **others)
 
     def side_lengths(self) -> np.ndarray:
         """Returns ``[P, 3]`` int64: tokens of prompt, chosen and rejected response of each pair."""
