@@ -77,8 +77,8 @@ class PairDataset(Sequence[TokenisedPair]):
         if isinstance(found, range):
             return [self[row] for row in found]
         ids = {name: self.table[name][found].values.to_numpy().tolist() for name in SIDES}  # faster than as_py
-        weights = {name: self.table[name][found].as_py() for name in self.weights}
-        return TokenisedPair(**ids, row=self.table["row"][found].as_py(), **weights)
+        others = {name: self.table[name][found].as_py() for name in ("row", *self.weights)}
+        return TokenisedPair(**ids, **others)
 
     def side_lengths(self) -> np.ndarray:
         """Returns ``[P, 3]`` int64: tokens of prompt, chosen and rejected response of each pair."""
