@@ -55,10 +55,13 @@ class Chunked(Backend):
         self, policy: Hidden, reference: Hidden | None, labels_N: Tensor, lengths: Sequence[int], objective: Objective,
         logits_budget: int | None, weights_2N: Tensor | None = None,
     ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:  # fmt: skip
-        if fused.kl_ratios(objective) is None:
+        ratios = fused.kl_ratios(objective)
+        if ratios is None:
             tokens = self.token_stats(policy, reference, labels_N, logits_budget)
             return naive.loss_of_tokens(tokens, lengths, objective, weights_2N)
-        return fused.pair_loss(policy, reference, labels_N, lengths, objective, logits_budget, weights_2N, self.kernels)
+        return fused.pair_loss(
+            policy, reference, labels_N, lengths, objective, ratios, logits_budget, weights_2N, self.kernels
+        )
 
 
 def choose_backend(name: BackendName, states_ND: Tensor) -> Backend:

@@ -44,6 +44,7 @@ def pair_loss(
     labels_N: Tensor,
     lengths: Sequence[int],
     objective: Objective,
+    ratios: tuple[float, float],
     logits_budget: int | None,
     weights_2N: Tensor | None,
     kernels: ModuleType,
@@ -55,7 +56,8 @@ def pair_loss(
         reference: The reference's states and head, which get no gradient; None for an objective without one.
         labels_N: Response tokens, int64; those of a pair are contiguous, chosen before rejected.
         lengths: Token counts, length 2P: of chosen 0, rejected 0, chosen 1, ...
-        objective: The objective whose loss is summed; :func:`kl_ratios` must have found its ratios.
+        objective: The objective whose loss is summed.
+        ratios: Its :func:`kl_ratios`.
         logits_budget: Bytes the logits of a group may take; None for the device's default.
         weights_2N: Weights of the tokens' log-probabilities and KL; None for 1 everywhere.
         kernels: The row operations: :mod:`tdpo.ops.rows` or :mod:`tdpo.ops.triton_kernels`.
@@ -65,8 +67,8 @@ def pair_loss(
         and rewards of each pair, its sums, and the token statistics.
     """
     head = policy.head
-    options = head, reference, labels_N, lengths, objective, logits_budget, weights_2N, kernels, torch.is_grad_enabled()
-    total, pairs, tokens_3N = _PairLoss.apply(policy.states, head.weight, head.bias, *options)
+    options = head, reference, labels_N, lengths, objective, ratios, logits_budget, weights_2N, kernels
+    total, pairs, tokens_3N = _PairLoss.apply(policy.states, head.weight, head.bias, *options, torch.is_grad_enabled())
     # rows of pairs [11, P]: loss, chosen reward, rejected reward, then the columns of PairStats
     return total, PairLoss(*pairs[:3]), PairStats(*pairs[3:]), TokenStats(*tokens_3N)
 
@@ -108,12 +110,12 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *options: Any) -> Any:
         """Computes loss, statistics and the gradient of the loss, group by group."""
-        head, reference, labels_N, lengths, objective, logits_budget, weights_2N, kernels, with_gradient = options
+        head, reference, labels_N, lengths, *rest, logits_budget, weights_2N, kernels, with_gradient = options
         policy = Hidden(states_ND, replace(head, weight=weight_VD, bias=bias_V))
         needs = ctx.needs_input_grad[:3] if with_gradient else (False, False, False)
         heads = BlockwiseHeads(policy, reference, logits_budget, needs)
         groups = [
-            _group_loss(heads, labels_N, group, blocks, objective, weights_2N, kernels)
+            _group_loss(heads, labels_N, group, blocks, *rest, weights_2N, kernels)
             for group, blocks in _groups(lengths, heads.block_rows)
         ]
         tokens_3N, pairs = (torch.cat(parts, 1) for parts in zip(*groups, strict=True))
@@ -136,7 +138,7 @@ class _PairLoss(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(grad_total)
         cast = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return *cast, *[None] * 9  # for the options
+        return *cast, *[None] * 10  # for the options
 
 
 def _group_loss(
@@ -145,6 +147,7 @@ def _group_loss(
     lengths: Sequence[int],
     blocks: list[slice],
     objective: Objective,
+    ratios: tuple[float, float],
     weights_2N: Tensor | None,
     kernels: ModuleType,
 ) -> tuple[Tensor, Tensor]:
@@ -155,8 +158,6 @@ def _group_loss(
     start, device = blocks[0].start, labels_N.device
     counts = torch.tensor(lengths, device=device)
     ids_n = torch.repeat_interleave(counts, output_size=sum(lengths))  # chosen 2p, rejected 2p + 1
-    ratios = kl_ratios(objective)
-    assert ratios is not None, "such an objective takes two passes"
     weights_2n = None if weights_2N is None else weights_2N[:, start : start + len(ids_n)].to(heads.wide)
     c_n, alone_n = _token_ratios(torch.tensor(ratios, dtype=heads.wide, device=device)[ids_n % 2], weights_2n)
     # Write directions in this pass; otherwise there is no gradient, or a second pass follows.
