@@ -335,12 +335,12 @@ def test_columns_stand_under_other_names() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ("prompt", "expected field=column"),
-        ("prompt=", "expected field=column"),
+        ("prompt", "expected field names with column names"),
+        ("prompt=", "expected field names with column names"),
         ("prompt=a,prompt=b", "a field is named twice"),
-        ('{"prompt": 3}', "expected field=column"),
+        ('{"prompt": 3}', "expected field names with column names"),
         ('{"prompt"', "not valid JSON"),
-        (["prompt"], "expected field=column"),
+        (["prompt"], "expected field names with column names"),
     ],
 )
 def test_malformed_column_options_are_refused(columns: Any, message: str) -> None:

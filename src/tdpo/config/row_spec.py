@@ -106,7 +106,7 @@ def parse_columns(columns: str | Mapping[str, str] | None) -> tuple[tuple[str, s
     """
     if columns is None:
         return ()
-    option, expected = f"--columns {columns}", "field=column,field=column, e.g. prompt=question, or these as JSON"
+    option, expected = f"--columns {columns}", "field names with column names, e.g. prompt=question,chosen=good"
     content = parse_mapping(columns, option, expected)
     if not all(isinstance(column, str) and column for column in content.values()):
         raise UserError(f"{option}: expected {expected}")
