@@ -110,12 +110,12 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *options: Any) -> Any:
         """Computes loss, statistics and the gradient of the loss, group by group."""
-        head, reference, labels_N, lengths, *rest, logits_budget, weights_2N, kernels, with_gradient = options
+        head, reference, labels_N, lengths, objective, ratios, logits_budget, weights_2N, kernels, on = options
         policy = Hidden(states_ND, replace(head, weight=weight_VD, bias=bias_V))
-        needs = ctx.needs_input_grad[:3] if with_gradient else (False, False, False)
+        needs = ctx.needs_input_grad[:3] if on else (False, False, False)
         heads = BlockwiseHeads(policy, reference, logits_budget, needs)
         groups = [
-            _group_loss(heads, labels_N, group, blocks, *rest, weights_2N, kernels)
+            _group_loss(heads, labels_N, group, blocks, objective, ratios, weights_2N, kernels)
             for group, blocks in _groups(lengths, heads.block_rows)
         ]
         tokens_3N, pairs = (torch.cat(parts, 1) for parts in zip(*groups, strict=True))
