@@ -237,8 +237,8 @@ def test_claim_refuses_a_folder_of_anybody_else(tmp_path):
     ("wrong", "message"),
     [({"steps": 50, "eval_every": 20}, "--steps 50 is not a multiple of --eval_every 20"),
      ({"samples_per_prompt": 1}, "--samples_per_prompt must be at least 2"), ({"steps": 0}, "--steps must be"),
-     ({"min_margin": 0.0}, "--min_margin must be positive, got 0"), ({"beta": -1.0}, "--beta must be"),
-     ({"alpha": float("nan")}, "--alpha must be")],
+     ({"min_margin": 0.0}, "--min_margin must be positive, got 0"), ({"beta": -1.0}, "tdpo2: beta must be"),
+     ({"alpha": float("nan")}, "tdpo2: alpha must be")],
 )  # fmt: skip
 def test_impossible_sizes_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):

@@ -62,6 +62,8 @@ def test_commands_and_python_of_a_page_run(
 ) -> None:
     folder = tmp_path if page == "README.md" else desk  # the README starts from nothing
     monkeypatch.chdir(folder)
+    if page == "docs/training.md":
+        shutil.rmtree(folder / "my-sft")  # its own command makes it
     if page == "docs/objectives.md":
         (folder / "my_objectives.py").write_text(blocks(page, "python")[0])
         monkeypatch.syspath_prepend(folder)
