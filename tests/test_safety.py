@@ -239,7 +239,7 @@ def test_out_of_memory_over_the_logits_halves_their_budget_once(
     limit = default // 2
     trainer(tmp_path / "a", tokenizer, max_steps=2).train()
     assert asked == [None, limit, limit]
-    assert f"--logits_budget is {limit} bytes from here on, half of it" in caplog.text
+    assert f"--logits_budget is halved to {limit} bytes" in caplog.text
     limit = 2**20
     output = r"out of memory: CUDA out of memory\. A lower --per_device_train_batch_size"
     with pytest.raises(UserError, match=output), user_errors():
