@@ -181,7 +181,7 @@ def test_a_coefficient_that_no_forward_uses_is_not_offered(caplog: pytest.LogCap
         ("loss_type", r"Use 'objective': `sigmoid` is `dpo`.*pass args=TDPOConfig\(objective=\.\.\.\)"),
         ("precompute_ref_log_probs", r"Use 'reference_cache'.*args=TDPOConfig\(reference_cache=\.\.\.\)"),
         ("max_target_length", r"Use 'max_length'.*args=TDPOConfig\(max_length=\.\.\.\)"),
-        ("label_smoothing", r"It is not available: it belongs to a loss"),
+        ("label_smoothing", r"Use 'epsilon': with `objective` `robust`"),
         ("is_encoder_decoder", r"It is read from the checkpoint; leave it out\.$"),
         ("force_use_ref_model", r"a ref_model that is passed is always used"),
         ("train_data", r"Did you mean 'train_dataset'\?$"),
