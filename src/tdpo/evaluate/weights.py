@@ -38,7 +38,7 @@ def importance_weights(
     Source: Liu et al. 2024 (arXiv 2410.04350), section 4; ranks as in the authors' released ``rank_based`` transform.
 
     Example:
-        >>> importance_weights(torch.tensor([0.1, 9.0, -2.0, 5.0])).round(decimals=2).tolist()
+        >>> [round(weight, 2) for weight in importance_weights(torch.tensor([0.1, 9.0, -2.0, 5.0])).tolist()]
         [0.9, 1.2, 0.7, 1.2]
     """
     scores = (-logratio_n if rejected else logratio_n).clamp(-clamp, clamp)

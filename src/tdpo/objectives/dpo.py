@@ -56,7 +56,7 @@ class FDPO(SumObjective):
     :math:`(e^{(\alpha - 1) r} - 1) / (\alpha - 1)` (alpha-divergence). Rewards are ``beta * f'``. The reverse KL is
     :class:`DPO`.
 
-    Source: Wang et al. 2023 (arXiv 2309.16240), eq. 8 and Table 1, with the constants of TRL's ``f_divergence_type``.
+    Source: Wang et al. 2023 (arXiv 2309.16240), with the constants of TRL's ``f_divergence_type``.
 
     Example:
         >>> zero = torch.zeros(1)
@@ -121,7 +121,7 @@ class RobustDPO(SumObjective):
     .. math:: \mathcal L = \frac{-(1 - \epsilon) \log \sigma(u) + \epsilon \log \sigma(-u)}{1 - 2 \epsilon}, \quad
         u = \beta \, (r_w - r_l)
 
-    Source: Chowdhury et al. 2024 (arXiv 2403.00409), eq. 12; TRL's ``robust``.
+    Source: Chowdhury et al. 2024 (arXiv 2403.00409); TRL's ``robust``.
 
     Example:
         >>> zero = torch.zeros(1)
@@ -147,7 +147,7 @@ class DPOP(SumObjective):
 
     .. math:: \mathcal L = -\log \sigma\big(\beta \, [r_w - r_l - \lambda \max(0, -r_w)]\big)
 
-    Source: Pal et al. 2024 (arXiv 2402.13228), eq. 3.
+    Source: Pal et al. 2024 (arXiv 2402.13228).
 
     Example:
         >>> zero = torch.zeros(1)
@@ -175,7 +175,7 @@ class CalDPO(SumObjective):
 
     Rewards are ``beta * r``.
 
-    Source: Xiao et al. 2024 (arXiv 2412.14516), eq. 13. The authors' released code halves the two squares.
+    Source: Xiao et al. 2024 (arXiv 2412.14516). The authors' released code halves the two squares.
 
     Example:
         >>> zero = torch.zeros(1)

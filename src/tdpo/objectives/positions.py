@@ -27,7 +27,7 @@ class PositionWeights:
         name: A key of :data:`SCHEDULES`.
         factor: Its number.
 
-    Source of ``ld``: Liu et al. 2024 (arXiv 2409.06411), eq. 9; TRL's ``ld_alpha``.
+    Source of ``ld``: Liu et al. 2024 (arXiv 2409.06411); TRL's ``ld_alpha``.
 
     Example:
         >>> PositionWeights.parse("ld:0.5").of_lengths([3, 1]).tolist()
