@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,10 +38,13 @@ from tdpo.data.sources import read_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.models.reference import FrozenCopy
 from tdpo.score import batch_loss
-from tdpo.types import PackedBatch, PairStats, TokenisedPair
+from tdpo.types import WEIGHTS, PackedBatch, PairStats, TokenisedPair
 
 Step = Callable[[], Tensor]
-IMPLEMENTATIONS = ("tdpo2", "dpo", "tdpo2-padded", "tdpo2-padded-naive", "trl-dpo", "trl-dpo-compacted", "liger-dpo")
+IMPLEMENTATIONS = (
+    "tdpo2", "tdpo2-weighted", "tbpo", "dpo", "tdpo2-padded", "tdpo2-padded-naive", "trl-dpo", "trl-dpo-compacted",
+    "liger-dpo",
+)  # fmt: skip
 
 
 STEP_OPTIONS = (*PAIRS_OPTIONS, "width")
@@ -92,9 +96,17 @@ def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[Tokenised
     if name == "tdpo2-padded-naive":
         batch = pack_padded(pairs)
         return lambda: authors_loss(policy, reference.model, batch, 0.1, 0.5)
-    objective = objectives.dpo(0.1) if name.startswith("dpo") else objectives.tdpo2(0.1, 0.5)
+    if name == "tdpo2-weighted":
+        pairs = [replace(pair, **random_weights(pair)) for pair in pairs]
+    objective = {"dpo": objectives.dpo(0.1), "tbpo": objectives.tbpo(0.1)}.get(name, objectives.tdpo2(0.1, 0.5))
     pack = pack_padded if name.endswith("padded") else pack_trees
     return lambda: batch_loss(policy, reference, pack(pairs), objective)[0] / len(pairs)
+
+
+def random_weights(pair: TokenisedPair) -> dict[str, list[float]]:
+    """Draws a weight between 0.5 and 1.5 for the log-ratio and for the KL of every response token."""
+    sizes = {name: len(pair.chosen_ids if name.startswith("chosen") else pair.rejected_ids) for name in WEIGHTS}
+    return {name: (0.5 + torch.rand(size)).tolist() for name, size in sizes.items()}
 
 
 def trl_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tokenizer: Any, compacted: bool) -> Step:

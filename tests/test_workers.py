@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,22 @@ def test_a_worker_that_dies_is_reported(rows: Any, tokenizer: Any, monkeypatch: 
     monkeypatch.setattr(workers, "_begin", exit)
     with pytest.raises(UserError, match=r"pairs\.jsonl: a process .* ended without a message"):
         dataset.prepare_pairs(rows, Tokeniser(tokenizer, LIMITS, processes=2))
+
+
+def test_a_script_without_a_main_guard_ends_with_a_message(tmp_path: Path, model_folder: Path) -> None:
+    """Its workers run the script again, and would wait for the cache that their parent is making."""
+    write_jsonl(tmp_path / "pairs.jsonl", preference_rows(8))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom transformers import AutoTokenizer\nfrom tdpo.data.dataset import prepare_pairs\n"
+        "from tdpo.data.sources import open_source\nfrom tdpo.data.tokenise import Tokeniser\n"
+        f"tokeniser = Tokeniser(AutoTokenizer.from_pretrained({str(model_folder)!r}), processes=2)\n"
+        "prepare_pairs(open_source('pairs.jsonl', 'train'), tokeniser, cache=Path('cache'))\n"
+    )
+    run = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert run.returncode == 1
+    assert "UserError: pairs.jsonl: a process that tokenised it ended without a message" in run.stderr
+    assert "must begin with if __name__ == '__main__'" in run.stderr
 
 
 def test_reports_of_parts_add_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,11 @@ def prepare_pairs(
             return PairDataset(pa.Table.from_batches([record_batch(rows)]), report)
         if not isinstance(rows[0], PreferenceRecord | SourceRow):
             rows = from_memory(rows, name)
+    starting = getattr(multiprocessing.current_process(), "_inheriting", False)  # a worker that imports the main script
+    if starting and tokeniser is not None and tokeniser.processes > 1:
+        raise UserError(  # it would wait for the cache that the main process is making
+            "a script that asks for several processes (dataset_num_proc) must begin with if __name__ == '__main__'"
+        )
     build = partial(_build, rows, tokeniser, spec, on_bad_row)
     key = None if cache is None or tokeniser is None else cache_key(rows, tokeniser, spec, on_bad_row)
     dataset = PairDataset(*(in_memory(build) if cache is None or key is None else cached_pairs(cache, key, build)))
