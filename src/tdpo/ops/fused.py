@@ -111,11 +111,9 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *options: Any) -> Any:
         """Computes loss, statistics and the gradients of the loss, group by group."""
-        head, reference, labels_N, lengths, objective, ratios, logits_budget, weights_2N, kernels, grad_enabled = (
-            options
-        )
+        head, reference, labels_N, lengths, objective, ratios, logits_budget, weights_2N, kernels, grad_on = options
         policy = Hidden(states_ND, replace(head, weight=weight_VD, bias=bias_V))
-        wants_gradients = ctx.needs_input_grad[:3] if grad_enabled else (False, False, False)
+        wants_gradients = ctx.needs_input_grad[:3] if grad_on else (False, False, False)
         heads = BlockwiseHeads(policy, reference, logits_budget, wants_gradients)
         groups = [
             _group_loss(heads, labels_N, group, blocks, objective, ratios, weights_2N, kernels)
