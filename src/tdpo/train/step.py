@@ -50,7 +50,7 @@ class StepTrainer(CheckpointingTrainer):
     """True once training has begun in this process: FSDP or DeepSpeed has then sharded the weights."""
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Tensor]]:
-        """Computes the summed loss of a batch (differentiable), its outputs, and values to be summed for the metrics."""
+        """Computes the summed loss of a batch (differentiable), its outputs, and values to sum for the metrics."""
         raise NotImplementedError("abstract: a subclass defines the loss")
 
     @staticmethod
