@@ -245,4 +245,5 @@ def test_the_script_of_trl_runs_with_two_names_changed(tmp_path: Path, pairs_fil
 def test_options_without_a_mistake_do_not_load_the_tables_of_other_libraries():
     """They are long, and nothing but a message or a page needs them."""
     code = "import sys, tdpo.commands.train, tdpo.commands.sft; assert 'tdpo.counterparts' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr

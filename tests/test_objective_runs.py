@@ -130,7 +130,7 @@ def test_simpo_keeps_no_second_model(tokenizer: Any, model_folder: Path, tmp_pat
 def test_a_compared_objective_without_a_reference_is_refused() -> None:
     from numeric_worlds import random_pairs, tiny_llama
 
-    with pytest.raises(UserError, match=r"dpo\(beta=0\.1\) compares with a reference; pass one"):
+    with pytest.raises(UserError, match=r"dpo\(beta=0\.1\) compares with a reference; pass a model"):
         tdpo.score_pairs(tiny_llama(), None, random_pairs(), objectives.dpo())
     scores = tdpo.score_pairs(tiny_llama(), None, random_pairs(), objectives.simpo())
     assert scores.loss.isfinite().all() and scores.stats.chosen_kl.isnan().all()

@@ -45,7 +45,7 @@ class NoisyNorm(nn.Module):
 
 
 class OtherInTraining(NoisyNorm):
-    """Computes something else in training, as layers of few bits do, without being random."""
+    """Computes other states in training, as layers of few bits do, without being random."""
 
     def forward(self, states: Tensor) -> Tensor:
         states = self.norm(states)
@@ -154,7 +154,7 @@ def test_what_is_switched_off_and_what_is_not_is_reported(
     ]
     assert [line.split(" (")[0] for line in lines["jitter and experts drawn at random"]] == [
         "--disable_dropout: set to 0 in the loaded model: input_jitter_noise",
-        "PhimoeForCausalLM computes something else in training mode",
+        "PhimoeForCausalLM computes other hidden states in training mode",
     ]
     assert lines["another arithmetic"] == []
 

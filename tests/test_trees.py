@@ -117,7 +117,7 @@ def test_models_that_cannot_take_trees_are_refused_with_a_reason_and_run_padded(
     plan = tree_plan(model)
     assert plan.masks is None and len(plan.refusal) > 20
     assert packer("auto", [model]) is pack_padded
-    with pytest.raises(UserError, match="--layout tree: this model takes no trees"):
+    with pytest.raises(UserError, match="--layout tree: this model does not support it"):
         packer("tree", [model])
     with pytest.raises(ValueError, match="cannot run trees"):
         tree_states(model, pack_trees(random_pairs(vocab=VOCAB)))

@@ -1,4 +1,4 @@
-"""Composes the stages: hidden states of policy and reference, token statistics, pair statistics, objective."""
+"""Scores preference pairs: hidden states of policy and reference, token statistics, pair statistics, objective."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PairScores:
     Attributes:
         loss: Loss of each pair, ``[P]``.
         chosen_reward: The objective's implicit reward of each chosen response, ``[P]``.
-        rejected_reward: The same of each rejected response.
+        rejected_reward: The same for each rejected response.
         stats: Log-ratio, sequential KL, log-probability and length of chosen and rejected responses, ``[P]`` each, in
             nats; not weighted by token weights.
         tokens: Statistics of each response token, ``[N]``.
@@ -82,26 +82,29 @@ def score_pairs(
         policy: A transformers causal language model. Gradients flow into it when they are on; its training mode is
             left as it is, so call ``policy.eval()`` first where dropout must be off.
         reference: A second causal language model with the same vocabulary, or a reference strategy. Never trained. It
-            runs in evaluation mode; if training mode changes the results of both models without being random, in the
-            policy's mode. None for an objective without a reference (``simpo``); log-ratios and KL are then NaN.
+            runs in evaluation mode, except where training mode changes the results of both models without randomness:
+            there it runs in the policy's mode. None for an objective without a reference (``simpo``); log-ratios and
+            KL are then NaN.
         pairs: P tokenised pairs, scored in one batch.
         objective: One of :mod:`tdpo.objectives`.
         layout: ``"tree"``: each prompt is computed once and shared by its two responses; a short test run first checks
-            that both models compute this correctly. ``"padded"``: one sequence a row. ``"auto"``: trees where both
-            models pass the test, padded rows elsewhere and for float64 models.
+            that both models compute this correctly. ``"padded"``: one sequence per row. ``"auto"``: trees if all
+            models pass the test and none is in float64, padded rows otherwise.
         backend: See :func:`tdpo.ops.token_stats`.
 
     Returns:
         Losses, rewards and statistics per pair and per token, in nats.
 
     Raises:
-        UserError: without pairs, for an unknown layout, if the vocabularies differ, ``"tree"`` is asked of a model that
-            takes no trees, the model is no causal language model, a token id is outside the vocabulary, or a pair is
-            longer than the model's positions.
+        UserError: for no pairs, an unknown layout, ``"tree"`` with a model that does not support it, different
+            vocabularies, a model other than a causal language model, a token id outside the vocabulary, or a pair
+            longer than the model's position limit.
 
     Source: TDPO (arXiv 2404.11999), section 4; DPO (arXiv 2305.18290), eq. 7.
     """
-    return score_batch(unwrapped(policy), reference, lay_out(policy, reference, pairs, layout), objective, backend)
+    return score_batch(
+        unwrapped(policy), reference, check_and_pack(policy, reference, pairs, layout), objective, backend
+    )
 
 
 def pair_loss(
@@ -112,14 +115,14 @@ def pair_loss(
     layout: LayoutChoice = "auto",
     backend: ops.BackendName = "auto",
 ) -> tuple[Tensor, PairScores]:
-    """Computes the summed loss of preference pairs in one pass over the logits, for a training loop of one's own.
+    """Computes the summed loss of preference pairs in one pass over the logits, for a custom training loop.
 
-    It equals ``score_pairs(...).loss.sum()``, values and gradients. For a mean loss, divide it by the number of pairs
+    It equals ``score_pairs(...).loss.sum()``, in value and gradients. For a mean loss, divide it by the number of pairs
     in the optimizer step.
 
     Args:
-        policy: As in :func:`score_pairs`. Must not be wrapped in DDP or FSDP, whose gradient synchronisation runs only
-            for a call of the wrapper's own forward: there use :class:`~tdpo.TDPOTrainer`.
+        policy: As in :func:`score_pairs`. Must not be wrapped in DDP or FSDP, which synchronise gradients only if the
+            wrapper's own forward is called; use :class:`~tdpo.TDPOTrainer` with them.
         reference: As in :func:`score_pairs`.
         pairs: As in :func:`score_pairs`.
         objective: As in :func:`score_pairs`.
@@ -127,7 +130,7 @@ def pair_loss(
         backend: As in :func:`score_pairs`.
 
     Returns:
-        The sum of the pairs' losses, a scalar that can be differentiated once, and the scores, which carry no gradient.
+        The sum of the pairs' losses, a scalar that can be differentiated once, and the detached scores.
 
     Raises:
         UserError: as :func:`score_pairs`.
@@ -150,13 +153,15 @@ def pair_loss(
         >>> round(losses[0], 4), losses[2] < losses[1] < losses[0]
         (0.6931, True)
     """
-    return batch_loss(unwrapped(policy), reference, lay_out(policy, reference, pairs, layout), objective, backend)
+    return batch_loss(
+        unwrapped(policy), reference, check_and_pack(policy, reference, pairs, layout), objective, backend
+    )
 
 
-def lay_out(
+def check_and_pack(
     policy: nn.Module, reference: nn.Module | Reference | None, pairs: Sequence[TokenisedPair], layout: LayoutChoice
 ) -> PackedBatch:
-    """Checks that pairs and models fit each other, and lays the pairs out on the policy's device.
+    """Checks that pairs and models fit each other, and packs the pairs into a batch on the policy's device.
 
     Raises:
         UserError: as :func:`score_pairs`.
@@ -173,32 +178,38 @@ def lay_out(
 
 
 def packer(layout: str, models: Sequence[nn.Module]) -> Callable[[Sequence[TokenisedPair]], PackedBatch]:
-    """Returns the function that lays pairs out for some models.
+    """Returns the function that packs pairs in a layout: :func:`pack_trees` or :func:`pack_padded`.
+
+    Args:
+        layout: A :data:`LayoutChoice`.
+        models: The policy and the models of the reference.
 
     Raises:
-        UserError: for an unknown layout, or trees for a model that does not take them (with the reason).
+        UserError: for an unknown layout, or trees for a model that does not support them (with the reason).
     """
     if layout not in get_args(LayoutChoice):
-        raise UserError(f"unknown layout {layout!r}; there are: {', '.join(get_args(LayoutChoice))}")
+        raise UserError(f"unknown layout {layout!r}; use one of: {', '.join(get_args(LayoutChoice))}")
     for model in models:
-        neighbour_plan(model)  # fills the cache now: it cannot be measured once the weights are sharded
+        neighbour_plan(model)  # measured now and remembered: sharded weights do not allow it later
     if layout == "padded":
         return pack_padded
     refusal = tree_refusal(models)
     if layout == "tree" and refusal:
-        raise UserError(f"--layout tree: this model takes no trees: {refusal}")
-    # Float64 users compare last digits. Models that round to float32 inside give other last digits in trees.
+        raise UserError(
+            f"--layout tree: this model does not support it: {refusal}; use --layout auto or --layout padded"
+        )
+    # Float64 is used to compare last digits, which differ in trees if a model rounds to float32 internally.
     exact = any(parameter.dtype == torch.float64 for model in models for parameter in model.parameters())
     return pack_padded if refusal or (exact and layout == "auto") else pack_trees
 
 
 def tree_refusal(models: Sequence[nn.Module]) -> str:
-    """Returns why one of the models takes no trees; empty if all of them do."""
+    """Returns the reason why one of the models does not support trees; empty if all of them do."""
     return next((reason for model in models if (reason := tree_plan(model).refusal)), "")
 
 
 class LogitsBudget:
-    """Bytes of logits held at a time. Halved at most once, after an out-of-memory error.
+    """The bytes of logits in memory at a time. Halved at most once, after an out-of-memory error.
 
     Args:
         size: Bytes, or None for the device's default.
@@ -213,7 +224,8 @@ class LogitsBudget:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(
-            "out of memory while computing logits: --logits_budget is halved to %d bytes for the rest of the run",
+            "out of memory while computing logits: --logits_budget is halved to %d bytes for the rest of the run; give "
+            "this value to the next run",
             self.size,
         )
 
@@ -227,20 +239,21 @@ def batch_loss(
     logits_budget: LogitsBudget | None = None,
     router: RouterLoss | None = None,
 ) -> tuple[Tensor, PairScores]:
-    """Computes :func:`pair_loss` of a packed batch that is on the policy's device already; checks nothing.
+    """Computes :func:`pair_loss` of a packed batch on the policy's device, without checks.
 
     Args:
-        policy: The policy.
-        reference: The reference.
-        batch: The pairs.
+        policy: As in :func:`score_pairs`, not wrapped.
+        reference: As in :func:`score_pairs`.
+        batch: The packed pairs.
         objective: One of :mod:`tdpo.objectives`.
         backend: See :func:`tdpo.ops.token_stats`.
-        logits_budget: Memory for logits, halved by the call if the device runs out; None for the device's default.
-        router: Load-balancing loss of the policy's routers, added to the loss of every pair.
+        logits_budget: Limit on the logits in memory, halved if the device runs out; None for the device's default.
+        router: Load-balancing loss of the policy's routers, added to the loss of every pair; None for none.
     """
     ref, budget = _strategy(reference, objective), logits_budget or LogitsBudget()
 
     def loss_in_head(states: Tensor) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
+        """Computes the loss; after an out-of-memory error once more, with half the budget."""
         hidden, ref_hidden = Hidden(states, head_of(policy)), None if ref is None else Hidden(ref_states, ref.head())
         compute = partial(ops.pair_loss, hidden, ref_hidden, batch.labels, batch.lengths, objective)
         try:
@@ -248,8 +261,8 @@ def batch_loss(
         except torch.OutOfMemoryError:
             if budget.halved:
                 raise
-        # Outside the handler, whose traceback would keep the failed attempt's tensors alive. The retry is safe with
-        # several processes: it repeats no collective operation.
+        # Not in the except block, whose traceback keeps the tensors of the failed attempt alive. The retry is safe with
+        # several processes: it contains no collective operation.
         budget.halve(states.device)
         return compute(budget.size, backend, batch.weights)
 
@@ -262,7 +275,7 @@ def batch_loss(
     scores = PairScores(outcome.loss, outcome.chosen_reward, outcome.rejected_reward, stats, tokens, batch)
     if router is None:
         return total, scores
-    # A reference that shares the policy's modules was recorded first: the policy's router logits are the last.
+    # If the reference shares the policy's modules, its router logits were recorded too; those of the policy are last.
     aux = router.of_batch(router_logits[-1], laid_out(policy, batch))
     term = router.coefficient * aux
     scores = replace(scores, loss=scores.loss + term.detach(), aux_loss=aux.detach())
@@ -277,7 +290,7 @@ def score_batch(
     backend: ops.BackendName = "auto",
     logits_budget: int | None = None,
 ) -> PairScores:
-    """Computes :func:`score_pairs` of a packed batch that is on the policy's device already; checks nothing."""
+    """Computes :func:`score_pairs` of a packed batch on the policy's device, without checks."""
     ref = _strategy(reference, objective)
 
     def token_stats(states: Tensor) -> tuple[Tensor, ...]:
@@ -293,11 +306,11 @@ def score_batch(
 
 
 def _strategy(reference: nn.Module | Reference | None, objective: Objective) -> Reference | None:
-    """Returns the reference's strategy; None for an objective without a reference, which then does not run."""
+    """Returns the strategy that runs the reference; None if the objective does not use a reference."""
     if not objective.uses_reference:
         return None
     if reference is None:
-        raise UserError(f"{objective} compares with a reference; pass one")
+        raise UserError(f"{objective} compares with a reference; pass a model or a strategy as `reference`")
     return as_reference(reference)
 
 

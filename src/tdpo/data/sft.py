@@ -231,7 +231,7 @@ def _sequences(turns: Sequence[Ids]) -> Iterator[Ids]:
 
 def _example(ids: Ids) -> SFTExample:
     """Makes the example of a sequence that is within the limits."""
-    prompt, (response,), (labels,) = ids.prompt, ids.responses, ids.beside
+    prompt, (response,), (labels,) = ids.prompt, ids.responses, ids.per_token
     while labels[-1] == MASKED:  # a turn of the user's that truncation left last
         labels = labels[:-1]
     response = response[: len(labels)]

@@ -87,22 +87,22 @@ class SpecialTokens:
                 return found[0]
         return None
 
-    def notices(self, prompt: str, responses: Sequence[str], chosen: bool) -> Iterator[str]:
-        """Names what in plain texts would be a control token elsewhere and is plain text here.
+    def notices(self, prompt: str, responses: Sequence[str], option_set: bool) -> Iterator[str]:
+        """Yields warnings for special-token text in plain texts, which is encoded as characters.
 
         Args:
             prompt: The prompt.
             responses: The responses.
-            chosen: Whether the user has said how special-token text is encoded.
+            option_set: Whether ``--special_tokens`` is set, so that its effect needs no warning.
         """
         joined = "\0".join((prompt, *responses))
         ends = any(response.rstrip().endswith(self._end) for response in responses)
         if not ends and not any(hint in joined for hint in self._hints):
             return
-        own = None if chosen else self.control_token((joined,))
+        own = None if option_set else self.control_token((joined,))
         if own:
             yield f"special-token text such as {own!r} is encoded as plain text (--special_tokens tokens: as tokens)"
-        elif ends and not chosen:
+        elif ends and not option_set:
             yield (
                 f"a response ends in the text {self._end!r}, which is encoded as plain text (--special_tokens tokens: "
                 "as the end token)"

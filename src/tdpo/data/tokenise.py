@@ -1,4 +1,7 @@
-"""Turns records into token ids: one end token, no merge across the boundary, truncation that is counted."""
+"""Tokenises records.
+
+Each response ends in one end token, no token spans the end of the prompt, and truncation is counted in a report.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ REFUSED_ADVICE = (
 
 
 class Turns(NamedTuple):
-    """A prompt and responses to it, which are tokenised together.
+    """A prompt and the responses to it, which are tokenised together.
 
     Attributes:
-        record: The record they belong to: its location, tools, template arguments and truncation are theirs.
+        record: The record they come from, with its location, tools, template arguments and truncation mode.
         prompt: Plain text, or chat messages.
-        responses: Responses of the same kind; none where a prompt is asked alone.
+        responses: Responses of the same kind; empty for a prompt without responses.
     """
 
     record: PreferenceRecord
@@ -44,30 +47,30 @@ class Turns(NamedTuple):
 
 
 class Ids(NamedTuple):
-    """Turns as ids.
+    """The token ids of turns.
 
     Attributes:
-        record: The record they belong to.
-        prompt: Ids of the prompt; empty only for an empty text where the tokenizer starts a text with nothing.
+        record: The record they come from.
+        prompt: Ids of the prompt; empty only if its text is empty and the tokenizer adds no start token.
         responses: Ids of each response.
-        beside: Lists of one item for each response token, such as labels, which are truncated with the responses.
+        per_token: Lists with one item per response token, such as labels, which are truncated with the responses.
         reason_identical: What made the responses identical, if they are.
     """
 
     record: PreferenceRecord
     prompt: list[int]
     responses: Sequence[list[int]]
-    beside: Sequence[list[Any]] = ()
+    per_token: Sequence[list[Any]] = ()
     reason_identical: str = "after truncation"
 
 
 class Tokeniser:
-    """Turns text and chats into ids with a transformers tokenizer.
+    """Tokenises text and chats with a transformers tokenizer.
 
     Args:
         tokenizer: The tokenizer of the policy.
-        lengths: Truncation.
-        processes: Processes that a whole dataset is tokenised in; see :mod:`tdpo.data.workers`.
+        lengths: Length limits, and what happens to longer rows.
+        processes: Number of processes for a whole dataset; see :mod:`tdpo.data.workers`.
         rendering: Arguments of the chat template, and how special-token text in plain texts is encoded.
 
     Raises:
@@ -83,7 +86,7 @@ class Tokeniser:
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "the tokenizer has no end-of-sequence token, so no response could ever end; name one with --eos_token"
+                "the tokenizer has no end-of-sequence token, so no response could end; name one with --eos_token"
             )
         self.tokenizer, self.processes = tokenizer, processes
         self.rendering, self.lengths = rendering or Rendering(), lengths or Lengths()
@@ -104,7 +107,7 @@ class Tokeniser:
     def pairs(
         self, records: Sequence[PreferenceRecord], report: DataReport, on_bad_row: OnBadRow = "error"
     ) -> list[TokenisedPair]:
-        """Tokenises records; truncates, drops or refuses overlong ones as :class:`Lengths` says, and counts them.
+        """Tokenises records; truncates, drops or refuses overlong ones as set in :class:`Lengths`, and counts them.
 
         Raises:
             UserError: for chats without a chat template, rows the template cannot render (unless ``on_bad_row`` is
@@ -117,10 +120,10 @@ class Tokeniser:
             if chosen == rejected:
                 report.drop(ids.record, f"chosen and rejected are identical {ids.reason_identical}")
                 continue
-            weights = dict(zip(ids.record.weights or (), ids.beside, strict=True))
-            unused = next((name for name, numbers in weights.items() if not any(numbers)), "")
-            if unused:
-                report.drop(ids.record, f"{unused!r} is 0 for every token that truncation leaves")
+            weights = dict(zip(ids.record.weights or (), ids.per_token, strict=True))
+            all_zero = next((name for name, numbers in weights.items() if not any(numbers)), "")
+            if all_zero:
+                report.drop(ids.record, f"{all_zero!r} is 0 for every token left after truncation")
                 continue
             prompt = ids.prompt or self._first_ids(ids.record)
             pairs.append(TokenisedPair(prompt, chosen, rejected, ids.record.row, **weights))
@@ -128,7 +131,13 @@ class Tokeniser:
         return pairs
 
     def encode_turns(self, turns: Iterable[Turns], report: DataReport, on_bad_row: OnBadRow = "error") -> Iterator[Ids]:
-        """Encodes prompts and responses of any length, in order; of a record that is refused, no later turns."""
+        """Encodes prompts and responses in order, without truncation.
+
+        After a turn that cannot be rendered, further turns of its record are skipped.
+
+        Raises:
+            UserError: for all bad rows together, under ``on_bad_row: error``.
+        """
         bad, refused = BadRows(report, on_bad_row), None
         rendered: list[tuple[Turns, RenderedTurns]] = []
         for turn in turns:
@@ -148,7 +157,7 @@ class Tokeniser:
         unknown = self.encode.unknown
         for (turn, text), (prompt, *responses) in zip(rendered, encoded, strict=True):
             if not all(responses):
-                bad.add(turn.record, f"the tokenizer leaves nothing of {turn.names[responses.index([])]}")
+                bad.add(turn.record, f"the tokenizer returns no tokens for {turn.names[responses.index([])]}")
                 continue
             if unknown is not None and any(unknown in ids for ids in (prompt, *responses)):
                 report.notice(
@@ -160,7 +169,7 @@ class Tokeniser:
             ids = Ids(turn.record, prompt, responses)
             if turn.record.weights:
                 try:
-                    ids = ids._replace(beside=self._weights(turn, responses))
+                    ids = ids._replace(per_token=self._weights(turn, responses))
                 except RowError as error:
                     bad.add(turn.record, error)
                     continue
@@ -170,21 +179,21 @@ class Tokeniser:
         bad.raise_error(BAD_ROW_ADVICE)
 
     def _weights(self, turn: Turns, responses: Sequence[list[int]]) -> list[list[float]]:
-        """Returns the token weights of a record, a list for each of its columns.
+        """Returns the token weights of a record, one list per weight column.
 
         Raises:
             RowError: naming the column, for weights that do not fit the tokens or the text.
         """
-        found = []
+        weights = []
         for name, value in (turn.record.weights or {}).items():
-            side = name.startswith("rejected")
+            side = 1 if name.startswith("rejected") else 0
             response = turn.responses[side]
             text = response if isinstance(response, str) else str(response[-1].get("content"))
-            found.append(token_weights(value, name, responses[side], text, self.tokenizer.decode))
-        return found
+            weights.append(token_weights(value, name, responses[side], text, self.tokenizer.decode))
+        return weights
 
     def truncate(self, encoded: Iterable[Ids], report: DataReport) -> Iterator[Ids]:
-        """Truncates, drops or refuses what is overlong, as :class:`Lengths` says, and counts it.
+        """Truncates, drops or refuses overlong rows as set in :class:`Lengths`, and counts them.
 
         Raises:
             UserError: for all overlong rows together, under ``on_overlong: error``.
@@ -206,25 +215,24 @@ class Tokeniser:
                 room = limits.max_length - len(prompt)
                 if longest > room:
                     report.truncated["response"].append(row)
-                responses, beside = ([part[:room] for part in parts] for parts in (ids.responses, ids.beside))
-                yield ids._replace(prompt=prompt, responses=responses, beside=beside)
-        overlong.raise_error("--on_overlong truncate or drop would continue")
+                responses, per_token = ([part[:room] for part in parts] for parts in (ids.responses, ids.per_token))
+                yield ids._replace(prompt=prompt, responses=responses, per_token=per_token)
+        overlong.raise_error("raise --max_length, or use --on_overlong truncate or --on_overlong drop")
 
-    def prompts(self, asked: Sequence[Text | Turns]) -> list[list[int]]:
-        """Encodes prompts of any length: as training has them before responses, or as they are asked alone.
+    def prompts(self, prompts: Sequence[Text | Turns]) -> list[list[int]]:
+        """Encodes prompts without truncation, to generate responses.
 
         An empty prompt becomes the ids that the tokenizer starts a text with.
 
         Args:
-            asked: Prompts, or turns, whose responses may be none.
+            prompts: Prompts, or turns. A chat prompt with responses is rendered as training renders it before them.
 
         Raises:
-            UserError: for an empty prompt when the tokenizer has no token to begin with, or a chat that cannot be
-                rendered.
+            UserError: for an empty prompt if the tokenizer has no start token, or a chat that cannot be rendered.
         """
         turns = [
-            one if isinstance(one, Turns) else Turns(PreferenceRecord(one, "", "", "prompts", number), one)
-            for number, one in enumerate(asked, 1)
+            prompt if isinstance(prompt, Turns) else Turns(PreferenceRecord(prompt, "", "", "prompts", number), prompt)
+            for number, prompt in enumerate(prompts, 1)
         ]
         rendered = []
         for turn in turns:
@@ -232,13 +240,12 @@ class Tokeniser:
                 rendered.append(RenderedTurns(self._render(turn).prompt))
             except RowError as error:
                 raise UserError(f"{turn.record.source}, row {turn.record.row}: {error}") from error
-        encoded = [ids for (ids,) in self.encode.turns(rendered)]
-        pairs = zip(turns, encoded, strict=True)
-        ids = [self._with_start(found, ()) if isinstance(turn.prompt, str) else found for turn, found in pairs]
-        return [found or self._first_ids() for found in ids]
+        encoded = zip(turns, self.encode.turns(rendered), strict=True)
+        started = [self._with_start(ids, ()) if isinstance(turn.prompt, str) else ids for turn, (ids,) in encoded]
+        return [ids or self._first_ids() for ids in started]
 
     def cut_prompt(self, prompt: list[int], limit: int, mode: TruncationMode | None = None) -> list[int]:
-        """Returns what a limit leaves of a prompt; ids that the tokenizer starts a text with stay at its start."""
+        """Truncates a prompt to ``limit`` ids at its start or end; a start token stays at the start."""
         if len(prompt) <= limit:
             return prompt
         if (mode or self.lengths.truncation_mode) == "keep_start":
@@ -253,36 +260,38 @@ class Tokeniser:
         Raises:
             RowError: for a chat that cannot be rendered.
         """
-        prompt, record, chosen = turn.prompt, turn.record, self.rendering.special_tokens
+        prompt, record, special_tokens = turn.prompt, turn.record, self.rendering.special_tokens
         responses: Any = turn.responses
         if not isinstance(prompt, str):
             chat = self._chats.render(prompt, responses, record.tools, record.chat_template_kwargs, turn.names)
-            ends = () if chosen else self.special.notices_of_turns(responses)
-            return chat._replace(notices=[*chat.notices, *ends])
-        notices = list(self.special.notices(prompt, responses, chosen=chosen is not None))
-        literal = chosen != "tokens"
+            further = () if special_tokens else self.special.notices_of_turns(responses)
+            return chat._replace(notices=[*chat.notices, *further])
+        notices = list(self.special.notices(prompt, responses, option_set=special_tokens is not None))
+        literal = special_tokens != "tokens"
         cut = [(response, False) if literal else self.special.cut_after_end(response) for response in responses]
         pieces = [[(text, literal, True)] for text, _ in cut]
         return RenderedTurns([(prompt, literal, False)], pieces, [ended for _, ended in cut], notices)
 
     def _with_start(self, prompt: list[int], responses: Sequence[list[int]]) -> list[int]:
-        """Returns a prompt of plain text behind the ids that start a text, unless its text has their tokens."""
+        """Prepends the ids that start a text to a plain-text prompt, unless the text begins with them itself."""
         start = self.encode.start
-        may_have_it = self.rendering.special_tokens == "tokens" and start
-        if may_have_it and any(ids[: len(start)] == start for ids in ([prompt] if prompt else responses)):
+        may_begin = self.rendering.special_tokens == "tokens" and start
+        if may_begin and any(ids[: len(start)] == start for ids in ([prompt] if prompt else responses)):
             return prompt
         return start + prompt
 
     def _first_ids(self, record: PreferenceRecord | None = None) -> list[int]:
-        """Returns the ids that an empty prompt becomes."""
+        """Returns the ids that replace an empty prompt."""
         if self.encode.start or self.tokenizer.bos_token_id is not None:
             return self.encode.start or [self.tokenizer.bos_token_id]
         where = f"{record.source}, row {record.row}: the" if record else "a"
-        raise UserError(f"{where} prompt is empty and the tokenizer has no beginning-of-sequence token to start from")
+        raise UserError(
+            f"{where} prompt is empty and the tokenizer has no beginning-of-sequence token to start from; give a prompt"
+        )
 
 
 def _reason_identical(turn: Turns, left_out: Sequence[str]) -> str:
-    """Says what made different responses one."""
+    """Describes what made different responses identical."""
     if isinstance(turn.prompt, str):
         return "after tokenization"
     leaves_out = "the chat template leaves out "

@@ -1,8 +1,8 @@
-"""Keeps policy and reference comparable where training mode computes something else than evaluation mode.
+"""Keeps policy and reference comparable if a model computes different results in training and evaluation mode.
 
-By default a policy trains in training mode and its reference runs in evaluation mode. Where a model computes something
-else in training (dropout, noise on a router's inputs, layers that use another algorithm), the two differ before the
-first step. Which models do is measured by running the model on a short input in both modes.
+By default a policy trains in training mode and its reference runs in evaluation mode. If the modes differ (dropout,
+noise on a router's inputs, layers that use another algorithm), policy and reference differ before the first step. The
+difference is measured by running the model on a short input in both modes.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from tdpo.models.probe import (
 
 logger = logging.getLogger("tdpo")
 PROBED_TOKENS = 61
-"""Prime, so no multiple of the chunk length that some models need in training mode (Reformer), which are refused."""
+"""Tokens of the short input. A prime: models that need a multiple of some chunk length in training mode (Reformer)
+raise an error for it, and are refused."""
 MANY_ROWS = 16
-"""Sequences of a second measurement, where random numbers were drawn without an effect on the first sequence."""
+"""Sequences of a second measurement, made if random numbers were drawn but did not affect the first sequence."""
 
 
 @dataclass(frozen=True)
 class ModeGap:
-    """Differences of a model's final hidden states, each divided by the largest absolute value at its position.
+    """Differences between a model's final hidden states, relative to the largest absolute value at their position.
 
     Attributes:
-        noise: Between two passes in training mode; 0 where it is no more than evaluation mode shows too.
-        arithmetic: Between training mode and evaluation mode, both without gradients; it contains the noise.
-        gradient: Between training mode with gradients and without; it contains the noise.
+        noise: Between two passes in training mode; 0 if two passes in evaluation mode differ about as much.
+        arithmetic: Between training mode and evaluation mode, both without gradients; includes the noise.
+        gradient: Between training mode with and without gradients; includes the noise.
     """
 
     noise: float
@@ -52,36 +53,36 @@ class ModeGap:
     gradient: float
 
     @property
-    def steady(self) -> bool:
-        """True where training mode computes something else without being random."""
+    def deterministic(self) -> bool:
+        """True if training mode differs from evaluation mode, and is not random."""
         return self.arithmetic > 0 and not self.noise
 
 
 _kept_in_evaluation: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Policies that are trained in evaluation mode."""
-_followers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""References that run in the policy's mode at this moment."""
+_in_policy_mode: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of references that :func:`same_mode` currently runs in the policy's mode."""
 
 
 def prepare_training_mode(policy: nn.Module, disable: bool) -> ModeGap:
-    """Switches off dropout and other noise of training mode if asked to, and measures what still differs.
+    """Switches off dropout and other noise of training mode if ``disable`` is set, and measures what still differs.
 
     Args:
         policy: The policy, with its adapter if it has one, not yet wrapped by DDP or FSDP.
-        disable: Whether noise is to be switched off; otherwise it is only reported.
+        disable: Whether to switch noise off; otherwise it is only logged.
 
     Returns:
-        The differences between training mode and evaluation mode that are left.
+        The remaining differences between training mode and evaluation mode.
 
     Raises:
-        UserError: for 4-bit weights that were repacked for inference, which no gradient flows through.
+        UserError: for 4-bit weights that were repacked for inference, through which no gradient flows.
     """
     if any(
         getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) for weight in policy.parameters()
     ):
         raise UserError(
-            "bitsandbytes has repacked the policy's 4-bit weights for inference, in a pass in evaluation mode on the "
-            "CPU, and no gradient flows through them now: load the model again and train it before any such pass"
+            "bitsandbytes has repacked the policy's 4-bit weights for inference, during a pass in evaluation mode on "
+            "the CPU, and no gradient flows through them now: load the model again and train it before any such pass"
         )
     if disable:
         disable_dropout(policy)
@@ -102,15 +103,16 @@ def prepare_training_mode(policy: nn.Module, disable: bool) -> ModeGap:
 def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], cached: bool, disable: bool) -> None:
     """Calls :func:`prepare_training_mode` and decides the modes in which policy and reference run.
 
-    The policy is trained in evaluation mode if noise remains that should be off, or if the reference is cached, which
-    ran in evaluation mode, and training mode differs by more than rounding; gradients are the usual ones in that mode.
-    Elsewhere a reference runs in training mode with the policy where that differs without being random.
+    The policy is trained in evaluation mode in two cases: noise remains that should be off; or training mode differs by
+    more than rounding and the reference is read from a cache, which was computed in evaluation mode. Gradients are
+    computed as usual. Otherwise, if training mode differs without being random, the reference runs in training mode
+    together with the policy (:func:`same_mode`).
 
     Args:
         policy: The policy, with its adapter if it has one, not yet wrapped by DDP or FSDP.
         reference: The models that run for the reference.
         cached: Whether the reference's states are read from a cache.
-        disable: Whether the policy is to train without noise.
+        disable: Whether the policy should train without noise.
     """
     lm, gap = causal_lm(policy), prepare_training_mode(policy, disable)
     name, limit = type(lm).__name__, tolerance(next(lm.parameters()).dtype)
@@ -119,8 +121,8 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
         _kept_in_evaluation.add(lm)
         why = "which no setting switches off" if gap.noise else "and the cached reference ran in evaluation mode"
         logger.warning(
-            "%s computes something else in training mode (its hidden states differ by %.1e), %s: the policy is trained "
-            "in evaluation mode, so that it starts equal to its reference. Gradient checkpointing has no effect then",
+            "%s computes other hidden states in training mode (they differ by %.1e), %s: the policy is trained in "
+            "evaluation mode, so that it starts equal to its reference. Gradient checkpointing then has no effect",
             name, max(gap.noise, gap.arithmetic), why,
         )  # fmt: skip
     elif not gap.noise and gap.gradient > limit:
@@ -129,7 +131,7 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
             "gradients, so the KL does not start at 0",
             name, gap.gradient,
         )  # fmt: skip
-    if gap.steady and lm not in _kept_in_evaluation:
+    if gap.deterministic and lm not in _kept_in_evaluation:
         for model in reference:
             disable_dropout(model)  # a separate reference may run in training mode from now on
             mode_gap(model, again=model is not policy)
@@ -137,7 +139,11 @@ def prepare_reference_mode(policy: nn.Module, reference: Sequence[nn.Module], ca
 
 @measured
 def mode_gap(lm: Any) -> ModeGap:
-    """Compares a model's hidden states in evaluation mode and in training mode, in a few short passes."""
+    """Compares a model's hidden states in evaluation mode and in training mode, in a few short passes.
+
+    The decorator stores the result for each model: ``again=True`` measures again, ``latest=True`` returns the
+    stored result in any case.
+    """
     cuda = lm.get_input_embeddings().weight.device.type == "cuda"
     random_state = torch.cuda.get_rng_state if cuda else torch.get_rng_state
     with probing(lm):
@@ -147,28 +153,28 @@ def mode_gap(lm: Any) -> ModeGap:
         with torch.enable_grad():
             with_gradients = _states(lm)
         noise, arithmetic = relative_difference(*training), relative_difference(training[0], evaluation[0])
-        if not noise and not torch.equal(drawn, random_state()):  # drawn, but one sequence shows no effect: try more
+        if not noise and not torch.equal(drawn, random_state()):  # no effect on one sequence: try more
             noise = relative_difference(_states(lm, MANY_ROWS), _states(lm, MANY_ROWS))
-    nondeterminism = 10 * relative_difference(*evaluation)  # GPU kernels add in varying order
+    nondeterminism = 10 * relative_difference(*evaluation)  # GPU kernels may sum in any order
     noise, arithmetic = (gap if gap > nondeterminism else 0.0 for gap in (noise, arithmetic))
     return ModeGap(noise, arithmetic, relative_difference(with_gradients, training[0]))
 
 
 def _states(lm: Any, rows: int = 1) -> Tensor:
-    """Returns the hidden states ``[rows * tokens, D]`` of short sequences, in the mode the model is in."""
+    """Returns the hidden states ``[rows * tokens, D]`` of short sequences, in the model's current mode."""
     ids = probe_ids(lm, rows, min(PROBED_TOKENS, position_limit(lm) or PROBED_TOKENS))
     return body_states(lm, input_ids=ids).detach().flatten(0, 1)
 
 
 def _set_mode(model: nn.Module, training: bool) -> None:
-    """Sets the mode of all modules but the input embedding, where NEFTune adds noise on purpose."""
+    """Sets the mode of all modules except the input embedding, in which NEFTune adds noise on purpose."""
     model.train(training)
     causal_lm(model).get_input_embeddings().eval()
 
 
 @contextmanager
 def policy_mode(model: nn.Module) -> Iterator[None]:
-    """Leaves the policy in its mode, or in evaluation mode if :func:`prepare_reference_mode` chose that."""
+    """Runs the policy in its current mode, or in evaluation mode if :func:`prepare_reference_mode` chose that."""
     lm = causal_lm(model)
     if lm not in _kept_in_evaluation:
         yield
@@ -180,32 +186,34 @@ def policy_mode(model: nn.Module) -> Iterator[None]:
 
 
 def reference_mode(model: nn.Module) -> Any:
-    """Returns the context of a reference: evaluation mode, or unchanged where :func:`same_mode` set its mode."""
-    return nullcontext() if model in _followers else evaluating(model)
+    """Returns the context to run a reference in: evaluation mode, or unchanged inside :func:`same_mode`."""
+    return nullcontext() if model in _in_policy_mode else evaluating(model)
 
 
 @contextmanager
 def same_mode(policy: nn.Module, reference: Any) -> Iterator[None]:
-    """Puts a reference's models in training mode with the policy where both differ in it without being random."""
-    differs = policy.training and causal_lm(policy) not in _kept_in_evaluation and mode_gap(policy, latest=True).steady
-    followers = [model for model in reference.models() if mode_gap(model, latest=True).steady] if differs else []
-    with evaluating(*followers):
-        for model in followers:
+    """Runs a reference's models in training mode if the policy is and both differ in it without being random."""
+    trains = policy.training and causal_lm(policy) not in _kept_in_evaluation
+    differs = trains and mode_gap(policy, latest=True).deterministic
+    models = [model for model in reference.models() if mode_gap(model, latest=True).deterministic] if differs else []
+    with evaluating(*models):
+        for model in models:
             _set_mode(model, True)
-        _followers.update(followers)
+        _in_policy_mode.update(models)
         try:
             yield
         finally:
-            _followers.difference_update(followers)
+            _in_policy_mode.difference_update(models)
 
 
 def _switch_off(lm: Any) -> list[str]:
-    """Sets config numbers named "drop" and module numbers named "jitter" to 0, unless evaluation mode depends on them.
+    """Sets numbers named "drop" in the config and "jitter" in modules to 0 if evaluation mode does not use them.
 
-    Some models read dropout from the config at every call.
+    Some models read dropout from the config at every call. A number is unused if the hidden states of evaluation mode
+    stay bit-equal when it changes.
 
     Returns:
-        The names that were set.
+        The names that were set to 0.
     """
     configs, nested = [], [lm.config]
     while nested:
@@ -221,7 +229,7 @@ def _switch_off(lm: Any) -> list[str]:
     with evaluating(lm):
         before = _states(lm)
         for name, values in found.items():
-            for owner, attribute, value in values:  # torch checks a probability's range in any mode
+            for owner, attribute, value in values:  # a probability must stay in range: torch checks that in any mode
                 setattr(owner, attribute, (1 + value) / 2 if "drop" in attribute else math.nan)
             try:
                 used = not torch.equal(_states(lm), before)

@@ -1,23 +1,23 @@
-"""The summed loss of pairs and its gradient, computed in one pass over the logits, a group of pairs at a time.
+"""Computes the summed loss of pairs and its gradient in one pass over the logits, a group of pairs at a time.
 
-Per token, the gradient of the loss in the logits is a scalar times a vector, the direction. The direction needs only
-the logits of this token; the scalar needs the statistics of the whole pair:
+Per token, the gradient of the loss with respect to the logits is a scalar, the factor, times a vector, the direction.
+The direction needs only the logits of this token; the factor needs the statistics of the whole pair:
 
     d loss / d logits = factor_t * ((1 - c) p + c p_ref - onehot(y_t)),    factor_t = -d loss / d logp_t
 
-where c is one constant for the chosen and one for the rejected responses, see :func:`kl_ratios`, times the ratio of the
-token's two weights. For a group of whole pairs this takes
+where c is a constant of the objective for each side, chosen and rejected (:func:`kl_ratios`); with token weights it is
+multiplied by the token's KL weight over its log-probability weight. A group of complete pairs takes
 
 1. one matrix product for the policy's logits and one for the reference's, if the objective has a reference;
 2. one pass over the rows for token statistics and directions, which replace the policy's logits;
 3. the objective on the statistics, whose derivatives are the factors;
 4. one product for the gradient of the hidden states and, if the head is trained, one for the head's.
 
-That is 3 products with a frozen head and 4 with a trained one, as many as plain autograd takes, with the memory of one
-group. A pair too large for a group is computed in blocks of tokens. With a frozen head, the gradients of the states are
-computed unscaled, and each row is multiplied by its factor once the pair is complete. The gradient of a trained head is
-a sum over rows, so the factors must be known first: the logits are computed twice (the reference's only where c is not
-0), 5 or 6 products in all.
+That is 3 products with a frozen head and 4 with a trained one, as many as plain autograd takes, and only the logits of
+one group are in memory. A pair too large for a group is computed in blocks of tokens. With a frozen head, the gradients
+of the states are computed without factors, and each row is multiplied by its factor once the pair is complete. The
+gradient of a trained head is a sum over rows, so the factors must be known first: the logits are computed a second time
+(the reference's only where c is not 0), which makes 5 or 6 products.
 
 Shapes: N response tokens, n tokens of one group, P pairs, D hidden width, V vocabulary.
 """
@@ -49,22 +49,22 @@ def pair_loss(
     weights_2N: Tensor | None,
     kernels: ModuleType,
 ) -> tuple[Tensor, PairLoss, PairStats, TokenStats]:
-    """Computes what :func:`tdpo.ops.naive.pair_loss` does in one pass over the logits.
+    """Computes the summed loss and its gradient in one pass over the logits; equals :func:`tdpo.ops.naive.pair_loss`.
 
     Args:
         policy: States ``[N, D]`` and head; differentiable.
-        reference: The reference's states and head, which get no gradient; None for an objective without one.
-        labels_N: Response tokens, int64; those of a pair are contiguous, chosen before rejected.
-        lengths: Token counts, length 2P: of chosen 0, rejected 0, chosen 1, ...
+        reference: The reference's states and head, without gradient; None for an objective without a reference.
+        labels_N: Response tokens, int64; the tokens of a pair are contiguous, chosen before rejected.
+        lengths: 2P token counts: of chosen 0, rejected 0, chosen 1, ...
         objective: The objective whose loss is summed.
-        ratios: Its :func:`kl_ratios`.
-        logits_budget: Bytes the logits of a group may take; None for the device's default.
+        ratios: :func:`kl_ratios` of the objective.
+        logits_budget: Largest size of a group's logits, in bytes; None for the device's default.
         weights_2N: Weights of the tokens' log-probabilities and KL; None for 1 everywhere.
         kernels: The row operations: :mod:`tdpo.ops.rows` or :mod:`tdpo.ops.triton_kernels`.
 
     Returns:
-        The sum of the losses, which supports one backward pass and no second derivatives; and without gradient the loss
-        and rewards of each pair, its sums, and the token statistics.
+        The sum of the losses, which supports one backward pass and no second derivatives; then, detached, the loss and
+        rewards of each pair, the sums over its responses, and the token statistics.
     """
     head = policy.head
     options = head, reference, labels_N, lengths, objective, ratios, logits_budget, weights_2N, kernels
@@ -75,32 +75,33 @@ def pair_loss(
 
 @lru_cache(maxsize=64)
 def kl_ratios(objective: Objective) -> tuple[float, float] | None:
-    """Derives c of the chosen and the rejected side from an objective's derivatives at two points, once per objective.
+    """Computes c of the chosen and of the rejected side from an objective's derivatives at two points.
 
     Returns:
-        On each side, the derivative in a token's KL over that in its log-probability. None where that is no constant of
-        the side; the gradient's direction is then unknown before the sums are.
+        For each side, the derivative with respect to a token's KL divided by that with respect to its log-probability.
+        None if this is not one constant per side: the directions then depend on statistics of the whole pair.
 
     Example:
         >>> from tdpo.objectives import tdpo1, tdpo2
         >>> kl_ratios(tdpo1(beta=0.1)), kl_ratios(tdpo2(beta=0.1, alpha=0.5))
         ((1.0, 1.0), (0.0, 0.5))
     """
-    ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3])
+    ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3])  # two pairs, of 3 and 2 and of 2 and 4 tokens
     steps = torch.arange(len(ids), dtype=torch.float64)
-    of_logp, of_kl = [], []
-    for sign in (1.0, -1.0):  # where one point saturates the loss, the other does not
+    logp_gradients, kl_gradients = [], []
+    for sign in (1.0, -1.0):  # if one point saturates the loss, the other does not
         with torch.enable_grad():
             logp, kl = (sign * torch.sin(steps + 1)).requires_grad_(), (1 + torch.cos(steps)).requires_grad_()
             loss = objective.pair_loss(PairTokens.of(TokenStats(logp, torch.cos(3 * steps), kl), ids, 2)).loss.sum()
             gradients = torch.autograd.grad(loss, (logp, kl), allow_unused=True, materialize_grads=True)
-        of_logp.append(gradients[0])
-        of_kl.append(gradients[1])
+        logp_gradients.append(gradients[0])
+        kl_gradients.append(gradients[1])
     ratios = []
     for side in (0, 1):
-        a, b = (torch.cat(gradients)[(ids % 2 == side).repeat(2)] for gradients in (of_logp, of_kl))
-        ratio = float(b[a != 0][0] / a[a != 0][0]) if a.any() else 0.0
-        if ((b - ratio * a).abs() > 1e-9 * a.abs()).any():
+        in_logp, in_kl = (torch.cat(parts)[(ids % 2 == side).repeat(2)] for parts in (logp_gradients, kl_gradients))
+        depends = in_logp != 0
+        ratio = float(in_kl[depends][0] / in_logp[depends][0]) if depends.any() else 0.0
+        if ((in_kl - ratio * in_logp).abs() > 1e-9 * in_logp.abs()).any():
             return None
         ratios.append(round(ratio, 12) + 0.0)  # never -0
     return ratios[0], ratios[1]
@@ -109,30 +110,30 @@ def kl_ratios(objective: Objective) -> tuple[float, float] | None:
 class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *options: Any) -> Any:
-        """Computes loss, statistics and the gradient of the loss, group by group."""
-        head, reference, labels_N, lengths, objective, ratios, logits_budget, weights_2N, kernels, on = options
+        """Computes loss, statistics and the gradients of the loss, group by group."""
+        head, reference, labels_N, lengths, objective, ratios, logits_budget, weights_2N, kernels, grad_on = options
         policy = Hidden(states_ND, replace(head, weight=weight_VD, bias=bias_V))
-        needs = ctx.needs_input_grad[:3] if on else (False, False, False)
-        heads = BlockwiseHeads(policy, reference, logits_budget, needs)
+        wants_gradients = ctx.needs_input_grad[:3] if grad_on else (False, False, False)
+        heads = BlockwiseHeads(policy, reference, logits_budget, wants_gradients)
         groups = [
             _group_loss(heads, labels_N, group, blocks, objective, ratios, weights_2N, kernels)
             for group, blocks in _groups(lengths, heads.block_rows)
         ]
         tokens_3N, pairs = (torch.cat(parts, 1) for parts in zip(*groups, strict=True))
-        sources = states_ND, weight_VD, bias_V
+        inputs = states_ND, weight_VD, bias_V
         ctx.gradients = heads.gradients()
-        ctx.dtypes = [None if source is None else source.dtype for source in sources]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         ctx.mark_non_differentiable(pairs, tokens_3N)
         return pairs[0].sum(), pairs, tokens_3N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
-        """Scales the gradient that the forward computed."""
+        """Returns the gradients that the forward computed, scaled by the incoming gradient."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the fused loss can be differentiated once; call it again for a second backward pass")
-        # On a CPU the comparison costs nothing, and spares a pass over the head's gradient.
+        # A scale of 1 spares a pass over the head's gradient. On a GPU the comparison would wait for the device.
         if not (grad_total.device.type == "cpu" and grad_total == 1):
             for gradient in gradients:
                 if gradient is not None:
@@ -151,7 +152,7 @@ def _group_loss(
     weights_2N: Tensor | None,
     kernels: ModuleType,
 ) -> tuple[Tensor, Tensor]:
-    """Computes a group's token statistics ``[3, n]``, and loss, rewards and sums of its pairs ``[11, P]``.
+    """Computes a group's token statistics ``[3, n]``, and the loss, rewards and sums of its pairs ``[11, P]``.
 
     Side effect: adds the group's gradients to ``heads``.
     """
@@ -159,14 +160,14 @@ def _group_loss(
     counts = torch.tensor(lengths, device=device)
     ids_n = torch.repeat_interleave(counts, output_size=sum(lengths))  # chosen 2p, rejected 2p + 1
     weights_2n = None if weights_2N is None else weights_2N[:, start : start + len(ids_n)].to(heads.wide)
-    c_n, alone_n = _token_ratios(torch.tensor(ratios, dtype=heads.wide, device=device)[ids_n % 2], weights_2n)
-    # Write directions in this pass; otherwise there is no gradient, or a second pass follows.
+    c_n, kl_alone_n = _token_ratios(torch.tensor(ratios, dtype=heads.wide, device=device)[ids_n % 2], weights_2n)
+    # The first pass writes the directions, unless no gradient is needed or a second pass over the logits follows.
     directions_now = heads.trains and (len(blocks) == 1 or not heads.trains_head)
     parts = []
     for block in blocks:
         local = slice(block.start - start, block.stop - start)
-        # With c, row_stats_ replaces the policy's logits by (1 - c) p + c p_ref - onehot(y).
-        c = (c_n[local], None if alone_n is None else alone_n[local]) if directions_now else ()
+        # Given c, row_stats_ replaces the policy's logits by (1 - c) p + c p_ref - onehot(y).
+        c = (c_n[local], None if kl_alone_n is None else kl_alone_n[local]) if directions_now else ()
         parts.append(kernels.row_stats_(heads.logits(block), heads.ref_logits(block), labels_N[block], *c))
         if directions_now and len(blocks) > 1:
             heads.add_gradients(block)
@@ -179,43 +180,48 @@ def _group_loss(
     elif directions_now:
         heads.scale_states(slice(start, start + len(ids_n)), factor_n)
     elif heads.trains:
-        for block in blocks:  # Second pass: the group is one oversized pair and its head is trained.
+        for block in blocks:  # second pass: the group is one pair in several blocks, and the head is trained
             local = slice(block.start - start, block.stop - start)
             is_rejected = local.start >= lengths[0]
             ref_logits = heads.ref_logits(block) if ratios[is_rejected] else None
             a_n = -torch.ones_like(factor_n[local])  # direction_ writes a (onehot - p) + b (p - p_ref)
-            if alone_n is not None:
-                a_n[alone_n[local]] = 0
+            if kl_alone_n is not None:
+                a_n[kl_alone_n[local]] = 0
             kernels.direction_(heads.logits(block), ref_logits, labels_N[block], stats_5n[:, local], a_n, -c_n[local])
             heads.add_gradients(block, factor_n[local])
     return stats_5n[:3], pairs
 
 
 def _token_ratios(c_n: Tensor, weights_2n: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Returns c of every token, and which tokens have a weight on their KL alone (their c is then 1)."""
+    """Returns c of every token, and a mask of the tokens whose log-probability has weight 0.
+
+    Such a token has no ratio; c is 1, and the kernels leave out the log-probability's part of its direction.
+    """
     if weights_2n is None:
         return c_n, None
     weights_n, kl_weights_n = weights_2n
-    alone_n = weights_n == 0
-    c_n = c_n * kl_weights_n / torch.where(alone_n, 1, weights_n)
-    return torch.where(alone_n, 1, c_n), alone_n
+    kl_alone_n = weights_n == 0
+    c_n = c_n * kl_weights_n / torch.where(kl_alone_n, 1, weights_n)
+    return torch.where(kl_alone_n, 1, c_n), kl_alone_n
 
 
-def _groups(lengths: Sequence[int], limit: int) -> Iterator[tuple[Sequence[int], list[slice]]]:
-    """Yields the lengths of consecutive pairs that fit ``limit`` rows of logits, and their rows as one block.
+def _groups(lengths: Sequence[int], max_rows: int) -> Iterator[tuple[Sequence[int], list[slice]]]:
+    """Yields groups of consecutive pairs of at most ``max_rows`` tokens: their lengths, and their rows as one block.
 
-    A pair that does not fit is a group of its own, in blocks that each hold tokens of one response.
+    A longer pair is a group of its own, in several blocks, each with tokens of one response only.
     """
     start = first = 0
     for stop in range(2, len(lengths) + 1, 2):
         size = sum(lengths[first:stop])
-        if stop < len(lengths) and size + sum(lengths[stop : stop + 2]) <= limit:
+        if stop < len(lengths) and size + sum(lengths[stop : stop + 2]) <= max_rows:
             continue
         blocks = [slice(start, start + size)]
-        if size > limit:
+        if size > max_rows:
             middle = start + lengths[first]
             sides = (start, middle), (middle, start + size)
-            blocks = [slice(row, min(row + limit, end)) for begin, end in sides for row in range(begin, end, limit)]
+            blocks = [
+                slice(row, min(row + max_rows, end)) for begin, end in sides for row in range(begin, end, max_rows)
+            ]
         yield lengths[first:stop], blocks
         start, first = start + size, stop
 
@@ -223,17 +229,16 @@ def _groups(lengths: Sequence[int], limit: int) -> Iterator[tuple[Sequence[int],
 def _factors(
     tokens: TokenStats, ids_n: Tensor, pairs: int, objective: Objective, weights_2n: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns each token's factor on its direction, and loss, rewards and sums of the pairs ``[11, P]``."""
+    """Returns the factor of each token's direction, and the loss, rewards and sums of the pairs ``[11, P]``."""
     with torch.enable_grad():
         logp_n, kl_n = tokens.logp.detach().requires_grad_(), tokens.kl.detach().requires_grad_()
-        seen = PairTokens.of(TokenStats(logp_n, tokens.ref_logp, kl_n), ids_n, pairs, weights_2n)
-        outcome = objective.pair_loss(seen)
+        weighted = PairTokens.of(TokenStats(logp_n, tokens.ref_logp, kl_n), ids_n, pairs, weights_2n)
+        outcome = objective.pair_loss(weighted)
         gradients = torch.autograd.grad(outcome.loss.sum(), (logp_n, kl_n), allow_unused=True, materialize_grads=True)
-    factor_n = -gradients[0]  # minus, as the direction is the gradient of -(logp + c kl)
+    factor_n = -gradients[0]  # negative, since the direction is the gradient of -(logp + c kl)
     if weights_2n is not None:
         factor_n = torch.where(weights_2n[0] == 0, -gradients[1], factor_n)
-    measured = (
-        seen if weights_2n is None else PairTokens.of(tokens, ids_n, pairs)
-    )  # weights do not change a measurement
-    columns = outcome.loss, outcome.chosen_reward, outcome.rejected_reward, *vars(measured.sums).values()
+    # Reported sums are not weighted.
+    reported = weighted if weights_2n is None else PairTokens.of(tokens, ids_n, pairs)
+    columns = outcome.loss, outcome.chosen_reward, outcome.rejected_reward, *vars(reported.sums).values()
     return factor_n, torch.stack([column.detach() for column in columns])

@@ -61,10 +61,11 @@ class RunStart:
 
 
 def restarting(trainer: Any) -> Callable[..., Any]:
-    """Returns a trainer's loop, of which each further attempt starts from where the first one did."""
+    """Returns a trainer's inner loop, in which every attempt after the first restarts from the first one's start."""
     loop, start = type(trainer)._inner_training_loop, None
 
     def attempt(batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Runs the loop, from the restored start if an attempt ran out of memory before."""
         nonlocal start
         if start is None:
             start = RunStart(trainer)

@@ -100,13 +100,15 @@ class SFTTrainer(BatchMeanTrainer):
             self.compile_models(policy)
 
     def loss_sum(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Computes the summed negative log-likelihood of the batch's response tokens; only they meet the vocabulary.
+        """Computes the summed negative log-likelihood of the response tokens; only their logits are computed.
 
-        The router loss of a mixture-of-experts model is part of every token's loss; it is returned beside the sum.
+        The router loss of a mixture-of-experts model is part of every token's loss; it is also returned separately.
         """
         batch = PackedBatch.from_dict(self._prepare_inputs(inputs))
 
         def step(lm: nn.Module) -> tuple[Tensor, Tensor | None]:
+            """Computes the summed loss and the router loss inside the forward of the wrapped model."""
+
             def loss(states: Tensor) -> tuple[Tensor, Tensor]:
                 logp = ops.response_logp(Hidden(states, head_of(lm)), batch.labels)
                 return -logp.sum(), logp.detach()

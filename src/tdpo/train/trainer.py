@@ -112,10 +112,7 @@ class TDPOTrainer(BatchMeanTrainer):
         self._vocab_size = head_of(policy).vocab_size
         models = [policy, *self.reference.models()]
         self._positions = position_limit(*models)
-        pack = packer(args.layout, models)
-        reason = tree_refusal(models) if args.layout == "auto" and pack is pack_padded else ""
-        self.layout = f"layout: {'trees' if pack is pack_trees else 'padded rows'}" + (f" ({reason})" if reason else "")
-        logger.info(self.layout)
+        pack = self._choose_layout(models)
         # A router loss is over all tokens, those that predict nothing among them.
         every_token = partial(pack_trees, every_token=True) if self._router and pack is pack_trees else pack
         super().__init__(
@@ -139,6 +136,14 @@ class TDPOTrainer(BatchMeanTrainer):
         if args.torch_compile:
             self.compile_models(policy)  # a cache is filled without, so that it serves runs with and without
         logger.info(self.reference_line)
+
+    def _choose_layout(self, models: list[nn.Module]) -> Any:
+        """Returns the function that packs pairs for the models, and logs the layout, with the reason if not trees."""
+        pack = packer(self.args.layout, models)
+        reason = tree_refusal(models) if self.args.layout == "auto" and pack is pack_padded else ""
+        self.layout = f"layout: {'trees' if pack is pack_trees else 'padded rows'}" + (f" ({reason})" if reason else "")
+        logger.info(self.layout)
+        return pack
 
     def _start_reference(self, own: bool) -> None:
         """Moves the reference to its devices, sharded as the policy is, and syncs it with the policy if asked to.
