@@ -57,7 +57,8 @@ def test_a_script_without_a_main_guard_ends_with_a_message(tmp_path: Path, model
     write_jsonl(tmp_path / "pairs.jsonl", preference_rows(8))
     script = tmp_path / "script.py"
     script.write_text(
-        "from pathlib import Path\nfrom transformers import AutoTokenizer\nfrom tdpo.data.dataset import prepare_pairs\n"
+        "from pathlib import Path\nfrom transformers import AutoTokenizer\n"
+        "from tdpo.data.dataset import prepare_pairs\n"
         "from tdpo.data.sources import open_source\nfrom tdpo.data.tokenise import Tokeniser\n"
         f"tokeniser = Tokeniser(AutoTokenizer.from_pretrained({str(model_folder)!r}), processes=2)\n"
         "prepare_pairs(open_source('pairs.jsonl', 'train'), tokeniser, cache=Path('cache'))\n"
