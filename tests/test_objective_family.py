@@ -308,3 +308,77 @@ def test_an_objective_of_ones_own_is_built_by_its_path() -> None:
     assert str(built) == "test_objective_family:Squared(beta=0.2)"
     with pytest.raises(UserError, match="test_objective_family:Squared: beta must be a positive number"):
         objectives.build("test_objective_family:Squared", beta=0)
+
+
+@dataclass(frozen=True)
+class _Hinge(SumObjective):
+    """A hinge on TDPO1's score, which is met at both points of ``kl_ratios`` for a low target."""
+
+    target: float = -1.0
+
+    def __call__(self, stats: PairStats) -> PairLoss:
+        score = stats.chosen_logratio + stats.chosen_kl - stats.rejected_logratio - stats.rejected_kl
+        loss = (self.target - score).relu()
+        return PairLoss(loss, loss.detach(), loss.detach())
+
+
+@dataclass(frozen=True)
+class _Undefined(_Hinge):
+    """NaN wherever it is asked."""
+
+    def __call__(self, stats: PairStats) -> PairLoss:
+        loss = (-1 - stats.chosen_kl.abs()).sqrt() + stats.rejected_logratio * torch.nan
+        return PairLoss(loss, loss.detach(), loss.detach())
+
+
+@pytest.mark.parametrize("objective", [_Hinge(-1.0), _Hinge(-100.0), _Undefined()], ids=repr)
+def test_a_ratio_that_two_points_do_not_show_is_unknown(objective) -> None:
+    assert kl_ratios(objective) is None
+
+
+def test_a_subclass_of_a_registered_objective_has_its_own_spelling() -> None:
+    @dataclass(frozen=True)
+    class Mine(objectives.DPO):
+        pass
+
+    assert Mine.spelling() == f"{__name__}:{Mine.__qualname__}" and objectives.DPO.spelling() == "dpo"
+
+
+@dataclass(frozen=True)
+class _FarKink(SumObjective):
+    """TDPO1 near the points of ``kl_ratios``; beyond a sequential KL of 5 nats its ratio is another."""
+
+    one_pass: ClassVar[bool] = True
+
+    def __call__(self, stats: PairStats) -> PairLoss:
+        kl = stats.rejected_kl + 3 * (stats.rejected_kl - 5).relu()
+        loss = preference_loss(stats.chosen_logratio + stats.chosen_kl - stats.rejected_logratio - kl)
+        return PairLoss(loss, loss.detach(), loss.detach())
+
+
+@dataclass(frozen=True)
+class _FarKinkInTwoPasses(_FarKink):
+    one_pass: ClassVar[bool] = False
+
+
+def test_a_ratio_that_changes_far_away_is_noticed_in_the_step() -> None:
+    problem = problem_of(objectives.tdpo1(), spread=2.0)
+    arguments = problem.policy, problem.reference, problem.labels, LENGTHS
+    assert kl_ratios(_FarKink()) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="changes with the statistics; set one_pass = False"):
+        ops.pair_loss(*arguments, _FarKink())
+    total = ops.pair_loss(*arguments, _FarKinkInTwoPasses())[0]
+    naive = ops.pair_loss(*arguments, _FarKink(), backend="naive")[0]
+    for ours, theirs in zip(
+        torch.autograd.grad(total, problem.leaves), torch.autograd.grad(naive, problem.leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+class Undecorated(objectives.DPO):
+    pass
+
+
+def test_a_class_that_is_no_dataclass_is_refused() -> None:
+    with pytest.raises(UserError, match="must be a frozen dataclass"):
+        objectives.build("test_objective_family:Undecorated")

@@ -81,6 +81,19 @@ def test_an_objective_of_ones_own_trains_resumes_and_is_remembered(desk: Path, m
     assert "dpo(beta=0.1)" in capsys.readouterr().out
     message = mistake(capsys, *train(model_folder, "other", *own[:-1], '{"limit": -1}'))
     assert "own_objective:Tempered: limit must be a positive number, got -1" in message
+    assert "--beta and --objective_args both give beta" in mistake(
+        capsys, *train(model_folder, "other", *own[:-1], '{"beta": 0.2}')
+    )
+    assert "--objective_args must map names to values" in mistake(
+        capsys, *train(model_folder, "other", *own[:-1], "[1]")
+    )
+    for content, words in (
+        ('{"objective": "dpo", "parameters": {"gamma": 3}}', "dpo has no gamma"),
+        ('{"objective": "dpo", "parameters": {}, "token_weights": 5}', "token_weights 5"),
+    ):
+        (desk / "whole" / "objective.json").write_text(content)
+        message = mistake(capsys, *evaluate)
+        assert "objective.json" in message and words in message and "--objective" in message
 
 
 def test_resuming_with_another_objective_warns(desk: Path, model_folder: Path, capsys) -> None:

@@ -138,6 +138,8 @@ def test_weights_are_truncated_with_their_tokens(tokenizer) -> None:
         ([-1.0], "field 'chosen_weights' has -1.0 for token 1; a weight is a finite number of at least 0"),
         ([math.nan], "field 'chosen_weights' has nan for token 1"),
         ([0.0], "field 'chosen_weights' is 0 for every token"),
+        ([1e39], "field 'chosen_weights' has 1e.39 for token 1"),
+        ([[0, 2, 10**400]], "span 1: a weight is a finite number"),
         ([], "field 'chosen_weights' must list numbers or"),
         ("high", "field 'chosen_weights' must list numbers or"),
         ([[0, 400, 2.0]], "field 'chosen_weights', span 1: 0 to 400 of a text of 15 characters"),
@@ -271,3 +273,36 @@ def test_check_data_shows_weights(tmp_path: Path, model_folder: Path, capsys) ->
     (example,) = json.loads((tmp_path / "found.json").read_text())["examples"]
     assert 2.5 in example["chosen_weights"] and len(example["chosen_weights"]) == len(example["chosen_ids"])
     assert json.loads((tmp_path / "clean.jsonl").read_text())["chosen_weights"] == [[1, 4, 2.5]]
+
+
+def test_spans_of_a_chat_count_in_its_last_message(model_folder: Path) -> None:
+    from test_tokenise import chat_tokenizer
+
+    tokenizer = chat_tokenizer("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    turns = [
+        {"role": role, "content": text} for role, text in (("assistant", "mat"), ("user", "why"), ("assistant", "mat"))
+    ]
+    row = {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "chosen": turns,
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    (pair,) = prepare_pairs([row | {"chosen_weights": [[0, 3, 5.0]]}], Tokeniser(tokenizer))
+    heavy = [index for index, weight in enumerate(pair.chosen_weights) if weight == 5.0]
+    text = tokenizer.decode(pair.chosen_ids)
+    assert heavy and len(tokenizer.decode(pair.chosen_ids[: heavy[0]])) > text.index("why")
+
+
+def test_rows_of_token_ids_are_split_and_weighed_as_texts_are(tmp_path: Path, tokenizer) -> None:
+    from tdpo.config.row_spec import RowSpec, Side
+
+    rows = [{"prompt_ids": [i + 1], "chosen_ids": [5, 6], "rejected_ids": [7]} for i in range(40)]
+    parts = [
+        prepare_pairs(rows, Tokeniser(tokenizer), RowSpec("auto", side=Side(0.25, 0, test))) for test in (False, True)
+    ]
+    prompts = [{tuple(pair.prompt_ids) for pair in part} for part in parts]
+    assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 40 and 4 <= len(prompts[1]) <= 18
+    assert parts[0].report.elsewhere == len(parts[1]) and parts[0].report.kept == len(parts[0])
+    assert len(prepare_pairs(rows, Tokeniser(tokenizer), RowSpec("auto", weight=2))) == 80
+    with pytest.raises(UserError, match="row 2: no column 'prompt_ids', and the first row has token ids"):
+        prepare_pairs([rows[0], ROW], Tokeniser(tokenizer))

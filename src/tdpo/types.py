@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ Text = str | list[Message]
 Layout = Literal["padded", "tree"]
 WEIGHTS = ("chosen_weights", "rejected_weights", "chosen_kl_weights", "rejected_kl_weights")
 """Columns and fields with token weights."""
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def wrong_weights(weights: Sequence[float], tokens: int) -> str:
     if len(weights) != tokens:
         return f"has {len(weights)} numbers for {tokens} tokens"
     for number, weight in enumerate(weights, 1):
-        if not 0 <= weight < math.inf:
+        if not 0 <= weight <= LARGEST_WEIGHT:
             return f"has {weight} for token {number}; a weight is a finite number of at least 0"
     return "" if any(weights) else "is 0 for every token"
 

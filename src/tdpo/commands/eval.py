@@ -58,7 +58,12 @@ def run(argv: Sequence[str]) -> None:
     quieten()
     folder, revision = model_config.model_name_or_path, model_config.model_revision
     saved = cached_file(folder, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    objective = options.build_objective(None if saved is None else read_objective(saved))
+    remembered = None if saved is None else read_objective(saved)
+    try:
+        objective = options.build_objective(remembered)
+    except UserError as error:
+        where = "" if remembered is None or options.objective else f"{saved}: "
+        raise UserError(f"{where}{error}{'. Give --objective' if where else ''}") from error
     if objective.uses_reference and not options.ref_model_name_or_path:
         raise UserError(f"--ref_model_name_or_path is missing: {objective.spelling()} compares with a reference")
     spec = replace(options.row_spec(), side=options.side(test=True))

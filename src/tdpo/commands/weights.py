@@ -21,13 +21,14 @@ from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions
 from tdpo.config.checks import check_values, option
 from tdpo.data.dataset import check_fits
 from tdpo.data.options import check_format, make_tokeniser, open_training
+from tdpo.data.table import SIDES
 from tdpo.errors import UserError
 from tdpo.evaluate.weights import guidance_weights, importance_weights, response_logps
 from tdpo.files import atomic_write, check_writable
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
 from tdpo.score import packer
-from tdpo.types import TokenisedPair
+from tdpo.types import WEIGHTS, TokenisedPair
 
 PAIRS_PER_FILE = 1000
 FINGERPRINT = b"tdpo.weights"
@@ -54,9 +55,10 @@ class WeightOptions(PairOptions, LayoutOptions):
         check_values(self, per_device_eval_batch_size=1, logits_budget=1, weights_clamp=0, weights_strength=0)
         check_format(self)
         self.lengths()
-        if not 0 <= self.weights_low <= self.weights_high:
+        if not 0 <= self.weights_low <= self.weights_high or not self.weights_high:
             raise UserError(
-                f"--weights_low {self.weights_low:g} --weights_high {self.weights_high:g}: expected 0 <= low <= high"
+                f"--weights_low {self.weights_low:g} --weights_high {self.weights_high:g}: expected 0 <= low <= high, "
+                "and high above 0"
             )
         if not self.output_dir:
             raise UserError("--output_dir is missing: the folder for the pairs with their weights")
@@ -84,6 +86,8 @@ def run(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(model_config)
     spec = options.row_spec()
     dataset = read_dataset(open_training(data, spec), options, make_tokeniser(options, tokenizer))
+    if taken := {"chosen_weights", "rejected_weights"} & set(dataset.weights):
+        raise UserError(f"{dataset.report.source} has {min(taken)!r} already; leave it out with --ignore_columns")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = options.models(model_config.model_name_or_path)
     models = [load_model(model_config, name).to(device).eval() for name in names]
@@ -108,6 +112,11 @@ def run(argv: Sequence[str]) -> None:
         for pair, numerators, denominators in zip(pairs, *passes, strict=True):
             chosen, rejected = (a - b for a, b in zip(numerators, denominators, strict=True))
             weights = weigh(chosen).tolist(), weigh(rejected, rejected=True).tolist()
+            if not all(map(any, weights)):
+                raise UserError(
+                    f"{dataset.report.source}, row {pair.row}: every weight of a response is 0; lower "
+                    "--weights_strength or --weights_beta, or raise --weights_low"
+                )
             weighted.append(replace(pair, chosen_weights=weights[0], rejected_weights=weights[1]))
         atomic_write(path, _parquet(weighted, fingerprint))
     console().print(
@@ -118,8 +127,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _parquet(pairs: Sequence[TokenisedPair], fingerprint: bytes) -> bytes:
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_weights", "rejected_weights")
-    table = pa.table({name: [getattr(pair, name) for pair in pairs] for name in columns})
+    table = pa.table({name: [getattr(pair, name) for pair in pairs] for name in (*SIDES, *WEIGHTS)})
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({FINGERPRINT: fingerprint}), buffer)
     return buffer.getvalue()

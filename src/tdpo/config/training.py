@@ -66,7 +66,12 @@ class ObjectiveOptions:
         given = {name: getattr(self, name) for name in sorted(names)}
         if self.token_weights is not None:
             objectives.PositionWeights.parse(self.token_weights)
-        given = {name: value for name, value in given.items() if value is not None} | (self.objective_args or {})
+        given, own = {name: value for name, value in given.items() if value is not None}, self.objective_args or {}
+        if not isinstance(own, dict):
+            raise UserError(f"--objective_args must map names to values, got {own!r}")
+        if twice := given.keys() & own.keys():
+            raise UserError(f"--{min(twice)} and --objective_args both give {min(twice)}")
+        given |= own
         if self.objective is None and remembered is not None:
             self.token_weights = self.token_weights or remembered["token_weights"]
             return objectives.build(remembered["objective"], **{**remembered["parameters"], **given})

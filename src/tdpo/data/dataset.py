@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.cache import cache_key, cached_pairs, in_memory
 from tdpo.data.formats import DataReport, OnBadRow, iter_records, name_of
-from tdpo.data.sources import Source, SourceRow, from_memory
+from tdpo.data.sources import Source, SourceRow, from_memory, groups_of
 from tdpo.data.table import SIDES, record_batch
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
@@ -160,8 +160,8 @@ def _build(
     """Returns the report, and the record batches whose iteration fills it; text is read as it is tokenised."""
     first, report = next(iter(rows), None), DataReport(name_of(rows))
     if isinstance(first, SourceRow) and first.fields.keys() >= set(SIDES):
-        batch = record_batch([_tokenised(row) for row in rows])
-        return DataReport(first.source, "tokenised", len(batch), len(batch)), [batch]
+        report = DataReport(first.source, "tokenised")
+        return report, [record_batch(list(_tokenised_pairs(rows, spec, report)))]
     if tokeniser is None:
         raise UserError(f"{report.source}: text has to be tokenised and there is no tokenizer; pass processing_class")
     if isinstance(first, PreferenceRecord):
@@ -191,7 +191,24 @@ def _batches(
     report.kept = kept
 
 
+def _tokenised_pairs(rows: Iterable[SourceRow], spec: RowSpec, report: DataReport) -> Iterator[TokenisedPair]:
+    """Yields the pairs of rows that are token ids already: those of the spec's side, as often as its weight says."""
+    for own, group in groups_of(rows):
+        used = own or spec
+        for index, row in enumerate(group):
+            pair, report.read = _tokenised(row), report.read + 1
+            prompt = str(pair.prompt_ids)
+            if used.side is not None and not used.side.holds(prompt):
+                report.elsewhere += 1
+                continue
+            copies = 1 if used.weight == 1 else used.copies(index, prompt)
+            report.kept += copies
+            yield from repeat(pair, copies)
+
+
 def _tokenised(row: SourceRow) -> TokenisedPair:
+    if missing := [name for name in SIDES if name not in row.fields]:
+        raise UserError(f"{row.location}: no column {missing[0]!r}, and the first row has token ids; do not mix them")
     try:
         prompt, chosen, rejected = (array("i", row.fields[column]).tolist() for column in SIDES)
         weights = {name: list(row.fields[name]) for name in WEIGHTS if row.fields.get(name) is not None}

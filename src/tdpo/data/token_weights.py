@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from tdpo.data.formats.report import RowError
 from tdpo.data.sources import describe
-from tdpo.types import TokenisedPair, wrong_weights
+from tdpo.types import LARGEST_WEIGHT, TokenisedPair, wrong_weights
 
 
 def token_weights(value: Any, name: str, ids: Sequence[int], text: str, decode: Callable[..., str]) -> list[float]:
@@ -36,12 +35,12 @@ def token_weights(value: Any, name: str, ids: Sequence[int], text: str, decode: 
     if all(isinstance(span, list) for span in value):
         weights = _weights_of_spans(value, name, ids, text, decode)
     elif all(isinstance(number, int | float) for number in value):
-        weights = [float(number) for number in value] + ([1.0] if len(value) == len(ids) - 1 else [])
+        weights = value + ([1.0] if len(value) == len(ids) - 1 else [])
     else:
         raise RowError(f"field {name!r} must list numbers alone or [start, end, weight] alone")
     if wrong := wrong_weights(weights, len(ids)):
         raise RowError(f"field {name!r} {wrong}")
-    return weights
+    return list(map(float, weights))
 
 
 def _weights_of_spans(
@@ -52,10 +51,10 @@ def _weights_of_spans(
             raise RowError(f"field {name!r}, span {number}: expected [start, end, weight], found {describe(span)}")
         if not 0 <= span[0] < span[1] <= len(text):
             raise RowError(f"field {name!r}, span {number}: {span[0]} to {span[1]} of a text of {len(text)} characters")
-        if not 0 <= span[2] < math.inf:
+        if not 0 <= span[2] <= LARGEST_WEIGHT:
             raise RowError(f"field {name!r}, span {number}: a weight is a finite number of at least 0, found {span[2]}")
     shown = partial(decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    offset = shown(list(ids)).find(text.strip())
+    offset = shown(list(ids)).rfind(text.strip())  # of a chat the last message
     if offset < 0:
         raise RowError(f"field {name!r}: the tokens do not spell the text, so give one number per token instead")
     offset -= len(text) - len(text.lstrip())

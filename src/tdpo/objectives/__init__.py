@@ -69,7 +69,7 @@ def find_objective(name: str) -> type[Objective]:
             )
         return OBJECTIVES[name]
     found = load_object(name, "--objective")
-    if not (isinstance(found, type) and issubclass(found, Objective) and dataclasses.is_dataclass(found)):
+    if not (isinstance(found, type) and issubclass(found, Objective) and "__dataclass_params__" in vars(found)):
         raise UserError(f"--objective {name}: it must be a frozen dataclass that inherits tdpo.objectives.Objective")
     return found
 

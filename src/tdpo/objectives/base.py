@@ -60,6 +60,10 @@ class Objective(ABC):
     uses_reference: ClassVar[bool] = True
     """Whether it depends on the reference. If not, none is loaded, and log-ratios and KL are NaN."""
 
+    one_pass: ClassVar[bool] = True
+    """Whether the gradient may be computed in one pass if the ratio is constant where it is looked at. False for an
+    objective whose ratio changes elsewhere."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(self, field, getattr(self, field.name))
@@ -81,7 +85,7 @@ class Objective(ABC):
     @classmethod
     def spelling(cls) -> str:
         """Returns what ``--objective`` selects the class by."""
-        return cls.name or f"{cls.__module__}:{cls.__qualname__}"
+        return vars(cls).get("name") or f"{cls.__module__}:{cls.__qualname__}"  # a subclass does not inherit the name
 
     def __str__(self) -> str:
         values = (f"{k}={v:g}" if isinstance(v, float | int) else f"{k}={v}" for k, v in self.parameters.items())

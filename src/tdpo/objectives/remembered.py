@@ -52,6 +52,9 @@ def read_objective(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         name, parameters = str(content["objective"]), dict(content["parameters"])
-        return {"objective": name, "parameters": parameters, "token_weights": content.get("token_weights")}
+        weights = content.get("token_weights")
+        if not isinstance(weights, str | None):
+            raise TypeError(f"token_weights {weights!r}")
+        return {"objective": name, "parameters": parameters, "token_weights": weights}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the objective of a model ({error}); give --objective") from error

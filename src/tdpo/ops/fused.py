@@ -79,13 +79,16 @@ def kl_ratios(objective: Objective) -> tuple[float, float] | None:
 
     Returns:
         For each side, the derivative with respect to a token's KL divided by that with respect to its log-probability.
-        None if this is not one constant per side: the directions then depend on statistics of the whole pair.
+        None if this is not one constant per side, or a side has no derivative at either point: the directions may then
+        depend on statistics of the whole pair.
 
     Example:
         >>> from tdpo.objectives import tdpo1, tdpo2
         >>> kl_ratios(tdpo1(beta=0.1)), kl_ratios(tdpo2(beta=0.1, alpha=0.5))
         ((1.0, 1.0), (0.0, 0.5))
     """
+    if not objective.one_pass:
+        return None
     ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3])  # two pairs, of 3 and 2 and of 2 and 4 tokens
     steps = torch.arange(len(ids), dtype=torch.float64)
     logp_gradients, kl_gradients = [], []
@@ -100,8 +103,10 @@ def kl_ratios(objective: Objective) -> tuple[float, float] | None:
     for side in (0, 1):
         in_logp, in_kl = (torch.cat(parts)[(ids % 2 == side).repeat(2)] for parts in (logp_gradients, kl_gradients))
         depends = in_logp != 0
-        ratio = float(in_kl[depends][0] / in_logp[depends][0]) if depends.any() else 0.0
-        if ((in_kl - ratio * in_logp).abs() > 1e-9 * in_logp.abs()).any():
+        if not depends.any():  # such as a hinge that is met at both points
+            return None
+        ratio = float(in_kl[depends][0] / in_logp[depends][0])
+        if not ((in_kl - ratio * in_logp).abs() <= 1e-9 * in_logp.abs()).all():  # also for NaN
             return None
         ratios.append(round(ratio, 12) + 0.0)  # never -0
     return ratios[0], ratios[1]
@@ -174,7 +179,7 @@ def _group_loss(
     stats_5n = torch.cat(parts, 1)  # logp, ref_logp, kl, and the log-partition values that direction_ reads
     if heads.reference is None:
         stats_5n[1:3] = torch.nan
-    factor_n, pairs = _factors(TokenStats(*stats_5n[:3]), ids_n, len(lengths) // 2, objective, weights_2n)
+    factor_n, pairs = _factors(TokenStats(*stats_5n[:3]), ids_n, len(lengths) // 2, objective, c_n, weights_2n)
     if directions_now and len(blocks) == 1:
         heads.add_gradients(blocks[0], factor_n)
     elif directions_now:
@@ -227,17 +232,31 @@ def _groups(lengths: Sequence[int], max_rows: int) -> Iterator[tuple[Sequence[in
 
 
 def _factors(
-    tokens: TokenStats, ids_n: Tensor, pairs: int, objective: Objective, weights_2n: Tensor | None
+    tokens: TokenStats, ids_n: Tensor, pairs: int, objective: Objective, c_n: Tensor, weights_2n: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the factor of each token's direction, and the loss, rewards and sums of the pairs ``[11, P]``."""
+    """Returns the factor of each token's direction, and the loss, rewards and sums of the pairs ``[11, P]``.
+
+    Raises:
+        ValueError: if the ratio of the gradients is another one here than where :func:`kl_ratios` looked. On an
+            accelerator, which a check would wait for, the factors are NaN instead, and training stops.
+    """
     with torch.enable_grad():
         logp_n, kl_n = tokens.logp.detach().requires_grad_(), tokens.kl.detach().requires_grad_()
         weighted = PairTokens.of(TokenStats(logp_n, tokens.ref_logp, kl_n), ids_n, pairs, weights_2n)
         outcome = objective.pair_loss(weighted)
         gradients = torch.autograd.grad(outcome.loss.sum(), (logp_n, kl_n), allow_unused=True, materialize_grads=True)
     factor_n = -gradients[0]  # negative, since the direction is the gradient of -(logp + c kl)
+    wrong_n = (gradients[1] - c_n * gradients[0]).abs() > 1e-3 * gradients[0].abs()
     if weights_2n is not None:
+        wrong_n &= weights_2n[0] != 0
         factor_n = torch.where(weights_2n[0] == 0, -gradients[1], factor_n)
+    if wrong_n.device.type != "cpu":
+        factor_n = torch.where(wrong_n, torch.nan, factor_n)
+    elif wrong_n.any():
+        raise ValueError(
+            f"{objective}: the ratio of its gradients in KL and log-probability changes with the statistics; set "
+            "one_pass = False in its class"
+        )
     # Reported sums are not weighted.
     reported = weighted if weights_2n is None else PairTokens.of(tokens, ids_n, pairs)
     columns = outcome.loss, outcome.chosen_reward, outcome.rejected_reward, *vars(reported.sums).values()
