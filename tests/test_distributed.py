@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ FIRST_NORM = 5e-6
 """Of the norm of the first step's gradient, as logged."""
 ROUNDING = 2**-23
 FULL_RATE, ADAPTER_RATE = 1e-3, 1e-2
-FSDP_ON_CPUS = Path(__file__).parent / "fsdp_on_cpus"
+TESTS = Path(__file__).parent
+FSDP_ON_CPUS = TESTS / "fsdp_on_cpus"
 LORA = ("--use_peft", "--lora_r", 4)
 
 
@@ -73,6 +75,25 @@ ADAPTED = {
     "adapter_off, zero3": Way(2, 4, engine="zero3", options=LORA),
 }
 """An adapter is trained; the reference is its base, in one form or another."""
+OBJECTIVES = {
+    "tdpo2": ("--objective", "tdpo2", "--token_weights", "decay:0.9"),
+    "tbpo": ("--objective", "tbpo"),
+    "simpo": ("--objective", "simpo"),
+    "two passes": ("--objective", "test_objective_family:Squared"),
+}
+"""Objectives on pairs with token weights; the last one's gradient takes two passes over the logits."""
+OBJECTIVE_WAYS = {
+    "one": Way(),
+    "ddp": Way(2, 4),
+    "fsdp2": Way(2, 4, engine="fsdp2"),
+    "zero3": Way(2, 4, engine="zero3"),
+    "cached": Way(options=("--reference", "cached")),
+    "checkpointed": Way(options=("--activation_checkpointing",)),
+    "fsdp2, cached, checkpointed": Way(
+        2, 4, engine="fsdp2", options=("--reference", "cached", "--activation_checkpointing")
+    ),
+}
+"""What these are trained in."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +130,14 @@ def run(way: Way, world: World, out: Path, *options: object) -> str:
     if way.processes == 1:
         assert main(words) == 0
         return ""
+    environment = {"PYTHONPATH": str(TESTS)}  # where an objective of the tests' own is
     if not way.engine:
-        return completed(words, way.processes)
-    environment = {}
+        return completed(words, way.processes, **environment)
     if way.engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'tdpo[deepspeed]'")
         environment["DS_ACCELERATOR"] = "cpu"
     if way.engine == "fsdp2":
-        environment["PYTHONPATH"] = str(FSDP_ON_CPUS)
+        environment["PYTHONPATH"] += os.pathsep + str(FSDP_ON_CPUS)
     engine = _zero3_of_small_weights(out.parent) if way.engine == "zero3" else way.engine
     words += ["--accelerate_config", engine, "--num_processes", str(way.processes)]
     return completed(words, timeout=300, **environment)  # DeepSpeed compiles an extension at its first start
@@ -160,6 +181,21 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, world: World) -> Runs:
     """The same of the ways that train an adapter."""
     options = ["--max_steps", 30, "--learning_rate", ADAPTER_RATE, "--eval_dataset_name", world.held_out]
     return Runs(world, tmp_path_factory.mktemp("adapted"), ADAPTED, *options)
+
+
+@pytest.fixture(scope="module")
+def objective_runs(tmp_path_factory: pytest.TempPathFactory, world: World) -> dict[str, Runs]:
+    """30 steps of each objective. Every third pair has no weights, and the last step and evaluation one pair alone."""
+    spans = {"chosen_weights": [[1, 10, 2.5], [12, 15, 0.0]], "rejected_kl_weights": [[1, 10, 3.0], [11, 13, 0.0]]}
+    rows = [row | (spans if number % 3 else {}) for number, row in enumerate(preference_rows(66))]
+    folder = tmp_path_factory.mktemp("objectives")
+    files = write_jsonl(folder / "train.jsonl", rows[:57]), write_jsonl(folder / "test.jsonl", rows[57:])
+    weighted, runs = World(world.model, *files), {}
+    for name, options in OBJECTIVES.items():
+        (folder / name).mkdir()
+        common = ["--max_steps", 30, "--learning_rate", FULL_RATE, "--eval_dataset_name", weighted.held_out, *options]
+        runs[name] = Runs(weighted, folder / name, OBJECTIVE_WAYS, *common)
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +263,56 @@ def test_the_gradient_of_the_first_step_is_that_of_one_process(first_steps: Runs
 )
 def test_the_adapters_trajectory_equals_that_with_a_frozen_copy_of_its_base(adapted: Runs, way: str) -> None:
     assert_same_trajectory(adapted[way], adapted["frozen"], adapter_weights)
+
+
+@pytest.mark.parametrize(
+    ("objective", "way"),
+    [
+        ("tdpo2", "checkpointed"), ("tdpo2", "cached"), ("two passes", "fsdp2"),
+        *(
+            pytest.param(objective, way, marks=pytest.mark.slow)
+            for objective in OBJECTIVES
+            for way in ("ddp", "fsdp2", "zero3", "fsdp2, cached, checkpointed")
+            if (objective, way) != ("two passes", "fsdp2") and not (objective == "simpo" and "cached" in way)
+        ),
+    ],
+)  # fmt: skip
+def test_objectives_and_token_weights_give_the_trajectory_of_one_process(
+    objective_runs: dict[str, Runs], objective: str, way: str
+) -> None:
+    runs = objective_runs[objective]
+    assert_same_trajectory(runs[way], runs["one"])
+    remembered = [(runs[name] / "objective.json").read_text() for name in (way, "one")]
+    assert remembered[0] == remembered[1]
+
+
+def test_token_weights_change_the_trajectory(objective_runs: dict[str, Runs], tmp_path: Path) -> None:
+    """By far more than the runs above may differ."""
+    runs = objective_runs["tdpo2"]
+    rows = [json.loads(line) for line in runs.world.train.read_text().splitlines()]
+    plain = [{name: text for name, text in row.items() if not name.endswith("weights")} for row in rows]
+    train = write_jsonl(tmp_path / "plain.jsonl", plain)
+    run(Way(), replace(runs.world, train=train), tmp_path / "out", *runs.options)
+    ours, theirs = ([log["loss"] for log in history(folder)[:30]] for folder in (tmp_path / "out", runs["one"]))
+    assert max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)) > 500 * LOGS
+
+
+@pytest.mark.slow
+def test_token_weights_are_not_rounded_in_mixed_precision(world: World, tmp_path: Path) -> None:
+    """DeepSpeed's inputs are of the precision of its weights, in which 1.003 would be 1."""
+    losses = {}
+    for name, weight, beta in (("weight", 1.003, 2.0), ("beta", 1.0, 2.006), ("neither", 1.0, 2.0)):
+        ids = [
+            {"prompt_ids": [first, first + 1], "chosen_ids": [first + 2, 5], "rejected_ids": [first + 3, 6, 7]}
+            for first in range(10, 90, 10)
+        ]
+        rows = [row | {"chosen_weights": [weight] * 2, "rejected_weights": [weight] * 3} for row in ids]
+        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        options = ["--objective", "simpo", "--beta", beta, "--max_steps", 1, "--bf16"]
+        run(WAYS["zero2"], replace(world, train=data), tmp_path / name, *options)
+        losses[name] = history(tmp_path / name)[0]["loss"]
+    assert losses["weight"] == pytest.approx(losses["beta"], rel=1e-5)
+    assert abs(losses["neither"] - losses["beta"]) > 1e-4 * losses["beta"]
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])

@@ -72,6 +72,12 @@ class StepTrainer(CheckpointingTrainer):
         self.stop_request.agreed = counts[:, 1].max()  # read after the step, which waits for the device anyway
         return batches, counts[:, 0].sum()
 
+    @override
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, Tensor):  # under DeepSpeed the Trainer would round token weights to the engine's dtype
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
