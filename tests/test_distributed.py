@@ -88,9 +88,9 @@ OBJECTIVE_WAYS = {
     "fsdp2": Way(2, 4, engine="fsdp2"),
     "zero3": Way(2, 4, engine="zero3"),
     "cached": Way(options=("--reference", "cached")),
-    "checkpointed": Way(options=("--gradient_checkpointing",)),
+    "checkpointed": Way(options=("--activation_checkpointing",)),
     "fsdp2, cached, checkpointed": Way(
-        2, 4, engine="fsdp2", options=("--reference", "cached", "--gradient_checkpointing")
+        2, 4, engine="fsdp2", options=("--reference", "cached", "--activation_checkpointing")
     ),
 }
 """What these are trained in."""
@@ -268,13 +268,12 @@ def test_the_adapters_trajectory_equals_that_with_a_frozen_copy_of_its_base(adap
 @pytest.mark.parametrize(
     ("objective", "way"),
     [
-        ("tdpo2", "checkpointed"), ("tdpo2", "cached"), ("tdpo2", "fsdp2"), ("two passes", "fsdp2"),
+        ("tdpo2", "checkpointed"), ("tdpo2", "cached"), ("two passes", "fsdp2"),
         *(
             pytest.param(objective, way, marks=pytest.mark.slow)
             for objective in OBJECTIVES
             for way in ("ddp", "fsdp2", "zero3", "fsdp2, cached, checkpointed")
-            if (objective, way) not in (("tdpo2", "fsdp2"), ("two passes", "fsdp2"))
-            and not (objective == "simpo" and "cached" in way)
+            if (objective, way) != ("two passes", "fsdp2") and not (objective == "simpo" and "cached" in way)
         ),
     ],
 )  # fmt: skip
