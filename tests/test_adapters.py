@@ -202,6 +202,7 @@ def test_merging_gives_a_plain_model_that_says_the_same(
     """The world's head is tied and the adapter trained it: the merged model must not tie it again."""
     assert tdpo("merge", "--model_name_or_path", adapter_folder, "--output_dir", tmp_path / "merged") == 0
     assert f"merged into {model_folder}, saved to {tmp_path / 'merged'}" in capsys.readouterr().out
+    assert (tmp_path / "merged" / "objective.json").read_text() == (adapter_folder / "objective.json").read_text()
     plain, adapted = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
         load_model(ModelConfig(str(adapter_folder))),

@@ -19,7 +19,7 @@ COMMANDS = {
     "demo": "the whole path on an embedded small world, no download, about three minutes",
     "check-data": "what training would make of a dataset: counts, lengths, duplicates, leaks, rendered pairs",
     "sft": "fine-tune a model on responses, the starting point of preference training",
-    "train": "align a model with preference pairs: TDPO2, TDPO1 or DPO",
+    "train": "align a model with preference pairs: TDPO, DPO and related objectives",
     "eval": "score held-out pairs with a policy and its reference",
     "generate": "sample from a policy and its reference side by side",
     "weights": "compute token weights from two models (TIS-DPO) or a guide (TGDPO), for weighted training",

@@ -32,7 +32,7 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
 
     Attributes:
         ref_model_name_or_path: Reference model: a hub name or a folder; needed unless the objective has no reference.
-        objective: Objective that decides loss and rewards; default: what the policy was trained with, or tdpo2.
+        objective: Objective that decides loss and rewards; default: what the policy was trained with.
         dataset_config: Configuration of a hub dataset.
         dataset_test_split: Split to evaluate on: of a hub dataset, or the beginning of file names.
         per_device_eval_batch_size: Pairs scored at a time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from tdpo.models.adapters import merge_adapter
 from tdpo.models.generation import repair_generation_config
 from tdpo.models.load import adapter_base, load_model, load_tokenizer
 from tdpo.models.multimodal import copy_processor
+from tdpo.objectives.remembered import FILE
 
 
 @documented
@@ -49,4 +51,6 @@ def run(argv: Sequence[str]) -> None:
         merge_adapter(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         copy_processor(model, folder)
+        if (objective := Path(name, FILE)).is_file():
+            shutil.copy(objective, folder)
     console().print(f"adapter {name} merged into {base}, saved to {folder}", soft_wrap=True)

@@ -134,6 +134,6 @@ def displacement(history: Sequence[dict[str, Any]], beta: float, patience: int =
     return (
         f"likelihood displacement: over the last {patience} logs chosen and rejected responses both became less "
         f"likely than under the reference (implicit rewards {chosen:.3g} and {rejected:.3g}). The margin may grow "
-        "while the policy drifts to unrated responses; a lower learning rate, a larger beta, or a larger alpha with "
-        "tdpo2 holds it closer"
+        "while the policy drifts to unrated responses; a lower learning rate or objective parameters "
+        "that tie it to the reference more strongly (beta, alpha) hold it closer"
     )
