@@ -240,6 +240,9 @@ def test_weights_of_two_models_are_written_and_trained_on(tmp_path: Path, model_
     assert main([str(word) for word in words]) == 0
     assert file.stat().st_mtime_ns == written and "0 of 1 files computed now" in capsys.readouterr().out
     assert "is of other models, options or pairs" in mistake(capsys, *words, "--weights_clamp", 3)
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    moved(weights, seed=9).save_pretrained(tmp_path / "other")  # another model under the same name
+    assert "is of other models, options or pairs" in mistake(capsys, *words)
     train = ["train", "--model_name_or_path", model_folder, "--dataset_name", tmp_path / "weighted", "--max_steps", 1]
     train += ["--output_dir", tmp_path / "run", "--objective", "dpo", "--report_to", "none", "--use_cpu"]
     assert main([str(word) for word in train]) == 0

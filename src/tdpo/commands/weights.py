@@ -25,6 +25,7 @@ from tdpo.data.table import SIDES
 from tdpo.errors import UserError
 from tdpo.evaluate.weights import guidance_weights, importance_weights, response_logps
 from tdpo.files import atomic_write, check_writable
+from tdpo.models.fingerprint import weights_hash
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
 from tdpo.score import packer
@@ -94,12 +95,13 @@ def run(argv: Sequence[str]) -> None:
     for model in models:
         check_fits(dataset, head_of(model).vocab_size, position_limit(model), dataset.report.source, len(tokenizer))
     pack, weigh = packer(options.layout, models), options.weigh()
-    about = {"models": names, "weigh": str(weigh.keywords), "pairs": [pair.key for pair in dataset]}
+    kept = [(pair.key, pair.chosen_kl_weights, pair.rejected_kl_weights) for pair in dataset]
+    about = {"models": [weights_hash(model) for model in models], "weigh": str(weigh.keywords), "pairs": kept}
     fingerprint = hashlib.sha256(json.dumps(about).encode()).hexdigest().encode()
     starts = range(0, len(dataset), PAIRS_PER_FILE)
     paths = [folder / f"train-{number:05d}-of-{len(starts):05d}.parquet" for number in range(len(starts))]
     for path in sorted(folder.glob("*.parquet")):
-        if path not in paths or pq.read_schema(path).metadata.get(FINGERPRINT) != fingerprint:
+        if path not in paths or (pq.read_schema(path).metadata or {}).get(FINGERPRINT) != fingerprint:
             raise UserError(f"{path} is of other models, options or pairs; remove it or give another --output_dir")
     missing = [(path, start) for path, start in zip(paths, starts, strict=True) if not path.exists()]
     for path, start in missing:

@@ -49,8 +49,8 @@ class ObjectiveOptions:
     )
     token_weights: str | None = option(
         None,
-        "Weights of response tokens by position: ld:A (tokens past the length of the shorter response count A, as in "
-        "LD-DPO) or decay:A (token t counts A to the power of t). They multiply those of the data.",
+        "Weights of response tokens by position, which multiply those of the data: "
+        + ", or ".join(f"{name}:A ({text})" for name, text in objectives.SCHEDULES.items()),
     )
 
     def build_objective(self, remembered: Mapping[str, Any] | None = None) -> objectives.Objective:

@@ -9,7 +9,7 @@ from tdpo.errors import UserError, nearest
 from tdpo.loading import load_object
 from tdpo.objectives.base import Objective, SumObjective, parameter, preference_loss
 from tdpo.objectives.dpo import DPO, DPOP, FDPO, IPO, CalDPO, RobustDPO, SimPO
-from tdpo.objectives.positions import PositionWeights, weighted
+from tdpo.objectives.positions import SCHEDULES, PositionWeights, weighted
 from tdpo.objectives.tdpo import TBPO, TDPO1, TDPO2
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -27,6 +27,7 @@ __all__ = [
     "FDPO",
     "IPO",
     "OBJECTIVES",
+    "SCHEDULES",
     "TBPO",
     "TDPO1",
     "TDPO2",
@@ -52,7 +53,7 @@ __all__ = [
     "tdpo1",
     "tdpo2",
     "weighted",
-]  # fmt: skip
+]
 
 
 def find_objective(name: str) -> type[Objective]:

@@ -14,9 +14,10 @@ from tdpo.types import PackedBatch, TokenisedPair
 
 Pack = Callable[[Sequence[TokenisedPair]], PackedBatch]
 SCHEDULES = {
-    "ld": "tokens past the length of the shorter response of the pair count this much (LD-DPO)",
-    "decay": "token t counts this to the power of t, from 0",
+    "ld": "tokens past the length of the pair's shorter response count A, as in LD-DPO",
+    "decay": "token t counts A to the power of t, from 0",
 }
+"""Schedules by name, in words with A for their number."""
 
 
 @dataclass(frozen=True)
