@@ -13,6 +13,7 @@ import pytest
 import torch
 from numeric_worlds import assert_same_gradients, gradients, moved, random_pairs, tiny_llama
 from test_cli import mistake
+from test_objective_family import FAMILY
 
 from tdpo import TokenisedPair, UserError, objectives, pair_loss, score_pairs
 from tdpo.cli import main
@@ -67,6 +68,19 @@ def test_a_weighted_pair_is_its_weighted_sums(objective, layout) -> None:
     unweighted = score_pairs(policy, reference, random_pairs(), objective)
     torch.testing.assert_close(scores.stats.chosen_kl, unweighted.stats.chosen_kl, rtol=1e-6, atol=1e-9)
     assert (scores.loss[1] - unweighted.loss[1]).abs() < 1e-6 and (scores.loss[0] - unweighted.loss[0]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("objective", FAMILY, ids=str)
+@pytest.mark.parametrize("layout", ["padded", "tree"])
+def test_one_pass_equals_plain_autograd_on_a_model_in_either_layout(objective, layout) -> None:
+    reference = tiny_llama()
+    policy = moved(reference)
+    (ours, scores), (theirs, expected) = (
+        pair_loss(policy, reference, weighted_pairs(), objective, layout=layout, backend=backend)
+        for backend in ("chunked", "naive")
+    )
+    torch.testing.assert_close(scores.loss, expected.loss, rtol=1e-9, atol=1e-12)
+    assert_same_gradients(gradients(ours, policy), gradients(theirs, policy), rtol=1e-9)
 
 
 def test_both_layouts_carry_the_same_weights() -> None:
