@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tdpo.evaluate.diversity import (
-    Estimate,
     distinct_n,
     measure_samples,
     pack_sequences,
     predictive_entropy,
     sample_stats,
 )
+from tdpo.evaluate.estimates import Estimate
 from tdpo.evaluate.generate import Sampling, sample_ids
 from tdpo.models.reference import FrozenCopy
 from tdpo.types import Head, Hidden
@@ -130,7 +130,8 @@ def test_summary_averages_over_sequences():
     assert summary.kl.mean == pytest.approx(stats.kl.mean().item())
     assert summary.kl.standard_error == pytest.approx(stats.kl.std().item() / 2)
     assert summary.kl_per_token.mean == pytest.approx((stats.kl / stats.length).mean().item())
-    assert summary.length == Estimate(3.0, pytest.approx(math.sqrt(14 / 3) / 2), 4)
+    assert (summary.length.mean, summary.length.count) == (3.0, 4)
+    assert summary.length.standard_error == pytest.approx(math.sqrt(14 / 3) / 2)
     assert summary.distinct_1 == 10 / 12  # twelve tokens, the end token three times
     assert summary.distinct_2 == 1.0
 

@@ -9,7 +9,8 @@ from typing import Any
 from tdpo import objectives
 from tdpo.config.checks import check_values, documented
 from tdpo.errors import UserError
-from tdpo.evaluate.diversity import Diversity, Estimate
+from tdpo.evaluate.diversity import Diversity
+from tdpo.evaluate.estimates import Estimate
 
 OBJECTIVES = ("dpo", "tdpo1", "tdpo2")
 

@@ -31,7 +31,8 @@ from tdpo.demo import show, world
 from tdpo.demo.grammar import reward
 from tdpo.demo.results import OBJECTIVES, DemoOptions, DemoResult, Point
 from tdpo.errors import UserError
-from tdpo.evaluate.diversity import Estimate, measure_samples
+from tdpo.evaluate.diversity import measure_samples
+from tdpo.evaluate.estimates import Estimate
 from tdpo.evaluate.generate import Sampling
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.models.reference import Reference

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tdpo.demo.results import DemoResult, Point
-from tdpo.evaluate.diversity import Estimate
+from tdpo.evaluate.estimates import Estimate
 from tdpo.report.plots import LABELS, FrontierPoint, KLCurve, overview_figure, save_figure
 
 

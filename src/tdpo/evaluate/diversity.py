@@ -5,7 +5,6 @@ Shape legend: S samples, N response tokens of a batch, n rows of one chunk, V vo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -14,48 +13,13 @@ from torch import Tensor, nn
 
 from tdpo import ops
 from tdpo.data.pack import pack_sequences
+from tdpo.evaluate.estimates import Estimate
 from tdpo.models.hidden import response_hidden
 from tdpo.models.probe import evaluating
 from tdpo.models.reference import Reference, reference_hidden
 from tdpo.ops.heads import chunk_rows, default_logits_budget
 from tdpo.ops.numerics import head_logits, statistics_dtype
 from tdpo.types import Hidden, PackedBatch
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over independent sequences.
-
-    Attributes:
-        mean: The sample mean.
-        standard_error: Of the mean: sample standard deviation over the root of ``count``; NaN for one sequence.
-        count: Sequences.
-    """
-
-    mean: float
-    standard_error: float
-    count: int
-
-    def __format__(self, spec: str) -> str:
-        """Formats mean and standard error.
-
-        Example:
-            >>> f"{Estimate(0.2849, 0.0204, 256):.2f}"
-            '0.28±0.02'
-        """
-        return f"{self.mean:{spec}}±{self.standard_error:{spec}}"
-
-    @classmethod
-    def of(cls, values: Tensor) -> Estimate:
-        """Computes mean and standard error of ``[S]`` values.
-
-        Example:
-            >>> Estimate.of(torch.tensor([1.0, 2.0, 3.0, 6.0]))
-            Estimate(mean=3.0, standard_error=1.0801234497346435, count=4)
-        """
-        wide = values.double()
-        error = wide.std().item() / math.sqrt(wide.numel()) if wide.numel() > 1 else math.nan
-        return cls(wide.mean().item(), error, wide.numel())
 
 
 @dataclass(frozen=True)
@@ -171,6 +135,7 @@ def predictive_entropy(hidden: Hidden, logits_budget: int | None = None) -> Tens
         logits_budget: Bytes the buffers of a chunk may take; None for the device's default.
 
     Example:
+        >>> import math
         >>> from tdpo.types import Head
         >>> uniform = Hidden(torch.zeros(2, 4), Head(torch.ones(8, 4)))
         >>> [round(x, 4) for x in predictive_entropy(uniform).tolist()], round(math.log(8), 4)

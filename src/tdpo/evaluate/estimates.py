@@ -1,0 +1,79 @@
+"""Means over prompts with standard errors and bootstrap intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over independent units: prompts, where several samples of one prompt were averaged first.
+
+    Attributes:
+        mean: The mean over units.
+        standard_error: Of the mean: sample standard deviation over the root of ``count``; NaN for one unit.
+        low: Lower end of the 95% bootstrap interval over units (percentiles of 1000 resampled means); NaN for one.
+        high: Its upper end.
+        count: Units.
+    """
+
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    count: int
+
+    def __format__(self, spec: str) -> str:
+        """Formats mean and standard error.
+
+        Example:
+            >>> f"{Estimate(0.2849, 0.0204, 0.24, 0.33, 256):.2f}"
+            '0.28±0.02'
+        """
+        return f"{self.mean:{spec}}±{self.standard_error:{spec}}"
+
+    @classmethod
+    def of(cls, values: Tensor | Sequence[float]) -> Estimate:
+        """Computes mean, standard error and interval of ``[P]`` values, or of ``[P, S]`` values averaged by row.
+
+        Example:
+            >>> found = Estimate.of([1.0, 2.0, 3.0, 6.0])
+            >>> found.mean, found.standard_error, found.count
+            (3.0, 1.0801234497346435, 4)
+        """
+        wide = torch.as_tensor(values).double()
+        units = wide.reshape(wide.shape[0], -1).mean(1)
+        error = units.std().item() / math.sqrt(units.numel()) if units.numel() > 1 else math.nan
+        return cls(units.mean().item(), error, *bootstrap_interval(units.numpy()), units.numel())
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Returns the estimate as flat columns: ``name``, ``name_se``, ``name_low``, ``name_high``."""
+        return {
+            name: self.mean,
+            f"{name}_se": self.standard_error,
+            f"{name}_low": self.low,
+            f"{name}_high": self.high,
+        }
+
+
+def bootstrap_interval(values: np.ndarray, confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:
+    """Computes the percentile bootstrap interval of the mean of ``[P]`` values; NaNs for fewer than two.
+
+    Resamples are drawn with a fixed seed, so equal values give equal intervals.
+    """
+    if len(values) < 2:
+        return math.nan, math.nan
+    drawn = stats.bootstrap(
+        (values,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="percentile", rng=seed
+    )
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
