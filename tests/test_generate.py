@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tdpo import UserError
+from tdpo.evaluate import generate
 from tdpo.evaluate.generate import Sampling, sample_ids
 from tdpo.models.probe import evaluating
 
@@ -171,3 +173,32 @@ def test_refuses_impossible_options(wrong):
 
 def test_no_prompts_give_no_samples():
     assert sample_ids(llama(), [], Sampling(), EOS) == []
+
+
+def test_an_interrupted_draw_continues_with_the_same_responses(tmp_path, monkeypatch):
+    model, sampling = llama(spread=0.05), Sampling(max_new_tokens=12, num_samples=3, batch_size=4)
+    whole = sample_ids(model, PROMPTS, sampling, EOS)
+    kept = replace(sampling, samples_dir=str(tmp_path))
+    real, calls = generate._generate, []
+
+    def fails_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(generate, "_generate", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        sample_ids(model, PROMPTS, kept, EOS)
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_bytes(path.read_bytes() + b"[[1, 2")  # a batch that was being written
+    assert sample_ids(model, PROMPTS, kept, EOS) == whole
+    assert len(calls) == 3 + 2
+    assert sample_ids(model, PROMPTS, kept, EOS) == whole
+    assert len(calls) == 5
+    assert sample_ids(llama(1, spread=0.05), PROMPTS, kept, EOS) != whole  # other weights have their own file
+    sample_ids(model, PROMPTS, replace(kept, seed=1), EOS)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 3
+    path.write_text("[[1, 2]]\n")
+    with pytest.raises(UserError, match="is damaged; remove it"):
+        sample_ids(model, PROMPTS, kept, EOS)

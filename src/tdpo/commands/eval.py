@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import cached_file
@@ -12,17 +13,23 @@ from transformers.utils import cached_file
 from tdpo.commands.common import console, metric_table, quieten, read_dataset, write_json
 from tdpo.commands.options import parse
 from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions
-from tdpo.config.checks import check_values, documented
+from tdpo.config.checks import check_defaults, check_values, documented
 from tdpo.config.data import DATASET_HELP
 from tdpo.data.dataset import check_fits
 from tdpo.data.options import check_format, make_tokeniser
 from tdpo.data.sources import open_source
 from tdpo.errors import UserError
+from tdpo.evaluate.divergence import response_stats
+from tdpo.evaluate.estimates import Estimate
+from tdpo.evaluate.measure import Evaluator, MeasureOptions, Prompt
 from tdpo.evaluate.preference import evaluate_pairs
+from tdpo.evaluate.prompts import encode_prompts, read_prompts
+from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
 from tdpo.files import check_writable
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
 from tdpo.objectives.remembered import FILE, read_objective
+from tdpo.report.samples import sample_table
 
 
 @documented
@@ -36,6 +43,8 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
         dataset_config: Configuration of a hub dataset.
         dataset_test_split: Split to evaluate on: of a hub dataset, or the beginning of file names.
         per_device_eval_batch_size: Pairs scored at a time.
+        generate: Sample responses from both models too, and measure reward, divergence, entropy and diversity.
+        num_prompts: Prompts sampled from with --generate, from the beginning of the dataset.
         json: File to write the metrics to, as one flat object.
     """
 
@@ -45,17 +54,21 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
     dataset_config: str | None = None
     dataset_test_split: str = "test"
     per_device_eval_batch_size: int = 8
+    generate: bool = False
+    num_prompts: int = 100
     json: str | None = None
 
     def __post_init__(self) -> None:
-        check_values(self, per_device_eval_batch_size=1, logits_budget=1)
+        check_values(self, per_device_eval_batch_size=1, logits_budget=1, num_prompts=1)
         check_format(self)
 
 
 def run(argv: Sequence[str]) -> None:
     """Runs the command."""
-    model_config, options = parse("eval", (ModelConfig, EvalOptions), argv)
+    model_config, options, *sampling = parse("eval", (ModelConfig, EvalOptions, MeasureOptions, RewardOptions), argv)
     quieten()
+    if not options.generate:
+        check_defaults("generate", *sampling)
     folder, revision = model_config.model_name_or_path, model_config.model_revision
     saved = cached_file(folder, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
     remembered = None if saved is None else read_objective(saved)
@@ -64,8 +77,9 @@ def run(argv: Sequence[str]) -> None:
     except UserError as error:
         where = "" if remembered is None or options.objective else f"{saved}: "
         raise UserError(f"{where}{error}{'. Give --objective' if where else ''}") from error
-    if objective.uses_reference and not options.ref_model_name_or_path:
-        raise UserError(f"--ref_model_name_or_path is missing: {objective.spelling()} compares with a reference")
+    if not options.ref_model_name_or_path and (objective.uses_reference or options.generate):
+        what = objective.spelling() if objective.uses_reference else "--generate"
+        raise UserError(f"--ref_model_name_or_path is missing: {what} compares with a reference")
     spec = replace(options.row_spec(), side=options.side(test=True))
     if options.json:
         check_writable(Path(options.json).absolute().parent)
@@ -75,13 +89,44 @@ def run(argv: Sequence[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_model(model_config).to(device).eval()
     reference = None
-    if objective.uses_reference:
+    if options.ref_model_name_or_path:
         reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
     limit = position_limit(policy, *([] if reference is None else [reference]))
     check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source, len(tokenizer))
     how = options.per_device_eval_batch_size, options.layout, options.backend, options.logits_budget
-    metrics = evaluate_pairs(policy, reference, dataset, objective, *how, True, options.token_weights)
+    used = reference if objective.uses_reference else None
+    metrics = evaluate_pairs(policy, used, dataset, objective, *how, True, options.token_weights)
     console().print(metric_table(metrics, f"{objective}, {len(dataset)} pairs"))
+    if options.generate:
+        metrics |= _measure(policy, reference, dataset, tokenizer, options, *sampling)
     if options.json:
         write_json(options.json, metrics)
         console().print(f"written to {options.json}", soft_wrap=True)
+
+
+def _measure(
+    policy: Any, reference: Any, pairs: Any, tokenizer: Any, options: EvalOptions, measure: MeasureOptions,
+    reward_options: RewardOptions,
+) -> dict[str, float]:  # fmt: skip
+    """Measures samples of both models, and the responses of the dataset; prints tables and returns flat metrics."""
+    reward = load_reward(reward_options, tokenizer) if reward_options.reward else None
+    tokeniser = make_tokeniser(options, tokenizer)
+    spec = replace(options.row_spec(), side=options.side(test=True))
+    where = options.dataset_name, options.dataset_test_split, options.dataset_config
+    asked = read_prompts(*where, spec, tokeniser, options.num_prompts)
+    lengths = measure.max_new_tokens, options.lengths().max_prompt_length, options.dataset_name
+    ids = encode_prompts(tokeniser, asked, [policy, reference], *lengths)
+    prompts = [Prompt(turns.prompt, prompt) for turns, prompt in zip(asked, ids, strict=True)]
+    if reward:
+        check_reward(reward, [{"prompt": prompt.content, "response": ""} for prompt in prompts[:2]])
+    evaluator = Evaluator(reference, tokenizer, prompts, reward, measure)
+    found = {"policy": evaluator.measure(policy), "reference": evaluator.measure_reference(policy)}
+    console().print(sample_table(found, f"samples: {len(prompts)} prompts, {measure.num_samples} each"))
+    metrics = {f"samples/{side}/{key}": value for side, m in found.items() for key, value in m.columns().items()}
+    for side in ("chosen", "rejected"):
+        responses = [getattr(pair, f"{side}_ids") for pair in pairs]
+        stats = response_stats(policy, reference, [pair.prompt_ids for pair in pairs], responses, measure.batch_size)
+        for name in ("kl_policy_reference", "kl_reference_policy"):
+            columns = Estimate.of(getattr(stats, name)).columns(f"dataset/{side}/{name}")
+            metrics |= columns
+    return metrics

@@ -67,6 +67,19 @@ def check_used(options: Any, switch: str, *beginnings: str) -> None:
             raise UserError(f"--{name} has no effect without --{switch}")
 
 
+def check_defaults(switch: str, *options: Any) -> None:
+    """Refuses any option that is not at its default, since the switch that they all need is off.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for part in options:
+        for name, spec in part.__dataclass_fields__.items():
+            default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+            if getattr(part, name) != default:
+                raise UserError(f"--{name} has no effect without --{switch}")
+
+
 def seconds(text: str) -> float:
     """Reads a duration: seconds, or numbers with units.
 

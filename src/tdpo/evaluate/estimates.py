@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 CONFIDENCE = 0.95
-RESAMPLES = 1000
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Estimate:
     Attributes:
         mean: The mean over units.
         standard_error: Of the mean: sample standard deviation over the root of ``count``; NaN for one unit.
-        low: Lower end of the 95% bootstrap interval over units (percentiles of 1000 resampled means); NaN for one.
+        low: Lower end of the 95% bootstrap interval over units (percentiles of 2000 resampled means); NaN for one.
         high: Its upper end.
         count: Units.
     """
@@ -51,7 +50,7 @@ class Estimate:
             >>> found.mean, found.standard_error, found.count
             (3.0, 1.0801234497346435, 4)
         """
-        wide = torch.as_tensor(values).double()
+        wide = torch.as_tensor(values, dtype=torch.float64)
         units = wide.reshape(wide.shape[0], -1).mean(1)
         error = units.std().item() / math.sqrt(units.numel()) if units.numel() > 1 else math.nan
         return cls(units.mean().item(), error, *bootstrap_interval(units.numpy()), units.numel())
@@ -73,7 +72,7 @@ def bootstrap_interval(values: np.ndarray, confidence: float = CONFIDENCE, seed:
     """
     if len(values) < 2:
         return math.nan, math.nan
-    drawn = stats.bootstrap(
-        (values,), np.mean, confidence_level=confidence, n_resamples=RESAMPLES, method="percentile", rng=seed
-    )
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values[drawn].mean(1), [tail, 1 - tail])
+    return float(low), float(high)

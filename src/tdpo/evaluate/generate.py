@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from tdpo.config.checks import check_values, documented
 from tdpo.errors import UserError
+from tdpo.files import check_writable
+from tdpo.models.fingerprint import weights_hash
 from tdpo.models.policy import causal_lm, position_limit
 from tdpo.models.probe import evaluating
 
@@ -29,6 +36,8 @@ class Sampling:
         num_samples: Responses per prompt and model.
         batch_size: Sequences generated at a time. Sampled responses depend on it, the likeliest ones do not.
         seed: Seed of the draws, the same for every model.
+        samples_dir: Folder that keeps every batch of responses as it is finished; the same command continues from it
+            after an interruption.
     """
 
     max_new_tokens: int = 64
@@ -38,6 +47,7 @@ class Sampling:
     num_samples: int = 1
     batch_size: int = 32
     seed: int = 0
+    samples_dir: str | None = None
 
     def __post_init__(self) -> None:
         check_values(self, max_new_tokens=1, num_samples=1, batch_size=1, temperature=0, top_k=0)
@@ -79,21 +89,97 @@ def sample_ids(
     config = _generation_config(sampling, ends)
     # Prompts of like length share a batch: less padding. The sort is stable, so the draws depend on the input alone.
     jobs = sorted((p for p in range(len(prompts)) for _ in range(sampling.num_samples)), key=lambda p: len(prompts[p]))
-    results: list[list[list[int]]] = [[] for _ in prompts]
+    batches = [jobs[start : start + sampling.batch_size] for start in range(0, len(jobs), sampling.batch_size)]
+    store = None if sampling.samples_dir is None else SampleFile.open(sampling, prompts, ends, model)
+    drawn: list[list[list[int]]] = [] if store is None else store.read(batches)
     lm = causal_lm(model)
     own = lm.generation_config
     with evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        torch.manual_seed(sampling.seed)
         lm.generation_config = GenerationConfig()  # what is not in an argument, `generate` takes from here
         try:
-            for start in range(0, len(jobs), sampling.batch_size):
-                batch = jobs[start : start + sampling.batch_size]
-                for p, response in zip(batch, _generate(lm, [prompts[p] for p in batch], config), strict=True):
-                    end = next((index + 1 for index, token in enumerate(response) if token in ends), None)
-                    results[p].append(response[:end])
+            for index in range(len(drawn), len(batches)):
+                # A seed for each batch: those that are drawn after an interruption are what they would have been.
+                torch.manual_seed(int(np.random.SeedSequence([sampling.seed, index]).generate_state(1)[0]))
+                found = _generate(lm, [prompts[p] for p in batches[index]], config)
+                drawn.append([ids[: _length(ids, ends)] for ids in found])
+                if store is not None:
+                    store.append(drawn[-1])
         finally:
             lm.generation_config = own
+    results: list[list[list[int]]] = [[] for _ in prompts]
+    for batch, responses in zip(batches, drawn, strict=True):
+        for p, response in zip(batch, responses, strict=True):
+            results[p].append(response)
     return results
+
+
+def decode_response(tokenizer: Any, prompt: list[int], response: list[int]) -> str:
+    """Decodes a response as what follows its prompt: tokenizers drop a space at the beginning of a text.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: Token ids of the prompt.
+        response: Token ids of the response; special tokens in it are left out.
+    """
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    text: str = tokenizer.decode([*prompt, *response], skip_special_tokens=True)
+    # A character whose bytes end in the response belongs to neither; then the response is decoded alone.
+    return text[len(before) :] if text.startswith(before) else tokenizer.decode(response, skip_special_tokens=True)
+
+
+class SampleFile:
+    """Keeps finished batches of samples in a file of JSON lines whose name says what they were drawn from.
+
+    Other weights, prompts or options have another name, so that no sample is taken for another run's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(
+        cls, sampling: Sampling, prompts: Sequence[list[int]], ends: Sequence[int], model: nn.Module
+    ) -> SampleFile:
+        """Returns the file for these draws in ``sampling.samples_dir``, which is made if it does not exist.
+
+        Raises:
+            UserError: if nothing can be written there.
+        """
+        folder = Path(str(sampling.samples_dir)).expanduser()
+        check_writable(folder)
+        options = {name: getattr(sampling, name) for name in Sampling.__dataclass_fields__ if name != "samples_dir"}
+        made_of = [options, [list(prompt) for prompt in prompts], list(ends), weights_hash(model)]
+        return cls(folder / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.jsonl")
+
+    def read(self, batches: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """Returns the finished batches; a last line that was cut off is removed from the file."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:
+            os.truncate(self.path, len(whole))
+        found = [json.loads(line) for line in whole.splitlines()]
+        if [len(batch) for batch in found] != [len(batch) for batch in batches[: len(found)]]:
+            raise UserError(f"{self.path}: is damaged; remove it and the samples are drawn again")
+        return found
+
+    def append(self, responses: Sequence[list[int]]) -> None:
+        """Writes one batch."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(list(responses)) + "\n")
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Returns every token that ends a response: the tokenizer's, and those the checkpoint names (end of turn)."""
+    named = causal_lm(model).generation_config.eos_token_id
+    tokens = [tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])]
+    return list(dict.fromkeys(token for token in tokens if token is not None))
+
+
+def _length(ids: list[int], ends: Sequence[int]) -> int:
+    """Returns the number of tokens up to the first end token, which counts."""
+    return next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
 
 
 def _generation_config(sampling: Sampling, ends: list[int]) -> GenerationConfig:

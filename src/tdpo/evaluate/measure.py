@@ -1,0 +1,256 @@
+"""Measures policies by what they say: reward, divergence from the reference, entropy, diversity, length.
+
+Every command that measures samples, and the demo, does it here, so that their figures mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tdpo.config.checks import check_values, documented
+from tdpo.errors import UserError
+from tdpo.evaluate.divergence import response_stats
+from tdpo.evaluate.diversity import Diversity, measure_diversity
+from tdpo.evaluate.estimates import Estimate
+from tdpo.evaluate.generate import Sampling, decode_response, end_tokens, sample_ids
+
+if TYPE_CHECKING:
+    from tdpo.evaluate.rewards import Reward
+
+DIVERSITY_SHARE = 4
+"""One in this many responses of a set is compared for diversity, so that models whose responses are shorter, or less
+often good, are compared by equally many."""
+
+
+@documented
+@dataclass
+class MeasureOptions(Sampling):
+    """How samples are drawn and measured.
+
+    Attributes:
+        entropy_samples: Responses per prompt for the predictive entropy and the diversity within a prompt, drawn with
+            --entropy_top_p at temperature 1 as in the evaluation of f-DPO (25 there); 0 leaves both out.
+        entropy_top_p: Nucleus of these responses.
+        matched_length: Tokens of a response that count for diversity; shorter responses are left out. Default: a
+            quarter of --max_new_tokens.
+        reward_threshold: Diversity is also measured among samples with at least this reward. Default: the median
+            reward of the reference's samples.
+    """
+
+    entropy_samples: int = 25
+    entropy_top_p: float = 0.95
+    matched_length: int | None = None
+    reward_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_values(self, entropy_samples=0, matched_length=1)
+        if not 0 < self.entropy_top_p <= 1:
+            raise UserError(f"--entropy_top_p must be in (0, 1], got {self.entropy_top_p}")
+
+    def nucleus(self) -> Sampling:
+        """Returns how the responses of the predictive entropy are drawn."""
+        names = [field.name for field in fields(Sampling)]
+        sampling = Sampling(**{name: getattr(self, name) for name in names})
+        return replace(sampling, num_samples=self.entropy_samples, top_p=self.entropy_top_p, temperature=1.0, top_k=0)
+
+
+class Prompt(NamedTuple):
+    """A prompt to sample from.
+
+    Attributes:
+        content: Text, or chat messages, as the reward is given them.
+        ids: Its token ids.
+    """
+
+    content: Any
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Responses of one model to P prompts, S each.
+
+    Attributes:
+        ids: Token ids, ``ids[p][s]``, the end token included where there is one.
+        texts: The same as text, without special tokens.
+        rewards: ``[P, S]`` float64, or None without a reward.
+    """
+
+    ids: list[list[list[int]]]
+    texts: list[list[str]]
+    rewards: Tensor | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the samples of one model show. Intervals are over prompts; KLs and entropies are in nats.
+
+    Attributes:
+        reward: Reward of a sample; None without a reward.
+        kl_policy_reference: Sum over the tokens of a sample of KL(policy || reference). On the policy's own samples its
+            mean is KL(policy || reference) of whole responses.
+        kl_reference_policy: Sum of KL(reference || policy). On the reference's samples its mean is
+            KL(reference || policy) of whole responses.
+        entropy: Entropy of the sampling model's next-token distribution, averaged over the tokens of a sample.
+        length: Tokens of a sample, its end token included.
+        finished: Share of samples with an end token.
+        diversity: Of all samples together; None where too few are long enough.
+        good_share: Share of samples with at least the threshold's reward; None without a reward.
+        good_diversity: Diversity among these; None without a reward, or where they are too few.
+        predictive_entropy: As ``entropy``, over nucleus samples; None if they are not drawn.
+        prompt_diversity: Of the nucleus samples of one prompt, averaged over prompts; None if they are not drawn.
+    """
+
+    reward: Estimate | None
+    kl_policy_reference: Estimate
+    kl_reference_policy: Estimate
+    entropy: Estimate
+    length: Estimate
+    finished: float
+    diversity: Diversity | None
+    good_share: float | None
+    good_diversity: Diversity | None
+    predictive_entropy: Estimate | None
+    prompt_diversity: Diversity | None
+
+    def columns(self) -> dict[str, float]:
+        """Returns all figures under flat names: ``entropy``, ``entropy_se``, ``good_distinct_1``, ...
+
+        Estimates give their mean, ``_se``, ``_low`` and ``_high``; what was not measured is left out.
+        """
+        columns: dict[str, float] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Estimate):
+                columns |= value.columns(field.name)
+            elif isinstance(value, Diversity):
+                before = field.name.removesuffix("diversity")
+                for name in ("distinct_1", "distinct_2", "self_bleu", "compression_ratio"):
+                    columns |= getattr(value, name).columns(before + name)
+            elif value is not None:
+                columns[field.name] = value
+        return columns
+
+
+class Evaluator:
+    """Measures policies against one reference on the same prompts, with the same seed.
+
+    The reference is sampled and measured once, whatever the number of policies.
+
+    Args:
+        reference: The reference, a causal language model.
+        tokenizer: The tokenizer of all models.
+        prompts: At least one prompt.
+        reward: Scores samples; None measures everything else.
+        options: How samples are drawn and measured.
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        reward: Reward | None = None,
+        options: MeasureOptions | None = None,
+    ) -> None:
+        self.reference, self.tokenizer, self.prompts, self.reward = reference, tokenizer, prompts, reward
+        self.options = options or MeasureOptions()
+        self._prompt_ids = [prompt.ids for prompt in prompts]
+
+    @cached_property
+    def reference_samples(self) -> Samples:
+        """The samples of the reference."""
+        return self.sample(self.reference)
+
+    @cached_property
+    def threshold(self) -> float | None:
+        """The reward from which a sample counts as good; None without a reward."""
+        given, rewards = self.options.reward_threshold, self.reference_samples.rewards if self.reward else None
+        return given if given is not None or rewards is None else rewards.median().item()
+
+    def sample(self, model: nn.Module, sampling: Sampling | None = None) -> Samples:
+        """Draws and scores responses of a model.
+
+        Args:
+            model: A causal language model.
+            sampling: How to draw; by default as in the options.
+        """
+        drawn = sample_ids(model, self._prompt_ids, sampling or self.options, end_tokens(model, self.tokenizer))
+        texts = [
+            [decode_response(self.tokenizer, prompt.ids, ids) for ids in found]
+            for prompt, found in zip(self.prompts, drawn, strict=True)
+        ]
+        return Samples(drawn, texts, self._rewards(texts))
+
+    def _rewards(self, texts: list[list[str]]) -> Tensor | None:
+        if self.reward is None:
+            return None
+        rows = [
+            {"prompt": prompt.content, "response": text}
+            for prompt, found in zip(self.prompts, texts, strict=True)
+            for text in found
+        ]
+        return torch.tensor(self.reward(rows), dtype=torch.float64).reshape(len(texts), -1)
+
+    def measure(self, policy: nn.Module, samples: Samples | None = None) -> Measurement:
+        """Measures a policy on its own samples.
+
+        Args:
+            policy: A causal language model.
+            samples: Its samples, by default drawn now.
+        """
+        return self._measure(policy, policy, samples or self.sample(policy))
+
+    def measure_reference(self, policy: nn.Module) -> Measurement:
+        """Measures the reference on its own samples; KLs are between the policy and the reference."""
+        return self._measure(policy, self.reference, self.reference_samples)
+
+    def _measure(self, policy: nn.Module, sampler: nn.Module, samples: Samples) -> Measurement:
+        prompts = [prompt for prompt, found in zip(self._prompt_ids, samples.ids, strict=True) for _ in found]
+        flat = [ids for found in samples.ids for ids in found]
+        stats = response_stats(policy, self.reference, prompts, flat, self.options.batch_size)
+        by_prompt = (len(samples.ids), -1)
+        entropy = stats.ref_entropy if sampler is self.reference else stats.entropy
+        ends = end_tokens(sampler, self.tokenizer)
+        rewards, threshold = samples.rewards, self.threshold
+        good: Diversity | None = None
+        if rewards is not None:
+            chosen = [ids for ids, reward in zip(flat, rewards.flatten(), strict=True) if reward >= threshold]
+            good = self._diversity([chosen], len(flat))
+        nucleus = self._nucleus(policy, sampler) if self.options.entropy_samples else (None, None)
+        return Measurement(
+            reward=None if rewards is None else Estimate.of(rewards),
+            kl_policy_reference=Estimate.of(stats.kl_policy_reference.reshape(by_prompt)),
+            kl_reference_policy=Estimate.of(stats.kl_reference_policy.reshape(by_prompt)),
+            entropy=Estimate.of((entropy / stats.length).reshape(by_prompt)),
+            length=Estimate.of(stats.length.reshape(by_prompt)),
+            finished=sum(ids[-1] in ends for ids in flat) / len(flat),
+            diversity=self._diversity([flat], len(flat)),
+            good_share=None if rewards is None else (rewards >= threshold).double().mean().item(),
+            good_diversity=good,
+            predictive_entropy=nucleus[0],
+            prompt_diversity=nucleus[1],
+        )
+
+    def _nucleus(self, policy: nn.Module, sampler: nn.Module) -> tuple[Estimate, Diversity | None]:
+        """Computes predictive entropy, and diversity within a prompt, on nucleus samples."""
+        sampling = self.options.nucleus()
+        drawn = sample_ids(sampler, self._prompt_ids, sampling, end_tokens(sampler, self.tokenizer))
+        prompts = [prompt for prompt, found in zip(self._prompt_ids, drawn, strict=True) for _ in found]
+        flat = [ids for found in drawn for ids in found]
+        stats = response_stats(policy, self.reference, prompts, flat, sampling.batch_size)
+        entropy = stats.ref_entropy if sampler is self.reference else stats.entropy
+        by_prompt = (entropy / stats.length).reshape(len(drawn), -1)
+        return Estimate.of(by_prompt), self._diversity(drawn, sampling.num_samples)
+
+    def _diversity(self, sets: Sequence[Sequence[list[int]]], size: int) -> Diversity | None:
+        """Measures diversity by a share of sets that have ``size`` responses before any are left out."""
+        length = self.options.matched_length or max(1, self.options.max_new_tokens // 4)
+        return measure_diversity(sets, self.tokenizer, length, size // DIVERSITY_SHARE)

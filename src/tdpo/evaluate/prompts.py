@@ -1,0 +1,135 @@
+"""Prompts of a dataset, encoded as training encodes them: of preference rows, and of rows that hold prompts alone."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tdpo.config.data import UNLIMITED
+from tdpo.config.row_spec import RowSpec
+from tdpo.data.dataset import check_fits
+from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed
+from tdpo.data.formats.convert import LOOKED_AT
+from tdpo.data.formats.prompts import PROMPTS, prompt_of, with_system
+from tdpo.data.formats.registry import recognise
+from tdpo.data.sources import SourceRow, open_source
+from tdpo.data.tokenise import Tokeniser, Turns
+from tdpo.errors import UserError
+from tdpo.models.policy import head_of, position_limit
+from tdpo.types import PreferenceRecord, TokenisedPair
+
+logger = logging.getLogger("tdpo")
+
+
+def read_prompts(
+    name: str, split: str, config: str | None, spec: RowSpec, tokeniser: Tokeniser, count: int | None = None
+) -> list[Turns]:
+    """Returns the first distinct prompts of a dataset.
+
+    Args:
+        name: The dataset, as ``--dataset_name``.
+        split: Its split.
+        config: Configuration of a hub dataset.
+        spec: How rows are read; its side of a split, if it has one, is the side the prompts come from.
+        tokeniser: Encodes them later, and decides about texts that are rendered chats.
+        count: Prompts at most, from the beginning; None for all.
+
+    Raises:
+        UserError: if there are none.
+    """
+    report = DataReport(name)
+    records = _records(name, split, config, spec, report)
+    if tokeniser.rendering.special_tokens is None:
+        records = tokeniser.special.refuse_rendered(records)
+
+    def question(record: PreferenceRecord) -> tuple[Any, ...]:
+        # Several pairs of one prompt ask it once; rows without responses are asked one by one.
+        return record.prompt, record.tools, record.chat_template_kwargs, None if record.chosen else record.row
+
+    first = (next(group) for _, group in itertools.groupby(records, question))
+    asked = [
+        Turns(record, record.prompt, [response for response in (record.chosen, record.rejected) if response])
+        for record in itertools.islice(first, count)
+    ]
+    if report.dropped:
+        logger.warning("; ".join(report.lines()))
+    if not asked:
+        raise UserError(f"{name}: no prompt in it. " + "; ".join(report.lines()))
+    return asked
+
+
+def encode_prompts(
+    tokeniser: Tokeniser,
+    asked: Sequence[Turns],
+    models: Sequence[nn.Module],
+    max_new_tokens: int,
+    max_prompt_length: int | None,
+    name: str,
+) -> list[list[int]]:
+    """Returns the ids of the prompts, cut to the room that the models' positions leave.
+
+    Args:
+        tokeniser: Encodes the prompts.
+        asked: The prompts.
+        models: The models that continue them.
+        max_new_tokens: Tokens of the longest response, as ``--max_new_tokens``.
+        max_prompt_length: Tokens of the longest prompt, as ``--max_prompt_length``; None for all there is room for.
+        name: The dataset, for messages.
+
+    Raises:
+        UserError: if there is no room, or a model has no row for a token.
+    """
+    positions = position_limit(*models)
+    room = min(max_prompt_length or UNLIMITED, (positions or UNLIMITED) - max_new_tokens)
+    if room < 1:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens} and --max_prompt_length {max_prompt_length} leave no "
+            f"room for a prompt in the {positions} positions of the model"
+        )
+    whole = tokeniser.prompts(asked)
+    ids = [tokeniser.cut_prompt(ids, room) for ids in whole]
+    cut = sum(len(kept) < len(found) for kept, found in zip(ids, whole, strict=True))
+    if cut:
+        logger.warning("%d of %d prompts are cut to their last %d tokens", cut, len(ids), room)
+    rows = [TokenisedPair(p, p[:1], p[:1], turns.record.row) for turns, p in zip(asked, ids, strict=True)]
+    for model in models:
+        check_fits(rows, head_of(model).vocab_size, None, name, len(tokeniser.tokenizer))
+    return ids
+
+
+def _records(
+    name: str, split: str, config: str | None, spec: RowSpec, report: DataReport
+) -> Iterator[PreferenceRecord]:
+    """Yields records of the dataset; rows that hold prompts alone give records without responses."""
+    source = open_source(name, split, config)
+    head = [_renamed(row, spec).fields for row in itertools.islice(source, LOOKED_AT)]
+    # Scored completions, one a row, are asked row by row.
+    names = {recognise(fields, FORMATS) for fields in head}
+    pairs = spec.format != AUTO or any(name is not None and FORMATS[name].join is None for name in names)
+    if pairs or not any({"instruction", *PROMPTS} & fields.keys() for fields in head):
+        # Rows that are neither pairs nor prompts end in an error that names their columns.
+        yield from iter_records(source, spec, "drop" if pairs else "error", report)
+        return
+    for row in source:
+        try:
+            if row.error:
+                raise RowError(row.error)
+            row = renamed(row, spec.columns)
+            (prompt,) = with_system(row, prompt_of(row))
+            record = PreferenceRecord(prompt, "", "", row.source, row.row, **chat_options(row, prompt))
+        except RowError as error:
+            raise UserError(f"{row.location}: {error}") from error
+        if spec.side is None or spec.side.holds(prompt):
+            yield record
+
+
+def _renamed(row: SourceRow, spec: RowSpec) -> SourceRow:
+    try:
+        return renamed(row, spec.columns)
+    except RowError:
+        return row
