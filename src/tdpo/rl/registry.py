@@ -1,0 +1,24 @@
+"""The RLHF baselines by name: their options and the functions that train with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tdpo.rl.common import RLOptions
+from tdpo.rl.ppo import PPOOptions, train_ppo
+
+
+class Baseline(NamedTuple):
+    """A baseline.
+
+    Attributes:
+        options: Its options.
+        train: Trains with them, with the arguments of :func:`tdpo.rl.ppo.train_ppo`.
+    """
+
+    options: type[RLOptions]
+    train: Callable[..., None]
+
+
+RL = {"ppo": Baseline(PPOOptions, train_ppo)}
