@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,8 @@ from tdpo.config.checks import check_values, documented
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.evaluate.generate import decode_response, end_tokens
+from tdpo.files import atomic_write, check_writable
+from tdpo.models.fingerprint import weights_hash
 from tdpo.models.policy import position_limit
 
 Reward = Callable[[Sequence[Mapping[str, Any]]], Sequence[float]]
@@ -22,6 +27,11 @@ OnMeasure = Callable[[int, nn.Module], None]
 """Called with the number of finished iterations and the policy."""
 OnLog = Callable[[int, dict[str, float]], None]
 """Called after every iteration with its number, from 1, and its metrics."""
+
+RUN = "run.json"
+"""File that identifies the run whose checkpoints are in the folder."""
+WITHOUT_EFFECT = ("steps", "eval_every")
+"""Options that a continued run may change: no iteration depends on them."""
 
 
 @documented
@@ -153,3 +163,27 @@ def random_passes(size: int, count: int, seed: int) -> list[int]:
 def step_seed(seed: int, step: int) -> int:
     """Returns a seed for one iteration: draws after an interruption are the ones an uninterrupted run makes."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def claim_folder(folder: Path, prompts: ScoredPrompts, policy: nn.Module, reference: nn.Module) -> None:
+    """Makes a folder that of a run, or checks that it is: same options, prompts and weights to begin with.
+
+    Raises:
+        UserError: if it is the folder of another run, or cannot be written.
+    """
+    options = {name: value for name, value in asdict(prompts.options).items() if name not in WITHOUT_EFFECT}
+    made_of = [options, prompts.ids, prompts.ends, weights_hash(policy), weights_hash(reference)]
+    now = {
+        "kind": type(prompts.options).__name__,
+        "options": options,
+        "sha256": hashlib.sha256(json.dumps(made_of).encode()).hexdigest(),
+    }
+    check_writable(folder)
+    path = folder / RUN
+    if not path.exists():
+        atomic_write(path, json.dumps(now, indent=2) + "\n")
+    elif json.loads(path.read_text(encoding="utf-8")) != now:
+        raise UserError(
+            f"{folder}: holds a run with other options, prompts or models, listed in {RUN}; name another folder, or "
+            "remove it"
+        )

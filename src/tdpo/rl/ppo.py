@@ -11,12 +11,10 @@ hidden states.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +29,16 @@ from tdpo.data.pack import pack_sequences
 from tdpo.errors import UserError
 from tdpo.evaluate.divergence import token_divergence
 from tdpo.evaluate.generate import Sampling, sample_ids
-from tdpo.files import PARTIAL, check_writable, flush
-from tdpo.models.fingerprint import weights_hash
+from tdpo.files import PARTIAL, flush
 from tdpo.models.hidden import response_hidden, response_states
 from tdpo.models.policy import body_of
 from tdpo.models.probe import evaluating
 from tdpo.ops import response_logp
 from tdpo.ops.numerics import statistics_dtype
-from tdpo.rl.common import OnLog, OnMeasure, Reward, RLOptions, ScoredPrompts, check_positive, step_seed
+from tdpo.rl.common import OnLog, OnMeasure, Reward, RLOptions, ScoredPrompts, check_positive, claim_folder, step_seed
 from tdpo.types import Hidden, PackedBatch
 
 CHECKPOINT = "ppo.pt"
-WITHOUT_EFFECT = ("steps", "eval_every")
-"""Options that a continued run may change: no iteration depends on them."""
 
 
 @documented
@@ -120,9 +115,12 @@ def train_ppo(
 
     Source: Schulman et al. (arXiv 1707.06347); for language models Ziegler et al. (arXiv 1909.08593).
     """
-    run = _Run(policy, reference, ScoredPrompts(policy, tokenizer, prompts, reward, options), options)
+    scored = ScoredPrompts(policy, tokenizer, prompts, reward, options)
+    run, done = _Run(policy, reference, scored, options), 0
+    if folder is not None:
+        claim_folder(Path(folder), scored, policy, reference)
+        done = run.restore(Path(folder))
     with evaluating(policy, reference):
-        done = 0 if folder is None else run.restore(Path(folder))
         for step in range(done + 1, options.steps + 1):
             metrics = run.iterate(step)
             if on_log is not None:
@@ -364,7 +362,7 @@ def minibatch_loss(
 
 
 class _Run:
-    """State of a run: models, optimizer, and the identity that its checkpoints carry."""
+    """State of a run: the models and the optimizer."""
 
     def __init__(self, policy: nn.Module, reference: nn.Module, prompts: ScoredPrompts, options: PPOOptions) -> None:
         self.policy, self.reference, self.prompts, self.options = policy, reference, prompts, options
@@ -374,9 +372,6 @@ class _Run:
             raise UserError("no parameter of the policy is trained: requires_grad is off for all of them")
         self.parameters = [*trained, *self.value_model.trained()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=0.0)
-        shown = {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
-        made_of = [shown, prompts.ids, prompts.ends, weights_hash(policy), weights_hash(reference)]
-        self.identity = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def iterate(self, step: int) -> dict[str, float]:
         """Samples a response to each prompt of the iteration and updates both models on them."""
@@ -412,11 +407,10 @@ class _Run:
 
     def save(self, folder: Path, step: int) -> None:
         """Writes the checkpoint of this iteration over the one before, atomically."""
-        check_writable(folder)
         content = {name: part.state_dict() for name, part in self._state().items()}
         partial = folder / f"{CHECKPOINT}{PARTIAL}-{os.getpid()}"
         try:
-            torch.save({"identity": self.identity, "step": step, **content}, partial)
+            torch.save({"step": step, **content}, partial)
             flush(partial)
             partial.replace(folder / CHECKPOINT)
         finally:
@@ -426,19 +420,13 @@ class _Run:
         """Loads the checkpoint of the folder, if there is one, and returns its number of finished iterations.
 
         Raises:
-            UserError: if the checkpoint is of another run or of a later iteration, or the folder cannot be written.
+            UserError: if it is of an iteration after the last one.
         """
-        check_writable(folder)
         path = folder / CHECKPOINT
         if not path.exists():
             return 0
         device = next(self.policy.parameters()).device
         content = torch.load(path, map_location=device, weights_only=True)
-        if content["identity"] != self.identity:
-            raise UserError(
-                f"{path}: is the checkpoint of a run with other options, prompts or models; remove it, or name another "
-                "folder"
-            )
         if content["step"] > self.options.steps:
             raise UserError(f"{path}: has {content['step']} iterations, more than --steps {self.options.steps}")
         for name, part in self._state().items():
