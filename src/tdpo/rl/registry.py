@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from tdpo.rl.common import RLOptions
 from tdpo.rl.ppo import PPOOptions, train_ppo
+from tdpo.rl.rloo import RLOOOptions, train_rloo
 
 
 class Baseline(NamedTuple):
@@ -21,4 +22,4 @@ class Baseline(NamedTuple):
     train: Callable[..., None]
 
 
-RL = {"ppo": Baseline(PPOOptions, train_ppo)}
+RL = {"ppo": Baseline(PPOOptions, train_ppo), "rloo": Baseline(RLOOOptions, train_rloo)}
