@@ -123,8 +123,8 @@ def test_tables_and_figures(tmp_path):
     console = Console(width=100, record=True, file=io.StringIO(), markup=False, highlight=False)
     report_frontier(ROWS, tmp_path, console, baseline="dpo", equal_kl=[3.0, 4.5, 9.0])
     lines = console.export_text().splitlines()
-    (dpo,) = (line for line in lines if line.startswith("│ DPO") and "0.275" in line)
-    assert [cell.strip() for cell in dpo.split("│")[2:5]] == ["0.275 ±0.318", "0.375 ±0.635", "-"]
+    (dpo,) = (line for line in lines if "DPO" in line and "0.275" in line)
+    assert dpo.split() == ["DPO", "0.275", "±0.318", "0.375", "±0.635", "-"]
     (gain,) = (line for line in lines if "minus DPO" in line)
     assert "+0.150 ±1.271" in gain
     assert max(map(len, lines)) <= 100

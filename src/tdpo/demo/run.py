@@ -88,7 +88,7 @@ class DemoOptions:
     learning_rate: float = 2e-4
     steps: int = 120
     batch_size: int = 32
-    eval_every: int = 30
+    eval_every: int = 40
     max_new_tokens: int = 48
 
     def __post_init__(self) -> None:

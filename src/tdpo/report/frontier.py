@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -67,8 +68,11 @@ def report_frontier(
     """
     frontier = Frontier.of(rows)
     base = frontier.curve(baseline)
+    console.print("\nLast measurement, mean over seeds; ± is half of a 95% interval over seeds", style="bold")
     console.print(last_table(rows))
+    console.print("\nReward at equal KL(policy || reference)", style="bold")
     console.print(equal_kl_table(frontier, base, equal_kl or frontier.levels()))
+    console.print()
     if frontier.diverged:
         console.print(f"left out, not finite: {'; '.join(frontier.diverged)}", soft_wrap=True)
     figure = frontier_figure(rows)
@@ -79,8 +83,7 @@ def report_frontier(
 def last_table(rows: Sequence[Row]) -> Table:
     """Renders the last measurement of every setting, averaged over seeds, with 95% intervals over them."""
     names = [name for name in FIGURES if any(row.get(name, "") != "" for row in rows)]
-    table = Table(title="Last measurement: mean over seeds, ± half of its 95% interval", title_justify="left")
-    table.add_column("")
+    table = _table()
     for name in names:
         table.add_column(FIGURES[name][0], justify="right", no_wrap=True)
     groups: dict[tuple[Any, ...], dict[Any, Row]] = {}
@@ -92,20 +95,28 @@ def last_table(rows: Sequence[Row]) -> Table:
             f"{key} {value:g}" for key, value in zip(SETTING, setting, strict=True) if key in several and value != ""
         ]
         cells = [[row[name] for row in found.values() if row.get(name, "") != ""] for name in names]
-        table.add_row(
-            " ".join([LABELS.get(label, label), *varied]),
-            *(f"{Mean.of(c):{FIGURES[name][1]}}" if c else "" for name, c in zip(names, cells, strict=True)),
-        )
+        shown = [_cell(name, values) for name, values in zip(names, cells, strict=True)]
+        table.add_row(" ".join([LABELS.get(label, label), *varied]), *shown)
+    return table
+
+
+def _cell(name: str, values: Sequence[float]) -> str:
+    """Formats a mean over seeds; only the two figures of the frontier have room for an interval."""
+    found = Mean.of(values) if values else None
+    if found is None:
+        return ""
+    return f"{found if name in ('reward', 'kl') else found.mean:{FIGURES[name][1]}}"
+
+
+def _table() -> Table:
+    table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
     return table
 
 
 def equal_kl_table(frontier: Frontier, base: Curve, levels: Sequence[float]) -> Table:
     """Renders the reward of each curve at equal KL, and its difference to the baseline, with intervals over seeds."""
-    table = Table(
-        title="Reward at equal KL(policy || reference)",
-        title_justify="left",
-    )
-    table.add_column("KL, nats")
+    table = _table()
     for level in levels:
         table.add_column(f"{level:.3g}", justify="right", no_wrap=True)
     for curve in frontier.curves:
