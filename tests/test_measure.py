@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from dataclasses import replace
@@ -9,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_model, preference_rows, write_jsonl
 from scipy import stats as scipy_stats
 from test_divergence import every_sequence, sequence_logps, small
 
 from tdpo import UserError
+from tdpo.cli import main
 from tdpo.evaluate.diversity import compression_ratio, distinct_n, measure_diversity, self_bleu
 from tdpo.evaluate.estimates import Estimate, bootstrap_interval
 from tdpo.evaluate.generate import decode_response
@@ -158,3 +161,42 @@ def test_a_response_is_decoded_as_what_follows_its_prompt():
 def test_refuses_options_out_of_range(options, message):
     with pytest.raises(UserError, match=message):
         MeasureOptions(**options)
+
+
+def test_eval_writes_what_the_evaluator_measures(model_folder, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "letters.py").write_text("def e(texts):\n    return [text.count('e') for text in texts]\n")
+    policy = make_model(len(tokenizer), seed=1)
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    write_jsonl(tmp_path / "pairs.jsonl", preference_rows(6))
+    words = ["eval", "--model_name_or_path", "policy", "--ref_model_name_or_path", str(model_folder)]
+    words += ["--dataset_name", "pairs.jsonl", "--json", "out.json", "--objective", "dpo"]
+    generate = ["--generate", "--reward", "letters:e", "--num_prompts", "4", "--max_new_tokens", "8"]
+    assert main([*words, *generate, "--entropy_samples", "4", "--num_samples", "2"]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    reference = make_model(len(tokenizer))
+    texts = [row["prompt"] for row in preference_rows(4)]
+    prompts = [Prompt(text, tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+    def letters(rows):
+        return [float((row["prompt"] + row["response"]).count("e")) for row in rows]
+
+    options = MeasureOptions(max_new_tokens=8, entropy_samples=4, num_samples=2)
+    measurer = Evaluator(reference, tokenizer, prompts, letters, options)
+    for side, measured in {
+        "policy": measurer.measure(policy),
+        "reference": measurer.measure(reference, measurer.reference_samples),
+    }.items():
+        for name, value in measured.columns().items():
+            assert found[f"samples/{side}/{name}"] == pytest.approx(value, rel=1e-5, nan_ok=True), name
+    # KL(reference || policy) on the pairs is the sequential KL that training logs.
+    assert found["dataset/chosen/kl_reference_policy"] == pytest.approx(found["kl/chosen"], rel=1e-4)
+    assert found["dataset/rejected/kl_reference_policy"] == pytest.approx(found["kl/rejected"], rel=1e-4)
+    assert found["dataset/chosen/kl_policy_reference"] != pytest.approx(found["kl/chosen"], rel=1e-3)
+    assert "KL(policy || reference), nats per response" in capsys.readouterr().out
+    assert main([*words, "--num_samples", "2"]) == 2
+    assert "--num_samples has no effect without --generate" in capsys.readouterr().err
+    assert main([*words, *generate, "--reward", "column:score"]) == 2
+    assert "'score' is missing" in capsys.readouterr().err

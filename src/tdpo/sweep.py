@@ -131,6 +131,7 @@ class SweepOptions(MeasureOptions):
                     if grid is not lists:
                         raise UserError(f"runs: the objective {settings['objective']} has no alpha")
                     del settings["alpha"]
+                settings = {"objective": settings.pop("objective"), **settings}
                 found.setdefault(json.dumps(settings, sort_keys=True), settings)
         return list(found.values())
 
