@@ -150,6 +150,54 @@ def test_a_finished_sweep_is_extended_and_another_is_refused(whole, small_world,
     assert "holds a run with another warmup_steps" in capsys.readouterr().err
 
 
+def test_ppo_and_rloo_are_curves_too(small_world, tmp_path):
+    pytest.importorskip("trl")
+    out = tmp_path / "out"
+    runs = [
+        {
+            "objective": name,
+            "beta": 0.05,
+            "steps": 2,
+            "eval_every": 1,
+            "batch_size": 4,
+            "seed": 3,
+            "learning_rate": 1e-3,
+        }
+        for name in ("ppo", "rloo")
+    ]
+    assert main(sweep_words(small_world, out, "--runs", *map(json.dumps, runs))) == 0
+    rows = read(out / "frontier.csv")
+    found = [(row["objective"], row["beta"], row["seed"], row["step"]) for row in rows[1:]]
+    assert found == [(name, "0.05", "3", step) for name in ("ppo", "rloo") for step in ("1", "2")]
+    assert all(0 < float(row["kl"]) < 100 for row in rows[1:])
+    before = (out / "frontier.csv").read_bytes()
+    assert main(sweep_words(small_world, out, "--runs", *map(json.dumps, runs))) == 0  # nothing is left to train
+    assert (out / "frontier.csv").read_bytes() == before
+    again = tmp_path / "again"
+    assert main(sweep_words(small_world, again, "--runs", *map(json.dumps, runs))) == 0
+    assert (again / "frontier.csv").read_bytes() == before
+
+
+def test_an_adapter_and_other_pairs(small_world, tmp_path, capsys):
+    shutil.copytree(small_world / "pairs", tmp_path / "fewer")
+    train = tmp_path / "fewer" / "train.jsonl"
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:6]))
+    runs = [{"objective": "dpo"}, {"objective": "dpo", "dataset_name": str(tmp_path / "fewer"), "label": "fewer"}]
+    words = sweep_words(small_world, tmp_path / "out", "--use_peft", "--lora_r", "2", "--runs", *map(json.dumps, runs))
+    assert main([*words, "--save_models"]) == 0
+    rows = read(tmp_path / "out" / "frontier.csv")
+    assert [(row["label"], row["step"]) for row in rows] == [
+        ("sft", "0"), ("dpo", "2"), ("dpo", "4"), ("fewer", "2"), ("fewer", "4")
+    ]  # fmt: skip
+    assert rows[2]["kl"] != rows[4]["kl"]
+    assert all(float(row["kl"]) > 0 for row in rows[1:])
+    models = sorted(path.parent.name for path in (tmp_path / "out").glob("runs/*/model/adapter_config.json"))
+    assert len(models) == 2
+    capsys.readouterr()
+    assert main([*words, "--objectives", "ppo"]) == 2
+    assert "leave --use_peft out" in capsys.readouterr().err
+
+
 def options(**fields) -> SweepOptions:
     return SweepOptions(**fields)
 
