@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "align a model with preference pairs: TDPO, DPO and related objectives",
     "eval": "score held-out pairs with a policy and its reference",
     "generate": "sample from a policy and its reference side by side",
+    "judge": "win rate of two sets of responses, judged by a language model or a reward model",
     "weights": "compute token weights from two models (TIS-DPO) or a guide (TGDPO), for weighted training",
     "cache-reference": "compute the reference's hidden states once, for runs that then do without its body",
     "merge": "add an adapter to its base's weights and save a plain model",
