@@ -92,8 +92,9 @@ def run(argv: Sequence[str]) -> None:
     answers_a = read_answers(options.responses_a, options.column_a, questions)
     answers_b = read_answers(options.responses_b, options.column_b, questions)
     matched = match_answers(answers_a, answers_b, options.responses_a, options.responses_b)
-    for path, answers, name in zip(options.alpaca_eval, (answers_a, answers_b), _names(options), strict=False):
-        rows = alpaca_eval_rows(answers, name, Path(options.responses_a).stem)
+    sides = zip((options.responses_a, options.responses_b), _names(options), (answers_a, answers_b), strict=True)
+    for path, (source, name, answers) in zip(options.alpaca_eval, sides, strict=False):
+        rows = alpaca_eval_rows(answers, name, Path(source).stem)
         write_text(path, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
         console().print(f"written to {path}", soft_wrap=True)
     if not (endpoint.endpoint or reward.reward):

@@ -275,7 +275,9 @@ class JudgeClient:
         """
         requests = {label: self.request(messages) for label, messages in questions.items()}
         keys = {label: request_key(request) for label, request in requests.items()}
-        labels = {key: label for label, key in reversed(keys.items())}
+        labels: dict[str, str] = {}  # by key; equal questions have one key
+        for label, key in keys.items():
+            labels.setdefault(key, label)
         answers = {key: found for key in labels if (found := self.cache.get(key)) is not None}
         missing = {key: requests[label] for key, label in labels.items() if key not in answers}
         self.usage.cached += len(questions) - len(missing)
