@@ -1,4 +1,4 @@
-"""Judging over HTTP: verdicts by hand, every way an endpoint fails, a cache that survives it, and a key that is not shown."""
+"""Judging over HTTP: verdicts by hand, endpoints that fail, a cache that survives it, and a key that is not shown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_requests_are_spaced(server, files, capfd):
     [
         (("answer", "I cannot say"), "no verdict"), (("answer", "[[A]] or [[B]]"), "several verdicts: A, B"),
         (("answer", "[[A]]", "length"), "cut at --max_tokens"), (("answer", ""), "no text (finish reason: stop)"),
-        (("body", {"choices": []}), "no text (finish reason: no choices)"), (("answer", "[A] [[D]] [[a]]"), "no verdict"),
+        (("body", {"choices": []}), "no text (finish reason: no choices)"),
+        (("answer", "[A] [[D]] [[a]]"), "no verdict"),
     ],
 )  # fmt: skip
 def test_answers_without_a_verdict_are_counted_and_listed(server, files, capfd, answer, reason):
@@ -226,6 +228,14 @@ def test_ctrl_c_keeps_the_answers_and_the_next_run_makes_the_missing_calls(serve
     assert done in (5, 6)
     found, _ = judge(server, files, capfd)
     assert (found["calls"], found["cached"], len(server.requests), found["win_rate"]) == (8 - done, done, 8, 0.625)
+
+
+def test_ctrl_c_ends_the_wait_for_an_endpoint(server, files, capfd):
+    server.script = [("limited", "120")]
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    judge(server, files, capfd, code=130)
+    assert time.monotonic() - start < 10 and len(server.requests) == 1
 
 
 def test_a_killed_run_continues(server, files, capfd):

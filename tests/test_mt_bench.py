@@ -1,4 +1,4 @@
-"""MT-Bench: both turns judged together, rates of categories, generated answers; and the page on judging, line by line."""
+"""MT-Bench: both turns judged together, rates of categories, generated answers; and the page on judging runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, make_model, write_jsonl
+from conftest import REPOSITORY, make_model, make_tokenizer, write_jsonl
 from judge_server import JudgeServer, judge_server, shown_responses
+from transformers import PreTrainedTokenizerFast
 
 from tdpo.cli import main
 from tdpo.errors import UserError
@@ -21,12 +22,32 @@ from tdpo.evaluate.generate import Sampling
 from tdpo.evaluate.mt_bench import answer_questions
 from tdpo.evaluate.responses import Question
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
     {"question_id": 82, "category": "writing", "turns": ["Rhyme.", "Longer."]},
     {"question_id": 83, "category": "math", "turns": ["Add.", "Subtract."]},
 ]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A chat tokenizer of the test's own."""
+    made = make_tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+def spread_model(vocab_size: int) -> torch.nn.Module:
+    """A random model whose likeliest tokens depend on all that comes before."""
+    model = make_model(vocab_size).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.5)
+    return model
 
 
 @pytest.fixture
@@ -66,12 +87,13 @@ def test_rates_of_categories_by_hand(server, tmp_path, capsys):
 
 
 def test_answers_are_those_of_decoding_by_hand(tokenizer):
-    tokenizer.chat_template, model = TEMPLATE, make_model(len(tokenizer)).eval()
-    questions = [Question(1, "", ("The river", "Why?")), Question(2, "", ("The garden sees the market.", "Go on."))]
+    model = spread_model(len(tokenizer))
+    questions = [Question(1, "", ("The river", "Why?")), Question(2, "", ("The garden sees the market.", "Longer."))]
     rows = answer_questions(model, tokenizer, questions, Sampling(max_new_tokens=6, temperature=0), "m")
     assert [(row["question_id"], row["model_id"], len(row["choices"][0]["turns"])) for row in rows] == [
         (1, "m", 2), (2, "m", 2),
     ]  # fmt: skip
+    assert len({turn for row in rows for turn in row["choices"][0]["turns"]}) == 4
     for row, question in zip(rows, questions, strict=True):
         chat: list[dict[str, Any]] = []
         for prompt, answered in zip(question.turns, row["choices"][0]["turns"], strict=True):
@@ -102,7 +124,6 @@ def test_the_page_on_judging_runs(server, model_folder, tokenizer, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     shutil.copytree(model_folder, "my-model")
-    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained("my-model")
     write_jsonl(Path("tdpo.jsonl"), [{"prompt": f"Q{n}", "response": "good" * n} for n in range(4)])
     write_jsonl(Path("sft.jsonl"), [{"prompt": f"Q{n}", "response": "good" * 2} for n in range(4)])

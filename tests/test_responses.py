@@ -85,10 +85,10 @@ def test_files_that_do_not_match_are_refused(tmp_path):
     with pytest.raises(UserError, match="row 1: this prompt has 1 responses in a and 2 in b"):
         match_answers(a, [*a, *a], "a", "b")
     mixed = read(tmp_path, [{"prompt": "x", "response": "r"}, {"prompt": ["p", "q"], "response": ["r", "s"]}])
-    with pytest.raises(UserError, match="row 2: 2 turns, where .* row 1 has 1"):
+    with pytest.raises(UserError, match=r"row 2: 2 turns, where .* row 1 has 1"):
         match_answers(mixed, mixed, "a", "b")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "p", "response": "r"}\n{"prompt": \n')
-    with pytest.raises(UserError, match="broken.jsonl, row 2"):
+    with pytest.raises(UserError, match=r"broken\.jsonl, row 2"):
         read_answers(str(tmp_path / "broken.jsonl"))
     with pytest.raises(UserError, match="no such file"):
         read_answers(str(tmp_path / "absent.jsonl"))

@@ -104,7 +104,7 @@ def test_where_the_rate_at_equal_length_is_not_identified():
     assert controlled([1, 1, 0], [3, 2, -1]) is None  # the longer one always wins
     assert controlled([0, 0, 1], [3, 2, -1]) is None
     assert controlled([1, 0, 1], [4, 4, 4]) is None  # one difference, which is not 0
-    assert controlled([1, 0.5, 0], [2, 2, 1]) is None
+    assert controlled([1, 0.5, 0], [2, 2, 1]) is None and controlled([0, 0.5, 1], [2, 2, 1]) is None
     assert controlled([1, 0, 1, 1], [0, 0, 0, 0]) == 0.75
     assert controlled([1, 1], [5, -3]) == 1
     assert controlled([0.5, 0.5, 0.5], [1, -2, 4]) == pytest.approx(0.5)

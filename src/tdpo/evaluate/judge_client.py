@@ -301,13 +301,13 @@ class JudgeClient:
 
     @contextmanager
     def _calls(self, missing: Mapping[str, dict[str, Any]]) -> Iterator[dict[Future[Completion], str]]:
-        """Starts the calls; at the end, also that by an error, drops those that have not begun and waits for others."""
+        """Starts the calls; at the end, also that by an error, ends their waits and keeps answers on their way."""
         pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="judge")
         try:
             yield {pool.submit(self._call, key, request): key for key, request in missing.items()}
         finally:
-            self._stop.set()
-            pool.shutdown(cancel_futures=True)
+            self._stop.set()  # calls that have not begun end in the pacer
+            pool.shutdown()
             self._stop.clear()
 
     def _call(self, key: str, request: Mapping[str, Any]) -> Completion:
@@ -357,7 +357,8 @@ class JudgeClient:
 
     def _status_failure(self, status: int, text: str, headers: Mapping[str, str]) -> Exception:
         """Returns the exception for a status that is not 2xx."""
-        message = f"status {status}: {' '.join(self._without_key(text).split())[:300]}"
+        said = " ".join(self._without_key(text).removeprefix(f"Error code: {status} - ").split())
+        message = f"status {status}: {said[:300]}"
         if status in (408, 409, 429) or status >= 500:
             return RetryableFailure(message, retry_after(headers.get("retry-after")))
         where = f"{self.options.endpoint}: {message}"
