@@ -33,6 +33,7 @@ RESPONSES = [("good good", "bad"), ("good", "poor"), ("good", "so good"), ("no",
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(judge_client, "FIRST_DELAY", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with judge_server() as running:
         yield running
 

@@ -53,6 +53,7 @@ def spread_model(vocab_size: int) -> torch.nn.Module:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with judge_server() as running:
         yield running
 

@@ -136,7 +136,8 @@ def _ask(matched: Matched, options: JudgeOptions, endpoint: EndpointOptions) -> 
     """Asks the endpoint about all pairs; returns judgements, and the figures of the calls."""
     turns = len(matched.pairs[0][0].responses)
     prompt = JudgePrompt.read(options.judge_prompt, turns) if options.judge_prompt else JudgePrompt.default(turns)
-    folder = Path(endpoint.cache_dir) if endpoint.cache_dir else Path(options.json or "x").absolute().parent / CACHE
+    beside = Path(options.json).absolute().parent if options.json else Path.cwd()
+    folder = Path(endpoint.cache_dir or beside / CACHE)
     client = JudgeClient(endpoint, AnswerCache(folder))
     shown = bar(Console(stderr=True, quiet=not is_main_process()), transient=True)
     try:
