@@ -183,16 +183,17 @@ def test_nothing_but_nonsense_has_no_rate(server, files, capfd):
 def test_statuses_that_no_retry_changes_stop_at_once(server, files, capfd, status, words):
     server.script = [("status", status)] * 9  # the server's message repeats the key
     _, output = judge(server, files, capfd, code=2)
-    assert len(server.requests) <= 2  # the next call may have begun
+    assert len(server.requests) == 1
     assert words in " ".join(output.split()) and f"{server.url}: status {status}" in output and "***" in output
 
 
-def test_a_wrong_path_and_a_missing_key(server, files, capfd, monkeypatch):
+def test_a_wrong_path_and_a_missing_key(server, files, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the cache is here without --json
     words = ["--responses_a", str(files[0]), "--responses_b", str(files[1]), "--judge_model", "m"]
     assert main(["judge", *words, "--endpoint", server.url.removesuffix("/v1")]) == 2
     assert "Most base URLs end in /v1" in capfd.readouterr().err
     monkeypatch.delenv("OPENAI_API_KEY")
-    server.script = [("status", 401, {"error": {"message": "who are you"}})] * 2
+    server.script = [("status", 401, {"error": {"message": "who are you"}})]
     assert "wants a key: set OPENAI_API_KEY" in judge(server, files, capfd, code=2)[1]
     found, _ = judge(server, files, capfd)  # a local endpoint that wants none
     assert found["calls"] > 0
@@ -256,6 +257,16 @@ def test_a_killed_run_continues(server, files, capfd):
     found, warned = judge(server, files, capfd)
     assert (found["calls"], found["cached"], found["win_rate"]) == (5, 3, 0.625)
     assert "is damaged and will be asked again" in " ".join(warned.split())
+
+
+def test_a_full_disk_is_reported(server, files, capfd, monkeypatch):
+    def full(path: Path, content: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(judge_client, "atomic_write", full)
+    _, output = judge(server, files, capfd, code=2)
+    assert ".tdpo-judge: cannot be written: No space left on device" in " ".join(output.split())
+    assert len(server.requests) == 1
 
 
 def test_equal_questions_are_asked_once(server, files, capfd):

@@ -34,7 +34,7 @@ QUESTIONS = [
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
+def chat_tokenizer() -> PreTrainedTokenizerFast:
     """A chat tokenizer of the test's own."""
     made = make_tokenizer()
     made.chat_template = TEMPLATE
@@ -87,7 +87,8 @@ def test_rates_of_categories_by_hand(server, tmp_path, capsys):
     assert "{prompt_2}, {response_a_2}, {response_b_2} missing for conversations of 2 turns" in message
 
 
-def test_answers_are_those_of_decoding_by_hand(tokenizer):
+def test_answers_are_those_of_decoding_by_hand(chat_tokenizer):
+    tokenizer = chat_tokenizer
     model = spread_model(len(tokenizer))
     questions = [Question(1, "", ("The river", "Why?")), Question(2, "", ("The garden sees the market.", "Longer."))]
     rows = answer_questions(model, tokenizer, questions, Sampling(max_new_tokens=6, temperature=0), "m")
@@ -112,7 +113,8 @@ def test_answers_are_those_of_decoding_by_hand(tokenizer):
             chat.append({"role": "assistant", "content": answered})
 
 
-def test_what_cannot_be_answered_is_refused(tokenizer):
+def test_what_cannot_be_answered_is_refused(chat_tokenizer):
+    tokenizer = chat_tokenizer
     model, questions = make_model(len(tokenizer)), [Question(1, "", ("a", "b"))]
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
@@ -121,11 +123,11 @@ def test_what_cannot_be_answered_is_refused(tokenizer):
         answer_questions(model, tokenizer, questions, Sampling(num_samples=2), "m")
 
 
-def test_the_page_on_judging_runs(server, model_folder, tokenizer, tmp_path, monkeypatch):
+def test_the_page_on_judging_runs(server, model_folder, chat_tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     shutil.copytree(model_folder, "my-model")
-    tokenizer.save_pretrained("my-model")
+    chat_tokenizer.save_pretrained("my-model")
     write_jsonl(Path("tdpo.jsonl"), [{"prompt": f"Q{n}", "response": "good" * n} for n in range(4)])
     write_jsonl(Path("sft.jsonl"), [{"prompt": f"Q{n}", "response": "good" * 2} for n in range(4)])
     write_jsonl(Path("samples.jsonl"), [{"prompt": "Q", "policy": ["good"], "reference": ["bad"]}])

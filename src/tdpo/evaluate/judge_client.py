@@ -174,9 +174,16 @@ class AnswerCache:
             return None
 
     def put(self, key: str, request: Mapping[str, Any], answer: Completion) -> None:
-        """Keeps an answer with its request."""
+        """Keeps an answer with its request.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
         content = {"request": request, "answer": dataclasses.asdict(answer)}
-        atomic_write(self.folder / f"{key}.json", json.dumps(content, ensure_ascii=False, indent=1))
+        try:
+            atomic_write(self.folder / f"{key}.json", json.dumps(content, ensure_ascii=False, indent=1))
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
 
 class Pacer:
@@ -292,6 +299,8 @@ class JudgeClient:
                 except CallFailed as failure:
                     failures[labels[calls[call]]] = str(failure)
                     in_a_row += 1
+                except Interrupted:  # by a call whose error is yet to come here
+                    continue
                 on_answer(len(answers))
                 if in_a_row == FAILURES_IN_A_ROW:
                     break
@@ -304,14 +313,22 @@ class JudgeClient:
         """Starts the calls; at the end, also that by an error, ends their waits and keeps answers on their way."""
         pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="judge")
         try:
-            yield {pool.submit(self._call, key, request): key for key, request in missing.items()}
+            yield {pool.submit(self._call_or_stop, key, request): key for key, request in missing.items()}
         finally:
             self._stop.set()  # calls that have not begun end in the pacer
             pool.shutdown()
             self._stop.clear()
 
+    def _call_or_stop(self, key: str, request: Mapping[str, Any]) -> Completion:
+        """Makes a call, in a thread; an error that every other call would meet ends them before they begin."""
+        try:
+            return self._call(key, request)
+        except UserError:
+            self._stop.set()
+            raise
+
     def _call(self, key: str, request: Mapping[str, Any]) -> Completion:
-        """Makes a call with its retries, in a thread, and keeps the answer.
+        """Makes a call with its retries, and keeps the answer.
 
         Raises:
             CallFailed: after the last attempt.
