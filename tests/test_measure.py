@@ -87,7 +87,7 @@ def test_diversity_is_of_equally_many_responses_of_one_length():
 def test_figures_estimate_what_enumeration_gives():
     policy, reference = small(0), small(1)
     measurer = evaluator()
-    mine, theirs = measurer.measure(policy), measurer.measure_reference(policy)
+    mine, theirs = measurer.measure(policy), measurer.measure(reference, measurer.reference_samples)
     responses = every_sequence(5, 4)
     expected = torch.zeros(8, dtype=torch.float64)
     rewards = torch.tensor([ids.count(1) for ids in responses], dtype=torch.float64)
@@ -103,12 +103,13 @@ def test_figures_estimate_what_enumeration_gives():
             / 2
         )
     found = [
-        (mine.kl_policy_reference, expected[0]), (theirs.kl_reference_policy, expected[1]), (mine.reward, expected[2]),
+        (mine.kl_policy_reference, expected[0]), (mine.kl_reference_policy, expected[1]), (mine.reward, expected[2]),
         (theirs.reward, expected[3]), (mine.length, expected[4]),
     ]  # fmt: skip
     for estimate, value in found:
         assert estimate.count == 2
         assert estimate.mean == pytest.approx(value.item(), rel=0.06)
+    assert theirs.kl_policy_reference.mean == theirs.kl_reference_policy.mean == 0.0
     assert mine.finished == pytest.approx(expected[5].item(), abs=0.04)
     assert theirs.finished == pytest.approx(expected[6].item(), abs=0.04)
 
@@ -119,12 +120,12 @@ def test_samples_above_the_threshold_are_measured_apart():
 
     assert evaluator(length, num_samples=200).threshold == 4.0  # most samples run to the longest length
     measurer = evaluator(length, num_samples=200, matched_length=2, reward_threshold=3.0)
-    found = measurer.measure_reference(small(0))
+    found = measurer.measure(measurer.reference, measurer.reference_samples)
     flat = [ids for drawn in measurer.reference_samples.ids for ids in drawn]
     chosen = [ids for ids in flat if sum(map(bool, ids)) >= 3]
     assert found.good_share == len(chosen) / len(flat) < 1
     assert found.good_diversity.distinct_2 == measure_diversity([chosen], Letters(), 2, 100).distinct_2
-    strict = evaluator(num_samples=200, reward_threshold=100.0).measure_reference(small(0))
+    strict = evaluator(num_samples=200, reward_threshold=100.0).measure(small(0))
     assert (strict.good_share, strict.good_diversity) == (0.0, None)
 
 

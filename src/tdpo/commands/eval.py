@@ -120,7 +120,8 @@ def _measure(
     if reward:
         check_reward(reward, [{"prompt": prompt.content, "response": ""} for prompt in prompts[:2]])
     evaluator = Evaluator(reference, tokenizer, prompts, reward, measure)
-    found = {"policy": evaluator.measure(policy), "reference": evaluator.measure_reference(policy)}
+    samples = evaluator.reference_samples
+    found = {"policy": evaluator.measure(policy), "reference": evaluator.measure(reference, samples)}
     console().print(sample_table(found, f"samples: {len(prompts)} prompts, {measure.num_samples} each"))
     metrics = {f"samples/{side}/{key}": value for side, m in found.items() for key, value in m.columns().items()}
     for side in ("chosen", "rejected"):
