@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_jsonl
+from conftest import make_tokenizer, write_jsonl
 from judge_server import KEY, JudgeServer, judge_server
 
 from tdpo.cli import main
@@ -366,6 +366,10 @@ def test_verdict_words():
         (["--endpoint", "http://h/v1", "--judge_model", "m", "--tie_margin", "1"], "--tie_margin has no effect"),
         (["--endpoint", "http://h/v1", "--judge_model", "m", "--timeout", "0"], "--timeout must be above 0"),
         (["--endpoint", "http://h/v1", "--judge_model", "m", "--price_per_million_input", "1"], "or neither"),
+        (
+            ["--endpoint", "http://h/v1", "--judge_model", "m", "--reward_tokenizer", "x"],
+            "--reward_tokenizer has no effect",
+        ),
         (["--reward", "column:x", "--seed", "1"], "--seed has no effect without --endpoint"),
         (["--reward", "column:x", "--order", "random"], "--order has no effect without --endpoint"),
         ([], "give a judge"),
@@ -409,6 +413,43 @@ def test_the_reward_of_a_conversation_is_the_mean_over_its_turns():
     assert (judgements[0].score, mean_a.mean, mean_b.mean) == (0, 2.0, 2.25)
     said = [{"role": "user", "content": "p1"}, {"role": "assistant", "content": "a1"}]
     assert seen[1] == {"prompt": [*said, {"role": "user", "content": "p2"}], "response": "a2"}
+
+
+def test_rewards_of_the_command_by_hand(files, capfd, tmp_path, monkeypatch):
+    rows = [(1.0, 0.5), (0.0, 0.25), (2.0, 2.0), (3.0, 2.75)]
+    for side, path in enumerate(files):
+        write_jsonl(path, [{"prompt": f"Q{n}", "response": "x", "score": row[side]} for n, row in enumerate(rows)])
+    words = ["judge", "--responses_a", str(files[0]), "--responses_b", str(files[1]), "--reward", "column:score"]
+    words += ["--json", str(tmp_path / "out.json")]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [found[name] for name in ("wins", "ties", "losses", "win_rate")] == [2, 1, 1, 0.625]
+    assert (found["reward_a"], found["reward_b"], found["calls"], found["cached"]) == (1.5, 1.375, 0, 0)
+    assert main([*words, "--tie_margin", "0.25"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["ties"] == 3
+    assert "mean reward: 1.5 / 1.375" in capfd.readouterr().out
+    assert not (tmp_path / ".tdpo-judge").exists()
+
+
+def test_chats_reach_a_reward_function_through_a_template(capfd, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "chat_lengths.py").write_text(
+        "seen = []\ndef f(texts):\n    seen.extend(texts)\n    return [len(t) for t in texts]"
+    )
+    paths = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path, second in zip(paths, ("long", "x"), strict=True):
+        write_jsonl(path, [{"prompt": ["p1", "p2"], "response": ["r1", second]}])
+    words = ["judge", "--responses_a", str(paths[0]), "--responses_b", str(paths[1]), "--reward", "chat_lengths:f"]
+    assert main(words) == 2
+    assert "no chat template to render it" in capfd.readouterr().err
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    out = tmp_path / "out.json"
+    assert main([*words, "--reward_tokenizer", str(tmp_path / "chat"), "--json", str(out)]) == 0
+    found, seen = json.loads(out.read_text()), sys.modules["chat_lengths"].seen
+    assert "u:p1;a:r1;u:p2;a:long;" in seen and "u:p1;a:r1;" in seen
+    assert (found["win_rate"], found["reward_a"], found["reward_b"]) == (1, (10 + 22) / 2, (10 + 19) / 2)
 
 
 def test_library_call(server, tmp_path):

@@ -149,4 +149,4 @@ def test_the_page_on_judging_runs(server, model_folder, chat_tokenizer, tmp_path
     (fields,) = re.findall(r"^\| JSON \|.*?\n\n", page, re.M | re.S)
     written = set(re.findall(r"`(\w+)`", "\n".join(line.split(" | ")[0] for line in fields.splitlines())))
     assert main(shlex.split(commands[0].replace("http://localhost:8000/v1", server.url))) == 0
-    assert written == set(json.loads(Path("judged.json").read_text())) - {"a", "b"}
+    assert written == set(json.loads(Path("judged.json").read_text()))

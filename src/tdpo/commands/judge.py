@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tdpo.commands.common import console, is_main_process, quieten, write_json, write_text
 from tdpo.commands.options import parse
+from tdpo.config import ModelConfig
 from tdpo.config.checks import check_defaults, check_values, documented, option
 from tdpo.errors import Stopped, UserError
 from tdpo.evaluate.judge import (
@@ -28,9 +29,10 @@ from tdpo.evaluate.judge import (
 )
 from tdpo.evaluate.judge_client import AnswerCache, Completion, EndpointOptions, JudgeClient
 from tdpo.evaluate.responses import Matched, alpaca_eval_rows, match_answers, read_answers, read_questions
-from tdpo.evaluate.rewards import RewardOptions, load_reward
+from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
 from tdpo.evaluate.win_rate import WinRate
 from tdpo.files import check_writable
+from tdpo.models.load import load_tokenizer
 from tdpo.train.progress import bar
 
 CACHE = ".tdpo-judge"
@@ -53,6 +55,7 @@ class JudgeOptions:
         mt_bench: MT-Bench's question file; both turns of an answer are judged together, and each category has a rate.
         judge_prompt: File with a prompt of your own for the judge, with {prompt}, {response_a} and {response_b}.
         order: both asks about every pair twice, A first and B first; random asks once.
+        reward_tokenizer: With --reward, the model whose chat template renders chats for a function or a pipeline.
         tie_margin: With --reward, the largest difference of rewards that is a tie.
         json: File to write the figures to.
         verdicts: File to write every pair with the judge's words to, one object a line.
@@ -68,6 +71,7 @@ class JudgeOptions:
     mt_bench: str | None = None
     judge_prompt: str | None = None
     order: Order = option("both", choices=("both", "random"))
+    reward_tokenizer: str | None = None
     tie_margin: float = 0.0
     json: str | None = None
     verdicts: str | None = None
@@ -102,10 +106,7 @@ def run(argv: Sequence[str]) -> None:
     if endpoint.endpoint:
         judgements, figures = _ask(matched, options, endpoint)
     else:
-        scorer = load_reward(reward)
-        judgements, mean_a, mean_b = judge_by_reward(matched.pairs, scorer, options.tie_margin)
-        figures = {"calls": 0, "cached": 0, "reward": reward.reward}
-        figures |= mean_a.columns("reward_a") | mean_b.columns("reward_b")
+        judgements, figures = _score(matched, options, reward)
     _report(options, matched, judgements, figures)
 
 
@@ -121,8 +122,9 @@ def _check(options: JudgeOptions, endpoint: EndpointOptions, reward: RewardOptio
             raise UserError(f"--{'judge_prompt' if options.judge_prompt else 'order'} has no effect without --endpoint")
     if not reward.reward:
         check_defaults("reward", reward)
-        if options.tie_margin:
-            raise UserError("--tie_margin has no effect without --reward")
+        for name in ("tie_margin", "reward_tokenizer"):
+            if getattr(options, name):
+                raise UserError(f"--{name} has no effect without --reward")
     if not (endpoint.endpoint or reward.reward):
         for name in ("json", "verdicts"):
             if getattr(options, name):
@@ -153,6 +155,16 @@ def _ask(matched: Matched, options: JudgeOptions, endpoint: EndpointOptions) -> 
     figures = vars(client.usage) | position_figures(judgements) | _usage_figures(completions, endpoint)
     figures |= {"endpoint": endpoint.endpoint, "judge_model": endpoint.judge_model, "order": options.order}
     return judgements, figures | {"unparsed_answers": unparsed_answers(judgements)}
+
+
+def _score(matched: Matched, options: JudgeOptions, reward: RewardOptions) -> tuple[list[Judgement], dict[str, Any]]:
+    """Scores all responses; returns judgements, and the mean rewards."""
+    name = options.reward_tokenizer
+    scorer = load_reward(reward, load_tokenizer(ModelConfig(model_name_or_path=name)) if name else None)
+    check_reward(scorer, [row for answer in matched.pairs[0] for row in answer.reward_rows()])
+    judgements, mean_a, mean_b = judge_by_reward(matched.pairs, scorer, options.tie_margin)
+    figures = {"reward": reward.reward, **mean_a.columns("reward_a"), **mean_b.columns("reward_b")}
+    return judgements, {"calls": 0, "cached": 0, **figures}
 
 
 def _usage_figures(completions: Sequence[Completion], endpoint: EndpointOptions) -> dict[str, Any]:
