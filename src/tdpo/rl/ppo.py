@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
@@ -35,7 +36,17 @@ from tdpo.models.policy import body_of
 from tdpo.models.probe import evaluating
 from tdpo.ops import response_logp
 from tdpo.ops.numerics import statistics_dtype
-from tdpo.rl.common import OnLog, OnMeasure, Reward, RLOptions, ScoredPrompts, check_positive, claim_folder, step_seed
+from tdpo.rl.common import (
+    OnLog,
+    OnMeasure,
+    Reward,
+    RLOptions,
+    ScoredPrompts,
+    check_positive,
+    check_steps,
+    claim_folder,
+    step_seed,
+)
 from tdpo.types import Hidden, PackedBatch
 
 CHECKPOINT = "ppo.pt"
@@ -147,7 +158,8 @@ class ValueModel(nn.Module):
         body_of(self.model).requires_grad_(True)
         weight = next(body_of(self.model).parameters())
         width = self.model.get_output_embeddings().weight.shape[1]  # type: ignore[operator]
-        self.head = nn.Linear(width, 1, device=weight.device, dtype=statistics_dtype(weight.dtype))
+        kind = {"device": weight.device, "dtype": statistics_dtype(weight.dtype)}
+        self.head = skip_init(nn.Linear, width, 1, **kind)  # draws no random numbers
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -427,8 +439,7 @@ class _Run:
             return 0
         device = next(self.policy.parameters()).device
         content = torch.load(path, map_location=device, weights_only=True)
-        if content["step"] > self.options.steps:
-            raise UserError(f"{path}: has {content['step']} iterations, more than --steps {self.options.steps}")
+        check_steps(path, content["step"], self.options)
         for name, part in self._state().items():
             part.load_state_dict(content[name])
         return int(content["step"])

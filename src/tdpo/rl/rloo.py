@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
+from torch.random import fork_rng
 from transformers import GenerationConfig, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from typing_extensions import override
 
 from tdpo.config.checks import check_values, documented
 from tdpo.errors import UserError
 from tdpo.models.adapters import has_adapter
 from tdpo.models.probe import evaluating
-from tdpo.rl.common import OnLog, OnMeasure, Reward, RLOptions, ScoredPrompts, claim_folder
-from tdpo.train.checkpointing import CheckpointingTrainer, clear_partial, latest_complete
+from tdpo.rl.common import OnLog, OnMeasure, Reward, RLOptions, ScoredPrompts, check_steps, claim_folder
+from tdpo.train.checkpointing import CheckpointingTrainer, clear_partial, latest_complete, step_of
 
 LOGGED = {"reward": "reward", "entropy": "entropy", "completions/mean_length": "length"}
 """Metrics of TRL's trainer, and their names here."""
@@ -94,7 +96,9 @@ def train_rloo(
         claim_folder(Path(folder), scored, policy, reference)
         clear_partial(folder)
         latest, _ = latest_complete(folder)
-    with tempfile.TemporaryDirectory() as scratch, _restored(policy), _restored(reference), torch.random.fork_rng():
+        if latest is not None:
+            check_steps(latest, step_of(latest), options)
+    with _quiet(), tempfile.TemporaryDirectory() as scratch, _restored(policy), _restored(reference), fork_rng():
         reference.generation_config = GenerationConfig()  # one with contradictions could not be saved
         reference.save_pretrained(scratch)
         policy.config.name_or_path = scratch  # where TRL loads its reference from
@@ -216,6 +220,19 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module.p = p
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Turns transformers' progress bars off, and its warnings about the names that TRL has for its options."""
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        if bars:
+            enable_progress_bar()
+
+
 class _Callback(TrainerCallback):
     """Measures the policy and passes metrics on."""
 
@@ -225,7 +242,7 @@ class _Callback(TrainerCallback):
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.options.measured(state.global_step):
-            with torch.random.fork_rng():  # the samples of later iterations do not depend on what is measured
+            with fork_rng():  # the samples of later iterations do not depend on what is measured
                 self.on_measure(state.global_step, model)
 
     @override
