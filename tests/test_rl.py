@@ -260,7 +260,9 @@ RLOO_BANDIT = RLOOOptions(
     beta=0.5, learning_rate=5e-3, steps=60, batch_size=4, num_samples=32, max_new_tokens=1, eval_every=60
 )
 PPO = PPOOptions(learning_rate=1e-3, steps=5, batch_size=6, minibatch_size=4, max_new_tokens=4, eval_every=2)
-RLOO = RLOOOptions(learning_rate=1e-3, steps=5, batch_size=3, num_samples=2, max_new_tokens=4, eval_every=2)
+RLOO = RLOOOptions(
+    learning_rate=1e-3, steps=5, batch_size=3, num_samples=2, micro_batch_size=3, max_new_tokens=4, eval_every=2
+)
 BOTH = pytest.mark.parametrize("options", [PPO, RLOO], ids=["ppo", "rloo"])
 PROMPTS: list[Any] = ["go a", "go b", "go c", "a b", "b"]
 CHATS: list[Any] = [[{"role": "user", "content": text}] for text in PROMPTS]
@@ -306,6 +308,19 @@ def test_a_seed_repeats_bit_for_bit_and_measuring_changes_nothing(options: Any) 
     assert equal_weights(first, result(replace(options, eval_every=1)))
     assert not equal_weights(first, result(replace(options, seed=1)))
     assert not equal_weights(first, word_model())
+
+
+def test_micro_batches_have_the_same_gradient() -> None:
+    def gradient(micro_batch_size: int | None) -> Tensor:
+        policy, found = word_model(), {}
+        for name, parameter in policy.named_parameters():  # called after each backward pass, before clipping
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))
+        train(replace(RLOO, steps=1, micro_batch_size=micro_batch_size), policy, frozen(word_model(1)))
+        return torch.cat([grad.flatten() for grad in found.values()])
+
+    full, parts = gradient(None), gradient(2)
+    assert full.norm() > 0.1
+    assert (full - parts).norm() < 1e-5 * full.norm()
 
 
 class Interrupted(Exception):
@@ -373,7 +388,8 @@ def test_metrics_are_of_the_samples_and_the_reference_is_the_one_given(
         return sampled[-1][2]
 
     monkeypatch.setattr(common.ScoredPrompts, "score", recorded)
-    train(replace(options, steps=1), policy, reference, on_log=lambda step, metrics: logs.update({step: metrics}))
+    one = replace(options, steps=1, **({} if isinstance(options, PPOOptions) else {"micro_batch_size": None}))
+    train(one, policy, reference, on_log=lambda step, metrics: logs.update({step: metrics}))
     ((prompts, responses, rewards),) = sampled
     stats = response_stats(before, reference, prompts, responses)
     kl = stats.kl_policy_reference if isinstance(options, PPOOptions) else stats.logratio
@@ -410,10 +426,10 @@ def test_a_missing_end_costs_its_penalty(options: Any) -> None:
 @BOTH
 def test_models_and_tokenizer_stay_as_they_were_but_for_the_weights(options: Any) -> None:
     policy, reference = word_model().train(), word_model()
-    kept = [{**vars(model)}.keys() for model in (policy, reference)]
+    kept = [set(vars(model)) for model in (policy, reference)]
     configs = [(m.config.to_dict(), m.generation_config.to_dict(), m.config.name_or_path) for m in (policy, reference)]
     train(options, policy, reference)
-    assert kept == [{**vars(model)}.keys() for model in (policy, reference)]
+    assert kept == [set(vars(model)) for model in (policy, reference)]
     assert configs == [
         (m.config.to_dict(), m.generation_config.to_dict(), m.config.name_or_path) for m in (policy, reference)
     ]
@@ -446,6 +462,8 @@ def test_mistakes_are_reported(options: Any) -> None:
 def test_mistakes_of_one_baseline() -> None:
     with pytest.raises(UserError, match="--num_samples must be at least 2"):
         RLOOOptions(num_samples=1)
+    with pytest.raises(UserError, match="--micro_batch_size 4 does not divide the 6 responses"):
+        replace(RLOO, micro_batch_size=4)
     with pytest.raises(UserError, match="--lam must be at most 1"):
         PPOOptions(lam=1.5)
     with pytest.raises(UserError, match="--kl_in penalty: there are reward, loss"):
