@@ -117,8 +117,9 @@ def train_ppo(
             the end.
         folder: Where a checkpoint is written after every measurement, and continued from if there is one; None for
             no checkpoints.
-        on_log: Called with the metrics of every iteration: ``reward``, ``kl`` (KL(policy || reference) of the sampled
-            responses in nats), ``entropy`` (nats per token), ``length``, ``clip_fraction`` and ``value_loss``.
+        on_log: Called with the metrics of every iteration: ``reward`` (less penalties for missing ends), ``kl``
+            (KL(policy || reference) of the sampled responses in nats), ``entropy`` (nats per token), ``length``,
+            ``clip_fraction`` and ``value_loss``.
 
     Raises:
         UserError: for prompts that do not fit the model, a reward that is not one finite number for each response, and
@@ -278,9 +279,7 @@ def score_rollout(
         "length": length_S.double().mean(),
     }
     kl_weight = (0.0 if in_reward else options.beta) * scale
-    return Rollout(
-        prompts, responses, mask, logp, ref_logp, values, advantages, returns * mask, kl_weight, metrics
-    )  # fmt: skip
+    return Rollout(prompts, responses, mask, logp, ref_logp, values, advantages, returns * mask, kl_weight, metrics)
 
 
 def generalised_advantages(rewards_ST: Tensor, values_ST: Tensor, gamma: float, lam: float) -> Tensor:
@@ -393,9 +392,8 @@ class _Run:
         sampling = Sampling(options.max_new_tokens, options.temperature, batch_size=options.batch_size, seed=seed)
         responses = [samples[0] for samples in sample_ids(self.policy, ids, sampling, self.prompts.ends)]
         rewards = self.prompts.score(indices, responses)
-        rollout = score_rollout(
-            self.policy, self.reference, self.value_model, ids, responses, rewards, options
-        )  # fmt: skip
+        models = self.policy, self.reference, self.value_model
+        rollout = score_rollout(*models, ids, responses, rewards, options)
         seen: dict[str, list[Tensor]] = defaultdict(list)
         for rows in self._minibatches(seed):
             loss, metrics = minibatch_loss(self.policy, self.value_model, rollout, rows, options)

@@ -89,8 +89,9 @@ def train_rloo(
         on_measure: Called with the number of finished iterations and the policy, every ``eval_every`` of them and at
             the end.
         folder: Where TRL writes a checkpoint after every measurement, and continues from the latest; None for none.
-        on_log: Called with the metrics of every iteration: ``reward``, ``kl`` (the mean log-ratio of the sampled
-            responses in nats, which estimates KL(policy || reference)), ``entropy`` (nats per token) and ``length``.
+        on_log: Called with the metrics of every iteration: ``reward`` (less penalties for missing ends), ``kl`` (the
+            mean log-ratio of the sampled responses in nats, which estimates KL(policy || reference)), ``entropy`` (nats
+            per token) and ``length``.
 
     Raises:
         UserError: without TRL; for a policy with an adapter; for prompts that do not fit the model or that TRL encodes
