@@ -201,9 +201,9 @@ def test_clipping_by_hand() -> None:
     assert loss.tolist() == pytest.approx([-2.4, -1.0, 3.0, 1.6])
     loss.sum().backward()
     assert logp.grad is not None and logp.grad.tolist() == pytest.approx([0.0, -1.0, 3.0, 0.0])
-    values = torch.tensor([1.0, 1.0, -1.0])
-    assert value_loss(values, torch.zeros(3), torch.tensor([2.0, 0.0, 0.0]), 0.25).tolist() == [1.53125, 0.5, 0.5]
-    assert value_loss(values, torch.zeros(3), torch.tensor([2.0, 0.0, 0.0]), None).tolist() == [0.5, 0.5, 0.5]
+    values, old_values, returns = torch.tensor([1.5, 1.5, -0.5]), torch.full((3,), 0.5), torch.tensor([2.5, 0.5, 0.5])
+    assert value_loss(values, old_values, returns, 0.25).tolist() == [1.53125, 0.5, 0.5]
+    assert value_loss(values, old_values, returns, None).tolist() == [0.5, 0.5, 0.5]
 
 
 def test_whitening_keeps_the_meaning_of_beta(pair: Any) -> None:
@@ -249,13 +249,15 @@ def test_a_tempered_head_divides_the_logits_behind_a_soft_cap_too() -> None:
 
 # Runs.
 
+# One update on each iteration's responses: further ones leave noise around the optimum (0.003 to 0.04).
 PPO_BANDIT = PPOOptions(
-    beta=0.5, learning_rate=2e-3, steps=60, batch_size=128, minibatch_size=64, epochs=2, max_new_tokens=1,
-    eval_every=60, whiten_advantages=False, value_coef=1.0, value_clip=None,
+    beta=0.5, temperature=0.7, learning_rate=2e-3, steps=100, batch_size=128, minibatch_size=128, epochs=1,
+    max_new_tokens=1, eval_every=100, whiten_advantages=False, value_coef=1.0, value_clip=None,
 )  # fmt: skip
 RLOO_BANDIT = RLOOOptions(
-    beta=0.5, learning_rate=5e-3, steps=60, batch_size=4, num_samples=32, max_new_tokens=1, eval_every=60
-)
+    beta=0.5, temperature=0.7, learning_rate=5e-3, steps=60, batch_size=4, num_samples=32, max_new_tokens=1,
+    eval_every=60,
+)  # fmt: skip
 PPO = PPOOptions(learning_rate=1e-3, steps=5, batch_size=6, minibatch_size=4, max_new_tokens=4, eval_every=2)
 RLOO = RLOOOptions(
     learning_rate=1e-3, steps=5, batch_size=3, num_samples=2, micro_batch_size=3, max_new_tokens=4, eval_every=2
@@ -274,13 +276,13 @@ def train(options: Any, policy: Any, reference: Any, **changes: Any) -> None:
     run(policy, reference, word_tokenizer(), options=options, **made)
 
 
-@pytest.mark.parametrize(("options", "tolerance"), [(PPO_BANDIT, 0.03), (RLOO_BANDIT, 0.01)], ids=["ppo", "rloo"])
+@pytest.mark.parametrize(("options", "tolerance"), [(PPO_BANDIT, 0.005), (RLOO_BANDIT, 0.01)], ids=["ppo", "rloo"])
 def test_a_bandit_ends_at_its_closed_form_optimum(options: Any, tolerance: float) -> None:
     policy = word_model()
     reference = frozen(policy)
     train(options, policy, reference, prompts=["go a"])
     with torch.no_grad():
-        before, after = (token_logps(model, [END], 1.0)[0].exp() for model in (reference, policy))
+        before, after = (token_logps(model, [END], options.temperature)[0].exp() for model in (reference, policy))
     rewards = torch.tensor([VALUE_OF[word if i else ""] for i, word in enumerate(WORDS)])
     optimum = before * (rewards / options.beta).exp()
     optimum = optimum / optimum.sum()
@@ -400,6 +402,7 @@ def test_metrics_are_of_the_samples_and_the_reference_is_the_one_given(
 @BOTH
 def test_both_have_the_same_prompts_in_the_same_order_as_text_or_chat(options: Any) -> None:
     order = common.random_passes(5, 5 * options.batch_size, options.seed)
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and order[:5] != order[5:10]
     for prompts in (PROMPTS, CHATS):
         seen: list[Any] = []
 
