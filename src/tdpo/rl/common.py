@@ -187,3 +187,15 @@ def claim_folder(folder: Path, prompts: ScoredPrompts, policy: nn.Module, refere
             f"{folder}: holds a run with other options, prompts or models, listed in {RUN}; name another folder, or "
             "remove it"
         )
+
+
+def check_steps(checkpoint: Path, done: int, options: RLOptions) -> None:
+    """Refuses a checkpoint of an iteration after the last one.
+
+    Raises:
+        UserError: naming the checkpoint.
+    """
+    if done > options.steps:
+        raise UserError(
+            f"{checkpoint}: is of iteration {done}, after --steps {options.steps}; remove it to start again"
+        )

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
@@ -35,7 +36,17 @@ from tdpo.models.policy import body_of
 from tdpo.models.probe import evaluating
 from tdpo.ops import response_logp
 from tdpo.ops.numerics import statistics_dtype
-from tdpo.rl.common import OnLog, OnMeasure, Reward, RLOptions, ScoredPrompts, check_positive, claim_folder, step_seed
+from tdpo.rl.common import (
+    OnLog,
+    OnMeasure,
+    Reward,
+    RLOptions,
+    ScoredPrompts,
+    check_positive,
+    check_steps,
+    claim_folder,
+    step_seed,
+)
 from tdpo.types import Hidden, PackedBatch
 
 CHECKPOINT = "ppo.pt"
@@ -106,8 +117,9 @@ def train_ppo(
             the end.
         folder: Where a checkpoint is written after every measurement, and continued from if there is one; None for
             no checkpoints.
-        on_log: Called with the metrics of every iteration: ``reward``, ``kl`` (KL(policy || reference) of the sampled
-            responses in nats), ``entropy`` (nats per token), ``length``, ``clip_fraction`` and ``value_loss``.
+        on_log: Called with the metrics of every iteration: ``reward`` (less penalties for missing ends), ``kl``
+            (KL(policy || reference) of the sampled responses in nats), ``entropy`` (nats per token), ``length``,
+            ``clip_fraction`` and ``value_loss``.
 
     Raises:
         UserError: for prompts that do not fit the model, a reward that is not one finite number for each response, and
@@ -147,7 +159,8 @@ class ValueModel(nn.Module):
         body_of(self.model).requires_grad_(True)
         weight = next(body_of(self.model).parameters())
         width = self.model.get_output_embeddings().weight.shape[1]  # type: ignore[operator]
-        self.head = nn.Linear(width, 1, device=weight.device, dtype=statistics_dtype(weight.dtype))
+        kind = {"device": weight.device, "dtype": statistics_dtype(weight.dtype)}
+        self.head = skip_init(nn.Linear, width, 1, **kind)  # draws no random numbers
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -266,9 +279,7 @@ def score_rollout(
         "length": length_S.double().mean(),
     }
     kl_weight = (0.0 if in_reward else options.beta) * scale
-    return Rollout(
-        prompts, responses, mask, logp, ref_logp, values, advantages, returns * mask, kl_weight, metrics
-    )  # fmt: skip
+    return Rollout(prompts, responses, mask, logp, ref_logp, values, advantages, returns * mask, kl_weight, metrics)
 
 
 def generalised_advantages(rewards_ST: Tensor, values_ST: Tensor, gamma: float, lam: float) -> Tensor:
@@ -381,9 +392,8 @@ class _Run:
         sampling = Sampling(options.max_new_tokens, options.temperature, batch_size=options.batch_size, seed=seed)
         responses = [samples[0] for samples in sample_ids(self.policy, ids, sampling, self.prompts.ends)]
         rewards = self.prompts.score(indices, responses)
-        rollout = score_rollout(
-            self.policy, self.reference, self.value_model, ids, responses, rewards, options
-        )  # fmt: skip
+        models = self.policy, self.reference, self.value_model
+        rollout = score_rollout(*models, ids, responses, rewards, options)
         seen: dict[str, list[Tensor]] = defaultdict(list)
         for rows in self._minibatches(seed):
             loss, metrics = minibatch_loss(self.policy, self.value_model, rollout, rows, options)
@@ -427,8 +437,7 @@ class _Run:
             return 0
         device = next(self.policy.parameters()).device
         content = torch.load(path, map_location=device, weights_only=True)
-        if content["step"] > self.options.steps:
-            raise UserError(f"{path}: has {content['step']} iterations, more than --steps {self.options.steps}")
+        check_steps(path, content["step"], self.options)
         for name, part in self._state().items():
             part.load_state_dict(content[name])
         return int(content["step"])

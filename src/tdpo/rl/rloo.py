@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
+from torch.random import fork_rng
 from transformers import GenerationConfig, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from typing_extensions import override
 
 from tdpo.config.checks import check_values, documented
 from tdpo.errors import UserError
 from tdpo.models.adapters import has_adapter
 from tdpo.models.probe import evaluating
-from tdpo.rl.common import OnLog, OnMeasure, Reward, RLOptions, ScoredPrompts, claim_folder
-from tdpo.train.checkpointing import CheckpointingTrainer, clear_partial, latest_complete
+from tdpo.rl.common import OnLog, OnMeasure, Reward, RLOptions, ScoredPrompts, check_steps, claim_folder
+from tdpo.train.checkpointing import CheckpointingTrainer, clear_partial, latest_complete, step_of
 
 LOGGED = {"reward": "reward", "entropy": "entropy", "completions/mean_length": "length"}
 """Metrics of TRL's trainer, and their names here."""
@@ -33,13 +35,26 @@ class RLOOOptions(RLOptions):
 
     Attributes:
         num_samples: Responses per prompt; the mean reward of the others is each one's baseline.
+        micro_batch_size: Responses per forward and backward pass, a divisor of the responses of an iteration; the
+            gradient is the same, in less memory. Default: all of them.
     """
 
     num_samples: int = 4
+    micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_values(self, num_samples=2)
+        check_values(self, num_samples=2, micro_batch_size=1)
+        if self.responses % (self.micro_batch_size or self.responses):
+            raise UserError(
+                f"--micro_batch_size {self.micro_batch_size} does not divide the {self.responses} responses of an "
+                f"iteration (--batch_size {self.batch_size} times --num_samples {self.num_samples})"
+            )
+
+    @property
+    def responses(self) -> int:
+        """Responses per iteration."""
+        return self.batch_size * self.num_samples
 
 
 def train_rloo(
@@ -74,8 +89,9 @@ def train_rloo(
         on_measure: Called with the number of finished iterations and the policy, every ``eval_every`` of them and at
             the end.
         folder: Where TRL writes a checkpoint after every measurement, and continues from the latest; None for none.
-        on_log: Called with the metrics of every iteration: ``reward``, ``kl`` (the mean log-ratio of the sampled
-            responses in nats, which estimates KL(policy || reference)), ``entropy`` (nats per token) and ``length``.
+        on_log: Called with the metrics of every iteration: ``reward`` (less penalties for missing ends), ``kl`` (the
+            mean log-ratio of the sampled responses in nats, which estimates KL(policy || reference)), ``entropy`` (nats
+            per token) and ``length``.
 
     Raises:
         UserError: without TRL; for a policy with an adapter; for prompts that do not fit the model or that TRL encodes
@@ -94,7 +110,9 @@ def train_rloo(
         claim_folder(Path(folder), scored, policy, reference)
         clear_partial(folder)
         latest, _ = latest_complete(folder)
-    with tempfile.TemporaryDirectory() as scratch, _restored(policy), _restored(reference), torch.random.fork_rng():
+        if latest is not None:
+            check_steps(latest, step_of(latest), options)
+    with _quiet(), tempfile.TemporaryDirectory() as scratch, _restored(policy), _restored(reference), fork_rng():
         reference.generation_config = GenerationConfig()  # one with contradictions could not be saved
         reference.save_pretrained(scratch)
         policy.config.name_or_path = scratch  # where TRL loads its reference from
@@ -128,6 +146,7 @@ def _trl_classes() -> tuple[Any, Any]:
 
 def _arguments(policy: nn.Module, options: RLOOOptions, folder: Path, save: bool) -> dict[str, Any]:
     """Returns the arguments of ``RLOOConfig``, everything explicit that its defaults or the hardware would decide."""
+    micro = options.micro_batch_size or options.responses
     return {
         "output_dir": str(folder),
         "beta": options.beta,
@@ -143,8 +162,8 @@ def _arguments(policy: nn.Module, options: RLOOOptions, folder: Path, save: bool
         "weight_decay": 0.0,
         "max_grad_norm": options.max_grad_norm,
         "max_steps": options.steps,
-        "per_device_train_batch_size": options.batch_size * options.num_samples,
-        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": options.responses // micro,
         "num_iterations": 1,
         "shuffle_dataset": False,  # the rows are in the order of the iterations
         "seed": options.seed,
@@ -200,20 +219,31 @@ def _check_encoding(scored: ScoredPrompts) -> None:
 def _restored(model: nn.Module) -> Iterator[None]:
     """Restores what TRL changes in a model apart from its weights: attributes, config entries, dropout and mode."""
     config: Any = model.config
-    attributes = {name: vars(model).get(name) for name in ("forward", "generation_config", "model_tags")}
-    name, padding = config.name_or_path, config.get_text_config().pad_token_id
+    attributes = [(part, dict(vars(part))) for part in (model, config, config.get_text_config())]
     dropout = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
     try:
         with evaluating(model):
             yield
     finally:
-        for key, value in attributes.items():
-            vars(model).pop(key, None)
-            if value is not None:
-                setattr(model, key, value)
-        config.name_or_path, config.get_text_config().pad_token_id = name, padding
+        for part, before in attributes:
+            for added in vars(part).keys() - before.keys():
+                delattr(part, added)
+            vars(part).update(before)
         for module, p in dropout:
             module.p = p
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Turns transformers' progress bars off, and its warnings about the names that TRL has for its options."""
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        if bars:
+            enable_progress_bar()
 
 
 class _Callback(TrainerCallback):
@@ -225,7 +255,7 @@ class _Callback(TrainerCallback):
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.options.measured(state.global_step):
-            with torch.random.fork_rng():  # the samples of later iterations do not depend on what is measured
+            with fork_rng():  # the samples of later iterations do not depend on what is measured
                 self.on_measure(state.global_step, model)
 
     @override
