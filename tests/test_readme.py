@@ -23,7 +23,8 @@ SMALL_DEMO = {
 LAUNCHERS = ("tdpo", "torchrun", "srun", "scontrol")
 CODE_BLOCKS = {
     "README.md": (6, 1), "docs/python.md": (0, 4), "docs/training.md": (6, 0), "docs/distributed.md": (1, 0),
-    "docs/objectives.md": (1, 1), "docs/evaluation.md": (1, 1), "docs/frontier.md": (1, 0), "docs/rewards.md": (0, 1), "docs/rlhf-baselines.md": (0, 1),
+    "docs/objectives.md": (1, 1), "docs/evaluation.md": (1, 1), "docs/frontier.md": (1, 0), "docs/rewards.md": (0, 1),
+    "docs/rlhf-baselines.md": (0, 1),
 }  # fmt: skip
 """Commands and blocks of Python that a page has at least, so that a change of its fences is noticed."""
 
