@@ -102,7 +102,7 @@ def test_rows_survive_the_file(tmp_path):
     path = tmp_path / "frontier.csv"
     write_rows(path, [{**SFT, "reward": 0.1 + 0.2}, *ROWS[1:]])
     assert path.read_text().startswith(
-        "objective,beta,alpha,learning_rate,seed,step,reward,reward_se,kl,kl_se,kl_chosen"
+        "objective,beta,alpha,learning_rate,seed,step,reward,reward_se,kl,kl_se,entropy,length,"
     )
     found = read_rows(path)
     assert found[0]["reward"] == 0.1 + 0.2

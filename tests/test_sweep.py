@@ -16,6 +16,7 @@ from runs import finish, start
 
 from tdpo import TDPOConfig, UserError
 from tdpo.cli import main
+from tdpo.commands.options import parse
 from tdpo.demo import world
 from tdpo.demo.run import DemoOptions, _build, _make_pairs
 from tdpo.sweep import SweepOptions, plan
@@ -219,6 +220,18 @@ def test_the_grid_gives_each_run_once_and_alpha_where_it_belongs():
     assert names[0] == "dpo-beta=0.1-learning_rate=0.0001-seed=4"
 
 
+def test_the_objective_alone_is_swept_too_and_lists_may_have_singular_names(tmp_path):
+    assert [run.name for run in plan(options(betas=[0.1, 0.2]), config(objective="ipo"))] == [
+        "ipo-beta=0.1", "ipo-beta=0.2"
+    ]  # fmt: skip
+    assert [run.name for run in plan(options(), config())] == ["tdpo2"]
+    path = tmp_path / "sweep.yaml"
+    path.write_text("objective: [dpo, ipo]\nbeta: [0.1, 0.3]\nseed: 7\nlearning_rates: 1e-4\noutput_dir: out\n")
+    sweep, args = parse("frontier", (SweepOptions, TDPOConfig), ["--config", str(path)])
+    assert (sweep.objectives, sweep.betas, sweep.learning_rates) == (["dpo", "ipo"], [0.1, 0.3], [1e-4])
+    assert (sweep.seed, args.beta) == (7, None)
+
+
 def test_entries_of_runs_take_lists_and_labels():
     sweep = options(
         runs=[
@@ -237,7 +250,6 @@ def test_entries_of_runs_take_lists_and_labels():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "nothing to train: give --objectives"),
         ({"runs": ["{objective"]}, "runs, entry 1: not a JSON object"),
         ({"runs": ['{"beta": 1}']}, "runs, entry 1: expected a mapping of options with an objective"),
         ({"runs": ['{"objective": "dpo", "bata": 1}']}, "no option 'bata'. Did you mean 'beta'"),

@@ -65,8 +65,8 @@ class SweepOptions(MeasureOptions):
     """What is swept, and how every run is measured.
 
     Attributes:
-        objectives: Objectives to train, each with every beta, alpha, learning rate and seed of these lists; ppo and
-            rloo train with the reward itself.
+        objectives: Objectives to train, each with every beta, alpha, learning rate and seed of these lists; default:
+            --objective, unless there are runs. ppo and rloo train with the reward itself.
         betas: Values of --beta.
         alphas: Values of --alpha, for the objectives that have it.
         learning_rates: Values of --learning_rate.
@@ -101,17 +101,20 @@ class SweepOptions(MeasureOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_values(self, num_prompts=2, workers=1)
-        if not self.objectives and not self.runs:
-            raise UserError("nothing to train: give --objectives or, in a YAML file, runs")
 
-    def settings(self) -> list[dict[str, Any]]:
+    def settings(self, objective: str) -> list[dict[str, Any]]:
         """Returns the settings of every run, in order, each once.
+
+        Args:
+            objective: The objective if neither ``objectives`` nor ``runs`` name any.
 
         Raises:
             UserError: for an entry of ``runs`` that is not a mapping.
         """
         lists: dict[str, list[Any]] = {name: getattr(self, plural) or [None] for plural, name in SWEPT.items()}
-        grids = [lists] if self.objectives else []
+        if not self.objectives and not self.runs:
+            lists["objective"] = [objective]
+        grids = [] if lists["objective"] == [None] else [lists]
         for number, text in enumerate(self.runs, 1):
             try:
                 entry = json.loads(text) if isinstance(text, str) else text
@@ -195,7 +198,7 @@ def plan(options: SweepOptions, args: TDPOConfig) -> list[Run]:
         UserError: naming the run, for options its trainer does not have or that do not fit together.
     """
     runs = []
-    for settings in options.settings():
+    for settings in options.settings(args.objective or objectives.DEFAULT):
         own = {name: value for name, value in settings.items() if name not in OWN}
         objective = settings["objective"]
         try:

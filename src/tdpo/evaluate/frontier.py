@@ -19,7 +19,10 @@ from scipy import stats
 from tdpo.errors import UserError
 from tdpo.files import atomic_write
 
-FIRST_COLUMNS = ("objective", "beta", "alpha", "learning_rate", "seed", "step", "reward", "reward_se", "kl", "kl_se")
+FIRST_COLUMNS = (
+    "objective", "beta", "alpha", "learning_rate", "seed", "step", "reward", "reward_se", "kl", "kl_se", "entropy",
+    "length",
+)  # fmt: skip
 SETTING = ("beta", "alpha", "learning_rate")
 SFT = "sft"
 CONFIDENCE = 0.95
