@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tdpo import UserError
 from tdpo.evaluate.divergence import response_stats
+from tdpo.evaluate.generate import Sampling, sample_ids
 from tdpo.rl import common
 from tdpo.rl.ppo import (
     PPOOptions,
@@ -375,18 +376,32 @@ def test_a_folder_belongs_to_one_run(options: Any, tmp_path: Path) -> None:
         train(replace(options, steps=3), word_model(), reference, folder=tmp_path)
 
 
-@BOTH
-def test_metrics_are_of_the_samples_and_the_reference_is_the_one_given(
-    options: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy, reference, logs, sampled = word_model(0), frozen(word_model(3)), {}, []
-    before, score = frozen(policy), common.ScoredPrompts.score
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Prompt ids, response ids and rewards of every iteration of a run to come."""
+    found: list[Any] = []
+    score = common.ScoredPrompts.score
 
     def recorded(self: Any, indices: Any, responses: Any) -> list[float]:
-        sampled.append(([self.ids[i] for i in indices], responses, score(self, indices, responses)))
-        return sampled[-1][2]
+        found.append(([self.ids[i] for i in indices], responses, score(self, indices, responses)))
+        return found[-1][2]
 
     monkeypatch.setattr(common.ScoredPrompts, "score", recorded)
+    return found
+
+
+@BOTH
+def test_responses_are_sampled_at_the_temperature(options: Any, sampled: list[Any]) -> None:
+    train(replace(options, steps=1, temperature=1e-4), word_model(), frozen(word_model()))
+    ((prompts, responses, _),) = sampled
+    likeliest = sample_ids(word_model(), prompts, Sampling(4, temperature=0.0), END)
+    assert responses == [found[0] for found in likeliest]
+
+
+@BOTH
+def test_metrics_are_of_the_samples_and_the_reference_is_the_one_given(options: Any, sampled: list[Any]) -> None:
+    policy, reference, logs = word_model(0), frozen(word_model(3)), {}
+    before = frozen(policy)
     one = replace(options, steps=1, **({} if isinstance(options, PPOOptions) else {"micro_batch_size": None}))
     train(one, policy, reference, on_log=lambda step, metrics: logs.update({step: metrics}))
     ((prompts, responses, rewards),) = sampled
