@@ -277,6 +277,8 @@ def test_names_what_is_missing_before_anything_is_loaded(leave_out, message, tmp
     index = words.index(leave_out)
     assert main(words[:index] + words[index + 2 :]) == 2
     assert message in capsys.readouterr().err
+    assert main([*words, "--baseline", "tdpo1"]) == 2
+    assert "--baseline tdpo1: there are dpo" in capsys.readouterr().err
 
 
 def test_the_world_has_enough_pairs(small_world):

@@ -44,6 +44,9 @@ def run(argv: Sequence[str]) -> None:
     args.seed = options.seed  # one option, of samples and of runs without a seed of their own
     _check(reward_options, args, data)
     runs = plan(options, args)
+    labels = list(dict.fromkeys(run.label for run in runs))
+    if options.baseline not in (None, *labels):
+        raise UserError(f"--baseline {options.baseline}: there are {', '.join(labels)}")
     if adapter.use_peft and any(run.settings["objective"] in RL for run in runs):
         raise UserError("ppo and rloo train all weights: leave --use_peft out, or these objectives")
     folder = Path(str(args.output_dir)).expanduser()
