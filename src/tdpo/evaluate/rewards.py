@@ -120,6 +120,12 @@ class Reward(ABC):
         """Makes an error that names the reward."""
         return UserError(f"--reward {self.name}: {what}")
 
+    def refuse(self, options: RewardOptions, why: str, *names: str) -> None:
+        """Raises an error if one of these options is given, which has no effect."""
+        given = [f"--{name}" for name in names if getattr(options, name)]
+        if given:
+            raise self.error(f"{why}: leave {' and '.join(given)} out")
+
 
 class ColumnReward(Reward):
     """Reads a column of the rows."""
@@ -129,10 +135,7 @@ class ColumnReward(Reward):
         column = self.name.removeprefix(COLUMN)
         for number, row in enumerate(rows, 1):
             if column not in row:
-                columns = ", ".join(row)
-                raise self.error(
-                    f"row {number} has no column {column!r}, only {columns}; sampled responses have no more"
-                )
+                raise self.error(f"row {number} has no column {column!r}, only {', '.join(row)}")
             if not isinstance(row[column], Real) or not math.isfinite(row[column]):
                 raise self.error(f"row {number}: {column!r} must be a finite number, got {row[column]!r}")
         return [float(row[column]) for row in rows]
@@ -145,9 +148,11 @@ class TextReward(Reward):
         batch_size: Texts scored at a time.
         tokenizer: Its chat template renders prompts of messages; None if there is none.
         renders_text: Whether a text prompt is rendered as a chat too, where there is a template.
+        without_template: What is wrong with a tokenizer without a chat template, and what helps.
     """
 
     renders_text = False
+    without_template = "the tokenizer has no chat template; --chat_template_path gives one"
 
     def __init__(self, options: RewardOptions, tokenizer: Any) -> None:
         super().__init__(options)
@@ -183,19 +188,14 @@ class TextReward(Reward):
         if isinstance(prompt, str) and not (self.renders_text and template):
             return prompt + response
         if not template:
-            raise self.error(f"row {number}: the prompt is a chat, and {self._without_template()}")
+            way_out = "no tokenizer is given" if self.tokenizer is None else self.without_template
+            raise self.error(f"row {number}: the prompt is a chat, and {way_out}")
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         turns.append({"role": "assistant", "content": response})
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
         except jinja2.TemplateError as error:
             raise self.error(f"row {number}: the chat template refuses it: {error}") from error
-
-    def _without_template(self) -> str:
-        """Explains why no chat can be rendered, and what to do."""
-        if self.tokenizer is None:
-            return "there is no tokenizer whose chat template could render it"
-        return "the tokenizer has no chat template to render it (--chat_template_path gives one)"
 
     def _numbers(self, found: Any, count: int, start: int) -> list[float]:
         """Returns the scores of a batch, whose first row has the index ``start``, as finite floats."""
@@ -209,10 +209,10 @@ class TextReward(Reward):
                 raise self.error(f"expected a finite number for every text, got {value!r} for row {number}")
         return [float(value) for value in values]
 
-    def _call(self, function: Callable[[list[str]], Any], texts: list[str]) -> Any:
-        """Calls code that is not this package's."""
+    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Calls code of the user or of another library, whose errors become a :class:`UserError`."""
         try:
-            return function(texts)
+            return function(*args, **options)
         except Exception as error:  # whatever it raises
             raise self.error(f"it raised {type(error).__name__}: {error}") from error
 
@@ -228,13 +228,14 @@ class FunctionReward(TextReward):
 
     @override
     def score(self, texts: list[str]) -> Any:
-        return self._call(self.function, texts)
+        return self.call(self.function, texts)
 
 
 class ModelReward(TextReward):
     """Runs a transformers sequence-classification or reward model on prompt and response."""
 
     renders_text = True
+    without_template = "this model's tokenizer has no chat template; join the texts in a function (module:function)"
 
     def __init__(self, options: RewardOptions) -> None:
         try:
@@ -248,13 +249,15 @@ class ModelReward(TextReward):
         self.longest = min(limits, default=None)
         config = model.config
         labels = [str(config.id2label[index]) for index in range(config.num_labels)]
-        one = len(labels) == 1
-        if one and (options.reward_label or options.reward_output):
-            raise self.error("the model has one output: leave --reward_label and --reward_output out")
-        self.label = 0 if one else label_index(labels, options.reward_label, self.name)
-        self.output = None if one or config.problem_type == "regression" else options.reward_output or "probability"
-        if self.output is None and options.reward_output:
-            raise self.error("the outputs of a regression have no probabilities: leave --reward_output out")
+        self.label, self.output = 0, options.reward_output or "probability"
+        if len(labels) == 1:
+            self.output = "raw"
+            self.refuse(options, "the model has one output", "reward_label", "reward_output")
+            return
+        self.label = label_index(labels, options.reward_label, self.name)
+        if config.problem_type == "regression":
+            self.output = "raw"
+            self.refuse(options, "the outputs of a regression have no probabilities", "reward_output")
 
     @override
     def tolerance(self, rewards: Sequence[float]) -> float:
@@ -265,7 +268,7 @@ class ModelReward(TextReward):
     @override
     def score(self, texts: list[str]) -> Tensor:
         logits_NC = self.logits(texts)
-        if self.output is None:
+        if self.output == "raw":
             return logits_NC[:, self.label]
         if self.model.config.problem_type == "multi_label_classification":  # the label against its absence
             logits_NC = nn.functional.pad(logits_NC[:, [self.label]], (1, 0))
@@ -313,20 +316,17 @@ class PipelineReward(TextReward):
         self.pipeline = self._load(options.reward_trusted)
         self.output, self.label = options.reward_output or "probability", None
         classes = getattr(self.pipeline, "classes_", None)
-        given = " and ".join(f"--{name}" for name in ("reward_label", "reward_output") if getattr(options, name))
+        if classes is None:
+            self.refuse(options, "the pipeline is not a classifier", "reward_label", "reward_output")
+            return
         if isinstance(classes, list):
             raise self.error("the pipeline has several outputs; a reward is one number")
-        if classes is None:
-            if given:
-                raise self.error(f"the pipeline is not a classifier: leave {given} out")
-            return
         self.label = label_index([str(label) for label in classes.tolist()], options.reward_label, self.name)
         if not hasattr(self.pipeline, "predict_proba"):
-            if options.reward_output:
-                raise self.error("the classifier has no predict_proba: leave --reward_output out")
+            self.output = "decision"
+            self.refuse(options, "the classifier has no predict_proba", "reward_output")
             if not hasattr(self.pipeline, "decision_function"):
                 raise self.error("the classifier has neither predict_proba nor decision_function")
-            self.output = "decision"
 
     def _load(self, trusted: list[str]) -> Any:
         """Loads the file.
@@ -341,31 +341,28 @@ class PipelineReward(TextReward):
             raise self.error("needs scikit-learn and skops: pip install 'tdpo[experiments]'") from error
         if not Path(self.name).is_file():
             raise self.error("no such file")
-        try:
-            found = set(skops.io.get_untrusted_types(file=self.name))
-            if found == set(trusted):
-                pipeline = skops.io.load(self.name, trusted=trusted)
-                check_is_fitted(pipeline)
-                return pipeline
-        except Exception as error:  # a damaged file may raise anything
-            raise self.error(f"not a fitted scikit-learn pipeline: {type(error).__name__}: {error}") from error
+        found = set(self.call(skops.io.get_untrusted_types, file=self.name))
         unknown, unused = sorted(found - set(trusted)), sorted(set(trusted) - found)
         if unknown:
-            words = " ".join(sorted(found))
             raise self.error(
-                f"holds types that could run code: {', '.join(unknown)}. If you trust them: --reward_trusted {words}"
+                f"holds types that could run code: {', '.join(unknown)}. If you trust it: --reward_trusted "
+                f"{' '.join(sorted(found))}"
             )
-        raise self.error(f"--reward_trusted {' '.join(unused)} has no effect: there is nothing of this type to trust")
+        if unused:
+            raise self.error(f"the file holds nothing to trust of type {', '.join(unused)} (--reward_trusted)")
+        pipeline = self.call(skops.io.load, self.name, trusted=trusted)
+        self.call(check_is_fitted, pipeline)
+        return pipeline
 
     @override
     def score(self, texts: list[str]) -> Any:
         if self.label is None:
-            return self._call(self.pipeline.predict, texts)
+            return self.call(self.pipeline.predict, texts)
         if self.output == "decision":
-            decision = self._call(self.pipeline.decision_function, texts)
+            decision = self.call(self.pipeline.decision_function, texts)
             # Of two classes it is one number, which is positive for the second.
             return decision[:, self.label] if decision.ndim > 1 else decision if self.label else -decision
-        p_NC = torch.from_numpy(self._call(self.pipeline.predict_proba, texts))
+        p_NC = torch.from_numpy(self.call(self.pipeline.predict_proba, texts))
         return class_score(p_NC.double().log(), self.label, self.output)
 
 
@@ -459,7 +456,6 @@ def check_reward(reward: Reward, rows: Sequence[Row]) -> None:
     for number, (row, value) in enumerate(zip(rows, together, strict=True), 1):
         (alone,) = reward([row])
         if abs(alone - value) > reward.tolerance(together):
-            raise UserError(
-                f"--reward {reward.name}: row {number} scores {value:g} beside others and {alone:g} alone; the reward of "
-                "a row must depend on nothing else"
+            raise reward.error(
+                f"row {number} scores {value:g} beside others and {alone:g} alone; its reward must depend on nothing else"
             )
