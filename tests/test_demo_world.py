@@ -256,6 +256,7 @@ def test_run_measures_every_objective_from_one_sft_model(tiny):
     rows, folder, _ = tiny
     steps = [(row["objective"], row["step"]) for row in rows]
     assert steps == [("sft", 0), *((name, step) for name in ("dpo", "tdpo1", "tdpo2") for step in (2, 4))]
+    assert {row["seed"] for row in rows[1:]} == {0}
     assert [rows[0]["kl"], rows[0]["kl_reference_policy"]] == [0.0, 0.0]
     assert all(row["kl"] > 0 and row["kl_chosen"] > 0 for row in rows[1:])
     start = load_file(folder / "sft" / "model.safetensors")

@@ -52,6 +52,7 @@ def test_estimate_of_units_and_of_several_samples_a_unit():
     assert (one.mean, one.count) == (2.0, 1)
     assert math.isnan(one.standard_error) and math.isnan(one.low) and math.isnan(one.high)
     assert found.columns("r") == {"r": 3.0, "r_se": found.standard_error, "r_low": 1.0, "r_high": 6.0}
+    assert one.columns("r") == {"r": 2.0}
 
 
 def test_interval_agrees_with_scipys_bootstrap_and_with_the_normal_one():

@@ -41,6 +41,7 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command; run again after an interruption, it continues."""
     model_config, adapter, data, reward_options, options, args = parse("frontier", OPTIONS, argv, ["output_dir"])
     quieten()
+    args.seed = options.seed  # one option, of samples and of runs without a seed of their own
     _check(reward_options, args, data)
     runs = plan(options, args)
     if adapter.use_peft and any(run.settings["objective"] in RL for run in runs):
