@@ -34,8 +34,8 @@ NUMBERED = (("0", "1"), ("-1", "1"), ("false", "true"))
 CHECKED_ROWS = 8
 CHECKED_TO = 1e-4
 """How far a row's reward may depend on the other rows of its batch, relative to the largest reward of them."""
-ROUNDING_STEPS = 8
-"""The same of a model in low precision, in multiples of its dtype's epsilon: 0.06 in bfloat16."""
+ROUNDING_STEPS = 16
+"""The same of a model in low precision, in multiples of its dtype's epsilon: 0.125 in bfloat16."""
 
 Row = Mapping[str, Any]
 
@@ -80,6 +80,15 @@ class RewardOptions:
         for name, kinds in used_by.items():
             if getattr(self, name) not in (RewardOptions.__dataclass_fields__[name].default, []) and kind not in kinds:
                 raise UserError(f"--{name} has no effect with{f' --reward {self.reward}' if kind else 'out --reward'}")
+
+    def check_for_samples(self) -> None:
+        """Refuses a reward that cannot score responses sampled from a model.
+
+        Raises:
+            UserError: for a column, which only rows of a dataset have.
+        """
+        if self.kind == "column":
+            raise UserError(f"--reward {self.reward}: responses that are sampled have no columns; give another reward")
 
     @property
     def kind(self) -> str:
@@ -457,5 +466,5 @@ def check_reward(reward: Reward, rows: Sequence[Row]) -> None:
         (alone,) = reward([row])
         if abs(alone - value) > reward.tolerance(together):
             raise reward.error(
-                f"row {number} scores {value:g} beside others and {alone:g} alone; its reward must depend on nothing else"
+                f"row {number} scores {value:g} beside others and {alone:g} alone; its reward must depend on it only"
             )
