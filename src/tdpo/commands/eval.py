@@ -69,6 +69,7 @@ def run(argv: Sequence[str]) -> None:
     quieten()
     if not options.generate:
         check_defaults("generate", *sampling)
+    sampling[1].check_for_samples()
     folder, revision = model_config.model_name_or_path, model_config.model_revision
     saved = cached_file(folder, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
     remembered = None if saved is None else read_objective(saved)

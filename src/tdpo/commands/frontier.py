@@ -103,6 +103,7 @@ def _check(reward: RewardOptions, args: TDPOConfig, data: EvalDataConfig) -> Non
         raise UserError("a frontier is measured on held-out prompts: give --eval_dataset_name or --test_fraction")
     if not reward.reward:
         raise UserError("--reward is missing: a frontier draws it against the divergence")
+    reward.check_for_samples()
     if not args.eval_steps or args.eval_steps < 1:
         raise UserError("--eval_steps is missing: every run is measured after that many optimizer steps")
 
