@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 
 import pytest
 import torch
 from conftest import END, make_model, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from tdpo import UserError
@@ -136,8 +138,20 @@ def test_chats_are_rendered_by_the_policys_template(module):
     tokenizer.chat_template = "{{ raise_exception('no questions') }}"
     with pytest.raises(UserError, match="row 2: the chat template refuses it: no questions"):
         reward(name, tokenizer)([ROWS[0], row])
-    with pytest.raises(UserError, match="row 1: the response must be text, got "):
-        reward(name, tokenizer)([{"prompt": "a", "response": CHAT}])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + 1 }}{% endfor %}"
+    with pytest.raises(UserError, match="row 1: the chat template refuses it: can only concatenate str"):
+        reward(name, tokenizer)([row])
+
+
+def test_prompt_and_response_of_every_row_are_needed(module):
+    found = reward(module("r_rows", "return [0.0 for _ in texts]"))
+    for row, message in [
+        ({"prompt": "a", "response": CHAT}, "the response must be text, got [{'role': 'user'"),
+        ({"prompt": "a"}, "the response must be text, got None"),
+        ({"response": "a"}, "the prompt must be text or a list of messages, got None"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(f"row 2: {message}")):
+            found([ROWS[0], row])
 
 
 def classifier(folder, labels, template=None, positions=128, pad=0, **config):
@@ -256,6 +270,20 @@ def test_a_models_own_template_renders_chats_and_texts(tmp_path):
     expected = [x.item() for x in logits_by_hand(model, tokenizer, texts)]
     found = reward(tmp_path)([{"prompt": CHAT, "response": "Yes."}, ROWS[0]])
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("template", [None, END + TEMPLATE])
+def test_a_text_begins_with_one_bos_token_whether_template_or_tokenizer_adds_it(tmp_path, template):
+    model, tokenizer = classifier(tmp_path, ["score"], template, pad=None)
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{END} $A", special_tokens=[(END, bos)])
+    tokenizer.save_pretrained(tmp_path)
+    text = "[user]The river[assistant] sees the garden." if template else "The river sees the garden."
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == bos and bos not in ids[1:]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits.item()
+    assert reward(tmp_path)([ROWS[0]]) == [pytest.approx(expected, abs=1e-5)]
 
 
 def test_a_chat_needs_the_models_template_and_a_text_needs_tokens(tmp_path):

@@ -188,12 +188,14 @@ class TextReward(Reward):
             number: Which row it is, from 1, for messages.
 
         Raises:
-            UserError: for a chat without a template, or one that the template refuses.
+            UserError: for a row without prompt or response, a chat without a template, or one that it refuses.
         """
-        prompt, response = row["prompt"], row["response"]
+        prompt, response = row.get("prompt"), row.get("response")
         template = getattr(self.tokenizer, "chat_template", None)
         if not isinstance(response, str):
             raise self.error(f"row {number}: the response must be text, got {response!r}")
+        if not isinstance(prompt, str | list | tuple):
+            raise self.error(f"row {number}: the prompt must be text or a list of messages, got {prompt!r}")
         if isinstance(prompt, str) and not (self.renders_text and template):
             return prompt + response
         if not template:
@@ -203,7 +205,7 @@ class TextReward(Reward):
         turns.append({"role": "assistant", "content": response})
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise self.error(f"row {number}: the chat template refuses it: {error}") from error
 
     def _numbers(self, found: Any, count: int, start: int) -> list[float]:
