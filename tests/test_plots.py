@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.image import imread
 
-from tdpo.report.plots import STYLES, FrontierPoint, KLCurve, overview_figure, save_figure, style_of
+from tdpo.report.plots import STYLES, FrontierPoint, KLCurve, overview_figure, save_figure, styles_of
 
 FRONTIER = {
     "dpo": [FrontierPoint(0, 0, 0.0, 0.02), FrontierPoint(3, 0.1, 0.2, 0.02), FrontierPoint(7, 0.3, 0.3, 0.02)],
@@ -75,7 +75,9 @@ def test_matplotlibs_settings_and_pyplot_are_left_alone():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_objectives_differ_in_colour_and_marker():
-    assert len({colour for colour, _ in STYLES.values()}) == len({marker for _, marker in STYLES.values()}) == 4
-    assert style_of("dpo") == STYLES["dpo"]
-    assert style_of("ipo", 0) != style_of("kto", 1)
+def test_ten_curves_and_the_sft_model_differ_in_colour_and_marker():
+    names = ["sft", "mine", "dpo", "tdpo2", "kto", "ppo", *(f"run {n}" for n in range(5))]
+    found = styles_of(names)
+    assert len({colour for colour, _ in found.values()}) == len({marker for _, marker in found.values()}) == 11
+    assert (found["dpo"], found["tdpo2"], found["ppo"]) == (STYLES["dpo"], STYLES["tdpo2"], STYLES["ppo"])
+    assert styles_of(["dpo"])["dpo"] == found["dpo"]
