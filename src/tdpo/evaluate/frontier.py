@@ -217,7 +217,8 @@ def setting_names(rows: Sequence[Row]) -> list[str]:
     """
     known = {"learning_rate", *(name for objective in OBJECTIVES.values() for name in parameter_names(objective))}
     named = {name for row in rows for name, value in row.items() if name in known or (isinstance(value, str) and value)}
-    return sorted(named - {*NAMES, "seed", "step"}, key=lambda name: (name not in FIRST_COLUMNS, name))
+    order = dict.fromkeys([*FIRST_COLUMNS, *sorted(named)])
+    return [name for name in order if name in named - {*NAMES, "seed", "step"}]
 
 
 def by_setting(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[dict[str, Any], list[Row]]]:

@@ -6,11 +6,13 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from rich.box import SIMPLE_HEAD
@@ -88,7 +90,7 @@ def last_table(rows: Sequence[Row]) -> Table:
     Seeds that stopped at an earlier step are not averaged with the others; the row then counts those that are.
     """
     shown = [name for name in FIGURES if any(_has(row, name) for row in rows)]
-    table = _table("Last measurement", first_width=28)
+    table = _table("Last measurement", first_width=22)
     for name in shown:
         table.add_column(FIGURES[name][0], justify="right", no_wrap=True)
     names = setting_names(rows)
@@ -205,9 +207,9 @@ def frontier_figure(
         positive = [point.kl.mean for curve in frontier.curves for point in curve.points if point.kl.mean > 0]
         log_x = bool(positive) and max(positive) > 10**LOG_DECADES * min(positive)
     growth, styles = _growth(frontier, rows), styles_of(curve.name for curve in frontier.curves)
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, wspace=0.03)
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(18, 7.2) if growth else (12, 7.2), facecolor="white", layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.03)  # type: ignore[union-attr]
+        figure = Figure(figsize=(18, 7.2) if growth else (12, 7.2), facecolor="white", layout=layout)
         left, *right = figure.subplots(1, 1 + bool(growth), squeeze=False)[0]
         for curve in frontier.curves:
             _draw_curve(left, curve, frontier.sft, styles[curve.name], log_x)
@@ -252,17 +254,18 @@ def _legend(
     frontier: Frontier, styles: Mapping[str, tuple[str, str]], log_x: bool
 ) -> tuple[Sequence[Line2D], Sequence[str]]:
     """Returns lines and labels of the legend: the baseline, the other curves, the SFT model, dominated points."""
-    entries = [(Line2D([], [], color=c, marker=m), _label(name)) for name, (c, m) in styles.items()]
+    edge: Any = {"markeredgecolor": "white", "linewidth": 2.0}
+    entries = [
+        (Line2D([], [], color=colour, marker=marker, markersize=9, **edge), _label(name))
+        for name, (colour, marker) in styles.items()
+    ]
     if frontier.sft:
-        line = {"linestyle": ":"} if log_x else {"linestyle": "none", "marker": SFT_STYLE[1]}
-        entries.append((Line2D([], [], color=SFT_STYLE[0], **line), _label(SFT)))
+        colour, marker = SFT_STYLE
+        line: Any = {"linestyle": ":"} if log_x else {"linestyle": "none", "marker": marker, "markersize": 9}
+        entries.append((Line2D([], [], color=colour, **line, **edge), _label(SFT)))
     if any(len(curve.front) < len(curve.points) for curve in frontier.curves):
-        light = Line2D([], [], color=INK, marker="s", markersize=6, linestyle="none", alpha=LIGHT)
+        light = Line2D([], [], color=INK, marker="s", markersize=6, linestyle="none", alpha=LIGHT, **edge)
         entries.append((light, "dominated"))
-    for line, _ in entries:
-        line.set(markeredgecolor="white", linewidth=2.0)
-        if line.get_alpha() is None:
-            line.set_markersize(9)
     # matplotlib leaves out labels that begin with an underscore.
     return [line for line, _ in entries], [f" {label}" if label.startswith("_") else label for _, label in entries]
 

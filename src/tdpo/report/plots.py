@@ -165,10 +165,9 @@ def draw_kl_growth(
     if styles is None:
         axes.legend(loc="upper left", handlelength=3.5)
     else:
-        lines = [
-            Line2D([], [], color=INK, linewidth=width, linestyle=line) for width, line in ((2.2, "-"), (1.6, DASHES))
-        ]
-        axes.legend(lines, ["rejected", "chosen"], loc="upper left", handlelength=3.5)
+        parts: Any = {"rejected": {"linewidth": 2.2}, "chosen": {"linewidth": 1.6, "linestyle": DASHES}}
+        lines = [Line2D([], [], color=INK, **style) for style in parts.values()]
+        axes.legend(lines, list(parts), loc="upper left", handlelength=3.5)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
