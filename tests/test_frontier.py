@@ -188,9 +188,10 @@ def test_rows_survive_the_file_to_the_byte(tmp_path):
     ]
     write_rows(path, rows)
     lines, found = path.read_text().splitlines(), read_rows(path)
-    names = [*FIRST_COLUMNS, "label", "entropy", "accuracy", "pairs", "token_weights"]
+    names = [*FIRST_COLUMNS, "label", "accuracy", "pairs", "token_weights"]
+    assert ",".join(FIRST_COLUMNS[6:]) == "reward,reward_se,kl,kl_se,entropy,length"
     assert lines[0] == ",".join(names)
-    assert lines[2] == "dpo,0.1,,0.0001,0,1,-1e-17,0.02,0.30000000000000004,0.1,007,,0.3333333333333333,7,"
+    assert lines[2] == "dpo,0.1,,0.0001,0,1,-1e-17,0.02,0.30000000000000004,0.1,,,007,0.3333333333333333,7,"
     assert [list(row) for row in found] == [names] * 3
     assert {name: found[1][name] for name in rows[1]} == rows[1]
     assert found[0]["seed"] == found[1]["alpha"] == found[2]["accuracy"] == ""

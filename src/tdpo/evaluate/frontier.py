@@ -22,7 +22,10 @@ from tdpo.evaluate.estimates import Estimate
 from tdpo.files import atomic_write
 from tdpo.objectives import OBJECTIVES, parameter_names
 
-FIRST_COLUMNS = ("objective", "beta", "alpha", "learning_rate", "seed", "step", "reward", "reward_se", "kl", "kl_se")
+FIRST_COLUMNS = (
+    "objective", "beta", "alpha", "learning_rate", "seed", "step", "reward", "reward_se", "kl", "kl_se", "entropy",
+    "length",
+)  # fmt: skip
 NEEDED = ("objective", "seed", "step", "reward", "kl")
 NAMES = ("objective", "label")
 """Columns of text, whatever they look like."""
