@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -19,6 +20,7 @@ from tdpo import UserError
 from tdpo.evaluate.estimates import Estimate
 from tdpo.evaluate.frontier import FIRST_COLUMNS, Frontier, SeedFront, pareto, read_rows, setting_names, write_rows
 from tdpo.report.frontier import equal_kl_tables, frontier_figure, last_table, report_frontier
+from tdpo.report.plots import SFT_STYLE, STYLES, save_figure, styles_of
 
 EMPTY = {"beta": "", "alpha": "", "learning_rate": "", "seed": ""}
 SFT_ROW = {"objective": "sft", **EMPTY, "step": 0, "reward": 0.0, "reward_se": 0.01, "kl": 0.0, "kl_se": 0.0}
@@ -69,6 +71,9 @@ def test_reward_is_interpolated_along_the_front_and_none_outside_of_what_was_mea
     assert found == pytest.approx(expected)
     assert [(point.step, point.kl.mean) for point in curve.front] == [(1, 1.0), (3, 3.0)]
     assert (curve.best.step, curve.best.reward.mean) == (3, 0.6)
+    (reordered,) = Frontier.of([*reversed(rows), row(step=5, kl=4.0, reward=0.6)]).curves
+    assert {level: reordered.seeds[0].reward_at(level) for level in expected} == pytest.approx(expected)
+    assert (reordered.best.step, reordered.best.kl.mean) == (3, 3.0)  # of two points with 0.6
 
 
 def test_without_an_sft_row_a_front_begins_at_its_first_point():
@@ -172,8 +177,8 @@ def test_rows_that_are_not_finite_are_left_out_and_counted_by_run():
         "ppo beta 0.1 learning_rate 0.0001 seed 2": 1,
     }
     assert {seed: front.largest for seed, front in frontier.curves[2].seeds.items()} == {1: 1.0}
-    with pytest.raises(UserError, match="no measurement of a trained model has a finite KL and reward"):
-        Frontier.of([SFT_ROW, row(kl=math.nan)])
+    with pytest.raises(UserError, match="--baseline ipo: no measurement of it is finite"):
+        Frontier.of([*rows, row("ipo", kl=math.nan)], "ipo")
 
 
 # --- files
@@ -236,11 +241,11 @@ def test_table_of_rewards_at_equal_kl():
     (table,) = equal_kl_tables(frontier, [1.0, 2.0, 3.0])
     text = text_of(table)
     half = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
-    assert [line.split() for line in text.splitlines() if line.startswith(" DPO")] == [
+    assert [line.split() for line in text.splitlines() if line.startswith("DPO")] == [
         ["DPO", "0.200", f"±{half:.3f}", "0.300", f"±{half:.3f}", "-", "0.300", f"±{half:.3f}"]
     ]
     lines = text.splitlines()
-    (index,) = [i for i, line in enumerate(lines) if line.startswith(" TDPO2")]
+    (index,) = [i for i, line in enumerate(lines) if line.startswith("TDPO2")]
     assert lines[index].split()[:2] == ["TDPO2", "0.400"]
     assert lines[index + 1].split()[0] == "+0.200"  # 0.3, 0.1, 0.2
     assert lines[index + 1].split()[2] == "+0.200"  # 0.2667, 0.1333, 0.2
@@ -269,10 +274,10 @@ def test_last_measurements_are_averaged_over_the_seeds_that_have_them():
     rows = [row(seed=seed, step=step, reward=seed + step) for seed in (0, 1) for step in (1, 2)]
     rows += [row(seed=2, step=1), row("ipo", 0, 2, reward=0.5)]
     lines = text_of(last_table(rows)).splitlines()
-    (dpo,) = [i for i, line in enumerate(lines) if line.startswith(" DPO")]
+    (dpo,) = [i for i, line in enumerate(lines) if line.startswith("DPO")]
     assert lines[dpo].split() == ["DPO", "2.500", "1.00"]
     assert lines[dpo + 1].split() == ["2", "of", "3", "seeds", f"±{stats.t.ppf(0.975, 1) * 0.5:.3f}", "±0.00"]
-    (ipo,) = [i for i, line in enumerate(lines) if line.startswith(" IPO")]
+    (ipo,) = [i for i, line in enumerate(lines) if line.startswith("IPO")]
     assert lines[ipo].split() + lines[ipo + 1].split() == ["IPO", "0.500", "1.00", "±0.039", "±0.20"]
     note = " ".join(" ".join(lines).split())
     assert "Student's t over seeds; of one seed, 1.96 standard errors over prompts" in note
@@ -334,6 +339,38 @@ def test_report_prints_tables_and_what_was_left_out_and_writes_both_files(tmp_pa
     assert picture.shape == (720, 1200, 3)
     assert all(edge.min() == 1.0 for edge in (picture[:5], picture[-5:], picture[:, :5], picture[:, -5:]))
     assert b"<text" not in (tmp_path / "frontier.svg").read_bytes()  # glyphs are paths: no font is needed to see them
+
+
+def test_a_sweep_without_a_finite_measurement_is_reported(tmp_path):
+    console = Console(width=100, record=True, markup=False, file=io.StringIO())
+    report_frontier([SFT_ROW, row(kl=math.nan)], tmp_path, console)
+    text = console.export_text()
+    assert "not finite, left out of the comparison: dpo beta 0.1 learning_rate 0.0001 seed 0, 1 measurement" in text
+    assert "there is no frontier to draw" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_text_whatever_they_look_like(tmp_path):
+    figure = frontier_figure([SFT_ROW, row(label=r"$\no$"), row(label="_hidden")])
+    save_figure(figure, tmp_path / "labels.png")  # "$...$" is a formula to matplotlib, and this one is an error
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [r"$\no$", " _hidden", "SFT"]
+    with pytest.raises(ValueError, match=r"labels\.jpg: figures are written as \.png or \.svg"):
+        save_figure(figure, tmp_path / "labels.jpg")
+
+
+def test_ten_curves_differ_in_colour_and_marker():
+    names = ["mine", "dpo", "tdpo2", "kto", "ppo", *(f"run {n}" for n in range(5))]
+    found = styles_of(names)
+    assert len({colour for colour, _ in found.values()}) == len({marker for _, marker in found.values()}) == 10
+    assert SFT_STYLE not in found.values()
+    assert (found["dpo"], found["tdpo2"], found["ppo"]) == (STYLES["dpo"], STYLES["tdpo2"], STYLES["ppo"])
+    assert styles_of(["dpo"])["dpo"] == found["dpo"]
+
+
+def test_matplotlibs_settings_are_left_alone(tmp_path):
+    before = dict(matplotlib.rcParams)
+    save_figure(frontier_figure(two_curves()), tmp_path / "figure.svg")
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_two_processes_write_equal_bytes(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from dataclasses import replace
@@ -9,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_model, preference_rows, write_jsonl
 from scipy import stats as scipy_stats
 from test_divergence import every_sequence, sequence_logps, small
 
 from tdpo import UserError
+from tdpo.cli import main
 from tdpo.evaluate.diversity import compression_ratio, distinct_n, measure_diversity, self_bleu
 from tdpo.evaluate.estimates import Estimate, bootstrap_interval
 from tdpo.evaluate.generate import decode_response
@@ -49,6 +52,7 @@ def test_estimate_of_units_and_of_several_samples_a_unit():
     assert (one.mean, one.count) == (2.0, 1)
     assert math.isnan(one.standard_error) and math.isnan(one.low) and math.isnan(one.high)
     assert found.columns("r") == {"r": 3.0, "r_se": found.standard_error, "r_low": 1.0, "r_high": 6.0}
+    assert one.columns("r") == {"r": 2.0}
 
 
 def test_interval_agrees_with_scipys_bootstrap_and_with_the_normal_one():
@@ -87,7 +91,7 @@ def test_diversity_is_of_equally_many_responses_of_one_length():
 def test_figures_estimate_what_enumeration_gives():
     policy, reference = small(0), small(1)
     measurer = evaluator()
-    mine, theirs = measurer.measure(policy), measurer.measure_reference(policy)
+    mine, theirs = measurer.measure(policy), measurer.measure(reference, measurer.reference_samples)
     responses = every_sequence(5, 4)
     expected = torch.zeros(8, dtype=torch.float64)
     rewards = torch.tensor([ids.count(1) for ids in responses], dtype=torch.float64)
@@ -103,12 +107,13 @@ def test_figures_estimate_what_enumeration_gives():
             / 2
         )
     found = [
-        (mine.kl_policy_reference, expected[0]), (theirs.kl_reference_policy, expected[1]), (mine.reward, expected[2]),
+        (mine.kl_policy_reference, expected[0]), (mine.kl_reference_policy, expected[1]), (mine.reward, expected[2]),
         (theirs.reward, expected[3]), (mine.length, expected[4]),
     ]  # fmt: skip
     for estimate, value in found:
         assert estimate.count == 2
         assert estimate.mean == pytest.approx(value.item(), rel=0.06)
+    assert theirs.kl_policy_reference.mean == theirs.kl_reference_policy.mean == 0.0
     assert mine.finished == pytest.approx(expected[5].item(), abs=0.04)
     assert theirs.finished == pytest.approx(expected[6].item(), abs=0.04)
 
@@ -119,12 +124,12 @@ def test_samples_above_the_threshold_are_measured_apart():
 
     assert evaluator(length, num_samples=200).threshold == 4.0  # most samples run to the longest length
     measurer = evaluator(length, num_samples=200, matched_length=2, reward_threshold=3.0)
-    found = measurer.measure_reference(small(0))
+    found = measurer.measure(measurer.reference, measurer.reference_samples)
     flat = [ids for drawn in measurer.reference_samples.ids for ids in drawn]
     chosen = [ids for ids in flat if sum(map(bool, ids)) >= 3]
     assert found.good_share == len(chosen) / len(flat) < 1
     assert found.good_diversity.distinct_2 == measure_diversity([chosen], Letters(), 2, 100).distinct_2
-    strict = evaluator(num_samples=200, reward_threshold=100.0).measure_reference(small(0))
+    strict = evaluator(num_samples=200, reward_threshold=100.0).measure(small(0))
     assert (strict.good_share, strict.good_diversity) == (0.0, None)
 
 
@@ -157,3 +162,42 @@ def test_a_response_is_decoded_as_what_follows_its_prompt():
 def test_refuses_options_out_of_range(options, message):
     with pytest.raises(UserError, match=message):
         MeasureOptions(**options)
+
+
+def test_eval_writes_what_the_evaluator_measures(model_folder, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "letters.py").write_text("def e(texts):\n    return [text.count('e') for text in texts]\n")
+    policy = make_model(len(tokenizer), seed=1)
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    write_jsonl(tmp_path / "pairs.jsonl", preference_rows(6))
+    words = ["eval", "--model_name_or_path", "policy", "--ref_model_name_or_path", str(model_folder)]
+    words += ["--dataset_name", "pairs.jsonl", "--json", "out.json", "--objective", "dpo"]
+    generate = ["--generate", "--reward", "letters:e", "--num_prompts", "4", "--max_new_tokens", "8"]
+    assert main([*words, *generate, "--entropy_samples", "4", "--num_samples", "2"]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    reference = make_model(len(tokenizer))
+    texts = [row["prompt"] for row in preference_rows(4)]
+    prompts = [Prompt(text, tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+    def letters(rows):
+        return [float((row["prompt"] + row["response"]).count("e")) for row in rows]
+
+    options = MeasureOptions(max_new_tokens=8, entropy_samples=4, num_samples=2)
+    measurer = Evaluator(reference, tokenizer, prompts, letters, options)
+    for side, measured in {
+        "policy": measurer.measure(policy),
+        "reference": measurer.measure(reference, measurer.reference_samples),
+    }.items():
+        for name, value in measured.columns().items():
+            assert found[f"samples/{side}/{name}"] == pytest.approx(value, rel=1e-5, nan_ok=True), name
+    # KL(reference || policy) on the pairs is the sequential KL that training logs.
+    assert found["dataset/chosen/kl_reference_policy"] == pytest.approx(found["kl/chosen"], rel=1e-4)
+    assert found["dataset/rejected/kl_reference_policy"] == pytest.approx(found["kl/rejected"], rel=1e-4)
+    assert found["dataset/chosen/kl_policy_reference"] != pytest.approx(found["kl/chosen"], rel=1e-3)
+    assert "KL(policy || reference), nats per response" in capsys.readouterr().out
+    assert main([*words, "--num_samples", "2"]) == 2
+    assert "--num_samples has no effect without --generate" in capsys.readouterr().err
+    assert main([*words, *generate, "--reward", "column:score"]) == 2
+    assert "responses that are sampled have no columns" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, ReferenceCo
 from tdpo.data.formats import FORMATS
 from tdpo.data.sft import SFT_FORMATS
 from tdpo.data.templates import TEMPLATES
-from tdpo.demo.results import DemoOptions
+from tdpo.demo.run import DemoOptions
 from tdpo.errors import UserError
 from tdpo.evaluate.generate import Sampling
 

@@ -23,7 +23,8 @@ SMALL_DEMO = {
 LAUNCHERS = ("tdpo", "torchrun", "srun", "scontrol")
 CODE_BLOCKS = {
     "README.md": (6, 1), "docs/python.md": (0, 4), "docs/training.md": (6, 0), "docs/distributed.md": (1, 0),
-    "docs/objectives.md": (1, 1),
+    "docs/objectives.md": (1, 1), "docs/evaluation.md": (1, 1), "docs/frontier.md": (1, 0), "docs/rewards.md": (0, 1),
+    "docs/rlhf-baselines.md": (0, 1),
 }  # fmt: skip
 """Commands and blocks of Python that a page has at least, so that a change of its fences is noticed."""
 
@@ -45,6 +46,7 @@ def desk(tmp_path: Path, model_folder: Path) -> Path:
     write_jsonl(folder / "my-odd.jsonl", odd)
     (folder / "my_formats.py").write_text(
         "def convert(row):\n    return {'prompt': row['question'], 'chosen': row['good'], 'rejected': row['bad']}\n"
+        "def reward(texts):\n    return [text.count('e') / len(text) for text in texts]\n"
     )
     scored = [
         {"prompt": f"The {NOUNS[i % 10]} {i // 10}", "completion": f" {NOUNS[(i + j) % 10]}", "reward": j}
@@ -62,6 +64,9 @@ def test_commands_and_python_of_a_page_run(
 ) -> None:
     folder = tmp_path if page == "README.md" else desk  # the README starts from nothing
     monkeypatch.chdir(folder)
+    for text in blocks(page, "yaml"):
+        if name := re.match(r"# (\S+\.yaml)\n", text):
+            (folder / name[1]).write_text(text)
     if page == "docs/training.md":
         shutil.rmtree(folder / "my-sft")  # its own command makes it
     if page == "docs/objectives.md":

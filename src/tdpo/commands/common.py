@@ -50,6 +50,8 @@ def quieten() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, warns in every run
     # DeepSpeed calls these in torch, which warns once per call and process.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # TRL and transformers read options of their own that transformers has renamed.
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     level = logging.WARNING if is_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)

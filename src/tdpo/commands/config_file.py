@@ -80,6 +80,8 @@ def _words(key: str, value: Any, parser: Parser) -> list[str]:
     Raises:
         ValueError: for an unknown option, or a value whose kind no text on the command line could have.
     """
+    if isinstance(value, list) and list not in parser.kinds.get(key, {list}) and f"{key}s" in parser.kinds:
+        key = f"{key}s"  # of a sweep: beta: [0.1, 0.3] is betas
     if key not in parser.kinds:
         raise ValueError(f"unknown key {key!r}.{advice(key, parser.kinds)}")
     kinds, default = parser.kinds[key], parser.get_default(key)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from tdpo.commands.common import quieten
 from tdpo.commands.options import parse
-from tdpo.demo.results import DemoOptions
-from tdpo.demo.run import run_demo
+from tdpo.demo.run import DemoOptions, run_demo
 
 
 def run(argv: Sequence[str]) -> None:

@@ -69,6 +69,7 @@ def run(argv: Sequence[str]) -> None:
     quieten()
     if not options.generate:
         check_defaults("generate", *sampling)
+    sampling[1].check_for_samples()
     folder, revision = model_config.model_name_or_path, model_config.model_revision
     saved = cached_file(folder, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
     remembered = None if saved is None else read_objective(saved)
@@ -120,7 +121,8 @@ def _measure(
     if reward:
         check_reward(reward, [{"prompt": prompt.content, "response": ""} for prompt in prompts[:2]])
     evaluator = Evaluator(reference, tokenizer, prompts, reward, measure)
-    found = {"policy": evaluator.measure(policy), "reference": evaluator.measure_reference(policy)}
+    samples = evaluator.reference_samples
+    found = {"policy": evaluator.measure(policy), "reference": evaluator.measure(reference, samples)}
     console().print(sample_table(found, f"samples: {len(prompts)} prompts, {measure.num_samples} each"))
     metrics = {f"samples/{side}/{key}": value for side, m in found.items() for key, value in m.columns().items()}
     for side in ("chosen", "rejected"):

@@ -28,8 +28,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 ADJECTIVES = {
     "superb": 2.0, "gripping": 2.0, "wonderful": 2.0, "brilliant": 2.0, "radiant": 2.0,
@@ -65,35 +64,23 @@ HALF_WAY = 4.0
 """Scale of the squash: a total of this size scores 0.71."""
 
 
-class Evidence(NamedTuple):
-    """One lexicon word of a text and what it added to the total.
-
-    Attributes:
-        word: The word, in lower case.
-        contribution: Its weight after intensifiers and negation.
-    """
-
-    word: str
-    contribution: float
-
-
-def explain(text: str) -> list[Evidence]:
-    """Lists every lexicon word of the text at its first occurrence, with its contribution, in order.
+def explain(text: str) -> dict[str, float]:
+    """Returns what every lexicon word of the text adds to the total, at its first occurrence and in order.
 
     Example:
         >>> explain("The plot was never dull, and the cast was very warm, very warm.")
-        [Evidence(word='dull', contribution=0.75), Evidence(word='warm', contribution=1.5)]
+        {'dull': 0.75, 'warm': 1.5}
     """
-    evidence: dict[str, Evidence] = {}
+    evidence: dict[str, float] = {}
     clause: list[str] = []
     for token in re.findall(r"[a-z]+|[.,;:!?]", text.lower()):
         if token in LEXICON and token not in evidence:
             before = clause[-1] if clause else ""
             degree = INTENSIFIED if before in INTENSIFIERS else DIMINISHED if before in DIMINISHERS else 1.0
             negation = NEGATED if any(word in NEGATIONS for word in clause[-NEGATION_REACH:]) else 1.0
-            evidence[token] = Evidence(token, LEXICON[token] * (degree * negation))
+            evidence[token] = LEXICON[token] * (degree * negation)
         clause = [] if token in BOUNDARIES else [*clause, token]
-    return list(evidence.values())
+    return evidence
 
 
 def reward(text: str) -> float:
@@ -105,57 +92,47 @@ def reward(text: str) -> float:
         >>> round(reward("I saw it in May."), 3), round(reward("The plot was not good."), 3)
         (0.0, -0.184)
     """
-    total = sum(evidence.contribution for evidence in explain(text))
+    total = sum(explain(text).values())
     return float(total / (total**2 + HALF_WAY**2) ** 0.5)
+
+
+def rewards(texts: Iterable[str]) -> list[float]:
+    """Scores texts, as ``--reward tdpo.demo.grammar:rewards``."""
+    return [reward(text) for text in texts]
 
 
 # A rule is a list of (weight, template). "{name}" expands a symbol in the text's polarity, "{name!}" in the opposite.
 _RULES: dict[str, list[tuple[float, str]]] = {
     "praise_or_blame": [
-        (4, "{lead}. {verdict}, and {verdict}."),
-        (3, "{lead}, and {verdict}."),
-        (2, "{lead}. {verdict}. {summary}."),
+        (4, "{lead}. {verdict}, and {verdict}."), (3, "{lead}, and {verdict}."), (2, "{lead}. {verdict}. {summary}."),
         (2, "{verdict}. {lead}, and {verdict}."),
     ],
     "mixed": [
-        (3, "{lead}. {verdict}, but {verdict!}."),
-        (2, "{lead}. {verdict}. {fact}, but {verdict!}."),
+        (3, "{lead}. {verdict}, but {verdict!}."), (2, "{lead}. {verdict}. {fact}, but {verdict!}."),
         (1, "{verdict}, but {verdict!}. {summary}."),
     ],
     "neutral": [
-        (2, "{lead}. {fact}."),
-        (2, "{lead}, and {fact}. {fact}."),
+        (2, "{lead}. {fact}."), (2, "{lead}, and {fact}. {fact}."),
     ],
     "lead": [
-        (3, "{viewer} watched {film} {when} {company}"),
-        (3, "{film} is a {kind} about {subject}"),
+        (3, "{viewer} watched {film} {when} {company}"), (3, "{film} is a {kind} about {subject}"),
         (2, "{artist} directed {film}, a {kind} about {subject}"),
         (2, "this {kind} by {artist} follows {subject} {place}"),
-        (2, "in this {kind}, {artist} plays {role} {place}"),
-        (1, "{when}, {viewer} went to see {film}"),
+        (2, "in this {kind}, {artist} plays {role} {place}"), (1, "{when}, {viewer} went to see {film}"),
     ],
     "verdict": [
-        (5, "{part} was {degree} {adjective}"),
-        (3, "{part} was {adjective}"),
-        (2, "{part} was {negation} {adjective!}"),
-        (2, "{part} felt {degree} {adjective}"),
-        (2, "{viewer} {verb} {part}"),
-        (2, "{part} left me {feeling}"),
-        (1, "{part} left {artist} {degree} {feeling}"),
-        (2, "{artist} gave {part} some {adjective} moments"),
+        (5, "{part} was {degree} {adjective}"), (3, "{part} was {adjective}"),
+        (2, "{part} was {negation} {adjective!}"), (2, "{part} felt {degree} {adjective}"),
+        (2, "{viewer} {verb} {part}"), (2, "{part} left me {feeling}"),
+        (1, "{part} left {artist} {degree} {feeling}"), (2, "{artist} gave {part} some {adjective} moments"),
         (1, "{part} was {adjective} and {adjective}"),
     ],
     "summary": [
-        (2, "as a {kind} it is a {noun}"),
-        (1, "it is {hardly} a {noun!}"),
-        (1, "{viewer} {verb} it"),
+        (2, "as a {kind} it is a {noun}"), (1, "it is {hardly} a {noun!}"), (1, "{viewer} {verb} it"),
     ],
     "fact": [
-        (2, "it runs for {length}"),
-        (2, "it was filmed {place}"),
-        (1, "{artist} wrote {part}"),
-        (1, "{viewer} sat near the front"),
-        (1, "the story begins {place}"),
+        (2, "it runs for {length}"), (2, "it was filmed {place}"), (1, "{artist} wrote {part}"),
+        (1, "{viewer} sat near the front"), (1, "the story begins {place}"),
     ],
 }  # fmt: skip
 # Words by symbol; of words with weights, those that fit the polarity of the text.

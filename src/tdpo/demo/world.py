@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tdpo.evaluate.generate import Sampling, sample_ids
 
 END_OF_TEXT = "<|endoftext|>"
 POSITIONS = 512
+VOCABULARY = 768
 PREFIX_WORDS = (3, 6)
 DRAWS_PER_PROMPT = 100
 """Texts drawn for each prompt wanted before it is clear that there are not that many."""
@@ -54,83 +55,50 @@ def make_texts(
     )
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer: any text round-trips, and none needs an unknown token.
 
     ``<|endoftext|>`` ends sequences and pads. Nothing is put in front of a text.
-
-    Raises:
-        UserError: if ``vocab_size`` does not hold the 256 bytes and the end token.
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
-        raise UserError(f"a byte-level vocabulary needs at least {len(alphabet) + 1} entries, got {vocab_size}")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_max_length=POSITIONS,
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=POSITIONS,
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 96, layers: int = 3) -> LlamaForCausalLM:
     """Builds a small Llama with random weights and a tied head; the caller's random state is left as it was."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=POSITIONS, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return LlamaForCausalLM(config)
 
 
-def complete(model: nn.Module, tokenizer: Any, prompts: Sequence[str], sampling: Sampling) -> list[list[list[int]]]:
-    """Samples completions of text prompts: ``result[p][s]`` are the ids of sample s for prompt p."""
-    ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    return sample_ids(model, ids, sampling, tokenizer.eos_token_id)
-
-
-def rank_samples(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    score: Callable[[str], float] = reward,
-) -> list[Ranked]:
+def rank_samples(model: nn.Module, tokenizer: Any, prompts: Sequence[str], sampling: Sampling) -> list[Ranked]:
     """Samples completions of every prompt and ranks them by reward.
 
     Completions that are empty, or ran to the length limit without ending, are left out: a pair must be two whole
     responses.
-
-    Args:
-        model: The SFT model, which the completions are drawn from.
-        tokenizer: Its tokenizer.
-        prompts: Text prompts.
-        sampling: How to draw.
-        score: The reward of a text.
     """
+    ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    drawn = sample_ids(model, ids, sampling, tokenizer.eos_token_id)
     ranked: list[Ranked] = []
-    for prompt, samples in zip(prompts, complete(model, tokenizer, prompts, sampling), strict=True):
+    for prompt, samples in zip(prompts, drawn, strict=True):
         finished = [ids[:-1] for ids in samples if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id]
         texts = [text for text in map(tokenizer.decode, finished) if text.strip()]
-        ranked.append((prompt, sorted(((score(prompt + text), text) for text in texts), reverse=True)))
+        ranked.append((prompt, sorted(((reward(prompt + text), text) for text in texts), reverse=True)))
     return ranked
 
 

@@ -82,7 +82,8 @@ def response_stats(
             parts.append(_batch_sums(policy, reference, batch))
     sums = torch.empty_like(joined := torch.cat(parts, dim=1))
     sums[:, order] = joined
-    return ResponseStats(*sums, length=torch.tensor([len(response) for response in responses]))
+    lengths = torch.tensor([len(response) for response in responses])
+    return ResponseStats(sums[0], sums[1], sums[2], sums[3], sums[4], lengths)
 
 
 def _batch_sums(policy: nn.Module, reference: nn.Module | Reference, batch: PackedBatch) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tdpo.evaluate.estimates import Estimate
 
-SELF_BLEU_RESPONSES = 64
+SELF_BLEU_RESPONSES = 32
 """Responses of a set that self-BLEU compares with each other; its cost is quadratic."""
 
 

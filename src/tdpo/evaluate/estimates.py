@@ -79,13 +79,9 @@ class Estimate:
         return (self.high - self.low) / 2
 
     def columns(self, name: str) -> dict[str, float]:
-        """Returns the estimate as flat columns: ``name``, ``name_se``, ``name_low``, ``name_high``."""
-        return {
-            name: self.mean,
-            f"{name}_se": self.standard_error,
-            f"{name}_low": self.low,
-            f"{name}_high": self.high,
-        }
+        """Returns the estimate as flat columns: ``name``, and with several units ``name_se``, ``_low``, ``_high``."""
+        spread = {f"{name}_se": self.standard_error, f"{name}_low": self.low, f"{name}_high": self.high}
+        return {name: self.mean, **(spread if self.count > 1 else {})}
 
 
 def bootstrap_interval(values: np.ndarray, confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:

@@ -130,7 +130,7 @@ class Frontier:
     """The curves of a sweep.
 
     Attributes:
-        curves: The baseline first, the others in the order of the rows.
+        curves: The baseline first, the others in the order of the rows; none if no row of a trained model is finite.
         sft: The SFT model; None if no row measures it.
         left_out: Number of rows left out because KL or reward is not finite, by run ("ppo beta 0.1 seed 2").
     """
@@ -148,13 +148,13 @@ class Frontier:
             baseline: The curve that comes first; default: the first one of the rows.
 
         Raises:
-            UserError: for an unknown baseline, without a finite row of a trained model, or if two rows have curve,
-                settings, step and seed in common.
+            UserError: for a baseline without a finite row, or if two rows have curve, settings, step and seed in
+                common.
         """
-        names = setting_names(rows)
+        settings = setting_names(rows)
         left_out: dict[str, int] = {}
         for row in (row for row in rows if not is_finite(row)):
-            run = " ".join([curve_name(row), *(f"{n} {v}" for n, v in _present(row, [*names, "seed"]).items())])
+            run = " ".join([curve_name(row), *(f"{n} {v}" for n, v in _present(row, [*settings, "seed"]).items())])
             left_out[run] = left_out.get(run, 0) + 1
         finite = [row for row in rows if is_finite(row)]
         starts = [row for row in finite if row["objective"] == SFT]
@@ -162,15 +162,13 @@ class Frontier:
         for row in finite:
             if row["objective"] != SFT:
                 curves.setdefault(curve_name(row), []).append(row)
-        if not curves:
-            raise UserError(
-                "no measurement of a trained model has a finite KL and reward; there is no frontier to draw"
-            )
-        first = next(iter(curves)) if baseline is None else baseline
-        if first not in curves:
-            raise UserError(f"--baseline {first}: there are {', '.join(curves)}.{nearest(first, curves)}")
+        first = next(iter(curves), None) if baseline is None else baseline
+        if first is not None and first not in curves:
+            names = dict.fromkeys(curve_name(row) for row in rows if row["objective"] != SFT)
+            why = "no measurement of it is finite" if first in names else f"there are {', '.join(names)}"
+            raise UserError(f"--baseline {first}: {why}.{nearest(first, curves)}")
         ordered = sorted(curves, key=lambda name: name != first)
-        found = [_curve(name, curves[name], starts, names) for name in ordered]
+        found = [_curve(name, curves[name], starts, settings) for name in ordered]
         return cls(found, _point(starts, {}) if starts else None, left_out)
 
     def levels(self, count: int = LEVELS) -> list[float]:
@@ -179,6 +177,8 @@ class Frontier:
         The step is rounded down to two significant digits, so that the KLs of a table are those of the comparison.
         """
         fronts = [front for curve in self.curves for front in curve.seeds.values()]
+        if not fronts:
+            return []
         low, high = max(front.points[0, 0] for front in fronts), min(front.largest for front in fronts)
         step = _round_down((high - low) / count) if high > low else 0.0
         # Rounded, or the third of three steps of 0.1 would be 0.30000000000000004.

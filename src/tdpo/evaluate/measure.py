@@ -5,9 +5,11 @@ Every command that measures samples, and the demo, does it here, so that their f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from tdpo.config.checks import check_values, documented
 from tdpo.errors import UserError
-from tdpo.evaluate.divergence import response_stats
+from tdpo.evaluate.divergence import ResponseStats, response_stats
 from tdpo.evaluate.diversity import Diversity, measure_diversity
 from tdpo.evaluate.estimates import Estimate
 from tdpo.evaluate.generate import Sampling, decode_response, end_tokens, sample_ids
@@ -94,11 +96,10 @@ class Measurement:
 
     Attributes:
         reward: Reward of a sample; None without a reward.
-        kl_policy_reference: Sum over the tokens of a sample of KL(policy || reference). On the policy's own samples its
-            mean is KL(policy || reference) of whole responses.
-        kl_reference_policy: Sum of KL(reference || policy). On the reference's samples its mean is
-            KL(reference || policy) of whole responses.
-        entropy: Entropy of the sampling model's next-token distribution, averaged over the tokens of a sample.
+        kl_policy_reference: KL(policy || reference) of whole responses: the sum over the tokens of a sample of the KL
+            of the next-token distributions, along the policy's samples.
+        kl_reference_policy: KL(reference || policy) of whole responses: the same along the reference's samples.
+        entropy: Entropy of the policy's next-token distribution, averaged over the tokens of a sample.
         length: Tokens of a sample, its end token included.
         finished: Share of samples with an end token.
         diversity: Of all samples together; None where too few are long enough.
@@ -170,10 +171,12 @@ class Evaluator:
         return self.sample(self.reference)
 
     @cached_property
-    def threshold(self) -> float | None:
-        """The reward from which a sample counts as good; None without a reward."""
-        given, rewards = self.options.reward_threshold, self.reference_samples.rewards if self.reward else None
-        return given if given is not None or rewards is None else rewards.median().item()
+    def threshold(self) -> float:
+        """The reward from which a sample counts as good; NaN without a reward."""
+        if self.options.reward_threshold is not None:
+            return self.options.reward_threshold
+        rewards = self.reference_samples.rewards
+        return math.nan if rewards is None else rewards.median().item()
 
     def sample(self, model: nn.Module, sampling: Sampling | None = None) -> Samples:
         """Draws and scores responses of a model.
@@ -200,54 +203,47 @@ class Evaluator:
         return torch.tensor(self.reward(rows), dtype=torch.float64).reshape(len(texts), -1)
 
     def measure(self, policy: nn.Module, samples: Samples | None = None) -> Measurement:
-        """Measures a policy on its own samples.
+        """Measures a policy.
 
         Args:
-            policy: A causal language model.
+            policy: A causal language model; the reference itself has KLs of 0.
             samples: Its samples, by default drawn now.
         """
-        return self._measure(policy, policy, samples or self.sample(policy))
-
-    def measure_reference(self, policy: nn.Module) -> Measurement:
-        """Measures the reference on its own samples; KLs are between the policy and the reference."""
-        return self._measure(policy, self.reference, self.reference_samples)
-
-    def _measure(self, policy: nn.Module, sampler: nn.Module, samples: Samples) -> Measurement:
-        prompts = [prompt for prompt, found in zip(self._prompt_ids, samples.ids, strict=True) for _ in found]
+        samples = self.sample(policy) if samples is None else samples
+        stats = self._stats(policy, samples.ids)
+        reverse = self._stats(policy, self.reference_samples.ids)
+        shape, ends = (len(samples.ids), -1), end_tokens(policy, self.tokenizer)
         flat = [ids for found in samples.ids for ids in found]
-        stats = response_stats(policy, self.reference, prompts, flat, self.options.batch_size)
-        by_prompt = (len(samples.ids), -1)
-        entropy = stats.ref_entropy if sampler is self.reference else stats.entropy
-        ends = end_tokens(sampler, self.tokenizer)
-        rewards, threshold = samples.rewards, self.threshold
-        good: Diversity | None = None
+        rewards, good = samples.rewards, None
         if rewards is not None:
-            chosen = [ids for ids, reward in zip(flat, rewards.flatten(), strict=True) if reward >= threshold]
-            good = self._diversity([chosen], len(flat))
-        nucleus = self._nucleus(policy, sampler) if self.options.entropy_samples else (None, None)
+            good = (rewards >= self.threshold).flatten()
+        nucleus = self._nucleus(policy) if self.options.entropy_samples else (None, None)
         return Measurement(
             reward=None if rewards is None else Estimate.of(rewards),
-            kl_policy_reference=Estimate.of(stats.kl_policy_reference.reshape(by_prompt)),
-            kl_reference_policy=Estimate.of(stats.kl_reference_policy.reshape(by_prompt)),
-            entropy=Estimate.of((entropy / stats.length).reshape(by_prompt)),
-            length=Estimate.of(stats.length.reshape(by_prompt)),
+            kl_policy_reference=Estimate.of(stats.kl_policy_reference.reshape(shape)),
+            kl_reference_policy=Estimate.of(reverse.kl_reference_policy.reshape(shape)),
+            entropy=Estimate.of((stats.entropy / stats.length).reshape(shape)),
+            length=Estimate.of(stats.length.reshape(shape)),
             finished=sum(ids[-1] in ends for ids in flat) / len(flat),
             diversity=self._diversity([flat], len(flat)),
-            good_share=None if rewards is None else (rewards >= threshold).double().mean().item(),
-            good_diversity=good,
+            good_share=None if good is None else good.double().mean().item(),
+            good_diversity=None if good is None else self._diversity([list(compress(flat, good.tolist()))], len(flat)),
             predictive_entropy=nucleus[0],
             prompt_diversity=nucleus[1],
         )
 
-    def _nucleus(self, policy: nn.Module, sampler: nn.Module) -> tuple[Estimate, Diversity | None]:
+    def _stats(self, policy: nn.Module, responses: Sequence[Sequence[list[int]]]) -> ResponseStats:
+        """Computes the statistics of ``responses[p][s]``, flat."""
+        prompts = [prompt for prompt, found in zip(self._prompt_ids, responses, strict=True) for _ in found]
+        flat = [ids for found in responses for ids in found]
+        return response_stats(policy, self.reference, prompts, flat)
+
+    def _nucleus(self, policy: nn.Module) -> tuple[Estimate, Diversity | None]:
         """Computes predictive entropy, and diversity within a prompt, on nucleus samples."""
         sampling = self.options.nucleus()
-        drawn = sample_ids(sampler, self._prompt_ids, sampling, end_tokens(sampler, self.tokenizer))
-        prompts = [prompt for prompt, found in zip(self._prompt_ids, drawn, strict=True) for _ in found]
-        flat = [ids for found in drawn for ids in found]
-        stats = response_stats(policy, self.reference, prompts, flat, sampling.batch_size)
-        entropy = stats.ref_entropy if sampler is self.reference else stats.entropy
-        by_prompt = (entropy / stats.length).reshape(len(drawn), -1)
+        drawn = sample_ids(policy, self._prompt_ids, sampling, end_tokens(policy, self.tokenizer))
+        stats = self._stats(policy, drawn)
+        by_prompt = (stats.entropy / stats.length).reshape(len(drawn), -1)
         return Estimate.of(by_prompt), self._diversity(drawn, sampling.num_samples)
 
     def _diversity(self, sets: Sequence[Sequence[list[int]]], size: int) -> Diversity | None:

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
 )
@@ -69,6 +70,33 @@ def load_model(
         raise UserError(f"adapter {name!r} cannot be put on {base!r}: {_first_line(error)}") from error
     adopt_generation_config(adapted, name)
     return adapted
+
+
+def load_classifier(name: str) -> tuple[Any, Any]:
+    """Loads a sequence-classification or reward model, in evaluation mode and its own dtype, and its tokenizer.
+
+    Args:
+        name: Hub name or folder.
+
+    Raises:
+        UserError: naming the model and what is wrong with it, such as a language model, whose weights lack the head.
+    """
+    config = ModelConfig(model_name_or_path=name)
+    _check_folder(name, ("config.json", "adapter_config.json"), "model")
+    base = adapter_base(name)
+    if base is not None:
+        raise UserError(
+            f"model {name!r} is an adapter on {base!r}: save the two as one model (merge_and_unload() of peft)"
+        )
+    loader = AutoModelForSequenceClassification
+    model, info = _from_pretrained(loader, "model", name, "main", config, output_loading_info=True)
+    missing = _missing_weights(info)
+    if missing:
+        raise UserError(
+            f"model {name!r} lacks weights of {type(model).__name__}, which would be drawn at random: {missing}. It is "
+            "not a sequence-classification or reward model"
+        )
+    return model.eval(), load_tokenizer(config)
 
 
 def load_weights(model: Any, folder: str) -> None:

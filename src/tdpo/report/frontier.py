@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -27,11 +28,8 @@ from tdpo.report.plots import (
     LABELS,
     SETTINGS,
     SFT_STYLE,
-    FrontierPoint,
     KLCurve,
     draw_kl_growth,
-    draw_points,
-    label_frontier,
     save_figure,
     styles_of,
 )
@@ -43,6 +41,8 @@ CAPTION_CHARACTERS = 12
 """Characters of the caption by inch of the figure's width."""
 LIGHT = 0.25
 """Opacity of dominated points."""
+BAR = 0.5
+"""Opacity of bars, so that they recede behind the points."""
 OVER_SEEDS = "Student's t over seeds"
 OVER_PROMPTS = "of one seed, 1.96 standard errors over prompts"
 FIGURES = {
@@ -60,7 +60,7 @@ def report_frontier(
     baseline: str | None = None,
     equal_kl: Sequence[float] | None = None,
 ) -> None:
-    """Prints the tables of a sweep and writes ``frontier.png`` and ``frontier.svg``.
+    """Prints the tables of a sweep and writes ``frontier.png`` and ``frontier.svg``, if any trained model has a point.
 
     Args:
         rows: Rows of the sweep.
@@ -73,12 +73,17 @@ def report_frontier(
         UserError: as :meth:`Frontier.of`.
     """
     frontier = Frontier.of(rows, baseline)
-    console.print(last_table(rows))
-    for table in equal_kl_tables(frontier, frontier.levels() if equal_kl is None else equal_kl):
+    levels = frontier.levels() if equal_kl is None else equal_kl
+    for table in (last_table(rows), *equal_kl_tables(frontier, levels)):
+        console.print()
         console.print(table)
+    console.print()
     for run, count in frontier.left_out.items():
         what = "measurement" if count == 1 else "measurements"
         console.print(f"not finite, left out of the comparison: {run}, {count} {what}", soft_wrap=True, markup=False)
+    if not frontier.curves:
+        console.print("no measurement of a trained model has a finite KL and reward: there is no frontier to draw")
+        return
     figure = frontier_figure(rows, baseline)
     for suffix in ("png", "svg"):
         save_figure(figure, folder / f"frontier.{suffix}")
@@ -111,7 +116,8 @@ def last_table(rows: Sequence[Row]) -> Table:
 
 
 def _table(title: str, first_width: int) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
     table.add_column("", overflow="fold", max_width=first_width)
     return table
 
@@ -141,8 +147,11 @@ def equal_kl_tables(frontier: Frontier, levels: Sequence[float]) -> list[Table]:
     """Renders the reward of each curve at equal KL, its difference to the first one, and its best reward.
 
     Returns:
-        A table for every :data:`LEVELS_SHOWN` KLs, below 100 columns wide; one without levels, if there are none.
+        A table for every :data:`LEVELS_SHOWN` KLs, below 100 columns wide; one without levels, if there are none; no
+        table without curves.
     """
+    if not frontier.curves:
+        return []
     parts = [levels[start : start + LEVELS_SHOWN] for start in range(0, len(levels), LEVELS_SHOWN)] or [[]]
     return [_equal_kl_table(frontier, part) for part in parts]
 
@@ -215,12 +224,7 @@ def frontier_figure(
             _draw_curve(left, curve, frontier.sft, styles[curve.name], log_x)
         if frontier.sft:
             _draw_sft(left, frontier.sft, log_x)
-        label_frontier(left, reward_label)
-        if log_x:
-            left.set_xscale("log")
-            left.xaxis.set_major_formatter("{x:g}")
-            left.xaxis.set_minor_formatter(NullFormatter())
-            left.set_xlabel(f"{left.get_xlabel()} (log scale)")
+        _label_axes(left, reward_label, log_x)
         for axes in right:
             draw_kl_growth(axes, growth, styles)
         figure.legend(*_legend(frontier, styles, log_x), loc="outside right upper")
@@ -229,25 +233,41 @@ def frontier_figure(
     return figure
 
 
+def _label_axes(axes: Axes, reward_label: str, log_x: bool) -> None:
+    axes.set_title("Reward against divergence from the reference", loc="left")
+    axes.set_xlabel(f"KL(policy || reference) along samples, nats per response{' (log scale)' if log_x else ''}")
+    axes.set_ylabel(reward_label)
+    axes.margins(x=0.06, y=0.12)
+    if log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _draw_curve(axes: Axes, curve: Curve, sft: Point | None, style: tuple[str, str], log_x: bool) -> None:
     """Draws the front of a curve as a line, from the SFT model on, its points with intervals and the others lightly."""
     front = [point for point in curve.front if not log_x or point.kl.mean > 0]
     others = [point for point in curve.points if point not in curve.front and (not log_x or point.kl.mean > 0)]
     line = ([] if sft is None or log_x else [sft]) + front
     axes.plot([p.kl.mean for p in line], [p.reward.mean for p in line], color=style[0], linewidth=2.0, zorder=3)
-    draw_points(axes, [_drawn(p) for p in others], style, linestyle="none", markersize=6, alpha=LIGHT, elinewidth=0.8)
-    draw_points(axes, [_drawn(p) for p in front], style, linestyle="none", zorder=4)
+    _draw_points(axes, others, style, markersize=6, alpha=LIGHT, elinewidth=0.8)
+    _draw_points(axes, front, style, zorder=4)
 
 
-def _drawn(point: Point) -> FrontierPoint:
-    return FrontierPoint(point.kl.mean, point.kl.half, point.reward.mean, point.reward.half)
+def _draw_points(axes: Axes, points: Sequence[Point], style: tuple[str, str], **options: Any) -> None:
+    """Draws points with their intervals as crosses; options are those of ``errorbar``."""
+    axes.errorbar(
+        [p.kl.mean for p in points], [p.reward.mean for p in points], xerr=[p.kl.half for p in points],
+        yerr=[p.reward.half for p in points], color=style[0], ecolor=to_rgba(style[0], BAR), marker=style[1],
+        **{"markersize": 8, "markeredgecolor": "white", "elinewidth": 1.0, "zorder": 3, "linestyle": "none", **options},
+    )  # fmt: skip
 
 
 def _draw_sft(axes: Axes, sft: Point, log_x: bool) -> None:
     if log_x:
         axes.axhline(sft.reward.mean, color=SFT_STYLE[0], linestyle=":", linewidth=1.6, zorder=2)
     else:
-        draw_points(axes, [_drawn(sft)], SFT_STYLE, markersize=9, zorder=5)
+        _draw_points(axes, [sft], SFT_STYLE, markersize=9, zorder=5)
 
 
 def _legend(

@@ -1,0 +1,172 @@
+"""``tdpo frontier``: sweeps objectives and their parameters and draws reward against divergence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdpo.commands.common import console, quieten, read_dataset, user_errors
+from tdpo.commands.options import parse
+from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, TDPOConfig
+from tdpo.config.row_spec import RowSpec
+from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training
+from tdpo.data.tokenise import Tokeniser
+from tdpo.errors import Stopped, UserError
+from tdpo.evaluate.frontier import write_rows
+from tdpo.evaluate.measure import Evaluator, Prompt
+from tdpo.evaluate.prompts import encode_prompts, read_prompts
+from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
+from tdpo.files import check_writable
+from tdpo.models.load import load_model, load_tokenizer
+from tdpo.report.frontier import report_frontier
+from tdpo.rl.registry import RL
+from tdpo.sweep import Sweep, SweepOptions, plan
+from tdpo.train.stopping import SIGNALS
+
+WORKER = "TDPO_FRONTIER_WORKER"
+"""Environment variable that holds a worker's number."""
+OPTIONS = (ModelConfig, AdapterOptions, EvalDataConfig, RewardOptions, SweepOptions, TDPOConfig)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs the command; run again after an interruption, it continues."""
+    model_config, adapter, data, reward_options, options, args = parse("frontier", OPTIONS, argv, ["output_dir"])
+    quieten()
+    args.seed = options.seed  # one option, of samples and of runs without a seed of their own
+    _check(reward_options, args, data)
+    runs = plan(options, args)
+    labels = list(dict.fromkeys(run.label for run in runs))
+    if options.baseline not in (None, *labels):
+        raise UserError(f"--baseline {options.baseline}: there are {', '.join(labels)}")
+    if adapter.use_peft and any(run.settings["objective"] in RL for run in runs):
+        raise UserError("ppo and rloo train all weights: leave --use_peft out, or these objectives")
+    folder = Path(str(args.output_dir)).expanduser()
+    check_writable(folder)
+    options = replace(options, samples_dir=options.samples_dir or str(folder / "samples"))
+    worker, workers = os.environ.get(WORKER), options.workers or max(1, torch.cuda.device_count())
+    tokenizer = load_tokenizer(model_config)
+    tokeniser = make_tokeniser(args, tokenizer)
+    spec = args.row_spec()
+
+    @cache
+    def pairs(name: str | None) -> Any:
+        named = data if name is None else replace(data, dataset_name=name, datasets=[])
+        return read_dataset(open_training(named, spec), args, tokeniser)
+
+    held_out: Any = open_held_out(data, spec)
+    held_out = read_dataset(held_out, args, tokeniser)
+    pairs(None)
+    load = partial(_load, model_config)
+    reference = load()
+    prompts = _prompts(data, options, args, tokeniser, reference)
+    reward = load_reward(reward_options, tokenizer)
+    check_reward(reward, [{"prompt": prompt.content, "response": " a"} for prompt in prompts[:2]])
+    if worker is None:
+        console().print(f"{len(runs)} runs, {len(prompts)} prompts; every result goes to {folder}", soft_wrap=True)
+    sweep = Sweep(
+        folder, runs, load, tokenizer, pairs, held_out, partial(_train_prompts, data, args, tokeniser),
+        Evaluator(reference, tokenizer, prompts, reward, options), partial(_print, worker), options.save_models,
+        adapter.peft_config(),
+    )  # fmt: skip
+    if workers > 1 and worker is None:
+        failures = _start_workers(argv, min(workers, len(runs)))
+    else:
+        with user_errors():
+            failures = sweep.execute()
+    if worker is None:
+        rows = sweep.rows()
+        write_rows(folder / "frontier.csv", rows)
+        report_frontier(rows, folder, console(), options.baseline, options.equal_kl or None)
+        seconds = sweep.seconds()
+        share = seconds["measure"] / max(sum(seconds.values()), 1e-9)
+        console().print(f"measuring took {share:.0%} of {sum(seconds.values()):.0f} s; rows in {folder}/frontier.csv")
+    if failures:
+        raise UserError("not every run finished:\n  " + "\n  ".join(failures))
+
+
+def _check(reward: RewardOptions, args: TDPOConfig, data: EvalDataConfig) -> None:
+    """Checks options that the sweep needs, before anything is loaded."""
+    check_format(args)
+    spec = args.row_spec()
+    data.check_row_spec(spec)
+    open_training(data, spec)
+    if open_held_out(data, spec) is None:
+        raise UserError("a frontier is measured on held-out prompts: give --eval_dataset_name or --test_fraction")
+    if not reward.reward:
+        raise UserError("--reward is missing: a frontier draws it against the divergence")
+    reward.check_for_samples()
+    if not args.eval_steps or args.eval_steps < 1:
+        raise UserError("--eval_steps is missing: every run is measured after that many optimizer steps")
+
+
+def _load(model_config: ModelConfig) -> Any:
+    return load_model(model_config, trainable=True).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _prompts(
+    data: EvalDataConfig, options: SweepOptions, args: TDPOConfig, tokeniser: Tokeniser, model: Any
+) -> list[Prompt]:
+    """Reads the prompts to sample from: of a dataset of their own, or of the held-out pairs."""
+    spec = RowSpec() if options.prompts_dataset_name else args.row_spec()
+    name, split = options.prompts_dataset_name or data.eval_dataset_name, data.dataset_test_split
+    if name is None:
+        spec, name, split = replace(spec, side=data.side(test=True)), str(data.dataset_name), data.dataset_train_split
+    asked = read_prompts(name, split, data.dataset_config, spec, tokeniser, options.num_prompts)
+    ids = encode_prompts(tokeniser, asked, [model], options.max_new_tokens, args.lengths().max_prompt_length, name)
+    return [Prompt(turns.prompt, prompt) for turns, prompt in zip(asked, ids, strict=True)]
+
+
+def _train_prompts(data: EvalDataConfig, args: TDPOConfig, tokeniser: Tokeniser) -> list[Any]:
+    """Reads the prompts of the training data, as PPO and RLOO take them."""
+    if data.datasets:
+        raise UserError("ppo and rloo take their prompts from one dataset: give --dataset_name, not --datasets")
+    spec = replace(args.row_spec(), side=data.side(test=False))
+    asked = read_prompts(str(data.dataset_name), data.dataset_train_split, data.dataset_config, spec, tokeniser)
+    return [turns.prompt for turns in asked]
+
+
+def _print(worker: str | None, line: str) -> None:
+    console().print(line if worker is None else f"worker {worker}: {line}", soft_wrap=True)
+
+
+def _start_workers(argv: Sequence[str], count: int) -> list[str]:
+    """Runs the same command in several processes, which take runs until none is left; signals reach all of them.
+
+    Returns:
+        What went wrong.
+
+    Raises:
+        Stopped: after SIGINT or SIGTERM, when every worker has saved where it is.
+    """
+    devices, received = torch.cuda.device_count(), []
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS.values()}
+    try:
+        for number in range(count):
+            environment = {**os.environ, WORKER: str(number)}
+            if devices:
+                environment["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+            command = [sys.executable, "-m", "tdpo", "frontier", *argv]
+            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        codes = [process.wait() for process in processes]
+    finally:
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
+    if received:
+        raise Stopped("interrupted: the same command continues", 128 + received[0])
+    return [f"worker {number} ended with code {code}" for number, code in enumerate(codes) if code]

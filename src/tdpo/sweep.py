@@ -1,0 +1,473 @@
+"""Trains one model under many settings and measures every run alike: the rows of a reward-KL frontier.
+
+Every run has a folder of its own with its settings, its measurements and, while it trains, its newest checkpoint. An
+interrupted sweep continues from these, in one process or several, and ends with the rows of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import nn
+from transformers import TrainerCallback
+from typing_extensions import override
+
+from tdpo import objectives
+from tdpo.config import TDPOConfig
+from tdpo.config.checks import check_values, documented, option
+from tdpo.errors import UserError, nearest
+from tdpo.evaluate.measure import Evaluator, Measurement, MeasureOptions, Samples
+from tdpo.files import atomic_write
+from tdpo.models.fingerprint import weights_hash
+from tdpo.models.store import pairs_hash
+from tdpo.rl.common import RLOptions
+from tdpo.rl.registry import RL
+from tdpo.train.checkpointing import checkpoints
+from tdpo.train.stopping import handle_signals
+from tdpo.train.trainer import TDPOTrainer
+
+logger = logging.getLogger("tdpo")
+
+SFT = "sft"
+SWEPT = {
+    "objectives": "objective",
+    "betas": "beta",
+    "alphas": "alpha",
+    "learning_rates": "learning_rate",
+    "seeds": "seed",
+}
+"""The option of a run that each list of the sweep gives values to."""
+OWN = ("label", "dataset_name")
+"""What a run may set beside the options of its trainer."""
+NO_EFFECT = (
+    "output_dir", "resume", "overwrite_output_dir", "run_name", "report_to", "disable_tqdm", "logging_dir",
+    "dataloader_num_workers", "num_processes", "accelerate_config", "max_time", "reference_cache", "trackio_space_id",
+)  # fmt: skip
+"""Options that leave a run's figures as they are, and may change between a sweep and its continuation."""
+METRICS = {"implicit_rewards/accuracies": "accuracy", "kl/chosen": "kl_chosen", "kl/rejected": "kl_rejected"}
+"""Columns of held-out pairs, by the trainer's names."""
+
+
+@documented
+@dataclass
+class SweepOptions(MeasureOptions):
+    """What is swept, and how every run is measured.
+
+    Attributes:
+        objectives: Objectives to train, each with every beta, alpha, learning rate and seed of these lists; default:
+            --objective, unless there are runs. ppo and rloo train with the reward itself.
+        betas: Values of --beta.
+        alphas: Values of --alpha, for the objectives that have it.
+        learning_rates: Values of --learning_rate.
+        seeds: Values of --seed: order of the data, and samples of ppo and rloo.
+        runs: Further runs: in a YAML file mappings from options of tdpo train (of PPO and RLOO for ppo and rloo) to a
+            value or a list of values; label names the curve, dataset_name gives a run pairs of its own. On the command
+            line JSON objects.
+        prompts_dataset_name: Prompts to sample from, named as --dataset_name; default: those of the held-out pairs.
+        num_prompts: Prompts at most, from the beginning; default: all of them.
+        entropy_samples: As in tdpo eval --generate; 0, the default, leaves the predictive entropy out.
+        baseline: The curve that others are compared with at equal KL; default: the first one.
+        equal_kl: KLs, in nats per response, at which rewards are compared; default: evenly spaced over what all curves
+            reach.
+        workers: Processes that train runs side by side; default: one for each GPU.
+        save_models: Keep the final model of every run.
+    """
+
+    objectives: list[str] = option(list)
+    betas: list[float] = option(list)
+    alphas: list[float] = option(list)
+    learning_rates: list[float] = option(list)
+    seeds: list[int] = option(list)
+    runs: list[str] = option(list)
+    prompts_dataset_name: str | None = None
+    num_prompts: int | None = None
+    entropy_samples: int = 0
+    baseline: str | None = None
+    equal_kl: list[float] = option(list)
+    workers: int | None = None
+    save_models: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_values(self, num_prompts=2, workers=1)
+
+    def settings(self, objective: str) -> list[dict[str, Any]]:
+        """Returns the settings of every run, in order, each once.
+
+        Args:
+            objective: The objective if neither ``objectives`` nor ``runs`` name any.
+
+        Raises:
+            UserError: for an entry of ``runs`` that is not a mapping.
+        """
+        lists: dict[str, list[Any]] = {name: getattr(self, plural) or [None] for plural, name in SWEPT.items()}
+        if not self.objectives and not self.runs:
+            lists["objective"] = [objective]
+        grids = [] if lists["objective"] == [None] else [lists]
+        for number, text in enumerate(self.runs, 1):
+            try:
+                entry = json.loads(text) if isinstance(text, str) else text
+            except ValueError as error:
+                raise UserError(f"runs, entry {number}: not a JSON object: {text}") from error
+            if not isinstance(entry, dict) or not entry.get("objective"):
+                raise UserError(f"runs, entry {number}: expected a mapping of options with an objective, found {text}")
+            shared = {name: values for name, values in lists.items() if name in ("learning_rate", "seed")}
+            grids.append(
+                shared | {name: value if isinstance(value, list) else [value] for name, value in entry.items()}
+            )
+        found: dict[str, dict[str, Any]] = {}
+        for grid in grids:
+            for values in itertools.product(*grid.values()):
+                settings = {name: value for name, value in zip(grid, values, strict=True) if value is not None}
+                if "alpha" in settings and not _has_parameter(settings["objective"], "alpha"):
+                    if grid is not lists:
+                        raise UserError(f"runs: the objective {settings['objective']} has no alpha")
+                    del settings["alpha"]
+                settings = {"objective": settings.pop("objective"), **settings}
+                found.setdefault(json.dumps(settings, sort_keys=True), settings)
+        return list(found.values())
+
+
+def _has_parameter(objective: str, name: str) -> bool:
+    return objective not in RL and name in {field.name for field in fields(objectives.find_objective(objective))}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        settings: The options it sets, by name.
+        args: All its options: those of the sweep with its own over them.
+        label: Name of its curve.
+        dataset_name: Its training pairs, if not the sweep's.
+    """
+
+    settings: Mapping[str, Any]
+    args: TDPOConfig | RLOptions
+    label: str
+    dataset_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A folder's name that says what is special about the run."""
+        shown = [
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.settings.items()
+        ]
+        text = "-".join(shown).removeprefix("objective=")
+        short = "".join(c if c.isalnum() or c in "=.-_" else "_" for c in text)
+        return short if len(short) < 100 else f"{short[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The first columns of its rows: objective and parameters, empty where it has none."""
+        args = self.args
+        if isinstance(args, TDPOConfig):
+            objective = args.build_objective()
+            parameters = {name: getattr(objective, name, "") for name in ("beta", "alpha")}
+        else:
+            parameters = {"beta": args.beta, "alpha": ""}
+        return {
+            "objective": self.settings["objective"],
+            **parameters,
+            "learning_rate": float(args.learning_rate),
+            "seed": args.seed,
+            "label": self.label,
+        }
+
+
+def plan(options: SweepOptions, args: TDPOConfig) -> list[Run]:
+    """Returns the runs of a sweep, with all their options checked.
+
+    Args:
+        options: What is swept.
+        args: Options that the runs share.
+
+    Raises:
+        UserError: naming the run, for options its trainer does not have or that do not fit together.
+    """
+    runs = []
+    for settings in options.settings(args.objective or objectives.DEFAULT):
+        own = {name: value for name, value in settings.items() if name not in OWN}
+        objective = settings["objective"]
+        try:
+            run_args = _rl_options(objective, own, args, options) if objective in RL else _pair_options(own, args)
+        except (UserError, TypeError, ValueError) as error:
+            raise UserError(f"run {json.dumps(settings)}: {error}") from error
+        runs.append(Run(settings, run_args, str(settings.get("label", objective)), settings.get("dataset_name")))
+    return runs
+
+
+def _pair_options(own: Mapping[str, Any], args: TDPOConfig) -> TDPOConfig:
+    _check_names(own, [field.name for field in fields(TDPOConfig) if field.init])
+    return replace(args, **own)
+
+
+def _rl_options(objective: str, own: Mapping[str, Any], args: TDPOConfig, options: SweepOptions) -> RLOptions:
+    """Returns the options of PPO or RLOO; steps, measuring and length are the sweep's unless a run sets them."""
+    kind = RL[objective].options
+    names = [field.name for field in fields(kind)]
+    _check_names({name: value for name, value in own.items() if name != "objective"}, names)
+    shared = {
+        "steps": args.max_steps, "eval_every": int(args.eval_steps or 0), "max_new_tokens": options.max_new_tokens,
+        "learning_rate": args.learning_rate, "seed": args.seed, **({} if args.beta is None else {"beta": args.beta}),
+    }  # fmt: skip
+    return kind(**{name: value for name, value in {**shared, **own}.items() if name != "objective"})
+
+
+def _check_names(settings: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in settings:
+        if name not in known:
+            raise UserError(f"no option {name!r}.{nearest(name, known)}")
+
+
+@dataclass
+class Sweep:
+    """Trains and measures runs, and collects their rows.
+
+    Attributes:
+        folder: Where everything goes.
+        runs: The runs, in the order of the rows.
+        load_policy: Loads the SFT model that every run starts from.
+        tokenizer: Its tokenizer.
+        pairs: Returns the training pairs of a dataset by name; of the sweep for None.
+        held_out: Held-out pairs.
+        prompts: Prompts of the training data, for ppo and rloo.
+        evaluator: Measures policies; its reference is the SFT model.
+        report: Called with a line of text for every run and measurement.
+        save_models: Keep the final model of every run.
+        peft_config: Wraps every policy in an adapter.
+    """
+
+    folder: Path
+    runs: Sequence[Run]
+    load_policy: Callable[[], nn.Module]
+    tokenizer: Any
+    pairs: Callable[[str | None], Any]
+    held_out: Any
+    prompts: Callable[[], Sequence[Any]]
+    evaluator: Evaluator
+    report: Callable[[str], None] = lambda line: None
+    save_models: bool = False
+    peft_config: Any = None
+    _made_of: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def execute(self) -> list[str]:
+        """Trains every run that no other process has finished or is training.
+
+        Returns:
+            What went wrong with runs that could not be finished.
+
+        Raises:
+            UserError: if a folder holds a run with other options.
+        """
+        self._made_of = self._fingerprint()
+        for run in self.runs:
+            self._check(run)
+        with FileLock(self.folder / "sft.lock"):
+            self._measure_sft()
+        failures = []
+        for number, run in enumerate(self.runs, 1):
+            folder = self._folder(run)
+            if (folder / "finished").exists():
+                continue
+            try:
+                with FileLock(folder / "run.lock", timeout=0):
+                    if not (folder / "finished").exists():
+                        self.report(f"[{number}/{len(self.runs)}] {run.name}")
+                        self._train(run)
+                        (folder / "finished").touch()
+            except Timeout:
+                continue  # another process trains it
+            except UserError as error:
+                failures.append(f"{run.name}: {error}")
+                self.report(failures[-1])
+        return failures
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns a row for the SFT model and one for every run and measurement so far."""
+        first = json.loads((self.folder / "sft.json").read_text())
+        rows = [
+            {"objective": SFT, **dict.fromkeys(("beta", "alpha", "learning_rate", "seed"), ""), "label": SFT, **first}
+        ]
+        for run in self.runs:
+            for path in sorted(self._folder(run).glob("step-*.json")):
+                rows.append({**run.columns, **json.loads(path.read_text())})
+        return rows
+
+    def seconds(self) -> dict[str, float]:
+        """Returns the wall time of training and of measuring, over all runs so far."""
+        found = [json.loads(path.read_text()) for path in self.folder.glob("runs/*/seconds.json")]
+        return {name: sum(part[name] for part in found) for name in ("train", "measure")}
+
+    def _folder(self, run: Run) -> Path:
+        return self.folder / "runs" / run.name
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Returns what every run is made of beside its own options."""
+        evaluator = self.evaluator
+        options = {
+            name: value
+            for name, value in asdict(evaluator.options).items()
+            if name in MeasureOptions.__dataclass_fields__
+        }
+        prompts = json.dumps([prompt.ids for prompt in evaluator.prompts]).encode()
+        return {
+            "weights": weights_hash(evaluator.reference),
+            "held_out": pairs_hash(pair.key for pair in self.held_out),
+            "prompts": hashlib.sha256(prompts).hexdigest(),
+            "reward": getattr(evaluator.reward, "name", None),
+            "measured": {name: value for name, value in options.items() if name != "samples_dir"},
+            "adapter": None if self.peft_config is None else str(self.peft_config.to_dict()),
+        }
+
+    def _check(self, run: Run) -> None:
+        """Makes the run's folder, or refuses one that holds a run of other options."""
+        options = run.args.to_dict() if isinstance(run.args, TDPOConfig) else asdict(run.args)
+        own = {name: value for name, value in options.items() if name not in NO_EFFECT}
+        made_of = json.loads(json.dumps({**own, **self._made_of, "dataset_name": run.dataset_name}, default=str))
+        folder = self._folder(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "run.json"
+        if not path.exists():
+            atomic_write(path, json.dumps(made_of, indent=1, sort_keys=True) + "\n")
+        before = json.loads(path.read_text())
+        changed = [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]
+        if changed:
+            names = ", ".join(sorted(changed))
+            raise UserError(f"{folder} holds a run with another {names}; remove it, or give another --output_dir")
+
+    def _measure_sft(self) -> None:
+        path = self.folder / "sft.json"
+        if not path.exists():
+            reference, samples = self.evaluator.reference, self.evaluator.reference_samples
+            self._write(path, 0, self.evaluator.measure(reference, samples), {})
+            self._write_samples(self.folder / "samples-sft.jsonl", samples)
+
+    def _train(self, run: Run) -> None:
+        """Trains one run, from its newest checkpoint if it has one."""
+        folder, seconds = self._folder(run), _Seconds(self._folder(run) / "seconds.json")
+
+        def measure(step: int, policy: nn.Module, metrics: Mapping[str, float] | None = None) -> None:
+            with seconds.of("measure"):
+                seconds.move((metrics or {}).get("runtime", 0.0))  # of the held-out pairs
+                samples = self.evaluator.sample(policy)
+                found = self.evaluator.measure(policy, samples)
+                self._write(folder / f"step-{step:07d}.json", step, found, metrics or {})
+                self._write_samples(folder / "samples.jsonl", samples)
+            reward = "" if found.reward is None else f"reward {found.reward.mean:.4g}, "
+            self.report(f"  step {step}: {reward}KL {found.kl_policy_reference.mean:.4g} nats")
+
+        with seconds.of("train"):
+            if isinstance(run.args, TDPOConfig):
+                self._train_pairs(run, run.args, measure)
+            else:
+                policy = self.load_policy()
+                reward = self.evaluator.reward
+                if reward is None:
+                    raise UserError(f"{run.settings['objective']} needs --reward")
+                train = RL[run.settings["objective"]].train
+                train(
+                    policy, self.evaluator.reference, self.tokenizer, self.prompts(), reward, run.args, measure,
+                    folder / "checkpoints",
+                )  # fmt: skip
+                if self.save_models:
+                    policy.save_pretrained(folder / "model")  # type: ignore[operator]
+                    self.tokenizer.save_pretrained(folder / "model")
+        for path in [*folder.glob("checkpoint-*"), folder / "checkpoints"]:
+            shutil.rmtree(path, ignore_errors=True)
+        seconds.write()
+
+    def _train_pairs(self, run: Run, args: TDPOConfig, measure: Callable[..., None]) -> None:
+        """Trains on preference pairs; an interrupted run continues from its newest checkpoint, bit for bit."""
+        folder = self._folder(run)
+        cache = self.folder / "reference" / (hashlib.sha256((run.dataset_name or "").encode()).hexdigest()[:8])
+        uses_reference = args.build_objective().uses_reference and args.reference in ("auto", "cached")
+        args = replace(
+            args, output_dir=str(folder), resume=bool(checkpoints(folder)), eval_strategy="steps",
+            save_strategy="steps", save_steps=args.eval_steps or 0, save_total_limit=1, disable_tqdm=True,
+            report_to="none", reference_cache=str(cache) if uses_reference else None,
+        )  # fmt: skip
+        with FileLock(self.folder / "reference.lock"):  # the first process fills the cache
+            trainer = TDPOTrainer(
+                model=self.load_policy(), args=args, train_dataset=self.pairs(run.dataset_name),
+                eval_dataset=self.held_out, processing_class=self.tokenizer, peft_config=self.peft_config,
+            )  # fmt: skip
+        trainer.add_callback(MeasureCallback(measure))
+        with handle_signals(trainer.stop_request):
+            trainer.train()
+        trainer.stop_request.raise_if_stopped(trainer.state)
+        last = f"step-{trainer.state.global_step:07d}.json"
+        if not (folder / last).exists():  # the last step is not a multiple of --eval_steps
+            trainer.evaluate()
+        if self.save_models:
+            trainer.save_model(str(folder / "model"))
+
+    @staticmethod
+    def _write(path: Path, step: int, found: Measurement, metrics: Mapping[str, float]) -> None:
+        """Writes a measurement as the last columns of its row."""
+        columns = found.columns()
+        named = {name.replace("kl_policy_reference", "kl"): value for name, value in columns.items()}
+        held_out = {short: metrics[name] for name, short in METRICS.items() if name in metrics}
+        atomic_write(path, json.dumps({"step": step, **named, **held_out}) + "\n")
+
+    def _write_samples(self, path: Path, samples: Samples) -> None:
+        """Writes prompts, responses and rewards as JSON lines, which ``tdpo judge`` compares."""
+        rewards = [None] * len(samples.texts) if samples.rewards is None else samples.rewards.tolist()
+        lines = [
+            json.dumps({"prompt": prompt.content, "response": text, "reward": reward}, ensure_ascii=False)
+            for prompt, texts, found in zip(self.evaluator.prompts, samples.texts, rewards, strict=True)
+            for text, reward in zip(texts, found or [None] * len(texts), strict=True)
+        ]
+        atomic_write(path, "\n".join(lines) + "\n")
+
+
+class MeasureCallback(TrainerCallback):
+    """Measures the policy whenever the trainer evaluates it."""
+
+    def __init__(self, measure: Callable[..., None]) -> None:
+        self.measure = measure
+
+    @override
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        self.measure(state.global_step, model, {name.removeprefix("eval_"): value for name, value in metrics.items()})
+
+
+class _Seconds:
+    """Adds up the wall time of a run's parts, over interruptions; time inside a part counts for the inner one alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spent = json.loads(path.read_text()) if path.exists() else {"train": 0.0, "measure": 0.0}
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        started, before = time.perf_counter(), sum(self.spent.values())
+        try:
+            yield
+        finally:
+            inner = sum(self.spent.values()) - before
+            self.spent[part] += time.perf_counter() - started - inner
+            self.write()
+
+    def move(self, evaluation: float) -> None:
+        """Counts seconds of the training so far as measuring."""
+        self.spent["measure"] += evaluation
+        self.spent["train"] -= evaluation
+
+    def write(self) -> None:
+        """Writes what was spent so far."""
+        atomic_write(self.path, json.dumps(self.spent) + "\n")
