@@ -1,4 +1,4 @@
-"""Means over prompts with standard errors and bootstrap intervals."""
+"""Means with standard errors and intervals: bootstrap over prompts, Student t over seeds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import special
 from torch import Tensor
 
 CONFIDENCE = 0.95
@@ -16,12 +17,13 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over independent units: prompts, where several samples of one prompt were averaged first.
+    """A mean over independent units: prompts, where several samples of one prompt were averaged first, or seeds.
 
     Attributes:
         mean: The mean over units.
         standard_error: Of the mean: sample standard deviation over the root of ``count``; NaN for one unit.
-        low: Lower end of the 95% bootstrap interval over units (percentiles of 2000 resampled means); NaN for one.
+        low: Lower end of the 95% interval over units: by bootstrap (percentiles of 2000 resampled means) from
+            :meth:`of`, by Student's t from :meth:`over_seeds`; NaN for one unit.
         high: Its upper end.
         count: Units.
     """
@@ -54,6 +56,27 @@ class Estimate:
         units = wide.reshape(wide.shape[0], -1).mean(1)
         error = units.std().item() / math.sqrt(units.numel()) if units.numel() > 1 else math.nan
         return cls(units.mean().item(), error, *bootstrap_interval(units.numpy()), units.numel())
+
+    @classmethod
+    def over_seeds(cls, values: Sequence[float]) -> Estimate:
+        """Computes mean, standard error and Student-t interval of one value a seed; no bootstrap, as seeds are few.
+
+        Example:
+            >>> found = Estimate.over_seeds([1.0, 2.0, 3.0])
+            >>> found.mean, round(found.low, 4), round(found.high, 4)
+            (2.0, -0.4841, 4.4841)
+        """
+        count, mean = len(values), float(np.mean(values))
+        if count < 2:
+            return cls(mean, math.nan, math.nan, math.nan, count)
+        error = float(np.std(values, ddof=1)) / math.sqrt(count)
+        half = float(special.stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
+        return cls(mean, error, mean - half, mean + half, count)
+
+    @property
+    def half(self) -> float:
+        """Half of the interval's width; NaN without an interval."""
+        return (self.high - self.low) / 2
 
     def columns(self, name: str) -> dict[str, float]:
         """Returns the estimate as flat columns: ``name``, and with several units ``name_se``, ``_low``, ``_high``."""
