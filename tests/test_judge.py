@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -39,7 +40,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    monkeypatch.chdir(tmp_path)  # the default folder of the cache without --json
     paths = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     for side, path in enumerate(paths):
         write_jsonl(path, [{"prompt": f"Question {n}?", "response": r[side]} for n, r in enumerate(RESPONSES)])
@@ -173,6 +175,49 @@ def test_answers_without_a_verdict_are_counted_and_listed(server, files, capfd, 
     assert f"row 1, B first: {reason}" in output.replace("\n", " ")
     again, _ = judge(server, files, capfd)
     assert again["calls"] == (1 if "choices" in reason else 0)  # no answer at all is asked for again
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({"usage": {"prompt_tokens": "12", "completion_tokens": None}}, 0), ({"usage": "many"}, 0),
+        ({"model": ["x", KEY]}, 0), ({"usage": {"prompt_tokens": 5, "completion_tokens": 6}}, 11),
+    ],
+)  # fmt: skip
+def test_odd_fields_of_an_answer_are_no_figures(server, files, capfd, changes, tokens):
+    said = b'{"message": {"content": "Half a character: \\ud83d [[C]]"}, "finish_reason": {"why": "stop"}}'
+    whole = b'{"choices": [' + said + b"], " + json.dumps(changes).encode()[1:]
+    server.script = [("body", whole)] * 8
+    found, _ = judge(server, files, capfd, "--verdicts", files[0].parent / "v.jsonl")
+    assert (found["ties"], found["calls"], found["prompt_tokens"] + found["completion_tokens"]) == (4, 8, 8 * tokens)
+    assert found["answers_without_usage"] == (0 if tokens else 8)
+    line = json.loads((files[0].parent / "v.jsonl").read_text().splitlines()[0])
+    assert line["verdicts"][0]["text"] == "Half a character: ? [[C]]"
+    assert judge(server, files, capfd)[0]["cached"] == 8
+
+
+def test_a_placeholder_for_a_key_stays_in_answers(server, files, capfd, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "A")
+    found, _ = judge(server, files, capfd)
+    assert (found["win_rate"], found["unparsed"]) == (0.625, 0)
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_named(server, files, capfd, monkeypatch):
+    cache = files[0].parent / "cache"
+
+    def full(path: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(judge_client, "atomic_write", full)
+        _, output = judge(server, files, capfd, "--cache_dir", cache, code=2)
+    assert "cache: cannot be written: No space left on device" in " ".join(output.split())
+    judge(server, files, capfd, "--cache_dir", cache)
+    kept = next(cache.glob("*.json"))
+    kept.unlink()
+    kept.mkdir()
+    _, output = judge(server, files, capfd, "--cache_dir", cache, code=2)
+    assert f"{kept.name}: cannot be read: Is a directory" in "".join(output.split("\n")).replace("  ", " ")
 
 
 def test_nothing_but_nonsense_has_no_rate(server, files, capfd):
