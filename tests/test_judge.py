@@ -222,8 +222,9 @@ def test_a_cache_that_cannot_be_written_or_read_is_named(server, files, capfd, m
 
 def test_nothing_but_nonsense_has_no_rate(server, files, capfd):
     server.judge = lambda text: "banana"
-    found, _ = judge(server, files, capfd)
+    found, output = judge(server, files, capfd)
     assert (found["win_rate"], found["win_rate_ci"], found["unparsed"], found["pairs"]) == (None, None, 4, 4)
+    assert len(found["unparsed_answers"]) == 8 and "unparsed: 5 more answers, which --json lists" in output
 
 
 @pytest.mark.parametrize(
