@@ -57,7 +57,7 @@ class EndpointOptions:
         max_retries: Further attempts of a call after status 408, 409, 429 or 5xx, a timeout or a lost connection.
         requests_per_minute: Most requests sent in a minute, evenly spaced, retries included.
         concurrency: Calls at a time.
-        cache_dir: Folder that keeps each answer as it arrives. Default: .tdpo-judge beside the file of --json, or here.
+        cache_dir: Folder of the answers. Default: .tdpo-judge beside the file of --json, or in the working folder.
         price_per_million_input: Price of a million prompt tokens, to report the cost.
         price_per_million_output: Price of a million tokens of answers.
     """
