@@ -39,7 +39,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[Path, Path]:
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    monkeypatch.chdir(tmp_path)  # the default folder of the cache without --json
     paths = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     for side, path in enumerate(paths):
         write_jsonl(path, [{"prompt": f"Question {n}?", "response": r[side]} for n, r in enumerate(RESPONSES)])
@@ -175,10 +176,46 @@ def test_answers_without_a_verdict_are_counted_and_listed(server, files, capfd, 
     assert again["calls"] == (1 if "choices" in reason else 0)  # no answer at all is asked for again
 
 
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({"usage": {"prompt_tokens": "12", "completion_tokens": None}}, 0), ({"usage": "many"}, 0),
+        ({"model": ["x", KEY]}, 0), ({"usage": {"prompt_tokens": 5, "completion_tokens": 6}}, 11),
+    ],
+)  # fmt: skip
+def test_odd_fields_of_an_answer_are_no_figures(server, files, capfd, changes, tokens):
+    said = b'{"message": {"content": "Half a character: \\ud83d [[C]]"}, "finish_reason": {"why": "stop"}}'
+    whole = b'{"choices": [' + said + b"], " + json.dumps(changes).encode()[1:]
+    server.script = [("body", whole)] * 8
+    found, _ = judge(server, files, capfd, "--verdicts", files[0].parent / "v.jsonl")
+    assert (found["ties"], found["calls"], found["prompt_tokens"] + found["completion_tokens"]) == (4, 8, 8 * tokens)
+    assert found["answers_without_usage"] == (0 if tokens else 8)
+    line = json.loads((files[0].parent / "v.jsonl").read_text().splitlines()[0])
+    assert line["verdicts"][0]["text"] == "Half a character: ? [[C]]"
+    assert judge(server, files, capfd)[0]["cached"] == 8
+
+
+def test_a_placeholder_for_a_key_stays_in_answers(server, files, capfd, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "A")
+    found, _ = judge(server, files, capfd)
+    assert (found["win_rate"], found["unparsed"]) == (0.625, 0)
+
+
+def test_a_cache_that_cannot_be_read_is_named(server, files, capfd):
+    cache = files[0].parent / "cache"
+    judge(server, files, capfd, "--cache_dir", cache)
+    kept = next(cache.glob("*.json"))
+    kept.unlink()
+    kept.mkdir()
+    _, output = judge(server, files, capfd, "--cache_dir", cache, code=2)
+    assert "cannot be read: Is a directory" in " ".join(output.split())
+
+
 def test_nothing_but_nonsense_has_no_rate(server, files, capfd):
     server.judge = lambda text: "banana"
-    found, _ = judge(server, files, capfd)
+    found, output = judge(server, files, capfd)
     assert (found["win_rate"], found["win_rate_ci"], found["unparsed"], found["pairs"]) == (None, None, 4, 4)
+    assert len(found["unparsed_answers"]) == 8 and "unparsed: 5 more answers, which --json lists" in output
 
 
 @pytest.mark.parametrize(
@@ -441,7 +478,7 @@ def test_chats_reach_a_reward_function_through_a_template(capfd, tmp_path, monke
         write_jsonl(path, [{"prompt": ["p1", "p2"], "response": ["r1", second]}])
     words = ["judge", "--responses_a", str(paths[0]), "--responses_b", str(paths[1]), "--reward", "chat_lengths:f"]
     assert main(words) == 2
-    assert "no chat template to render it" in capfd.readouterr().err
+    assert "no tokenizer is given (tdpo judge: --reward_tokenizer)" in " ".join(capfd.readouterr().err.split())
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "chat")

@@ -236,8 +236,11 @@ def _notes(overall: WinRate, figures: dict[str, Any]) -> list[str]:
         lines.append(f"verdict changes with the order: {figures['position_bias']:.1%} of pairs{shown}")
     if figures["unmatched_a"] or figures["unmatched_b"]:
         lines.append(f"without a counterpart, not judged: {figures['unmatched_a']} of A, {figures['unmatched_b']} of B")
-    for answer in figures.get("unparsed_answers", [])[:LISTED]:
+    unparsed = figures.get("unparsed_answers", [])
+    for answer in unparsed[:LISTED]:
         lines.append(f"unparsed: {answer['row']}, {answer['order']}: {answer['reason']}")
+    if len(unparsed) > LISTED:
+        lines.append(f"unparsed: {len(unparsed) - LISTED} more answers, which --json lists")
     if "endpoint" in figures:
         cost = "" if figures["cost"] is None else f", cost {figures['cost']:.4g}"
         tokens = f"{figures['prompt_tokens']} + {figures['completion_tokens']} tokens{cost}"

@@ -30,6 +30,8 @@ logger = logging.getLogger("tdpo")
 KEY_VARIABLE = "OPENAI_API_KEY"
 NO_KEY = "none"
 """Sent as the key where there is none: the client insists on one, local endpoints ignore it."""
+SHORTEST_SECRET = 4
+"""Characters of a key from which on it is hidden in answers: placeholders such as x are no secret, and in any text."""
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0
 """Seconds before the first retry, doubled by each further one; a random half of it is left out."""
 LONGEST_WAIT = 600.0
@@ -51,11 +53,11 @@ class EndpointOptions:
         max_tokens: Longest answer in tokens; an answer cut at this length is unparsed. none sends no limit.
         seed: Seed sent with each call; none sends no seed.
         extra_body: JSON object of further fields of each request, such as '{"max_completion_tokens": 4096}'.
-        timeout: Seconds to wait for an answer.
+        timeout: Seconds without data from the endpoint after which an attempt fails.
         max_retries: Further attempts of a call after status 408, 409, 429 or 5xx, a timeout or a lost connection.
         requests_per_minute: Most requests sent in a minute, evenly spaced, retries included.
         concurrency: Calls at a time.
-        cache_dir: Folder that keeps each answer as it arrives. Default: .tdpo-judge beside the file of --json.
+        cache_dir: Folder of the answers. Default: .tdpo-judge beside the file of --json, or in the working folder.
         price_per_million_input: Price of a million prompt tokens, to report the cost.
         price_per_million_output: Price of a million tokens of answers.
     """
@@ -163,12 +165,18 @@ class AnswerCache:
         self.folder = folder
 
     def get(self, key: str) -> Completion | None:
-        """Returns the answer kept under a key, or None; a damaged file is reported and counts as absent."""
+        """Returns the answer kept under a key, or None; a damaged file is reported and counts as absent.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
         path = self.folder / f"{key}.json"
         try:
             return Completion(**json.loads(path.read_text(encoding="utf-8"))["answer"])
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (ValueError, TypeError, KeyError) as error:
             logger.warning("%s is damaged and will be asked again: %s", path, error)
             return None
@@ -400,18 +408,22 @@ class JudgeClient:
             shown = self._without_key(str(getattr(found, "error", None) or found))[:200]
             raise RetryableFailure(f"the answer is not a chat completion: {shown!r}")
         message = getattr(choices[0], "message", None) if choices else None
-        usage = getattr(found, "usage", None)
+        reason = getattr(choices[0], "finish_reason", None) if choices else NO_CHOICES
+        usage, model = getattr(found, "usage", None), getattr(found, "model", None)
+        counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        prompt_tokens, completion_tokens = (count if isinstance(count, int) else None for count in counts)
         return Completion(
             text=self._without_key(str(getattr(message, "content", None) or "")),
-            finish_reason=getattr(choices[0], "finish_reason", None) if choices else NO_CHOICES,
-            model=self._without_key(str(found.model)) if getattr(found, "model", None) else None,
-            prompt_tokens=getattr(usage, "prompt_tokens", None),
-            completion_tokens=getattr(usage, "completion_tokens", None),
+            finish_reason=self._without_key(str(reason)) if reason else None,
+            model=self._without_key(str(model)) if model else None,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
         )
 
     def _without_key(self, text: str) -> str:
-        """Hides the key in what an endpoint answers."""
-        return text.replace(self._key, "***") if self._key else text
+        """Hides the key in what an endpoint answers, and replaces lone surrogates, which cannot be written."""
+        text = text.encode(errors="replace").decode()
+        return text.replace(self._key, "***") if len(self._key) >= SHORTEST_SECRET else text
 
     def _failed(self, failures: Mapping[str, str], done: int, total: int) -> str:
         """Describes calls that failed for good."""

@@ -199,7 +199,11 @@ class TextReward(Reward):
         if isinstance(prompt, str) and not (self.renders_text and template):
             return prompt + response
         if not template:
-            way_out = "no tokenizer is given" if self.tokenizer is None else self.without_template
+            way_out = (
+                "no tokenizer is given (tdpo judge: --reward_tokenizer)"
+                if self.tokenizer is None
+                else self.without_template
+            )
             raise self.error(f"row {number}: the prompt is a chat, and {way_out}")
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         turns.append({"role": "assistant", "content": response})
