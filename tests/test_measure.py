@@ -200,4 +200,4 @@ def test_eval_writes_what_the_evaluator_measures(model_folder, tokenizer, tmp_pa
     assert main([*words, "--num_samples", "2"]) == 2
     assert "--num_samples has no effect without --generate" in capsys.readouterr().err
     assert main([*words, *generate, "--reward", "column:score"]) == 2
-    assert "responses that are sampled have no columns" in capsys.readouterr().err
+    assert "sampled responses have no columns" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_a_reward_that_depends_on_the_batch_is_refused_before_a_run(module):
     check_reward(reward(module("r_zero", "return [0.0 for t in texts]")), ROWS)
     check_reward(reward(module("r_none", "return [0.0 for t in texts]")), [])
     ranked = reward(module("r_ranked", "return [1e-6 * sorted(texts).index(t) for t in texts]"))
-    with pytest.raises(UserError, match=r"row 1 scores 2e-06 beside others and 0 alone"):
+    with pytest.raises(UserError, match=r"row 1 scores 2e-06 with other rows and 0 alone"):
         check_reward(ranked, ROWS)
     assert reward("r_ranked:f", reward_batch_size=1)(ROWS) == [0.0, 0.0, 0.0]
 
@@ -107,7 +107,7 @@ def test_a_reward_may_depend_on_the_batch_by_a_ten_thousandth_of_the_largest(mod
     close = reward(module(f"r_close_{passes}", f"{body}{factor} for t in texts]"))
     if passes:
         return check_reward(close, ROWS)
-    with pytest.raises(UserError, match="beside others"):
+    with pytest.raises(UserError, match="with other rows"):
         check_reward(close, ROWS)
 
 
@@ -191,7 +191,7 @@ def test_a_model_in_bfloat16_may_round_and_may_not_depend_on_the_batch(tmp_path)
     check_reward(found, ROWS)
     forward = found.logits
     found.logits = lambda texts: forward(texts) + len(texts)
-    with pytest.raises(UserError, match=r"row 1 scores .* beside others"):
+    with pytest.raises(UserError, match=r"row 1 scores .* with other rows"):
         check_reward(found, ROWS)
 
 
@@ -357,7 +357,7 @@ def test_a_file_without_a_usable_pipeline_is_named(tmp_path):
             reward(tmp_path / f"{name}.skops")
     with pytest.raises(UserError, match="is not a classifier: leave --reward_label and --reward_output out"):
         reward(tmp_path / "ridge.skops", reward_label="1", reward_output="logit")
-    with pytest.raises(UserError, match=r"the file holds nothing to trust of type my\.Type"):
+    with pytest.raises(UserError, match=r"lists types that are not in the file: my\.Type"):
         reward(tmp_path / "ridge.skops", reward_trusted=["my.Type"])
 
 
@@ -401,7 +401,7 @@ def test_a_column_is_read_and_missing_ones_are_named():
 
 def test_a_column_cannot_score_samples_and_that_is_known_before_anything_is_loaded():
     argv = ["--model_name_or_path", "none", "--dataset_name", "none.jsonl", "--generate", "--reward", "column:score"]
-    with pytest.raises(UserError, match="--reward column:score: responses that are sampled have no columns"):
+    with pytest.raises(UserError, match="--reward column:score: sampled responses have no columns"):
         eval_command.run([*argv, "--ref_model_name_or_path", "none"])
     RewardOptions(reward="m:f").check_for_samples()
 

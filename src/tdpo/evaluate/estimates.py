@@ -1,4 +1,4 @@
-"""Means over prompts with standard errors and bootstrap intervals."""
+"""Computes means over prompts with standard errors and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over independent units: prompts, where several samples of one prompt were averaged first.
+    """A mean over independent units, such as prompts; samples of one prompt are averaged first.
 
     Attributes:
         mean: The mean over units.
-        standard_error: Of the mean: sample standard deviation over the root of ``count``; NaN for one unit.
+        standard_error: Standard error of the mean: sample standard deviation over sqrt(``count``); NaN for one unit.
         low: Lower end of the 95% bootstrap interval over units (percentiles of 2000 resampled means); NaN for one.
         high: Its upper end.
-        count: Units.
+        count: Number of units.
     """
 
     mean: float
@@ -64,7 +64,7 @@ class Estimate:
 def bootstrap_interval(values: np.ndarray, confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:
     """Computes the percentile bootstrap interval of the mean of ``[P]`` values; NaNs for fewer than two.
 
-    Resamples are drawn with a fixed seed, so equal values give equal intervals.
+    Resamples are drawn with a fixed seed, so the interval is deterministic.
     """
     if len(values) < 2:
         return math.nan, math.nan

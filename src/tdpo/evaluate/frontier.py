@@ -1,4 +1,4 @@
-"""The reward-KL frontier of a sweep: points over seeds, Pareto fronts, and rewards at equal KL.
+"""The reward-KL frontier of a sweep: means over seeds, Pareto fronts, and rewards at equal KL.
 
 KL is KL(policy || reference) of whole responses, in nats.
 """
@@ -36,7 +36,7 @@ class Mean(NamedTuple):
 
     Attributes:
         mean: The mean.
-        half: Half of its 95% Student interval; None for a single seed.
+        half: Half the width of its 95% Student-t interval; None for a single seed.
         seeds: Number of seeds.
     """
 
@@ -65,7 +65,7 @@ class Mean(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One measurement of a setting, averaged over seeds; with one seed, intervals are the measurement's own.
+    """One measurement of a setting, averaged over seeds; with one seed, intervals are over prompts.
 
     Attributes:
         setting: beta, alpha and learning rate, as in the rows.
@@ -87,8 +87,8 @@ class Curve:
     Attributes:
         name: Label of its rows.
         points: Averages over seeds, by setting and step.
-        front: Those of the points that no other one, nor the SFT model, beats in both KL and reward; by KL.
-        rewards: By seed, the pairs of KL and reward of its Pareto front, from the SFT model on, and its largest KL.
+        front: Pareto-optimal points, in order of KL; the SFT model is included in the comparison.
+        rewards: For each seed, KL and reward along its Pareto front, starting at the SFT model, and its largest KL.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Curve:
     rewards: Mapping[Any, tuple[np.ndarray, float]]
 
     def at(self, level: float) -> dict[Any, float]:
-        """Returns the reward at a KL by seed; seeds that never came so far are left out."""
+        """Returns the reward at a KL for each seed; seeds that did not reach this KL are left out."""
         return {seed: reward_at(front, level) for seed, (front, largest) in self.rewards.items() if level <= largest}
 
     def differences(self, other: Curve, level: float) -> list[float]:
@@ -111,9 +111,9 @@ class Frontier:
     """The curves of a sweep.
 
     Attributes:
-        sft: KL (0) and reward of the SFT model; None if the rows have none.
-        curves: In the order of the rows.
-        diverged: What was left out: rows whose KL or reward is not finite, as curve, setting, seed and step.
+        sft: KL (0) and reward of the SFT model; None if no row is the SFT model.
+        curves: The curves, in the order of the rows.
+        diverged: Rows left out since their KL or reward is not finite, as text: curve, seed and step.
     """
 
     sft: tuple[float, float] | None
@@ -146,13 +146,13 @@ class Frontier:
         raise UserError(f"--baseline {name}: there are {', '.join(curve.name for curve in self.curves) or 'no curves'}")
 
     def levels(self) -> list[float]:
-        """Returns KLs, evenly spaced, that every seed of every curve reached."""
+        """Returns evenly spaced KLs that every seed of every curve reached."""
         largest = [largest for curve in self.curves for _, largest in curve.rewards.values()]
         return [min(largest) * part / LEVELS for part in range(1, LEVELS + 1)] if largest else []
 
 
 def name_of(row: Row) -> str:
-    """Returns the curve of a row: its label, or its objective."""
+    """Returns the name of a row's curve: its label, or its objective."""
     return str(row.get("label") or row["objective"])
 
 
@@ -172,7 +172,7 @@ def _curve(name: str, rows: Sequence[Row], start: Sequence[tuple[float, float]])
 
 
 def _mean(rows: Sequence[Row], figure: str) -> Mean:
-    """Averages a figure over seeds; the interval of a single one is that over its prompts."""
+    """Averages a metric over seeds; for a single seed, the interval is over prompts."""
     found = Mean.of([row[figure] for row in rows])
     error = rows[0].get(f"{figure}_se", "")
     normal = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
@@ -200,7 +200,7 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 def reward_at(front: np.ndarray, level: float) -> float:
     """Interpolates the reward of a Pareto front ``[n, 2]`` at a KL, linearly.
 
-    Beyond its end the reward stays: a policy with less KL has that much. Before its beginning there is none: NaN.
+    Beyond the end of the front the reward is constant: a policy with less KL has it. Below its smallest KL it is NaN.
 
     Example:
         >>> reward_at(np.array([[0.0, 0.0], [2.0, 0.4]]), 0.5), reward_at(np.array([[0.0, 0.0], [2.0, 0.4]]), 3.0)
@@ -210,7 +210,7 @@ def reward_at(front: np.ndarray, level: float) -> float:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows as CSV, atomically: the columns of every sweep first, then the others as they come.
+    """Writes rows as CSV, atomically: the columns of every sweep first, then the others in order of appearance.
 
     Raises:
         OSError: if it cannot be written.
@@ -224,7 +224,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads what :func:`write_rows` wrote, with its numbers; empty cells are ``""``.
+    """Reads the rows of :func:`write_rows`, with numbers parsed; empty cells are ``""``.
 
     Raises:
         UserError: if the file is not such a table.

@@ -28,14 +28,14 @@ from tdpo.models.policy import position_limit
 COLUMN = "column:"
 PICKLES = (".pkl", ".pickle", ".joblib")
 POSITIVE = ("positive", "pos", "label_1", "good")
-"""Names, in lower case, of the label of two that scores a response where none is named."""
+"""Names, in lower case, of the positive one of two labels, the default of ``--reward_label``."""
 NUMBERED = (("0", "1"), ("-1", "1"), ("false", "true"))
-"""Labels of a scikit-learn classifier whose second one means good."""
+"""Labels of a binary scikit-learn classifier; the second one is positive."""
 CHECKED_ROWS = 8
 CHECKED_TO = 1e-4
-"""How far a row's reward may depend on the other rows of its batch, relative to the largest reward of them."""
+"""Largest effect of the other rows of a batch on a row's reward, relative to the largest reward of the batch."""
 ROUNDING_STEPS = 16
-"""The same of a model in low precision, in multiples of its dtype's epsilon: 0.125 in bfloat16."""
+"""The same for a model in low precision, in multiples of its dtype's epsilon: 0.125 in bfloat16."""
 
 Row = Mapping[str, Any]
 
@@ -43,18 +43,18 @@ Row = Mapping[str, Any]
 @documented
 @dataclass
 class RewardOptions:
-    """The reward of a response.
+    """Options of the reward.
 
     Attributes:
-        reward: module:function, a Python function from a list of texts (prompt and response) to numbers; a folder or
+        reward: module:function, a Python function that maps a list of texts to numbers; a folder or
             hub name of a sequence-classification or reward model; a .skops file with a scikit-learn pipeline; or
             column:NAME, a column of the data.
-        reward_batch_size: Texts scored at a time.
-        reward_label: Label of a classifier whose score is the reward, by name or by index from 0. Default: of two
-            labels the one named positive; with more than two it must be given.
-        reward_output: What a classifier returns for the label: its probability, or its logit (the log-odds). Default:
-            probability. A model with one output, or without probabilities, returns that output.
-        reward_trusted: Types in a .skops file, beside those of scikit-learn, that may be loaded.
+        reward_batch_size: Texts per batch.
+        reward_label: Label of a classifier whose score is the reward, by name or by index from 0. Default: the
+            positive one of two labels; required for more than two.
+        reward_output: Score of the label: its probability, or its logit (the log-odds). Default: probability. For a
+            model with one output or without probabilities, the reward is the raw output.
+        reward_trusted: Types outside scikit-learn that may be loaded from a .skops file.
     """
 
     reward: str | None = None
@@ -85,10 +85,10 @@ class RewardOptions:
         """Refuses a reward that cannot score responses sampled from a model.
 
         Raises:
-            UserError: for a column, which only rows of a dataset have.
+            UserError: for a column, which exists only in rows of a dataset.
         """
         if self.kind == "column":
-            raise UserError(f"--reward {self.reward}: responses that are sampled have no columns; give another reward")
+            raise UserError(f"--reward {self.reward}: sampled responses have no columns; set another reward")
 
     @property
     def kind(self) -> str:
@@ -107,7 +107,7 @@ class Reward(ABC):
     """Scores rows.
 
     Attributes:
-        name: What the user named it.
+        name: The value of ``--reward``.
     """
 
     def __init__(self, options: RewardOptions) -> None:
@@ -118,11 +118,11 @@ class Reward(ABC):
         """Returns the reward of each row.
 
         Raises:
-            UserError: if a row cannot be scored, or what comes out is not one finite number a row.
+            UserError: if a row cannot be scored, or the result is not one finite number per row.
         """
 
     def tolerance(self, rewards: Sequence[float]) -> float:
-        """Returns how far the reward of a row may depend on the others, for rows with these rewards."""
+        """Returns the largest effect that other rows may have on a row's reward, for rows with these rewards."""
         return CHECKED_TO * max(map(abs, rewards))
 
     def error(self, what: str) -> UserError:
@@ -130,7 +130,7 @@ class Reward(ABC):
         return UserError(f"--reward {self.name}: {what}")
 
     def refuse(self, options: RewardOptions, why: str, *names: str) -> None:
-        """Raises an error if one of these options is given, which has no effect."""
+        """Raises an error if one of these options, which have no effect, is set."""
         given = [f"--{name}" for name in names if getattr(options, name)]
         if given:
             raise self.error(f"{why}: leave {' and '.join(given)} out")
@@ -151,13 +151,13 @@ class ColumnReward(Reward):
 
 
 class TextReward(Reward):
-    """Scores texts: prompt and response together, a chat as its template renders it.
+    """Scores texts: prompt and response joined, with chats rendered by the chat template.
 
     Attributes:
-        batch_size: Texts scored at a time.
-        tokenizer: Its chat template renders prompts of messages; None if there is none.
-        renders_text: Whether a text prompt is rendered as a chat too, where there is a template.
-        without_template: What is wrong with a tokenizer without a chat template, and what helps.
+        batch_size: Texts per batch.
+        tokenizer: Tokenizer whose chat template renders prompts of messages; None if there is none.
+        renders_text: True to render a text prompt as a chat too, if there is a template.
+        without_template: Error message for a tokenizer without a chat template.
     """
 
     renders_text = False
@@ -185,10 +185,10 @@ class TextReward(Reward):
 
         Args:
             row: The row.
-            number: Which row it is, from 1, for messages.
+            number: Number of the row, from 1, for error messages.
 
         Raises:
-            UserError: for a chat without a template, or one that the template refuses.
+            UserError: for a chat without a template, or one for which the template raises an error.
         """
         prompt, response = row["prompt"], row["response"]
         template = getattr(self.tokenizer, "chat_template", None)
@@ -270,7 +270,7 @@ class ModelReward(TextReward):
 
     @override
     def tolerance(self, rewards: Sequence[float]) -> float:
-        # Batches of other shapes round otherwise, and the scores of a reward model may lie around 0.
+        # Rounding depends on the shape of a batch, and the scores of a reward model may be close to 0.
         steps = max(CHECKED_TO, ROUNDING_STEPS * torch.finfo(self.model.dtype).eps)
         return steps * max(1.0, *map(abs, rewards))
 
@@ -303,7 +303,7 @@ class ModelReward(TextReward):
         config = self.model.config.get_text_config()
         pad = config.pad_token_id
         if pad is None or pad < 0:
-            # The model scores at its last token, which it looks for before the padding: any token that ends no text.
+            # The model scores the last token that is not padding: pad with a token that no text ends with.
             ends = {int(ids[-1]) for ids in rows}
             pad = next(index for index in range(len(ends) + 1) if index not in ends)
         mask = pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
@@ -358,7 +358,7 @@ class PipelineReward(TextReward):
                 f"{' '.join(sorted(found))}"
             )
         if unused:
-            raise self.error(f"the file holds nothing to trust of type {', '.join(unused)} (--reward_trusted)")
+            raise self.error(f"--reward_trusted lists types that are not in the file: {', '.join(unused)}")
         pipeline = self.call(skops.io.load, self.name, trusted=trusted)
         self.call(check_is_fitted, pipeline)
         return pipeline
@@ -369,7 +369,7 @@ class PipelineReward(TextReward):
             return self.call(self.pipeline.predict, texts)
         if self.output == "decision":
             decision = self.call(self.pipeline.decision_function, texts)
-            # Of two classes it is one number, which is positive for the second.
+            # For two classes it is one number, which is positive for the second.
             return decision[:, self.label] if decision.ndim > 1 else decision if self.label else -decision
         p_NC = torch.from_numpy(self.call(self.pipeline.predict_proba, texts))
         return class_score(p_NC.double().log(), self.label, self.output)
@@ -398,7 +398,7 @@ def class_score(logits_NC: Tensor, label: int, output: str) -> Tensor:
 
 
 def label_index(labels: Sequence[str], wanted: str | None, name: str) -> int:
-    """Returns the index of a label by its name or index, or of the one of two that means good.
+    """Returns the index of a label by its name or index; for None that of the positive one of two labels.
 
     Example:
         >>> label_index(["NEGATIVE", "POSITIVE"], None, "model"), label_index(["a", "b", "c"], "C", "model")
@@ -425,9 +425,9 @@ def label_index(labels: Sequence[str], wanted: str | None, name: str) -> int:
 
 
 def usable_positions(model: nn.Module) -> int | None:
-    """Returns how many tokens a model has positions for; None if its config states no number.
+    """Returns the maximum number of tokens of a model's input; None if its config does not state it.
 
-    RoBERTa and its relatives count positions from the index after that of the padding.
+    RoBERTa and related models start positions at the padding index + 1.
     """
     limit = position_limit(model)
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
@@ -439,11 +439,11 @@ def load_reward(options: RewardOptions, tokenizer: Any = None) -> Reward:
     """Loads a reward.
 
     Args:
-        options: Which one.
-        tokenizer: The policy's tokenizer: its chat template renders chats for functions and pipelines.
+        options: Options of the reward.
+        tokenizer: The policy's tokenizer; its chat template renders chats for functions and pipelines.
 
     Raises:
-        UserError: if it cannot be loaded, or none is named.
+        UserError: if it cannot be loaded, or ``--reward`` is missing.
     """
     if not options.kind:
         raise UserError("--reward is missing")
@@ -455,7 +455,7 @@ def load_reward(options: RewardOptions, tokenizer: Any = None) -> Reward:
 
 
 def check_reward(reward: Reward, rows: Sequence[Row]) -> None:
-    """Scores up to :data:`CHECKED_ROWS` rows before a run: together, and each alone, which must give the same.
+    """Checks that up to :data:`CHECKED_ROWS` rows have the same rewards together and one by one.
 
     Raises:
         UserError: if they cannot be scored, or a row's reward depends on the others.
@@ -466,5 +466,5 @@ def check_reward(reward: Reward, rows: Sequence[Row]) -> None:
         (alone,) = reward([row])
         if abs(alone - value) > reward.tolerance(together):
             raise reward.error(
-                f"row {number} scores {value:g} beside others and {alone:g} alone; its reward must depend on it only"
+                f"row {number} scores {value:g} with other rows and {alone:g} alone; it must not depend on other rows"
             )

@@ -1,7 +1,7 @@
-"""Tables and the figure of a sweep: reward against KL(policy || reference), and sequential KL over training.
+"""Tables and figure of a sweep: reward against KL(policy || reference), and sequential KL over training.
 
-Drawn through matplotlib's objects, without pyplot: nothing global changes, and no display is needed. Equal rows give
-equal bytes.
+Figures use matplotlib's objects, without pyplot: no global state changes, and no display is needed. Equal rows give
+byte-identical files.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def report_frontier(
 
     Args:
         rows: Rows of the sweep.
-        folder: Where the figure goes.
-        console: Where the tables go.
+        folder: Folder to write the figure to.
+        console: Console to print the tables on.
         baseline: The curve the others are compared with; default: the first.
         equal_kl: KLs to compare at, in nats per response; default: :meth:`Frontier.levels`.
 
@@ -68,13 +68,13 @@ def report_frontier(
     """
     frontier = Frontier.of(rows)
     base = frontier.curve(baseline)
-    console.print("\nLast measurement, mean over seeds; ± is half of a 95% interval over seeds", style="bold")
+    console.print("\nLast measurement, mean over seeds; ± is half the width of the 95% interval", style="bold")
     console.print(last_table(rows))
     console.print("\nReward at equal KL(policy || reference)", style="bold")
     console.print(equal_kl_table(frontier, base, equal_kl or frontier.levels()))
     console.print()
     if frontier.diverged:
-        console.print(f"left out, not finite: {'; '.join(frontier.diverged)}", soft_wrap=True)
+        console.print(f"left out since KL or reward is not finite: {'; '.join(frontier.diverged)}", soft_wrap=True)
     figure = frontier_figure(rows)
     for suffix in ("png", "svg"):
         save_figure(figure, folder / f"frontier.{suffix}")
@@ -101,7 +101,7 @@ def last_table(rows: Sequence[Row]) -> Table:
 
 
 def _cell(name: str, values: Sequence[float]) -> str:
-    """Formats a mean over seeds; only the two figures of the frontier have room for an interval."""
+    """Formats a mean over seeds, with its interval for reward and KL only."""
     found = Mean.of(values) if values else None
     if found is None:
         return ""
@@ -115,7 +115,7 @@ def _table() -> Table:
 
 
 def equal_kl_table(frontier: Frontier, base: Curve, levels: Sequence[float]) -> Table:
-    """Renders the reward of each curve at equal KL, and its difference to the baseline, with intervals over seeds."""
+    """Renders each curve's reward at equal KL and its difference from the baseline, with intervals over seeds."""
     table = _table()
     for level in levels:
         table.add_column(f"{level:.3g}", justify="right", no_wrap=True)
@@ -133,7 +133,7 @@ def equal_kl_table(frontier: Frontier, base: Curve, levels: Sequence[float]) -> 
 
 
 def frontier_figure(rows: Sequence[Row]) -> Figure:
-    """Draws reward against KL; beside it the sequential KL over training, if each curve has one setting.
+    """Draws reward against KL, and the sequential KL over training if each curve has one setting.
 
     Points are means over seeds with 95% intervals; the line of a curve is its Pareto front.
     """
@@ -205,7 +205,7 @@ def _growth(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, float]]]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes the figure as PNG, 100 pixels an inch, or as SVG, by the file's suffix."""
+    """Writes the figure as SVG, or as PNG with 100 dpi, by the file's suffix."""
     with matplotlib.rc_context(SETTINGS):
         if path.suffix == ".svg":
             FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
@@ -215,5 +215,5 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def style_of(name: str, index: int = 0) -> tuple[str, str]:
-    """Returns colour and marker of a curve; one without its own takes a spare pair by its index."""
+    """Returns colour and marker of a curve; by its index if the name has none of its own."""
     return STYLES.get(name) or SPARE_STYLES[index % len(SPARE_STYLES)]
