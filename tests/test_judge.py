@@ -409,7 +409,7 @@ def test_verdict_words():
         ),
         (["--reward", "column:x", "--seed", "1"], "--seed has no effect without --endpoint"),
         (["--reward", "column:x", "--order", "random"], "--order has no effect without --endpoint"),
-        ([], "give a judge"),
+        ([], "a judge is missing"),
     ],
 )
 def test_options_that_contradict_are_refused(files, capfd, words, message):

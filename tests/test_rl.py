@@ -490,5 +490,5 @@ def test_mistakes_of_one_baseline() -> None:
 def test_rloo_refuses_a_prompt_that_trl_encodes_in_another_way(tokenizer: Any, model: Any) -> None:
     pytest.importorskip("trl", reason="needs trl: pip install 'tdpo[experiments]'")
     prompts = ["The river", f"The {tokenizer.eos_token} river"]  # text for tdpo, an end token for TRL
-    with pytest.raises(UserError, match="prompt 2: TRL's trainer encodes it in another way"):
+    with pytest.raises(UserError, match="prompt 2: TRL's trainer encodes it differently"):
         train_rloo(model, frozen(model), tokenizer, prompts, word_reward, RLOO, lambda step, model: None)

@@ -1,7 +1,7 @@
-"""Trains one model under many settings and measures every run alike: the rows of a reward-KL frontier.
+"""Trains one model with many settings and measures every run: the rows of a reward-KL frontier.
 
-Every run has a folder of its own with its settings, its measurements and, while it trains, its newest checkpoint. An
-interrupted sweep continues from these, in one process or several, and ends with the rows of an uninterrupted one.
+Every run has its own folder with its settings, its measurements and, during training, its latest checkpoint. An
+interrupted sweep resumes from these, in one process or several, and ends with the rows of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -47,40 +47,41 @@ SWEPT = {
     "learning_rates": "learning_rate",
     "seeds": "seed",
 }
-"""The option of a run that each list of the sweep gives values to."""
+"""The option of a run that each list of the sweep sets."""
 OWN = ("label", "dataset_name")
-"""What a run may set beside the options of its trainer."""
+"""Keys of a run in addition to the options of its trainer."""
 NO_EFFECT = (
     "output_dir", "resume", "overwrite_output_dir", "run_name", "report_to", "disable_tqdm", "logging_dir",
     "dataloader_num_workers", "num_processes", "accelerate_config", "max_time", "reference_cache", "trackio_space_id",
 )  # fmt: skip
-"""Options that leave a run's figures as they are, and may change between a sweep and its continuation."""
+"""Options that do not change a run's results; they may differ when a sweep is resumed."""
 METRICS = {"implicit_rewards/accuracies": "accuracy", "kl/chosen": "kl_chosen", "kl/rejected": "kl_rejected"}
-"""Columns of held-out pairs, by the trainer's names."""
+"""Columns measured on the held-out pairs, by the names of the trainer's metrics."""
 
 
 @documented
 @dataclass
 class SweepOptions(MeasureOptions):
-    """What is swept, and how every run is measured.
+    """Options of a sweep and of its measurements.
 
     Attributes:
         objectives: Objectives to train, each with every beta, alpha, learning rate and seed of these lists; default:
-            --objective, unless there are runs. ppo and rloo train with the reward itself.
-        betas: Values of --beta.
-        alphas: Values of --alpha, for the objectives that have it.
-        learning_rates: Values of --learning_rate.
-        seeds: Values of --seed: order of the data, and samples of ppo and rloo.
-        runs: Further runs: in a YAML file mappings from options of tdpo train (of PPO and RLOO for ppo and rloo) to a
-            value or a list of values; label names the curve, dataset_name gives a run pairs of its own. On the command
-            line JSON objects.
-        prompts_dataset_name: Prompts to sample from, named as --dataset_name; default: those of the held-out pairs.
-        num_prompts: Prompts at most, from the beginning; default: all of them.
-        entropy_samples: As in tdpo eval --generate; 0, the default, leaves the predictive entropy out.
-        baseline: The curve that others are compared with at equal KL; default: the first one.
-        equal_kl: KLs, in nats per response, at which rewards are compared; default: evenly spaced over what all curves
-            reach.
-        workers: Processes that train runs side by side; default: one for each GPU.
+            --objective, unless runs are set. ppo and rloo train on the reward itself.
+        betas: Values of beta.
+        alphas: Values of alpha, for the objectives that have it.
+        learning_rates: Values of the learning rate.
+        seeds: Seeds of the data order, and of the samples of ppo and rloo.
+        runs: Additional runs: mappings from options of tdpo train (of PPO or RLOO for ppo and rloo) to a value or
+            a list of values, as YAML in a file and as JSON objects on the command line; label names the curve,
+            dataset_name selects other training pairs.
+        prompts_dataset_name: Prompts to sample from, as in --dataset_name; default: those of the held-out pairs.
+        num_prompts: Number of prompts to use, from the beginning; default: all.
+        entropy_samples: As in tdpo eval --generate; 0, the default, skips predictive entropy and diversity
+            within a prompt.
+        baseline: Curve that the others are compared with at equal KL; default: the first one.
+        equal_kl: KLs, in nats per response, at which rewards are compared; default: evenly spaced over the range that
+            every curve covers.
+        workers: Number of processes that train runs in parallel; default: one per GPU.
         save_models: Keep the final model of every run.
     """
 
@@ -106,7 +107,7 @@ class SweepOptions(MeasureOptions):
         """Returns the settings of every run, in order, each once.
 
         Args:
-            objective: The objective if neither ``objectives`` nor ``runs`` name any.
+            objective: The objective to use if neither ``objectives`` nor ``runs`` is set.
 
         Raises:
             UserError: for an entry of ``runs`` that is not a mapping.
@@ -149,9 +150,9 @@ class Run:
 
     Attributes:
         settings: The options it sets, by name.
-        args: All its options: those of the sweep with its own over them.
+        args: All its options: those of the sweep, overridden by its settings.
         label: Name of its curve.
-        dataset_name: Its training pairs, if not the sweep's.
+        dataset_name: Its training pairs; None for those of the sweep.
     """
 
     settings: Mapping[str, Any]
@@ -161,7 +162,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A folder's name that says what is special about the run."""
+        """A folder name made of the run's settings."""
         shown = [
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.settings.items()
         ]
@@ -171,7 +172,7 @@ class Run:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The first columns of its rows: objective and parameters, empty where it has none."""
+        """The first columns of its rows: objective and parameters, empty for those it does not have."""
         args = self.args
         if isinstance(args, TDPOConfig):
             objective = args.build_objective()
@@ -191,11 +192,11 @@ def plan(options: SweepOptions, args: TDPOConfig) -> list[Run]:
     """Returns the runs of a sweep, with all their options checked.
 
     Args:
-        options: What is swept.
-        args: Options that the runs share.
+        options: Options of the sweep.
+        args: Options that all runs share.
 
     Raises:
-        UserError: naming the run, for options its trainer does not have or that do not fit together.
+        UserError: naming the run, for options that its trainer does not have or that contradict each other.
     """
     runs = []
     for settings in options.settings(args.objective or objectives.DEFAULT):
@@ -215,7 +216,7 @@ def _pair_options(own: Mapping[str, Any], args: TDPOConfig) -> TDPOConfig:
 
 
 def _rl_options(objective: str, own: Mapping[str, Any], args: TDPOConfig, options: SweepOptions) -> RLOptions:
-    """Returns the options of PPO or RLOO; steps, measuring and length are the sweep's unless a run sets them."""
+    """Returns the options of PPO or RLOO; a run's own settings override those of the sweep."""
     kind = RL[objective].options
     names = [field.name for field in fields(kind)]
     _check_names({name: value for name, value in own.items() if name != "objective"}, names)
@@ -237,13 +238,13 @@ class Sweep:
     """Trains and measures runs, and collects their rows.
 
     Attributes:
-        folder: Where everything goes.
+        folder: Output folder.
         runs: The runs, in the order of the rows.
         load_policy: Loads the SFT model that every run starts from.
         tokenizer: Its tokenizer.
-        pairs: Returns the training pairs of a dataset by name; of the sweep for None.
+        pairs: Returns the training pairs of a dataset by name; for None those of the sweep.
         held_out: Held-out pairs.
-        prompts: Prompts of the training data, for ppo and rloo.
+        prompts: Returns the prompts of the training data, for ppo and rloo.
         evaluator: Measures policies; its reference is the SFT model.
         report: Called with a line of text for every run and measurement.
         save_models: Keep the final model of every run.
@@ -267,7 +268,7 @@ class Sweep:
         """Trains every run that no other process has finished or is training.
 
         Returns:
-            What went wrong with runs that could not be finished.
+            Error messages of runs that could not be finished.
 
         Raises:
             UserError: if a folder holds a run with other options.
@@ -315,7 +316,7 @@ class Sweep:
         return self.folder / "runs" / run.name
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Returns what every run is made of beside its own options."""
+        """Returns what every run depends on in addition to its own options."""
         evaluator = self.evaluator
         options = {
             name: value
@@ -333,7 +334,7 @@ class Sweep:
         }
 
     def _check(self, run: Run) -> None:
-        """Makes the run's folder, or refuses one that holds a run of other options."""
+        """Creates the run's folder, or raises an error if it holds a run with other options."""
         options = run.args.to_dict() if isinstance(run.args, TDPOConfig) else asdict(run.args)
         own = {name: value for name, value in options.items() if name not in NO_EFFECT}
         made_of = json.loads(json.dumps({**own, **self._made_of, "dataset_name": run.dataset_name}, default=str))
@@ -346,7 +347,7 @@ class Sweep:
         changed = [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]
         if changed:
             names = ", ".join(sorted(changed))
-            raise UserError(f"{folder} holds a run with another {names}; remove it, or give another --output_dir")
+            raise UserError(f"{folder} holds a run with another {names}; remove it, or set another --output_dir")
 
     def _measure_sft(self) -> None:
         path = self.folder / "sft.json"
@@ -356,7 +357,7 @@ class Sweep:
             self._write_samples(self.folder / "samples-sft.jsonl", samples)
 
     def _train(self, run: Run) -> None:
-        """Trains one run, from its newest checkpoint if it has one."""
+        """Trains one run, from its latest checkpoint if it has one."""
         folder, seconds = self._folder(run), _Seconds(self._folder(run) / "seconds.json")
 
         def measure(step: int, policy: nn.Module, metrics: Mapping[str, float] | None = None) -> None:
@@ -390,7 +391,7 @@ class Sweep:
         seconds.write()
 
     def _train_pairs(self, run: Run, args: TDPOConfig, measure: Callable[..., None]) -> None:
-        """Trains on preference pairs; an interrupted run continues from its newest checkpoint, bit for bit."""
+        """Trains on preference pairs; an interrupted run resumes from its latest checkpoint, bit for bit."""
         folder = self._folder(run)
         cache = self.folder / "reference" / (hashlib.sha256((run.dataset_name or "").encode()).hexdigest()[:8])
         uses_reference = args.build_objective().uses_reference and args.reference in ("auto", "cached")
@@ -423,7 +424,7 @@ class Sweep:
         atomic_write(path, json.dumps({"step": step, **named, **held_out}) + "\n")
 
     def _write_samples(self, path: Path, samples: Samples) -> None:
-        """Writes prompts, responses and rewards as JSON lines, which ``tdpo judge`` compares."""
+        """Writes prompts, responses and rewards as JSON lines, which ``tdpo judge`` reads."""
         rewards = [None] * len(samples.texts) if samples.rewards is None else samples.rewards.tolist()
         lines = [
             json.dumps({"prompt": prompt.content, "response": text, "reward": reward}, ensure_ascii=False)
@@ -447,7 +448,7 @@ class MeasureCallback(TrainerCallback):
 
 
 class _Seconds:
-    """Adds up the wall time of a run's parts, over interruptions; time inside a part counts for the inner one alone."""
+    """Adds up the wall time of a run's parts, across interruptions; a nested part counts only once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -464,10 +465,10 @@ class _Seconds:
             self.write()
 
     def move(self, evaluation: float) -> None:
-        """Counts seconds of the training so far as measuring."""
+        """Moves seconds from training to measuring."""
         self.spent["measure"] += evaluation
         self.spent["train"] -= evaluation
 
     def write(self) -> None:
-        """Writes what was spent so far."""
+        """Writes the times so far."""
         atomic_write(self.path, json.dumps(self.spent) + "\n")

@@ -35,16 +35,16 @@ from tdpo.report.samples import sample_table
 @documented
 @dataclass
 class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
-    """What is evaluated and where the figures go.
+    """Options of the evaluation and its output.
 
     Attributes:
         ref_model_name_or_path: Reference model: a hub name or a folder; needed unless the objective has no reference.
-        objective: Objective that decides loss and rewards; default: what the policy was trained with.
+        objective: Objective that defines loss and rewards; default: the one that the policy was trained with.
         dataset_config: Configuration of a hub dataset.
         dataset_test_split: Split to evaluate on: of a hub dataset, or the beginning of file names.
-        per_device_eval_batch_size: Pairs scored at a time.
-        generate: Sample responses from both models too, and measure reward, divergence, entropy and diversity.
-        num_prompts: Prompts sampled from with --generate, from the beginning of the dataset.
+        per_device_eval_batch_size: Pairs per batch.
+        generate: Also sample responses from both models, and measure reward, KL, entropy and diversity.
+        num_prompts: Number of prompts to sample from with --generate, from the beginning of the dataset.
         json: File to write the metrics to, as one flat object.
     """
 

@@ -1,4 +1,4 @@
-"""``tdpo frontier``: sweeps objectives and their parameters and draws reward against divergence."""
+"""``tdpo frontier``: sweeps objectives and their parameters and plots reward against KL."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from tdpo.sweep import Sweep, SweepOptions, plan
 from tdpo.train.stopping import SIGNALS
 
 WORKER = "TDPO_FRONTIER_WORKER"
-"""Environment variable that holds a worker's number."""
+"""Environment variable with the number of a worker process."""
 OPTIONS = (ModelConfig, AdapterOptions, EvalDataConfig, RewardOptions, SweepOptions, TDPOConfig)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Runs the command; run again after an interruption, it continues."""
+    """Runs the command, or resumes it after an interruption."""
     model_config, adapter, data, reward_options, options, args = parse("frontier", OPTIONS, argv, ["output_dir"])
     quieten()
-    args.seed = options.seed  # one option, of samples and of runs without a seed of their own
+    args.seed = options.seed  # one option: seed of samples, and of runs that set none
     _check(reward_options, args, data)
     runs = plan(options, args)
     labels = list(dict.fromkeys(run.label for run in runs))
     if options.baseline not in (None, *labels):
         raise UserError(f"--baseline {options.baseline}: there are {', '.join(labels)}")
     if adapter.use_peft and any(run.settings["objective"] in RL for run in runs):
-        raise UserError("ppo and rloo train all weights: leave --use_peft out, or these objectives")
+        raise UserError("ppo and rloo train all weights: leave --use_peft out, or remove these objectives")
     folder = Path(str(args.output_dir)).expanduser()
     check_writable(folder)
     options = replace(options, samples_dir=options.samples_dir or str(folder / "samples"))
@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> None:
     reward = load_reward(reward_options, tokenizer)
     check_reward(reward, [{"prompt": prompt.content, "response": " a"} for prompt in prompts[:2]])
     if worker is None:
-        console().print(f"{len(runs)} runs, {len(prompts)} prompts; every result goes to {folder}", soft_wrap=True)
+        console().print(f"{len(runs)} runs, {len(prompts)} prompts; writing results to {folder}", soft_wrap=True)
     sweep = Sweep(
         folder, runs, load, tokenizer, pairs, held_out, partial(_train_prompts, data, args, tokeniser),
         Evaluator(reference, tokenizer, prompts, reward, options), partial(_print, worker), options.save_models,
@@ -94,18 +94,18 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _check(reward: RewardOptions, args: TDPOConfig, data: EvalDataConfig) -> None:
-    """Checks options that the sweep needs, before anything is loaded."""
+    """Checks the options that a sweep requires, before anything is loaded."""
     check_format(args)
     spec = args.row_spec()
     data.check_row_spec(spec)
     open_training(data, spec)
     if open_held_out(data, spec) is None:
-        raise UserError("a frontier is measured on held-out prompts: give --eval_dataset_name or --test_fraction")
+        raise UserError("a frontier is measured on held-out pairs: set --eval_dataset_name or --test_fraction")
     if not reward.reward:
-        raise UserError("--reward is missing: a frontier draws it against the divergence")
+        raise UserError("--reward is missing: a frontier plots reward against KL")
     reward.check_for_samples()
     if not args.eval_steps or args.eval_steps < 1:
-        raise UserError("--eval_steps is missing: every run is measured after that many optimizer steps")
+        raise UserError("--eval_steps is missing: the number of optimizer steps between measurements of a run")
 
 
 def _load(model_config: ModelConfig) -> Any:
@@ -115,7 +115,7 @@ def _load(model_config: ModelConfig) -> Any:
 def _prompts(
     data: EvalDataConfig, options: SweepOptions, args: TDPOConfig, tokeniser: Tokeniser, model: Any
 ) -> list[Prompt]:
-    """Reads the prompts to sample from: of a dataset of their own, or of the held-out pairs."""
+    """Reads the prompts to sample from: those of ``prompts_dataset_name``, or of the held-out pairs."""
     spec = RowSpec() if options.prompts_dataset_name else args.row_spec()
     name, split = options.prompts_dataset_name or data.eval_dataset_name, data.dataset_test_split
     if name is None:
@@ -126,9 +126,9 @@ def _prompts(
 
 
 def _train_prompts(data: EvalDataConfig, args: TDPOConfig, tokeniser: Tokeniser) -> list[Any]:
-    """Reads the prompts of the training data, as PPO and RLOO take them."""
+    """Reads the prompts of the training data, for PPO and RLOO."""
     if data.datasets:
-        raise UserError("ppo and rloo take their prompts from one dataset: give --dataset_name, not --datasets")
+        raise UserError("ppo and rloo read their prompts from one dataset: set --dataset_name, not --datasets")
     spec = replace(args.row_spec(), side=data.side(test=False))
     asked = read_prompts(str(data.dataset_name), data.dataset_train_split, data.dataset_config, spec, tokeniser)
     return [turns.prompt for turns in asked]
@@ -139,13 +139,13 @@ def _print(worker: str | None, line: str) -> None:
 
 
 def _start_workers(argv: Sequence[str], count: int) -> list[str]:
-    """Runs the same command in several processes, which take runs until none is left; signals reach all of them.
+    """Runs the same command in several processes, which train runs until none is left; forwards signals to all of them.
 
     Returns:
-        What went wrong.
+        An error message for each worker that failed.
 
     Raises:
-        Stopped: after SIGINT or SIGTERM, when every worker has saved where it is.
+        Stopped: after SIGINT or SIGTERM, when every worker has saved its state.
     """
     devices, received = torch.cuda.device_count(), []
     processes: list[subprocess.Popen[bytes]] = []
@@ -168,5 +168,5 @@ def _start_workers(argv: Sequence[str], count: int) -> list[str]:
         for signal_number, handler in before.items():
             signal.signal(signal_number, handler)
     if received:
-        raise Stopped("interrupted: the same command continues", 128 + received[0])
+        raise Stopped("interrupted: run the same command to resume", 128 + received[0])
     return [f"worker {number} ended with code {code}" for number, code in enumerate(codes) if code]

@@ -1,4 +1,4 @@
-"""``tdpo generate``: samples from a policy and its reference side by side."""
+"""``tdpo generate``: samples responses from a policy and its reference."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from tdpo.types import PreferenceRecord
 @documented
 @dataclass
 class GenerateOptions(Sampling, FormatOptions, SplitOptions):
-    """What is asked of the models, how they answer, and where it goes.
+    """Options of the prompts, the sampling and the output.
 
     Attributes:
         prompt: One or more prompts, as plain text.
         dataset_config: Configuration of a hub dataset.
         dataset_test_split: Split to take prompts from, as in the other commands.
-        num_prompts: Prompts taken from the dataset, from its beginning.
-        max_prompt_length: Longer prompts keep their last N tokens. Default: all that the model's positions allow.
-        json: File to write to, one object a line with prompt, policy and reference.
+        num_prompts: Number of prompts to use from the beginning of the dataset.
+        max_prompt_length: Longer prompts are cut to their last N tokens. Default: all that the model's positions allow.
+        json: JSON lines file to write: one object per prompt, with prompt, policy and reference.
     """
 
     prompt: list[str] = option(list)
     dataset_name: str | None = option(
-        None, f"{DATASET_HELP} Its prompts are taken as training has them; rows may lack responses."
+        None, f"{DATASET_HELP} Its prompts are encoded as in training; rows may lack responses."
     )
     dataset_config: str | None = None
     dataset_test_split: str = "test"

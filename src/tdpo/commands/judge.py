@@ -1,4 +1,4 @@
-"""``tdpo judge``: pairwise win rate of two sets of responses, by a language model or a reward model."""
+"""``tdpo judge``: pairwise win rate between two sets of responses, by a language model or a reward model."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ LISTED = 3
 @documented
 @dataclass
 class JudgeOptions:
-    """What is compared, and where the figures go.
+    """Options of the comparison and its output.
 
     Attributes:
         responses_a: File of A's responses: rows with prompt and response, AlpacaEval's outputs, or FastChat's answers.
         responses_b: File of B's responses, matched with A's by prompt.
         column_a: Column of A's responses. Default: response, output or completion.
-        column_b: The same of B.
+        column_b: The same for B.
         name_a: Name of A in the output. Default: its column or the file.
         name_b: Name of B in the output.
-        mt_bench: MT-Bench's question file; both turns of an answer are judged together, and each category has a rate.
-        judge_prompt: File with a prompt of your own for the judge, with {prompt}, {response_a} and {response_b}.
-        order: both asks about every pair twice, A first and B first; random asks once.
+        mt_bench: MT-Bench's question file; both turns of an answer are judged together, with a win rate per category.
+        judge_prompt: File with a custom prompt for the judge, with {prompt}, {response_a} and {response_b}.
+        order: both shows every pair twice, A first and B first; random shows it once, in either order.
         reward_tokenizer: With --reward, the model whose chat template renders chats for a function or a pipeline.
-        tie_margin: With --reward, the largest difference of rewards that is a tie.
-        json: File to write the figures to.
-        verdicts: File to write every pair with the judge's words to, one object a line.
-        alpaca_eval: One or two files to write A's and B's responses to in AlpacaEval's format; needs no judge.
+        tie_margin: With --reward, the largest difference of rewards that counts as a tie.
+        json: File to write the results to.
+        verdicts: JSON lines file to write, one object per pair with the judge's answers.
+        alpaca_eval: One or two files to write the responses of A and B to in AlpacaEval's format; needs no judge.
     """
 
     responses_a: str = field(kw_only=True)
@@ -111,11 +111,11 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _check(options: JudgeOptions, endpoint: EndpointOptions, reward: RewardOptions) -> None:
-    """Refuses options that contradict each other or have no effect, before anything is read."""
+    """Raises an error for options that contradict each other or have no effect, before anything is read."""
     if endpoint.endpoint and reward.reward:
         raise UserError("give either --endpoint or --reward")
     if not (endpoint.endpoint or reward.reward or options.alpaca_eval):
-        raise UserError("give a judge: --endpoint with --judge_model, or --reward")
+        raise UserError("a judge is missing: set --endpoint and --judge_model, or --reward")
     if not endpoint.endpoint:
         check_defaults("endpoint", endpoint)
         if options.judge_prompt or options.order != "both":
@@ -135,7 +135,7 @@ def _check(options: JudgeOptions, endpoint: EndpointOptions, reward: RewardOptio
 
 
 def _ask(matched: Matched, options: JudgeOptions, endpoint: EndpointOptions) -> tuple[list[Judgement], dict[str, Any]]:
-    """Asks the endpoint about all pairs; returns judgements, and the figures of the calls."""
+    """Asks the endpoint about all pairs; returns the judgements and statistics of the calls."""
     turns = len(matched.pairs[0][0].responses)
     prompt = JudgePrompt.read(options.judge_prompt, turns) if options.judge_prompt else JudgePrompt.default(turns)
     beside = Path(options.json).absolute().parent if options.json else Path.cwd()
@@ -158,7 +158,7 @@ def _ask(matched: Matched, options: JudgeOptions, endpoint: EndpointOptions) -> 
 
 
 def _score(matched: Matched, options: JudgeOptions, reward: RewardOptions) -> tuple[list[Judgement], dict[str, Any]]:
-    """Scores all responses; returns judgements, and the mean rewards."""
+    """Scores all responses; returns the judgements and the mean rewards."""
     name = options.reward_tokenizer
     scorer = load_reward(reward, load_tokenizer(ModelConfig(model_name_or_path=name)) if name else None)
     check_reward(scorer, [row for answer in matched.pairs[0] for row in answer.reward_rows()])
@@ -232,7 +232,7 @@ def _notes(overall: WinRate, figures: dict[str, Any]) -> list[str]:
         )
     if figures.get("position_bias") is not None:
         first = figures["first_shown_rate"]
-        shown = "" if first is None else f"; {first:.1%} of decided verdicts are for the one shown first"
+        shown = "" if first is None else f"; {first:.1%} of verdicts other than ties are for the response shown first"
         lines.append(f"verdict changes with the order: {figures['position_bias']:.1%} of pairs{shown}")
     if figures["unmatched_a"] or figures["unmatched_b"]:
         lines.append(f"without a counterpart, not judged: {figures['unmatched_a']} of A, {figures['unmatched_b']} of B")

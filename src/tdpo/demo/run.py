@@ -1,7 +1,7 @@
-"""The embedded default: from a grammar to three aligned policies, a table and a figure, without a download.
+"""The demo: from a grammar to three preference-trained policies, a table and a figure, without a download.
 
 texts -> tokenizer and model -> ``tdpo sft`` -> sampled and ranked completions -> ``tdpo frontier`` over dpo, tdpo1 and
-tdpo2. Training and measuring are the commands everybody uses; only the world is the demo's own.
+tdpo2. Training and measuring run the ordinary commands; only the data and the model are specific to the demo.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tdpo.files import check_writable
 
 SAMPLING_BATCH = 256
 MARK = ".tdpo-demo"
-"""A file that says the folder is the demo's own."""
+"""Marker file of a folder that the demo created."""
 ENTRIES = ("base", "sft", "pairs", "frontier", "sft.jsonl", "prompts.jsonl")
 """Everything the demo writes into its folder."""
 FINE_TUNING = """--model_name_or_path {folder}/base --dataset_name {folder}/sft.jsonl --output_dir {folder}/sft
@@ -53,25 +53,25 @@ tdpo train --model_name_or_path {folder}/sft --dataset_name {folder}/pairs --obj
 @documented
 @dataclass
 class DemoOptions:
-    """The size of the demo. Every objective gets the same model, pairs, order, steps and learning rate.
+    """Options of the demo. Every objective uses the same model, pairs, data order, steps and learning rate.
 
     Attributes:
-        output_dir: Folder for everything the demo writes.
+        output_dir: Output folder.
         seed: Seed of texts, weights, samples and data order.
         sft_texts: Texts from the grammar to fine-tune on.
         sft_steps: Optimizer steps of fine-tuning.
         sft_learning_rate: Learning rate of fine-tuning.
-        train_prompts: Prompts whose completions make training pairs.
-        held_out_prompts: Prompts to evaluate on, none of them trained on.
+        train_prompts: Prompts of the training pairs.
+        held_out_prompts: Prompts to evaluate on, none of which is trained on.
         samples_per_prompt: Completions per prompt that the reward ranks.
-        min_margin: Smallest difference of rewards that makes a pair.
-        beta: Strength of the tie to the reference, in every objective.
+        min_margin: Smallest reward difference of a pair.
+        beta: beta of every objective: strength of the KL constraint.
         alpha: Weight of the sequential-KL difference in tdpo2.
         learning_rate: Learning rate of preference training.
         steps: Optimizer steps of each objective.
-        batch_size: Pairs per optimizer step; texts, for fine-tuning: twice.
-        eval_every: Steps between two measured points.
-        max_new_tokens: Longest completion in tokens.
+        batch_size: Pairs per optimizer step; fine-tuning uses twice as many texts.
+        eval_every: Optimizer steps between measurements.
+        max_new_tokens: Maximum length of a completion in tokens.
     """
 
     output_dir: str = "demo-output"
@@ -97,11 +97,11 @@ class DemoOptions:
         for name in ("min_margin", "learning_rate", "sft_learning_rate"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be positive, got {getattr(self, name):g}")
-        objectives.build("tdpo2", beta=self.beta, alpha=self.alpha)  # refuses what no objective takes
+        objectives.build("tdpo2", beta=self.beta, alpha=self.alpha)  # raises an error for invalid values
 
 
 def run_demo(options: DemoOptions | None = None) -> list[dict[str, str]]:
-    """Runs the demo and leaves models, pairs, figures and the plot in ``options.output_dir``.
+    """Runs the demo and writes models, pairs, tables and the plot to ``options.output_dir``.
 
     Args:
         options: Sizes and seeds; the defaults take about three minutes on two CPU cores.
@@ -112,7 +112,7 @@ def run_demo(options: DemoOptions | None = None) -> list[dict[str, str]]:
     options = options or DemoOptions()
     folder, started = claim(Path(options.output_dir).expanduser()), time.perf_counter()
     threads = torch.get_num_threads()
-    # A model this small gains little from a second thread, and loses everything where another process wants the core.
+    # A model this small gains little from a second thread, and is much slower if another process uses its core.
     torch.set_num_threads(1)
     try:
         prompts = _build(options, folder)
@@ -130,16 +130,15 @@ def run_demo(options: DemoOptions | None = None) -> list[dict[str, str]]:
 
 
 def claim(folder: Path) -> Path:
-    """Makes the folder the demo's: new or empty folders are marked, marked ones are cleared of :data:`ENTRIES`.
+    """Marks a new or empty folder as the demo's; removes :data:`ENTRIES` from a folder that is already marked.
 
     Raises:
-        UserError: naming the folder, if it is a file, cannot be written, or holds files of anybody else.
+        UserError: naming the folder, if it is a file, is not writable, or holds files that the demo did not write.
     """
     check_writable(folder)
     if any(folder.iterdir()) and not (folder / MARK).is_file():
         raise UserError(
-            f"--output_dir {folder}: holds files that the demo did not write, and it would replace some of them; "
-            "name a new folder"
+            f"--output_dir {folder}: holds files that the demo did not write and might replace; choose a new folder"
         )
     (folder / MARK).write_text(f"Written by tdpo demo, which replaces in this folder: {', '.join(ENTRIES)}\n")
     for path in (folder / name for name in ENTRIES):
@@ -153,7 +152,7 @@ def say(text: str) -> None:
 
 
 def _run(name: str, command: Callable[[Sequence[str]], None], words: str, options: DemoOptions, folder: Path) -> None:
-    """Prints a command as it would be typed, and runs it."""
+    """Prints a command line and runs it."""
     values = {**asdict(options), "batch_2": 2 * options.batch_size}
     for stage in ("sft_steps", "steps"):
         values[f"{stage}_warmup"] = values[stage] // 20
@@ -163,7 +162,7 @@ def _run(name: str, command: Callable[[Sequence[str]], None], words: str, option
 
 
 def _build(options: DemoOptions, folder: Path) -> list[str]:
-    """Writes texts, held-out prompts, tokenizer and a model with random weights; returns all prompts."""
+    """Writes texts, held-out prompts, tokenizer and a randomly initialised model; returns all prompts."""
     texts, prompts, held_out = world.make_texts(
         options.sft_texts, options.train_prompts, options.held_out_prompts, options.seed
     )
@@ -178,7 +177,7 @@ def _build(options: DemoOptions, folder: Path) -> list[str]:
 
 
 def _make_pairs(options: DemoOptions, folder: Path, prompts: list[str]) -> None:
-    """Samples completions of every prompt, ranks them by reward and makes pairs of them."""
+    """Samples completions of every prompt, ranks them by reward and writes preference pairs."""
     say("\nsampling and ranking completions for preference pairs ...")
     model: Any
     model, tokenizer = (kind.from_pretrained(folder / "sft") for kind in (AutoModelForCausalLM, AutoTokenizer))
@@ -191,8 +190,8 @@ def _make_pairs(options: DemoOptions, folder: Path, prompts: list[str]) -> None:
     }
     if not all(pairs.values()):
         raise UserError(
-            "the samples gave no preference pair: the SFT model is too little trained for its texts to end, or "
-            "there are too few prompts (--sft_steps, --train_prompts, --held_out_prompts)"
+            "the samples contain no preference pair: increase --sft_steps, so that texts of the SFT model end, or "
+            "--train_prompts and --held_out_prompts"
         )
     (folder / "pairs").mkdir()
     for side, found in pairs.items():

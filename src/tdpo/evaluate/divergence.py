@@ -25,17 +25,17 @@ class ResponseStats:
     """Sums over the tokens of each response, all ``[S]`` on the CPU; statistics in nats.
 
     The mean of ``kl_policy_reference`` over responses that the policy sampled from its own distribution (temperature
-    1, no top-k, no top-p) estimates KL(policy || reference) of whole responses without bias, up to the length they
-    were cut at; ``kl_reference_policy`` does the same on responses of the reference. On other responses, such as those
-    of a dataset, they are sums of the divergences at each token (the sequential KL of the TDPO paper, eq. 12).
+    1, no top-k, no top-p) estimates KL(policy || reference) of whole responses without bias, up to the length that
+    they were cut at; ``kl_reference_policy`` on responses of the reference estimates KL(reference || policy). On other
+    responses, such as those of a dataset, they are sums of token-level KLs (sequential KL, eq. 12 of the TDPO paper).
 
     Attributes:
         kl_policy_reference: sum_t KL(policy || reference) of the next-token distributions.
         kl_reference_policy: sum_t KL(reference || policy).
         logratio: sum_t log pi(y_t) - log pi_ref(y_t).
-        entropy: sum_t of the entropy of the policy's next-token distribution.
-        ref_entropy: The same of the reference.
-        length: Tokens, int64.
+        entropy: Sum over t of the entropy of the policy's next-token distribution.
+        ref_entropy: The same for the reference.
+        length: Number of tokens, int64.
     """
 
     kl_policy_reference: Tensor
@@ -53,20 +53,20 @@ def response_stats(
     responses: Sequence[list[int]],
     batch_size: int = 32,
 ) -> ResponseStats:
-    """Computes sums per response with one forward pass of each model, without gradient.
+    """Computes the statistics of responses with one forward pass of each model, without gradient.
 
     Args:
         policy: The policy, a causal language model; its training mode is restored.
         reference: Its reference, a model with the same vocabulary or a reference strategy.
         prompts: Token ids of the prompt of each response.
         responses: Token ids of each response, end token included.
-        batch_size: Sequences per forward pass; no figure depends on it beyond rounding.
+        batch_size: Sequences per forward pass; results depend on it only by rounding.
 
     Raises:
-        ValueError: if prompts and responses do not match in number, there are none, or one of them is empty.
+        ValueError: if the numbers of prompts and responses differ or are 0, or one of them is empty.
     """
     if len(prompts) != len(responses) or not len(prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses; both must be the same number, not 0")
+        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses; the numbers must be equal and not 0")
     for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1):
         if not len(prompt) or not len(response):
             raise ValueError(f"response {number}: {'it' if len(prompt) else 'its prompt'} has no tokens")
@@ -97,10 +97,10 @@ def token_divergence(policy: Hidden, reference: Hidden, labels_N: Tensor, logits
     """Computes divergences in both directions and entropies at every token, in chunks of bounded memory.
 
     Args:
-        policy: States ``[N, D]`` and head of the policy.
-        reference: The same of the reference.
+        policy: Hidden states ``[N, D]`` and head of the policy.
+        reference: The same for the reference.
         labels_N: Response tokens, int64.
-        logits_budget: Bytes the buffers of a chunk may take; None for the device's default.
+        logits_budget: Maximum size of the buffers of a chunk in bytes; None for the device's default.
 
     Returns:
         ``[5, N]`` in nats, float32 (float64 for float64 states): KL(policy || reference), KL(reference || policy),

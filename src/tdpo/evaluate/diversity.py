@@ -1,7 +1,7 @@
-"""How varied a set of responses is: distinct n-grams, self-BLEU and compression ratio, at matched length and number.
+"""Diversity of responses: distinct n-grams, self-BLEU and compression ratio, at matched length and number.
 
-Each of these moves with the length and the number of responses, so sets are compared by the first tokens of equally
-many responses.
+Each of these depends on the length and the number of responses, so sets are compared on the first tokens of the same
+number of responses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from tdpo.evaluate.estimates import Estimate
 
 SELF_BLEU_RESPONSES = 32
-"""Responses of a set that self-BLEU compares with each other; its cost is quadratic."""
+"""Responses of a set that self-BLEU compares with each other; the cost is quadratic."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Diversity:
     Attributes:
         distinct_1: Share of distinct tokens.
         distinct_2: Share of distinct token pairs.
-        self_bleu: BLEU-4 of a response against the others of its set, averaged, from 0 to 1; lower is more varied.
-        compression_ratio: Bytes of the texts over their bytes after zlib; lower is more varied.
+        self_bleu: Mean BLEU-4 of a response with the others of its set as references, 0 to 1; lower is more diverse.
+        compression_ratio: Bytes of the texts over their bytes after zlib compression; lower is more diverse.
     """
 
     distinct_1: Estimate
@@ -38,16 +38,16 @@ class Diversity:
 def measure_diversity(
     sets: Sequence[Sequence[list[int]]], tokenizer: Any, length: int, responses: int
 ) -> Diversity | None:
-    """Measures the first ``length`` tokens of the first ``responses`` responses of each set that are that long.
+    """Measures diversity on the first ``length`` tokens of the first ``responses`` long enough responses of each set.
 
     Args:
         sets: Token ids of responses: one set of all samples, or a set for each prompt.
         tokenizer: Decodes the tokens for self-BLEU and the compression ratio, which compare texts.
-        length: Tokens of a response that count; shorter responses are left out.
-        responses: Responses of a set that count, at least 2; smaller sets are left out.
+        length: Tokens used of a response; shorter responses are skipped.
+        responses: Responses used of a set, at least 2; smaller sets are skipped.
 
     Returns:
-        Means over the sets, with intervals where there are several; None if no set is large enough.
+        Means over the sets, with intervals if there are several; None if no set is large enough.
     """
     matched = [[ids[:length] for ids in found if len(ids) >= length][:responses] for found in sets]
     matched = [found for found in matched if len(found) == responses and responses > 1]
@@ -65,7 +65,7 @@ def measure_diversity(
 def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
     """Computes the share of distinct n-grams of a set of sequences (Li et al. 2016, arXiv 1510.03055).
 
-    It falls as a set grows, so compare sets of one size. NaN where no sequence has n items.
+    It decreases with the size of the set, so compare sets of equal size. NaN if no sequence has n items.
 
     Example:
         >>> distinct_n([["a", "b", "a", "b"]], 1), round(distinct_n([["a", "b", "a", "b"]], 2), 3)
@@ -76,7 +76,7 @@ def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Computes the mean BLEU-4 of each text against all others (Zhu et al. 2018, arXiv 1802.01886), from 0 to 1.
+    """Computes the mean BLEU-4 of each text with the others as references (Zhu et al. 2018, arXiv 1802.01886).
 
     Sentence BLEU of sacrebleu, with its tokenisation and exponential smoothing, over at most
     :data:`SELF_BLEU_RESPONSES` texts.
@@ -96,7 +96,7 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def compression_ratio(texts: Sequence[str]) -> float:
-    """Computes bytes over compressed bytes of the texts, one a line (Shaib et al. 2024, arXiv 2403.00553).
+    """Computes bytes over compressed bytes of the texts, one per line (Shaib et al. 2024, arXiv 2403.00553).
 
     Example:
         >>> compression_ratio(["abcdefgh"] * 100) > 20

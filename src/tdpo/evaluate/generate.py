@@ -1,4 +1,4 @@
-"""Sampling from a causal language model: batched, reproducible, and free of what a checkpoint's defaults would add."""
+"""Sampling from a causal language model: batched, reproducible, independent of a checkpoint's generation config."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from tdpo.models.probe import evaluating
 @documented
 @dataclass
 class Sampling:
-    """How responses are drawn. The defaults are plain ancestral sampling from the model's own distribution.
+    """Sampling options. The defaults are plain ancestral sampling from the model's own distribution.
 
     Attributes:
-        max_new_tokens: Longest response in tokens, its end token included.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Nucleus sampling: the likeliest tokens that together have this probability; 1 is off.
-        top_k: Samples among the k likeliest tokens; 0 is off.
+        max_new_tokens: Maximum length of a response in tokens, including its end token.
+        temperature: Divides the logits; 0 is greedy decoding.
+        top_p: Nucleus sampling from the most probable tokens with this total probability; 1 turns it off.
+        top_k: Samples from the k most probable tokens; 0 turns it off.
         num_samples: Responses per prompt and model.
-        batch_size: Sequences generated at a time. Sampled responses depend on it, the likeliest ones do not.
-        seed: Seed of the draws, the same for every model.
-        samples_dir: Folder that keeps every batch of responses as it is finished; the same command continues from it
-            after an interruption.
+        batch_size: Sequences generated at a time. Sampled responses depend on it; greedy ones do not.
+        seed: Seed of the samples, the same for every model.
+        samples_dir: Folder to save every finished batch of responses in; after an interruption, the same command
+            resumes from it.
     """
 
     max_new_tokens: int = 64
@@ -60,18 +60,18 @@ def sample_ids(
 ) -> list[list[list[int]]]:
     """Samples responses to P prompts.
 
-    The model runs in evaluation mode and is returned in the mode it had. Its ``generation_config`` is replaced
-    meanwhile, so no default of the checkpoint (a top-k of 50, a repetition penalty) changes the distribution.
+    The model runs in evaluation mode, and its mode is restored. Its ``generation_config`` is replaced temporarily, so
+    no default of the checkpoint (a top-k of 50, a repetition penalty) changes the distribution.
 
     Args:
         model: A transformers causal language model, with or without a LoRA adapter.
         prompts: Token ids of each prompt, at least one.
-        sampling: How to draw.
-        eos_token_id: The token (or any of the tokens) that ends a response; None to always run to the full length.
+        sampling: Sampling options.
+        eos_token_id: Token or tokens that end a response; None to always sample ``max_new_tokens``.
 
     Returns:
-        ``result[p][s]``: ids of sample s for prompt p, the end token included where one was produced and nothing
-        after it. Prompts keep their order.
+        ``result[p][s]``: ids of sample s for prompt p, up to and including the end token if there is one, in the
+        order of the prompts.
 
     Raises:
         UserError: for an empty prompt, or one that with ``max_new_tokens`` exceeds the positions of the model.
@@ -87,7 +87,7 @@ def sample_ids(
             )
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     config = _generation_config(sampling, ends)
-    # Prompts of like length share a batch: less padding. The sort is stable, so the draws depend on the input alone.
+    # Prompts of similar length share a batch: less padding. The sort is stable, so samples depend on the input alone.
     jobs = sorted((p for p in range(len(prompts)) for _ in range(sampling.num_samples)), key=lambda p: len(prompts[p]))
     batches = [jobs[start : start + sampling.batch_size] for start in range(0, len(jobs), sampling.batch_size)]
     store = None if sampling.samples_dir is None else SampleFile.open(sampling, prompts, ends, model)
@@ -95,10 +95,10 @@ def sample_ids(
     lm = causal_lm(model)
     own = lm.generation_config
     with evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        lm.generation_config = GenerationConfig()  # what is not in an argument, `generate` takes from here
+        lm.generation_config = GenerationConfig()  # `generate` reads from it what no argument sets
         try:
             for index in range(len(drawn), len(batches)):
-                # A seed for each batch: those that are drawn after an interruption are what they would have been.
+                # Each batch has its own seed, so a resumed run draws the same samples as an uninterrupted one.
                 torch.manual_seed(int(np.random.SeedSequence([sampling.seed, index]).generate_state(1)[0]))
                 found = _generate(lm, [prompts[p] for p in batches[index]], config)
                 drawn.append([ids[: _length(ids, ends)] for ids in found])
@@ -114,12 +114,12 @@ def sample_ids(
 
 
 def decode_response(tokenizer: Any, prompt: list[int], response: list[int]) -> str:
-    """Decodes a response as what follows its prompt: tokenizers drop a space at the beginning of a text.
+    """Decodes a response after its prompt, since tokenizers drop a space at the beginning of a text.
 
     Args:
         tokenizer: The tokenizer.
         prompt: Token ids of the prompt.
-        response: Token ids of the response; special tokens in it are left out.
+        response: Token ids of the response; special tokens are skipped.
     """
     before = tokenizer.decode(prompt, skip_special_tokens=True)
     text: str = tokenizer.decode([*prompt, *response], skip_special_tokens=True)
@@ -128,9 +128,9 @@ def decode_response(tokenizer: Any, prompt: list[int], response: list[int]) -> s
 
 
 class SampleFile:
-    """Keeps finished batches of samples in a file of JSON lines whose name says what they were drawn from.
+    """Saves finished batches of samples in a JSON lines file, named by a hash of weights, prompts and options.
 
-    Other weights, prompts or options have another name, so that no sample is taken for another run's.
+    Samples of another run are therefore never read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,10 +140,10 @@ class SampleFile:
     def open(
         cls, sampling: Sampling, prompts: Sequence[list[int]], ends: Sequence[int], model: nn.Module
     ) -> SampleFile:
-        """Returns the file for these draws in ``sampling.samples_dir``, which is made if it does not exist.
+        """Returns the file for these draws in ``sampling.samples_dir``, which is created if it does not exist.
 
         Raises:
-            UserError: if nothing can be written there.
+            UserError: if the folder is not writable.
         """
         folder = Path(str(sampling.samples_dir)).expanduser()
         check_writable(folder)
@@ -152,7 +152,7 @@ class SampleFile:
         return cls(folder / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.jsonl")
 
     def read(self, batches: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-        """Returns the finished batches; a last line that was cut off is removed from the file."""
+        """Returns the finished batches; removes an incomplete last line from the file."""
         if not self.path.exists():
             return []
         text = self.path.read_bytes()
@@ -161,29 +161,29 @@ class SampleFile:
             os.truncate(self.path, len(whole))
         found = [json.loads(line) for line in whole.splitlines()]
         if [len(batch) for batch in found] != [len(batch) for batch in batches[: len(found)]]:
-            raise UserError(f"{self.path}: is damaged; remove it and the samples are drawn again")
+            raise UserError(f"{self.path}: is damaged; remove it, and its samples are drawn again")
         return found
 
     def append(self, responses: Sequence[list[int]]) -> None:
-        """Writes one batch."""
+        """Appends one batch."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(list(responses)) + "\n")
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Returns every token that ends a response: the tokenizer's, and those the checkpoint names (end of turn)."""
+    """Returns all tokens that end a response: the tokenizer's, and those of the generation config (end of turn)."""
     named = causal_lm(model).generation_config.eos_token_id
     tokens = [tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])]
     return list(dict.fromkeys(token for token in tokens if token is not None))
 
 
 def _length(ids: list[int], ends: Sequence[int]) -> int:
-    """Returns the number of tokens up to the first end token, which counts."""
+    """Returns the number of tokens up to and including the first end token."""
     return next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
 
 
 def _generation_config(sampling: Sampling, ends: list[int]) -> GenerationConfig:
-    """Makes every setting explicit: transformers fills a missing top_k with 50."""
+    """Returns a config with every setting explicit: transformers sets a missing top_k to 50."""
     drawing: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         names = ("temperature", "top_p", "top_k")
@@ -194,7 +194,7 @@ def _generation_config(sampling: Sampling, ends: list[int]) -> GenerationConfig:
         num_return_sequences=1,
         repetition_penalty=1.0,
         eos_token_id=ends or None,
-        pad_token_id=0,  # any token: it fills short prompts and ended responses, and is neither seen nor kept
+        pad_token_id=0,  # any token: it is masked in prompts and removed from responses
         **drawing,
     )
 

@@ -1,6 +1,6 @@
-"""Measures policies by what they say: reward, divergence from the reference, entropy, diversity, length.
+"""Measures samples of policies: reward, divergence from the reference, entropy, diversity, length.
 
-Every command that measures samples, and the demo, does it here, so that their figures mean the same.
+Every command that measures samples, and the demo, uses this module, so that their results are comparable.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from tdpo.evaluate.rewards import Reward
 
 DIVERSITY_SHARE = 4
-"""One in this many responses of a set is compared for diversity, so that models whose responses are shorter, or less
-often good, are compared by equally many."""
+"""Diversity is measured on one in this many responses of a set: a number that models with shorter responses, or with
+fewer good ones, reach as well."""
 
 
 @documented
 @dataclass
 class MeasureOptions(Sampling):
-    """How samples are drawn and measured.
+    """Options for drawing and measuring samples.
 
     Attributes:
-        entropy_samples: Responses per prompt for the predictive entropy and the diversity within a prompt, drawn with
-            --entropy_top_p at temperature 1 as in the evaluation of f-DPO (25 there); 0 leaves both out.
-        entropy_top_p: Nucleus of these responses.
-        matched_length: Tokens of a response that count for diversity; shorter responses are left out. Default: a
-            quarter of --max_new_tokens.
-        reward_threshold: Diversity is also measured among samples with at least this reward. Default: the median
+        entropy_samples: Responses per prompt for predictive entropy and diversity within a prompt, drawn with
+            --entropy_top_p at temperature 1, as in the evaluation of f-DPO; 0 skips both.
+        entropy_top_p: Nucleus sampling probability of these responses.
+        matched_length: Diversity is measured on the first N tokens of a response; shorter responses are skipped.
+            Default: a quarter of --max_new_tokens.
+        reward_threshold: Diversity is also measured on samples with at least this reward. Default: the median
             reward of the reference's samples.
     """
 
@@ -57,7 +57,7 @@ class MeasureOptions(Sampling):
             raise UserError(f"--entropy_top_p must be in (0, 1], got {self.entropy_top_p}")
 
     def nucleus(self) -> Sampling:
-        """Returns how the responses of the predictive entropy are drawn."""
+        """Returns the sampling options of the predictive entropy."""
         names = [field.name for field in fields(Sampling)]
         sampling = Sampling(**{name: getattr(self, name) for name in names})
         return replace(sampling, num_samples=self.entropy_samples, top_p=self.entropy_top_p, temperature=1.0, top_k=0)
@@ -67,7 +67,7 @@ class Prompt(NamedTuple):
     """A prompt to sample from.
 
     Attributes:
-        content: Text, or chat messages, as the reward is given them.
+        content: Text, or chat messages, as passed to the reward.
         ids: Its token ids.
     """
 
@@ -80,8 +80,8 @@ class Samples:
     """Responses of one model to P prompts, S each.
 
     Attributes:
-        ids: Token ids, ``ids[p][s]``, the end token included where there is one.
-        texts: The same as text, without special tokens.
+        ids: Token ids, ``ids[p][s]``, including the end token if there is one.
+        texts: The decoded responses, without special tokens.
         rewards: ``[P, S]`` float64, or None without a reward.
     """
 
@@ -92,7 +92,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the samples of one model show. Intervals are over prompts; KLs and entropies are in nats.
+    """Metrics of the samples of one model. Intervals are over prompts; KLs and entropies are in nats.
 
     Attributes:
         reward: Reward of a sample; None without a reward.
@@ -102,11 +102,11 @@ class Measurement:
         entropy: Entropy of the policy's next-token distribution, averaged over the tokens of a sample.
         length: Tokens of a sample, its end token included.
         finished: Share of samples with an end token.
-        diversity: Of all samples together; None where too few are long enough.
+        diversity: Diversity of all samples; None if too few are long enough.
         good_share: Share of samples with at least the threshold's reward; None without a reward.
-        good_diversity: Diversity among these; None without a reward, or where they are too few.
-        predictive_entropy: As ``entropy``, over nucleus samples; None if they are not drawn.
-        prompt_diversity: Of the nucleus samples of one prompt, averaged over prompts; None if they are not drawn.
+        good_diversity: Diversity of these; None without a reward, or if they are too few.
+        predictive_entropy: ``entropy`` over nucleus samples; None without them.
+        prompt_diversity: Diversity of the nucleus samples of one prompt, averaged over prompts; None without them.
     """
 
     reward: Estimate | None
@@ -122,9 +122,9 @@ class Measurement:
     prompt_diversity: Diversity | None
 
     def columns(self) -> dict[str, float]:
-        """Returns all figures under flat names: ``entropy``, ``entropy_se``, ``good_distinct_1``, ...
+        """Returns all metrics under flat names: ``entropy``, ``entropy_se``, ``good_distinct_1``, ...
 
-        Estimates give their mean, ``_se``, ``_low`` and ``_high``; what was not measured is left out.
+        An estimate becomes its mean, ``_se``, ``_low`` and ``_high``; metrics that were not measured are left out.
         """
         columns: dict[str, float] = {}
         for field in fields(self):
@@ -143,14 +143,14 @@ class Measurement:
 class Evaluator:
     """Measures policies against one reference on the same prompts, with the same seed.
 
-    The reference is sampled and measured once, whatever the number of policies.
+    The reference is sampled once, regardless of the number of policies.
 
     Args:
         reference: The reference, a causal language model.
         tokenizer: The tokenizer of all models.
         prompts: At least one prompt.
-        reward: Scores samples; None measures everything else.
-        options: How samples are drawn and measured.
+        reward: Scores samples; None to skip the reward.
+        options: Options for drawing and measuring samples.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Evaluator:
 
     @cached_property
     def threshold(self) -> float:
-        """The reward from which a sample counts as good; NaN without a reward."""
+        """Smallest reward of a good sample; NaN without a reward."""
         if self.options.reward_threshold is not None:
             return self.options.reward_threshold
         rewards = self.reference_samples.rewards
@@ -183,7 +183,7 @@ class Evaluator:
 
         Args:
             model: A causal language model.
-            sampling: How to draw; by default as in the options.
+            sampling: Sampling options; default: those of the evaluator.
         """
         drawn = sample_ids(model, self._prompt_ids, sampling or self.options, end_tokens(model, self.tokenizer))
         texts = [
@@ -207,7 +207,7 @@ class Evaluator:
 
         Args:
             policy: A causal language model; the reference itself has KLs of 0.
-            samples: Its samples, by default drawn now.
+            samples: Its samples; None to draw them.
         """
         samples = self.sample(policy) if samples is None else samples
         stats = self._stats(policy, samples.ids)
@@ -233,13 +233,13 @@ class Evaluator:
         )
 
     def _stats(self, policy: nn.Module, responses: Sequence[Sequence[list[int]]]) -> ResponseStats:
-        """Computes the statistics of ``responses[p][s]``, flat."""
+        """Computes the statistics of ``responses[p][s]``, flattened."""
         prompts = [prompt for prompt, found in zip(self._prompt_ids, responses, strict=True) for _ in found]
         flat = [ids for found in responses for ids in found]
         return response_stats(policy, self.reference, prompts, flat)
 
     def _nucleus(self, policy: nn.Module) -> tuple[Estimate, Diversity | None]:
-        """Computes predictive entropy, and diversity within a prompt, on nucleus samples."""
+        """Computes predictive entropy and diversity within a prompt on nucleus samples."""
         sampling = self.options.nucleus()
         drawn = sample_ids(policy, self._prompt_ids, sampling, end_tokens(policy, self.tokenizer))
         stats = self._stats(policy, drawn)
@@ -247,6 +247,6 @@ class Evaluator:
         return Estimate.of(by_prompt), self._diversity(drawn, sampling.num_samples)
 
     def _diversity(self, sets: Sequence[Sequence[list[int]]], size: int) -> Diversity | None:
-        """Measures diversity by a share of sets that have ``size`` responses before any are left out."""
+        """Measures diversity on a share of each set, which had ``size`` responses before any were left out."""
         length = self.options.matched_length or max(1, self.options.max_new_tokens // 4)
         return measure_diversity(sets, self.tokenizer, length, size // DIVERSITY_SHARE)

@@ -1,4 +1,4 @@
-"""Prompts of a dataset, encoded as training encodes them: of preference rows, and of rows that hold prompts alone."""
+"""Prompts of a dataset, from preference rows or prompt-only rows, encoded as in training."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ logger = logging.getLogger("tdpo")
 def read_prompts(
     name: str, split: str, config: str | None, spec: RowSpec, tokeniser: Tokeniser, count: int | None = None
 ) -> list[Turns]:
-    """Returns the first distinct prompts of a dataset.
+    """Returns the first prompts of a dataset; consecutive pairs with the same prompt count once.
 
     Args:
         name: The dataset, as ``--dataset_name``.
         split: Its split.
         config: Configuration of a hub dataset.
-        spec: How rows are read; its side of a split, if it has one, is the side the prompts come from.
-        tokeniser: Encodes them later, and decides about texts that are rendered chats.
-        count: Prompts at most, from the beginning; None for all.
+        spec: How rows are read; if it has a side of a split, only prompts of this side are returned.
+        tokeniser: Its options decide whether texts that are rendered chats are refused.
+        count: Maximum number of prompts; None for all.
 
     Raises:
-        UserError: if there are none.
+        UserError: if the dataset has no prompts.
     """
     report = DataReport(name)
     records = _records(name, split, config, spec, report)
@@ -47,7 +47,7 @@ def read_prompts(
         records = tokeniser.special.refuse_rendered(records)
 
     def question(record: PreferenceRecord) -> tuple[Any, ...]:
-        # Several pairs of one prompt ask it once; rows without responses are asked one by one.
+        # Consecutive pairs with the same prompt count once; rows without responses count each.
         return record.prompt, record.tools, record.chat_template_kwargs, None if record.chosen else record.row
 
     first = (next(group) for _, group in itertools.groupby(records, question))
@@ -58,7 +58,7 @@ def read_prompts(
     if report.dropped:
         logger.warning("; ".join(report.lines()))
     if not asked:
-        raise UserError(f"{name}: no prompt in it. " + "; ".join(report.lines()))
+        raise UserError(f"{name}: has no prompts. " + "; ".join(report.lines()))
     return asked
 
 
@@ -70,18 +70,18 @@ def encode_prompts(
     max_prompt_length: int | None,
     name: str,
 ) -> list[list[int]]:
-    """Returns the ids of the prompts, cut to the room that the models' positions leave.
+    """Returns the token ids of the prompts, truncated to fit the models' positions.
 
     Args:
         tokeniser: Encodes the prompts.
         asked: The prompts.
-        models: The models that continue them.
-        max_new_tokens: Tokens of the longest response, as ``--max_new_tokens``.
-        max_prompt_length: Tokens of the longest prompt, as ``--max_prompt_length``; None for all there is room for.
+        models: The models that are sampled from.
+        max_new_tokens: Maximum length of a response, as ``--max_new_tokens``.
+        max_prompt_length: Maximum length of a prompt, as ``--max_prompt_length``; None for what the positions allow.
         name: The dataset, for messages.
 
     Raises:
-        UserError: if there is no room, or a model has no row for a token.
+        UserError: if the positions leave no room for a prompt, or a token is not in a model's vocabulary.
     """
     positions = position_limit(*models)
     room = min(max_prompt_length or UNLIMITED, (positions or UNLIMITED) - max_new_tokens)
@@ -104,10 +104,10 @@ def encode_prompts(
 def _records(
     name: str, split: str, config: str | None, spec: RowSpec, report: DataReport
 ) -> Iterator[PreferenceRecord]:
-    """Yields records of the dataset; rows that hold prompts alone give records without responses."""
+    """Yields records of the dataset; prompt-only rows become records without responses."""
     source = open_source(name, split, config)
     head = [_renamed(row, spec).fields for row in itertools.islice(source, LOOKED_AT)]
-    # Scored completions, one a row, are asked row by row.
+    # Scored completions, one per row, are read as prompt-only rows.
     names = {recognise(fields, FORMATS) for fields in head}
     pairs = spec.format != AUTO or any(name is not None and FORMATS[name].join is None for name in names)
     if pairs or not any({"instruction", *PROMPTS} & fields.keys() for fields in head):

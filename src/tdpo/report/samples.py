@@ -1,4 +1,4 @@
-"""A table of what the samples of several models show, side by side."""
+"""Table of the sample metrics of several models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = {
     "entropy": "entropy, nats per token",
     "predictive_entropy": "entropy of nucleus samples, nats per token",
     "length": "length, tokens",
-    "finished": "share that ends",
+    "finished": "share with end token",
     "distinct_1": "distinct 1-grams",
     "distinct_2": "distinct 2-grams",
     "self_bleu": "self-BLEU",
@@ -24,15 +24,15 @@ ROWS = {
     "prompt_distinct_2": "within a prompt: distinct 2-grams",
     "prompt_self_bleu": "within a prompt: self-BLEU",
     "good_share": "share above the reward threshold",
-    "good_distinct_2": "above it: distinct 2-grams",
-    "good_self_bleu": "above it: self-BLEU",
+    "good_distinct_2": "above the threshold: distinct 2-grams",
+    "good_self_bleu": "above the threshold: self-BLEU",
 }
-"""Labels of the figures that are shown, in order, by the names of :meth:`Measurement.columns`."""
+"""Labels of the metrics in the table, in order, by the names of :meth:`Measurement.columns`."""
 
 
 def sample_table(found: Mapping[str, Measurement], title: str) -> Table:
-    """Renders a column for each model and a row for each figure; ± is half of the 95% interval over prompts."""
-    table = Table(title=f"{title}; ± half of the 95% interval over prompts", title_justify="left")
+    """Renders a column for each model and a row for each metric; ± is half the width of the 95% interval."""
+    table = Table(title=f"{title}; ± half the width of the 95% interval over prompts", title_justify="left")
     table.add_column("")
     for name in found:
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,1 +1,1 @@
-"""RLHF baselines on a policy's own samples: PPO and RLOO, with the same prompts, reward and KL penalty."""
+"""RLHF baselines: PPO and RLOO, with the same prompts, reward and KL penalty."""

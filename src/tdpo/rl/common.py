@@ -1,4 +1,4 @@
-"""Parts that the RLHF baselines share, so that their runs differ by the algorithm alone: options, prompts, rewards."""
+"""Options, prompts and rewards shared by the RLHF baselines, so that their runs differ only in the algorithm."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OnLog = Callable[[int, dict[str, float]], None]
 RUN = "run.json"
 """File that identifies the run whose checkpoints are in the folder."""
 WITHOUT_EFFECT = ("steps", "eval_every")
-"""Options that a continued run may change: no iteration depends on them."""
+"""Options that may differ when a run is resumed: no iteration depends on them."""
 
 
 @documented
@@ -40,20 +40,19 @@ class RLOptions:
     """Options of both RLHF baselines.
 
     An iteration samples responses to ``batch_size`` prompts from the policy, scores them and updates the policy on
-    them. With the same seed both baselines have the same prompts in the same order.
+    them. With the same seed, both baselines use the same prompts in the same order.
 
     Attributes:
         beta: Coefficient of KL(policy || reference), in units of reward per nat.
         learning_rate: Learning rate of AdamW, constant, without weight decay.
-        steps: Iterations.
+        steps: Number of iterations.
         batch_size: Prompts per iteration.
-        max_new_tokens: Longest response in tokens, its end token included.
+        max_new_tokens: Maximum length of a response in tokens, including its end token.
         temperature: Divides the logits of policy and reference, in sampling and in every log-probability.
-        seed: Seed of prompts and samples.
-        eval_every: Iterations from one measurement to the next; the last iteration is always measured.
-        max_grad_norm: Largest norm of the gradient; larger gradients are scaled down to it.
-        missing_end_penalty: Subtracted from the reward of a response that has no end token within
-            --max_new_tokens.
+        seed: Seed of the order of prompts and of samples.
+        eval_every: Iterations between measurements; the policy is also measured after the last iteration.
+        max_grad_norm: Maximum norm of the gradient, for clipping.
+        missing_end_penalty: Subtracted from the reward of a response without an end token within --max_new_tokens.
     """
 
     beta: float = 0.05
@@ -73,15 +72,15 @@ class RLOptions:
         check_positive(self, "learning_rate", "temperature", "max_grad_norm")
 
     def measured(self, step: int) -> bool:
-        """Returns whether the policy is measured after this iteration."""
+        """Returns True if the policy is measured after this iteration."""
         return step % self.eval_every == 0 or step == self.steps
 
 
 def check_positive(options: Any, *names: str) -> None:
-    """Refuses values that are not greater than 0; None is no value.
+    """Raises an error for values that are not greater than 0; None is skipped.
 
     Raises:
-        UserError: naming the first of them.
+        UserError: naming the first such option.
     """
     for name in names:
         value = getattr(options, name)
@@ -90,7 +89,7 @@ def check_positive(options: Any, *names: str) -> None:
 
 
 class ScoredPrompts:
-    """The prompts of a run, encoded, with the reward of responses to them.
+    """The encoded prompts of a run, and the reward of responses to them.
 
     Args:
         policy: The policy, whose end tokens end responses.
@@ -100,13 +99,13 @@ class ScoredPrompts:
         options: The options of the run.
 
     Attributes:
-        prompts: As given.
+        prompts: The prompts, unchanged.
         ids: Token ids of each prompt.
         ends: Tokens that end a response.
-        order: Indices of the prompts of all iterations: ``batch_size`` for each, in random passes over all prompts.
+        order: Prompt indices of all iterations, ``batch_size`` for each: random permutations of all prompts.
 
     Raises:
-        UserError: if there are no prompts, or one with ``max_new_tokens`` exceeds the positions of the policy.
+        UserError: if there are no prompts, or a prompt plus ``max_new_tokens`` exceeds the policy's positions.
     """
 
     def __init__(
@@ -126,10 +125,10 @@ class ScoredPrompts:
             )
 
     def score(self, indices: Sequence[int], responses: Sequence[list[int]]) -> list[float]:
-        """Computes the reward of one response for each index of a prompt, less the penalty for a missing end.
+        """Computes the rewards of responses to the prompts at ``indices``, minus the penalty for a missing end.
 
         Raises:
-            UserError: if the reward returns another number of values, or one that is not finite.
+            UserError: if the reward does not return one finite number per response.
         """
         rows = [
             {"prompt": self.prompts[i], "response": decode_response(self.tokenizer, self.ids[i], response)}
@@ -149,7 +148,7 @@ class ScoredPrompts:
 
 
 def random_passes(size: int, count: int, seed: int) -> list[int]:
-    """Returns the first ``count`` of indices below ``size`` in random order, then all again in another order, ...
+    """Returns the first ``count`` indices of concatenated random permutations of ``range(size)``.
 
     Example:
         >>> order = random_passes(3, 7, seed=0)
@@ -161,15 +160,15 @@ def random_passes(size: int, count: int, seed: int) -> list[int]:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Returns a seed for one iteration: draws after an interruption are the ones an uninterrupted run makes."""
+    """Returns the seed of one iteration, so that a resumed run draws the same samples as an uninterrupted one."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
 def claim_folder(folder: Path, prompts: ScoredPrompts, policy: nn.Module, reference: nn.Module) -> None:
-    """Makes a folder that of a run, or checks that it is: same options, prompts and weights to begin with.
+    """Marks a folder as that of a run, or checks that it holds this run: same options, prompts and initial weights.
 
     Raises:
-        UserError: if it is the folder of another run, or cannot be written.
+        UserError: if it is the folder of another run, or is not writable.
     """
     options = {name: value for name, value in asdict(prompts.options).items() if name not in WITHOUT_EFFECT}
     made_of = [options, prompts.ids, prompts.ends, weights_hash(policy), weights_hash(reference)]
@@ -184,18 +183,16 @@ def claim_folder(folder: Path, prompts: ScoredPrompts, policy: nn.Module, refere
         atomic_write(path, json.dumps(now, indent=2) + "\n")
     elif json.loads(path.read_text(encoding="utf-8")) != now:
         raise UserError(
-            f"{folder}: holds a run with other options, prompts or models, listed in {RUN}; name another folder, or "
+            f"{folder}: holds a run with other options, prompts or models, see its {RUN}; choose another folder, or "
             "remove it"
         )
 
 
 def check_steps(checkpoint: Path, done: int, options: RLOptions) -> None:
-    """Refuses a checkpoint of an iteration after the last one.
+    """Raises an error for a checkpoint of an iteration after the last one.
 
     Raises:
         UserError: naming the checkpoint.
     """
     if done > options.steps:
-        raise UserError(
-            f"{checkpoint}: is of iteration {done}, after --steps {options.steps}; remove it to start again"
-        )
+        raise UserError(f"{checkpoint}: is of iteration {done}, after --steps {options.steps}; remove it to start over")

@@ -1,8 +1,8 @@
 """PPO (arXiv 1707.06347) for RLHF, in one file: rollouts, GAE, clipped updates, checkpoints.
 
 An iteration is :meth:`_Run.iterate`: sample a response to each prompt, score it, compute advantages, and update policy
-and value model in ``epochs`` passes of minibatches. Left out, since a comparison of objectives at fixed beta has no
-use for them: an adaptive KL coefficient, running normalisation of rewards, and early stopping of the epochs.
+and value model in ``epochs`` passes of minibatches. Not implemented, as comparisons at fixed beta do not need them: an
+adaptive KL coefficient, running normalisation of rewards, and early stopping of the epochs.
 
 Shape legend: S responses of a rollout, T tokens of the longest, N response tokens of a minibatch, D width of the
 hidden states.
@@ -60,16 +60,16 @@ class PPOOptions(RLOptions):
     Attributes:
         epochs: Passes over the responses of an iteration.
         minibatch_size: Responses per optimizer step, and per forward pass.
-        clip_range: Largest change of the probability ratio, up or down, that the policy's loss rewards.
-        value_clip: Largest change of a value that the value loss rewards; None to not clip.
+        clip_range: Clipping range epsilon of the probability ratio in the policy loss.
+        value_clip: Clipping range of values in the value loss; None to not clip.
         gamma: Discount per token.
-        lam: Lambda of GAE: 1 for the rewards that follow less the value, 0 for the one-step error.
-        value_coef: Weight of the value loss. Policy and value model have no weights in common, so it only matters for
-            the common gradient norm that --max_grad_norm bounds.
-        kl_in: Where the KL penalty is: ``reward`` subtracts it from the reward of every token, so that a token answers
-            for the KL of those after it; ``loss`` adds it to the loss of the token alone.
-        whiten_advantages: Shifts and scales the advantages of an iteration to mean 0 and standard deviation 1; a KL
-            penalty in the loss is scaled with them, so that beta means the same.
+        lam: Lambda of GAE: 1 for the return minus the value, 0 for the one-step TD error.
+        value_coef: Weight of the value loss. Policy and value model share no weights, so it only matters for their
+            common gradient norm, which --max_grad_norm clips.
+        kl_in: Location of the KL penalty: ``reward`` subtracts it from the reward of every token, so that a token's
+            return includes the KL of later tokens; ``loss`` adds it to the loss of the token alone.
+        whiten_advantages: Normalise the advantages of an iteration to mean 0 and standard deviation 1; a KL penalty
+            in the loss is scaled by the same factor, so that beta keeps its meaning.
     """
 
     epochs: int = 4
@@ -107,7 +107,7 @@ def train_ppo(
     The same seed gives the same weights, bit for bit on the same hardware, also if the run was interrupted.
 
     Args:
-        policy: A causal language model. Models run without dropout, and the policy's mode is restored.
+        policy: A causal language model. Models run without dropout; the policy's training mode is restored.
         reference: The reference, which is not changed; the value model starts as a copy of it.
         tokenizer: The tokenizer of both.
         prompts: Texts, or lists of chat messages.
@@ -115,15 +115,15 @@ def train_ppo(
         options: Options of the run.
         on_measure: Called with the number of finished iterations and the policy, every ``eval_every`` of them and at
             the end.
-        folder: Where a checkpoint is written after every measurement, and continued from if there is one; None for
+        folder: Folder to write a checkpoint to after every measurement, and to resume from if it has one; None for
             no checkpoints.
-        on_log: Called with the metrics of every iteration: ``reward`` (less penalties for missing ends), ``kl``
+        on_log: Called with the metrics of every iteration: ``reward`` (minus penalties for missing ends), ``kl``
             (KL(policy || reference) of the sampled responses in nats), ``entropy`` (nats per token), ``length``,
             ``clip_fraction`` and ``value_loss``.
 
     Raises:
         UserError: for prompts that do not fit the model, a reward that is not one finite number for each response, and
-            a folder that cannot be written or holds the checkpoint of another run.
+            a folder that is not writable or holds the checkpoint of another run.
 
     Source: Schulman et al. (arXiv 1707.06347); for language models Ziegler et al. (arXiv 1909.08593).
     """
@@ -144,13 +144,13 @@ def train_ppo(
 
 
 class ValueModel(nn.Module):
-    """Predicts the reward to come at every response token: a copy of a model with a linear head, 0 at first.
+    """Predicts the return at every response token: a copy of a model with a linear head that is initialised to 0.
 
-    The policy's own body would cost less, but the value loss would change the policy's states, and ``value_coef``
-    would be one more setting to tune for every reward.
+    Sharing the policy's body would cost less, but the value loss would change the policy's hidden states, and
+    ``value_coef`` would have to be tuned for every reward.
 
     Args:
-        model: The model to copy, the SFT model: it reads text as the policy does at first.
+        model: The model to copy: the SFT model, which the policy is initialised from.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -170,25 +170,25 @@ class ValueModel(nn.Module):
         return self.head(states_ND.to(self.head.weight.dtype))[:, 0]
 
     def trained(self) -> list[nn.Parameter]:
-        """Returns the parameters that values depend on."""
+        """Returns the trainable parameters."""
         return [*body_of(self.model).parameters(), *self.head.parameters()]
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses of an iteration, with what their update needs; statistics from before it, in nats.
+    """Responses of an iteration with the statistics for its update, computed before the update, in nats.
 
     Attributes:
         prompts: Token ids of the prompt of each response.
         responses: Token ids of the S responses.
-        mask: ``[S, T]`` bool, the tokens of the responses; the other tensors have 0 elsewhere.
+        mask: ``[S, T]`` bool, True at response tokens; the other tensors are 0 elsewhere.
         logp: ``[S, T]``, log pi(y_t).
         ref_logp: ``[S, T]``, log pi_ref(y_t).
-        values: ``[S, T]``, the value before y_t.
+        values: ``[S, T]``, the value of the state before y_t.
         advantages: ``[S, T]``.
-        returns: ``[S, T]``, advantages before whitening plus values: what values are trained to be.
+        returns: ``[S, T]``, advantages before whitening plus values: the targets of the value loss.
         kl_weight: Weight of the KL penalty in the loss.
-        metrics: Scalars of the responses.
+        metrics: Means over the responses, to log.
     """
 
     prompts: Sequence[list[int]]
@@ -214,7 +214,7 @@ class Rollout:
 
 
 def tempered(hidden: Hidden, temperature: float) -> Hidden:
-    """Returns hidden states with a head whose logits are divided by the temperature, behind a soft cap too."""
+    """Returns hidden states with a head whose logits are divided by the temperature, after any soft cap."""
     head = hidden.head
     soft_cap = None if head.soft_cap is None else head.soft_cap / temperature
     return replace(hidden, head=replace(head, scale=head.scale / temperature, soft_cap=soft_cap))
@@ -234,7 +234,7 @@ def score_rollout(
     .. math::
         r_t = [t = T] \, R - \beta \, (\log \pi(y_t) - \log \pi_{ref}(y_t))
 
-    where the second term is there for ``kl_in="reward"`` alone.
+    with the second term for ``kl_in="reward"`` only.
 
     Args:
         policy: The policy that sampled the responses.
@@ -288,11 +288,11 @@ def generalised_advantages(rewards_ST: Tensor, values_ST: Tensor, gamma: float, 
     .. math::
         \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma \lambda A_{t+1}
 
-    A response ends with its last token: nothing follows it, neither reward nor value.
+    Reward and value are 0 after the last token of a response.
 
     Args:
-        rewards_ST: Rewards, 0 behind the end of a response.
-        values_ST: Values, 0 behind the end of a response.
+        rewards_ST: Rewards, 0 after the end of a response.
+        values_ST: Values, 0 after the end of a response.
         gamma: Discount per token.
         lam: Lambda.
 
@@ -333,13 +333,13 @@ def policy_loss(logp_N: Tensor, old_logp_N: Tensor, advantages_N: Tensor, clip_r
 
 
 def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, value_clip: float | None) -> Tensor:
-    """Computes half the squared error of every value, ``[N]``; the larger one of the value and the clipped value.
+    """Computes half the squared error of every value, ``[N]``: the larger error of the value and the clipped value.
 
     Args:
         values_N: Values.
         old_values_N: Values from before the update.
-        returns_N: What they are to be.
-        value_clip: Largest change of a value that is not clipped; None to not clip.
+        returns_N: Targets of the values.
+        value_clip: Values are clipped to this distance from the old ones; None to not clip.
 
     Example:
         >>> value_loss(torch.tensor([1.0, 1.0]), torch.zeros(2), torch.tensor([2.0, 0.0]), 0.5).tolist()
@@ -355,10 +355,10 @@ def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, value_
 def minibatch_loss(
     policy: nn.Module, value_model: nn.Module, rollout: Rollout, rows: Sequence[int], options: PPOOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Computes the loss of some of the responses, averaged over their tokens, and metrics without gradient.
+    """Computes the loss of some of the responses, averaged over their tokens, and detached metrics.
 
-    A KL penalty in the loss is half the squared log-ratio of the sampled token, whose gradient is, in expectation over
-    the policy's own samples, that of KL(policy || reference) at the token.
+    A KL penalty in the loss is half the squared log-ratio of the sampled token; its expected gradient over the policy's
+    own samples is that of KL(policy || reference) at the token.
     """
     batch, tokens = rollout.pack(rows), {}
     for name in ("logp", "ref_logp", "values", "advantages", "returns"):
@@ -380,7 +380,7 @@ class _Run:
         self.value_model = ValueModel(reference).eval()
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         if not trained:
-            raise UserError("no parameter of the policy is trained: requires_grad is off for all of them")
+            raise UserError("no parameter of the policy is trained: requires_grad is False for all of them")
         self.parameters = [*trained, *self.value_model.trained()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=0.0)
 
@@ -416,7 +416,7 @@ class _Run:
         return {"policy": self.policy, "value_model": self.value_model, "optimizer": self.optimizer}
 
     def save(self, folder: Path, step: int) -> None:
-        """Writes the checkpoint of this iteration over the one before, atomically."""
+        """Writes the checkpoint of this iteration atomically, replacing the previous one."""
         content = {name: part.state_dict() for name, part in self._state().items()}
         partial = folder / f"{CHECKPOINT}{PARTIAL}-{os.getpid()}"
         try:
@@ -427,10 +427,10 @@ class _Run:
             partial.unlink(missing_ok=True)
 
     def restore(self, folder: Path) -> int:
-        """Loads the checkpoint of the folder, if there is one, and returns its number of finished iterations.
+        """Loads the folder's checkpoint, if there is one, and returns the number of finished iterations.
 
         Raises:
-            UserError: if it is of an iteration after the last one.
+            UserError: if it is from an iteration after the last one.
         """
         path = folder / CHECKPOINT
         if not path.exists():

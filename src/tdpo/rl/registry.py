@@ -1,4 +1,4 @@
-"""The RLHF baselines by name: their options and the functions that train with them."""
+"""Registry of the RLHF baselines: options and training function by name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Baseline(NamedTuple):
     """A baseline.
 
     Attributes:
-        options: Its options.
-        train: Trains with them, with the arguments of :func:`tdpo.rl.ppo.train_ppo`.
+        options: Class of its options.
+        train: Its training function, with the arguments of :func:`tdpo.rl.ppo.train_ppo`.
     """
 
     options: type[RLOptions]

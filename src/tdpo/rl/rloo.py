@@ -1,4 +1,4 @@
-"""RLOO (arXiv 2402.14740) by TRL's ``RLOOTrainer``, with the prompts, reward and reference of the other baseline."""
+"""RLOO (arXiv 2402.14740) by TRL's ``RLOOTrainer``, with the same prompts, reward and reference as PPO."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tdpo.rl.common import OnLog, OnMeasure, Reward, RLOptions, ScoredPrompts, c
 from tdpo.train.checkpointing import CheckpointingTrainer, clear_partial, latest_complete, step_of
 
 LOGGED = {"reward": "reward", "entropy": "entropy", "completions/mean_length": "length"}
-"""Metrics of TRL's trainer, and their names here."""
+"""Names of the logged metrics, by TRL's names."""
 
 
 @documented
@@ -34,9 +34,9 @@ class RLOOOptions(RLOptions):
     """Options of RLOO.
 
     Attributes:
-        num_samples: Responses per prompt; the mean reward of the others is each one's baseline.
-        micro_batch_size: Responses per forward and backward pass, a divisor of the responses of an iteration; the
-            gradient is the same, in less memory. Default: all of them.
+        num_samples: Responses per prompt; the baseline of a response is the mean reward of the others.
+        micro_batch_size: Responses per forward and backward pass, a divisor of the responses of an iteration; a
+            smaller one saves memory and gives the same gradient. Default: all of them.
     """
 
     num_samples: int = 4
@@ -88,21 +88,23 @@ def train_rloo(
         options: Options of the run.
         on_measure: Called with the number of finished iterations and the policy, every ``eval_every`` of them and at
             the end.
-        folder: Where TRL writes a checkpoint after every measurement, and continues from the latest; None for none.
-        on_log: Called with the metrics of every iteration: ``reward`` (less penalties for missing ends), ``kl`` (the
+        folder: Folder to write a checkpoint to after every measurement, and to resume from; None for no checkpoints.
+        on_log: Called with the metrics of every iteration: ``reward`` (minus penalties for missing ends), ``kl`` (the
             mean log-ratio of the sampled responses in nats, which estimates KL(policy || reference)), ``entropy`` (nats
             per token) and ``length``.
 
     Raises:
         UserError: without TRL; for a policy with an adapter; for prompts that do not fit the model or that TRL encodes
-            in another way; for a reward that is not one finite number for each response; for a folder that cannot be
-            written or holds another run.
+            differently; for a reward that is not one finite number for each response; for a folder that is not
+            writable or holds another run.
 
     Source: Ahmadian et al. (arXiv 2402.14740), eq. 7.
     """
     trainer_class, config_class = _trl_classes()
     if has_adapter(policy):
-        raise UserError("TRL's RLOO compares a policy with its own base model; merge the adapter first (tdpo merge)")
+        raise UserError(
+            "TRL's RLOO uses the base model of a LoRA policy as its reference; merge the adapter first (tdpo merge)"
+        )
     scored = ScoredPrompts(policy, tokenizer, prompts, reward, options)
     _check_encoding(scored)
     latest: Path | None = None
@@ -113,7 +115,7 @@ def train_rloo(
         if latest is not None:
             check_steps(latest, step_of(latest), options)
     with _quiet(), tempfile.TemporaryDirectory() as scratch, _restored(policy), _restored(reference), fork_rng():
-        reference.generation_config = GenerationConfig()  # one with contradictions could not be saved
+        reference.generation_config = GenerationConfig()  # an inconsistent one could not be saved
         reference.save_pretrained(scratch)
         policy.config.name_or_path = scratch  # where TRL loads its reference from
         policy.generation_config = GenerationConfig(eos_token_id=scored.ends)
@@ -126,7 +128,7 @@ def train_rloo(
             callbacks=[_Callback(options, on_measure, on_log)],
         )
         trainer.remove_callback(PrinterCallback)  # prints every log where there is no progress bar
-        trainer.run_parts, trainer.checkpoint_files = {}, []  # nothing beside the Trainer's own state
+        trainer.run_parts, trainer.checkpoint_files = {}, []  # only the Trainer's own state
         trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
 
 
@@ -145,7 +147,7 @@ def _trl_classes() -> tuple[Any, Any]:
 
 
 def _arguments(policy: nn.Module, options: RLOOOptions, folder: Path, save: bool) -> dict[str, Any]:
-    """Returns the arguments of ``RLOOConfig``, everything explicit that its defaults or the hardware would decide."""
+    """Returns the arguments of ``RLOOConfig``; those whose defaults depend on version or hardware are explicit."""
     micro = options.micro_batch_size or options.responses
     return {
         "output_dir": str(folder),
@@ -188,7 +190,7 @@ def _dataset(scored: ScoredPrompts) -> Any:
 
 
 def _reward_function(scored: ScoredPrompts) -> Any:
-    """Returns the reward as TRL calls it: with columns of the rows, and the ids it sampled."""
+    """Returns the reward with the signature that TRL expects: columns of the rows, and the sampled ids."""
 
     def reward(completion_ids: list[list[int]], index: list[int], **columns: Any) -> list[float]:
         return scored.score(index, completion_ids)
@@ -197,7 +199,7 @@ def _reward_function(scored: ScoredPrompts) -> Any:
 
 
 def _check_encoding(scored: ScoredPrompts) -> None:
-    """Refuses prompts that TRL's trainer would encode in another way than the rest of the package.
+    """Raises an error for prompts that TRL's trainer would encode differently from the rest of the package.
 
     Raises:
         UserError: naming the first of them.
@@ -210,14 +212,14 @@ def _check_encoding(scored: ScoredPrompts) -> None:
             found = scored.tokenizer.apply_chat_template(conversation=[prompt], **chat)["input_ids"][0]
         if list(found) != ids:
             raise UserError(
-                f"prompt {number}: TRL's trainer encodes it in another way ({len(found)} tokens, not {len(ids)}); "
-                "remove special tokens from its text, or leave it out"
+                f"prompt {number}: TRL's trainer encodes it differently ({len(found)} tokens, not {len(ids)}); "
+                "remove special tokens from its text, or drop it"
             )
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restores what TRL changes in a model apart from its weights: attributes, config entries, dropout and mode."""
+    """Restores everything but the weights that TRL changes in a model: attributes, config, dropout and mode."""
     config: Any = model.config
     attributes = [(part, dict(vars(part))) for part in (model, config, config.get_text_config())]
     dropout = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -235,7 +237,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Turns transformers' progress bars off, and its warnings about the names that TRL has for its options."""
+    """Turns off transformers' progress bars and its warnings about option names that TRL uses."""
     bars = is_progress_bar_enabled()
     disable_progress_bar()
     try:
@@ -247,7 +249,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _Callback(TrainerCallback):
-    """Measures the policy and passes metrics on."""
+    """Measures the policy and reports metrics."""
 
     def __init__(self, options: RLOOOptions, on_measure: OnMeasure, on_log: OnLog | None) -> None:
         self.options, self.on_measure, self.on_log_ = options, on_measure, on_log
@@ -262,6 +264,6 @@ class _Callback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.on_log_ is not None and "reward" in logs:
             metrics = {name: float(logs[theirs]) for theirs, name in LOGGED.items()}
-            # TRL's is the mean over tokens.
+            # TRL logs the mean over tokens.
             metrics["kl"] = float(logs.get("kl", 0.0)) * metrics["length"]
             self.on_log_(state.global_step, metrics)
