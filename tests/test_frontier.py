@@ -16,7 +16,7 @@ from scipy import stats
 
 from tdpo import UserError
 from tdpo.evaluate.frontier import Frontier, Mean, pareto, read_rows, reward_at, write_rows
-from tdpo.report.frontier import STYLES, frontier_figure, report_frontier, save_figure, style_of
+from tdpo.report.frontier import STYLES, frontier_figure, last_table, report_frontier, save_figure, style_of
 
 
 def row(objective: str, seed: object, step: int, kl: float, reward: float, **more: object) -> dict[str, object]:
@@ -78,6 +78,14 @@ def test_points_fronts_and_rewards_at_equal_kl():
     assert tdpo2.at(4.5) == {1: pytest.approx(0.5875)}  # seed 0 never came so far
     assert tdpo2.differences(dpo, 3.0) == [pytest.approx(0.05), pytest.approx(0.25)]
     assert frontier.levels() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_runs_that_differ_in_a_further_option_are_no_seeds_of_each_other():
+    rows = [SFT, *(row("dpo", 0, 2, kl, 0.2, options=text) for kl, text in ((2.0, "warmup_steps=1"), (3.0, "x=2")))]
+    (curve,) = Frontier.of(rows).curves
+    assert [(point.kl.mean, point.kl.seeds) for point in curve.points] == [(2.0, 1), (3.0, 1)]
+    table = last_table(rows)
+    assert list(table.columns[0].cells) == ["SFT", "DPO warmup_steps=1", "DPO x=2"]
 
 
 def test_one_seed_has_the_interval_of_its_prompts():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -202,3 +203,28 @@ def test_an_interrupted_draw_continues_with_the_same_responses(tmp_path, monkeyp
     path.write_text("[[1, 2]]\n")
     with pytest.raises(UserError, match="is damaged; remove it"):
         sample_ids(model, PROMPTS, kept, EOS)
+
+
+def test_processes_that_draw_the_same_samples_keep_them_once(tmp_path, monkeypatch):
+    model, kept = llama(spread=0.05), Sampling(max_new_tokens=4, batch_size=1, samples_dir=str(tmp_path))
+    real, waiting = generate._generate, []
+
+    def another_begins(*args):
+        if not waiting:
+            waiting.append(threading.Thread(target=sample_ids, args=(model, PROMPTS, kept, EOS)))
+            waiting[0].start()
+            waiting[0].join(0.3)  # it has drawn by then, unless it waits
+        return real(*args)
+
+    monkeypatch.setattr(generate, "_generate", another_begins)
+    whole = sample_ids(model, PROMPTS, kept, EOS)
+    waiting[0].join()
+    assert sample_ids(model, PROMPTS, kept, EOS) == whole
+    (path,) = tmp_path.glob("*.jsonl")
+    assert len(path.read_text().splitlines()) == len(PROMPTS)
+
+
+def test_a_model_that_diverged_is_sampled():
+    model = llama()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    assert all(1 <= len(ids) <= 3 for (ids,) in sample_ids(model, PROMPTS, Sampling(max_new_tokens=3), EOS))

@@ -23,7 +23,7 @@ FIRST_COLUMNS = (
     "objective", "beta", "alpha", "learning_rate", "seed", "step", "reward", "reward_se", "kl", "kl_se", "entropy",
     "length",
 )  # fmt: skip
-SETTING = ("beta", "alpha", "learning_rate")
+SETTING = ("beta", "alpha", "learning_rate", "options")
 SFT = "sft"
 CONFIDENCE = 0.95
 LEVELS = 4
@@ -68,7 +68,7 @@ class Point(NamedTuple):
     """One measurement of a setting, averaged over seeds; with one seed, intervals are the measurement's own.
 
     Attributes:
-        setting: beta, alpha and learning rate, as in the rows.
+        setting: beta, alpha, learning rate and further options, as in the rows.
         step: Optimizer steps.
         kl: KL(policy || reference), nats per response.
         reward: Mean reward.
@@ -156,10 +156,15 @@ def name_of(row: Row) -> str:
     return str(row.get("label") or row["objective"])
 
 
+def setting_of(row: Row) -> tuple[Any, ...]:
+    """Returns what runs differ in beside their seed; empty where the row says nothing."""
+    return tuple(row.get(key, "") for key in SETTING)
+
+
 def _curve(name: str, rows: Sequence[Row], start: Sequence[tuple[float, float]]) -> Curve:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((*(row[key] for key in SETTING), row["step"]), []).append(row)
+        groups.setdefault((*setting_of(row), row["step"]), []).append(row)
     points = [Point(key[:-1], key[-1], _mean(group, "kl"), _mean(group, "reward")) for key, group in groups.items()]
     means = [(point.kl.mean, point.reward.mean) for point in points]
     kept = set(pareto([*means, *start]))

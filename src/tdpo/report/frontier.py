@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tdpo.evaluate.frontier import SETTING, SFT, Curve, Frontier, Mean, Row, name_of
+from tdpo.evaluate.frontier import SETTING, SFT, Curve, Frontier, Mean, Row, name_of, setting_of
 
 # Okabe and Ito's colours, distinguishable with any colour vision; markers repeat the information.
 STYLES = {
@@ -88,11 +88,13 @@ def last_table(rows: Sequence[Row]) -> Table:
         table.add_column(FIGURES[name][0], justify="right", no_wrap=True)
     groups: dict[tuple[Any, ...], dict[Any, Row]] = {}
     for row in rows:
-        groups.setdefault((name_of(row), *(row[key] for key in SETTING)), {})[row["seed"]] = row
-    several = {key for key in SETTING if len({row[key] for row in rows if row[key] != ""}) > 1}
+        groups.setdefault((name_of(row), *setting_of(row)), {})[row["seed"]] = row
+    several = {key for key in SETTING if len({row.get(key, "") for row in rows} - {""}) > 1}
     for (label, *setting), found in groups.items():
         varied = [
-            f"{key} {value:g}" for key, value in zip(SETTING, setting, strict=True) if key in several and value != ""
+            value if key == "options" else f"{key} {value:g}"
+            for key, value in zip(SETTING, setting, strict=True)
+            if key in several and value != ""
         ]
         cells = [[row[name] for row in found.values() if row.get(name, "") != ""] for name in names]
         shown = [_cell(name, values) for name, values in zip(names, cells, strict=True)]
@@ -192,7 +194,7 @@ def draw_growth(axes: Axes, growth: Mapping[str, Mapping[int, tuple[float, float
 def _growth(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, float]]]:
     """Returns sequential KL of chosen and rejected responses by curve and step, if every curve has one setting."""
     trained = [row for row in rows if row["objective"] != SFT and row.get("kl_chosen", "") != ""]
-    settings = {(name_of(row), *(row[key] for key in SETTING)) for row in trained}
+    settings = {(name_of(row), *setting_of(row)) for row in trained}
     names = dict.fromkeys(name_of(row) for row in trained)
     if len(settings) > len(names) or len(names) > 4:
         return {}
