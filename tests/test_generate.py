@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import write_jsonl
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tdpo import UserError
+from tdpo.config.row_spec import RowSpec
 from tdpo.evaluate import generate
 from tdpo.evaluate.generate import Sampling, sample_ids
+from tdpo.evaluate.prompts import read_prompts
 from tdpo.models.probe import evaluating
 
 VOCAB, EOS = 19, 3
@@ -228,3 +232,11 @@ def test_a_model_that_diverged_is_sampled():
     model = llama()
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     assert all(1 <= len(ids) <= 3 for (ids,) in sample_ids(model, PROMPTS, Sampling(max_new_tokens=3), EOS))
+
+
+def test_a_prompt_that_comes_back_later_is_asked_once(tmp_path):
+    rows = [{"prompt": f"{name} ", "chosen": "x", "rejected": "y"} for name in "abac"]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    tokeniser = SimpleNamespace(rendering=SimpleNamespace(special_tokens=True))
+    asked = read_prompts(str(path), "test", None, RowSpec(), tokeniser)
+    assert [turns.prompt for turns in asked] == ["a ", "b ", "c "]

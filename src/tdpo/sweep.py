@@ -189,8 +189,8 @@ class Run:
 
     def _other_options(self) -> str:
         """Returns what else sets the run apart; measurements that differ in it are not averaged as seeds are."""
-        told = (*SWEPT.values(), "label")
-        return " ".join(f"{name}={value}" for name, value in self.settings.items() if name not in told)
+        own = {name: value for name, value in self.settings.items() if name not in (*SWEPT.values(), "label")}
+        return " ".join(f"{name}={value}" for name, value in own.items())
 
 
 def plan(options: SweepOptions, args: TDPOConfig) -> list[Run]:
@@ -208,8 +208,7 @@ def plan(options: SweepOptions, args: TDPOConfig) -> list[Run]:
         own = {name: value for name, value in settings.items() if name not in OWN}
         objective = settings["objective"]
         try:
-            name = settings.get("dataset_name")
-            rl = objective in RL
+            name, rl = settings.get("dataset_name"), objective in RL
             run_args = _rl_options(objective, own, args, options, name) if rl else _pair_options(own, args)
         except (UserError, TypeError, ValueError) as error:
             raise UserError(f"run {json.dumps(settings)}: {error}") from error
