@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import write_jsonl
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tdpo import UserError
+from tdpo.config.row_spec import RowSpec
 from tdpo.evaluate import generate
 from tdpo.evaluate.generate import Sampling, sample_ids
+from tdpo.evaluate.prompts import read_prompts
 from tdpo.models.probe import evaluating
 
 VOCAB, EOS = 19, 3
@@ -202,3 +207,36 @@ def test_an_interrupted_draw_continues_with_the_same_responses(tmp_path, monkeyp
     path.write_text("[[1, 2]]\n")
     with pytest.raises(UserError, match="is damaged; remove it"):
         sample_ids(model, PROMPTS, kept, EOS)
+
+
+def test_processes_that_draw_the_same_samples_keep_them_once(tmp_path, monkeypatch):
+    model, kept = llama(spread=0.05), Sampling(max_new_tokens=4, batch_size=1, samples_dir=str(tmp_path))
+    real, waiting = generate._generate, []
+
+    def another_begins(*args):
+        if not waiting:
+            waiting.append(threading.Thread(target=sample_ids, args=(model, PROMPTS, kept, EOS)))
+            waiting[0].start()
+            waiting[0].join(0.3)  # it has drawn by then, unless it waits
+        return real(*args)
+
+    monkeypatch.setattr(generate, "_generate", another_begins)
+    whole = sample_ids(model, PROMPTS, kept, EOS)
+    waiting[0].join()
+    assert sample_ids(model, PROMPTS, kept, EOS) == whole
+    (path,) = tmp_path.glob("*.jsonl")
+    assert len(path.read_text().splitlines()) == len(PROMPTS)
+
+
+def test_a_model_that_diverged_is_sampled():
+    model = llama()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    assert all(1 <= len(ids) <= 3 for (ids,) in sample_ids(model, PROMPTS, Sampling(max_new_tokens=3), EOS))
+
+
+def test_a_prompt_that_comes_back_later_is_asked_once(tmp_path):
+    rows = [{"prompt": f"{name} ", "chosen": "x", "rejected": "y"} for name in "abac"]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    tokeniser = SimpleNamespace(rendering=SimpleNamespace(special_tokens=True))
+    asked = read_prompts(str(path), "test", None, RowSpec(), tokeniser)
+    assert [turns.prompt for turns in asked] == ["a ", "b ", "c "]

@@ -16,6 +16,7 @@ from test_divergence import every_sequence, sequence_logps, small
 
 from tdpo import UserError
 from tdpo.cli import main
+from tdpo.evaluate import divergence
 from tdpo.evaluate.diversity import compression_ratio, distinct_n, measure_diversity, self_bleu
 from tdpo.evaluate.estimates import Estimate, bootstrap_interval
 from tdpo.evaluate.generate import decode_response
@@ -201,3 +202,11 @@ def test_eval_writes_what_the_evaluator_measures(model_folder, tokenizer, tmp_pa
     assert "--num_samples has no effect without --generate" in capsys.readouterr().err
     assert main([*words, *generate, "--reward", "column:score"]) == 2
     assert "responses that are sampled have no columns" in capsys.readouterr().err
+
+
+def test_statistics_take_no_more_sequences_at_a_time_than_sampling(monkeypatch):
+    sizes = []
+    real = divergence.pack_sequences
+    monkeypatch.setattr(divergence, "pack_sequences", lambda p, r: sizes.append(len(p)) or real(p, r))
+    evaluator(num_samples=4, batch_size=3).measure(small(2))
+    assert sorted(set(sizes)) == [2, 3]

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 from conftest import preference_rows, write_jsonl
+from filelock import FileLock
 from runs import finish, start
 
 from tdpo import TDPOConfig, UserError
 from tdpo.cli import main
+from tdpo.commands import frontier
 from tdpo.commands.options import parse
+from tdpo.config import EvalDataConfig
 from tdpo.demo import world
 from tdpo.demo.run import DemoOptions, _build, _make_pairs
-from tdpo.sweep import SweepOptions, plan
+from tdpo.sweep import Sweep, SweepOptions, plan
 
 REWARD = "tdpo.demo.grammar:rewards"
 
@@ -149,6 +152,87 @@ def test_a_finished_sweep_is_extended_and_another_is_refused(whole, small_world,
     capsys.readouterr()
     assert main(sweep_words(small_world, out, *GRID, "--warmup_steps", "1")) == 2
     assert "holds a run with another warmup_steps" in capsys.readouterr().err
+    shutil.copytree(small_world / "pairs", tmp_path / "fewer")
+    train = tmp_path / "fewer" / "train.jsonl"
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:-1]))
+    assert main(sweep_words(small_world, out, *GRID, "--dataset_name", str(tmp_path / "fewer"))) == 2
+    assert "holds a run with another pairs;" in capsys.readouterr().err
+    shutil.rmtree(out / "runs")  # what the message asks for is not enough: the SFT model's row is another too
+    assert main(sweep_words(small_world, out, *GRID, "--num_prompts", "2")) == 2
+    assert f"{out} holds a run with another prompts;" in capsys.readouterr().err
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """Calls a function before the measurement of a step."""
+    real = Sweep._write_samples
+
+    def at(step: int, action) -> None:
+        def write(self, path, samples):
+            if path.name == "samples.jsonl" and len(list(path.parent.glob("step-*"))) == step // 2 - 1:
+                action()
+            real(self, path, samples)
+
+        monkeypatch.setattr(Sweep, "_write_samples", write)
+
+    return at
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_while_measuring_stops_the_sweep(step, whole, small_world, tmp_path, once, monkeypatch):
+    out, signals = tmp_path / "out", []
+
+    def interrupt() -> None:
+        if not signals:
+            signals.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    once(step, interrupt)
+    words = sweep_words(small_world, out, *GRID)
+    assert main(words) == 128 + signal.SIGTERM
+    assert [path.name for path in sorted(out.glob("runs/*/step-*"))] == ["step-0000002.json", "step-0000004.json"][
+        : step // 2
+    ]
+    assert not (out / "frontier.csv").exists()
+    assert main(words) == 0
+    assert (out / "frontier.csv").read_bytes() == (whole / "frontier.csv").read_bytes()
+
+
+def test_a_run_of_another_process_is_named(whole, small_world, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    folder = next(out.glob("runs/dpo*"))
+    (folder / "finished").unlink()
+    with FileLock(folder / "run.lock"):
+        run = start(sweep_words(small_world, out, *GRID))
+        code, output = finish(run, timeout=240)
+    assert code == 2
+    assert f"{folder.name}: another process trains it" in output
+
+
+def test_workers_take_the_gpus_this_process_may_use(monkeypatch):
+    given = []
+
+    class Process:
+        def __init__(self, command, env, start_new_session):
+            given.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(frontier.subprocess, "Popen", Process)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
+    assert frontier._start_workers([], 3) == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert frontier._start_workers([], 2) == []
+    assert given == ["2", "GPU-5", "2", "0", "1"]
+
+
+def test_of_a_mixture_no_prompts_are_held_out():
+    data = EvalDataConfig(datasets=["x,weight=1"], test_fraction=0.5)
+    with pytest.raises(UserError, match="give --prompts_dataset_name or --eval_dataset_name"):
+        frontier._prompts(data, options(), config(), None, None)
 
 
 def test_ppo_and_rloo_are_curves_too(small_world, tmp_path):
@@ -245,6 +329,8 @@ def test_entries_of_runs_take_lists_and_labels():
         ("tdpo2", 0.1, 0), ("tdpo2", 0.9, 0), ("tdpo2", 0.1, 1), ("tdpo2", 0.9, 1), ("w", "", 0), ("w", "", 1)
     ]  # fmt: skip
     assert runs[-1].args.token_weights == "decay:0.9"
+    assert "options" not in runs[0].columns
+    assert runs[-1].columns["options"] == "token_weights=decay:0.9"
 
 
 @pytest.mark.parametrize(
@@ -254,6 +340,8 @@ def test_entries_of_runs_take_lists_and_labels():
         ({"runs": ['{"beta": 1}']}, "runs, entry 1: expected a mapping of options with an objective"),
         ({"runs": ['{"objective": "dpo", "bata": 1}']}, "no option 'bata'. Did you mean 'beta'"),
         ({"runs": ['{"objective": "dpo", "alpha": 1}']}, "the objective dpo has no alpha"),
+        ({"runs": ['{"objective": "dpo", "max_length": 8}']}, "max_length is one for all runs"),
+        ({"runs": ['{"objective": "rloo", "dataset_name": "x"}']}, "rloo takes its prompts from --dataset_name"),
         ({"objectives": ["tpdo2"]}, "unknown objective 'tpdo2'"),
         ({"objectives": ["dpo"], "betas": [-1.0]}, "beta must be"),
         ({"objectives": ["dpo"], "num_prompts": 1}, "--num_prompts must be at least 2"),

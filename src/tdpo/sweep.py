@@ -24,9 +24,9 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 from tdpo import objectives
-from tdpo.config import TDPOConfig
+from tdpo.config import PairOptions, TDPOConfig
 from tdpo.config.checks import check_values, documented, option
-from tdpo.errors import UserError, nearest
+from tdpo.errors import Stopped, UserError, nearest
 from tdpo.evaluate.measure import Evaluator, Measurement, MeasureOptions, Samples
 from tdpo.files import atomic_write
 from tdpo.models.fingerprint import weights_hash
@@ -185,7 +185,13 @@ class Run:
             "learning_rate": float(args.learning_rate),
             "seed": args.seed,
             "label": self.label,
+            **({"options": text} if (text := self._other_options()) else {}),
         }
+
+    def _other_options(self) -> str:
+        """Returns what else sets the run apart; measurements that differ in it are not averaged as seeds are."""
+        own = {name: value for name, value in self.settings.items() if name not in (*SWEPT.values(), "label")}
+        return " ".join(f"{name}={value}" for name, value in own.items())
 
 
 def plan(options: SweepOptions, args: TDPOConfig) -> list[Run]:
@@ -203,22 +209,30 @@ def plan(options: SweepOptions, args: TDPOConfig) -> list[Run]:
         own = {name: value for name, value in settings.items() if name not in OWN}
         objective = settings["objective"]
         try:
-            run_args = _rl_options(objective, own, args, options) if objective in RL else _pair_options(own, args)
+            name, rl = settings.get("dataset_name"), objective in RL
+            run_args = _rl_options(objective, own, args, options, name) if rl else _pair_options(own, args)
         except (UserError, TypeError, ValueError) as error:
             raise UserError(f"run {json.dumps(settings)}: {error}") from error
-        runs.append(Run(settings, run_args, str(settings.get("label", objective)), settings.get("dataset_name")))
+        runs.append(Run(settings, run_args, str(settings.get("label", objective)), name))
     return runs
 
 
 def _pair_options(own: Mapping[str, Any], args: TDPOConfig) -> TDPOConfig:
     _check_names(own, [field.name for field in fields(TDPOConfig) if field.init])
+    shared = [field.name for field in fields(PairOptions) if field.name in own]
+    if shared:
+        raise UserError(f"{shared[0]} is one for all runs, which share tokenised pairs: give --{shared[0]}")
     return replace(args, **own)
 
 
-def _rl_options(objective: str, own: Mapping[str, Any], args: TDPOConfig, options: SweepOptions) -> RLOptions:
-    """Returns the options of PPO or RLOO; a run's own settings override those of the sweep."""
+def _rl_options(
+    objective: str, own: Mapping[str, Any], args: TDPOConfig, options: SweepOptions, dataset_name: str | None
+) -> RLOptions:
+    """Returns the options of PPO or RLOO; steps, measuring and length are the sweep's unless a run sets them."""
     kind = RL[objective].options
     names = [field.name for field in fields(kind)]
+    if dataset_name:
+        raise UserError(f"{objective} takes its prompts from --dataset_name, not from a dataset of its own")
     _check_names({name: value for name, value in own.items() if name != "objective"}, names)
     shared = {
         "steps": args.max_steps, "eval_every": int(args.eval_steps or 0), "max_new_tokens": options.max_new_tokens,
@@ -275,8 +289,9 @@ class Sweep:
         """
         self._made_of = self._fingerprint()
         for run in self.runs:
-            self._check(run)
+            self._check_run(run)
         with FileLock(self.folder / "sft.lock"):
+            _check(self.folder / "sft-run.json", self._made_of)
             self._measure_sft()
         failures = []
         for number, run in enumerate(self.runs, 1):
@@ -307,6 +322,10 @@ class Sweep:
                 rows.append({**run.columns, **json.loads(path.read_text())})
         return rows
 
+    def unfinished(self) -> list[str]:
+        """Returns the names of the runs that are not at their end."""
+        return [run.name for run in self.runs if not (self._folder(run) / "finished").exists()]
+
     def seconds(self) -> dict[str, float]:
         """Returns the wall time of training and of measuring, over all runs so far."""
         found = [json.loads(path.read_text()) for path in self.folder.glob("runs/*/seconds.json")]
@@ -328,33 +347,27 @@ class Sweep:
             "weights": weights_hash(evaluator.reference),
             "held_out": pairs_hash(pair.key for pair in self.held_out),
             "prompts": hashlib.sha256(prompts).hexdigest(),
-            "reward": getattr(evaluator.reward, "name", None),
+            "reward": [getattr(evaluator.reward, name, None) for name in ("name", "label", "output")],
             "measured": {name: value for name, value in options.items() if name != "samples_dir"},
             "adapter": None if self.peft_config is None else str(self.peft_config.to_dict()),
         }
 
-    def _check(self, run: Run) -> None:
-        """Creates the run's folder, or raises an error if it holds a run with other options."""
+    def _check_run(self, run: Run) -> None:
+        """Makes the run's folder, or refuses one that holds a run of other options or pairs."""
         options = run.args.to_dict() if isinstance(run.args, TDPOConfig) else asdict(run.args)
         own = {name: value for name, value in options.items() if name not in NO_EFFECT}
-        made_of = json.loads(json.dumps({**own, **self._made_of, "dataset_name": run.dataset_name}, default=str))
-        folder = self._folder(run)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "run.json"
-        if not path.exists():
-            atomic_write(path, json.dumps(made_of, indent=1, sort_keys=True) + "\n")
-        before = json.loads(path.read_text())
-        changed = [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]
-        if changed:
-            names = ", ".join(sorted(changed))
-            raise UserError(f"{folder} holds a run with another {names}; remove it, or set another --output_dir")
+        pairs = [pair.key for pair in self.pairs(run.dataset_name)]
+        rows = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()  # their order decides about the batches
+        made_of = {**own, **self._made_of, "dataset_name": run.dataset_name, "pairs": rows}
+        self._folder(run).mkdir(parents=True, exist_ok=True)
+        _check(self._folder(run) / "run.json", json.loads(json.dumps(made_of, default=str)))
 
     def _measure_sft(self) -> None:
         path = self.folder / "sft.json"
         if not path.exists():
             reference, samples = self.evaluator.reference, self.evaluator.reference_samples
-            self._write(path, 0, self.evaluator.measure(reference, samples), {})
             self._write_samples(self.folder / "samples-sft.jsonl", samples)
+            self._write(path, 0, self.evaluator.measure(reference, samples), {})  # last: it says that all is there
 
     def _train(self, run: Run) -> None:
         """Trains one run, from its latest checkpoint if it has one."""
@@ -365,8 +378,8 @@ class Sweep:
                 seconds.move((metrics or {}).get("runtime", 0.0))  # of the held-out pairs
                 samples = self.evaluator.sample(policy)
                 found = self.evaluator.measure(policy, samples)
-                self._write(folder / f"step-{step:07d}.json", step, found, metrics or {})
                 self._write_samples(folder / "samples.jsonl", samples)
+                self._write(folder / f"step-{step:07d}.json", step, found, metrics or {})
             reward = "" if found.reward is None else f"reward {found.reward.mean:.4g}, "
             self.report(f"  step {step}: {reward}KL {found.kl_policy_reference.mean:.4g} nats")
 
@@ -409,6 +422,8 @@ class Sweep:
         with handle_signals(trainer.stop_request):
             trainer.train()
         trainer.stop_request.raise_if_stopped(trainer.state)
+        if trainer.stop_request.code:  # at the last step, which its checkpoint has; the next run must not begin
+            raise Stopped("interrupted at the end of a run: the same command continues", trainer.stop_request.code)
         last = f"step-{trainer.state.global_step:07d}.json"
         if not (folder / last).exists():  # the last step is not a multiple of --eval_steps
             trainer.evaluate()
@@ -432,6 +447,17 @@ class Sweep:
             for text, reward in zip(texts, found or [None] * len(texts), strict=True)
         ]
         atomic_write(path, "\n".join(lines) + "\n")
+
+
+def _check(path: Path, made_of: Mapping[str, Any]) -> None:
+    """Notes what a folder's figures are made of, or refuses a folder whose figures are made of something else."""
+    if not path.exists():
+        atomic_write(path, json.dumps(made_of, indent=1, sort_keys=True) + "\n")
+    before = json.loads(path.read_text())
+    changed = [name for name in {**before, **made_of} if before.get(name) != made_of.get(name)]
+    if changed:
+        names = ", ".join(sorted(changed))
+        raise UserError(f"{path.parent} holds a run with another {names}; remove it, or give another --output_dir")
 
 
 class MeasureCallback(TrainerCallback):

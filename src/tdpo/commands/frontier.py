@@ -65,7 +65,8 @@ def run(argv: Sequence[str]) -> None:
     held_out: Any = open_held_out(data, spec)
     held_out = read_dataset(held_out, args, tokeniser)
     pairs(None)
-    load = partial(_load, model_config)
+    # Where workers train, their GPUs are left to them; --use_cpu holds for the reference too.
+    load = partial(_load, model_config, "cpu" if workers > 1 and worker is None else args.device)
     reference = load()
     prompts = _prompts(data, options, args, tokeniser, reference)
     reward = load_reward(reward_options, tokenizer)
@@ -89,6 +90,7 @@ def run(argv: Sequence[str]) -> None:
         seconds = sweep.seconds()
         share = seconds["measure"] / max(sum(seconds.values()), 1e-9)
         console().print(f"measuring took {share:.0%} of {sum(seconds.values()):.0f} s; rows in {folder}/frontier.csv")
+        failures = failures or [f"{name}: another process trains it" for name in sweep.unfinished()]
     if failures:
         raise UserError("not every run finished:\n  " + "\n  ".join(failures))
 
@@ -108,8 +110,8 @@ def _check(reward: RewardOptions, args: TDPOConfig, data: EvalDataConfig) -> Non
         raise UserError("--eval_steps is missing: the number of optimizer steps between measurements of a run")
 
 
-def _load(model_config: ModelConfig) -> Any:
-    return load_model(model_config, trainable=True).to("cuda" if torch.cuda.is_available() else "cpu")
+def _load(model_config: ModelConfig, device: torch.device | str) -> Any:
+    return load_model(model_config, trainable=True).to(device)
 
 
 def _prompts(
@@ -118,6 +120,8 @@ def _prompts(
     """Reads the prompts to sample from: those of ``prompts_dataset_name``, or of the held-out pairs."""
     spec = RowSpec() if options.prompts_dataset_name else args.row_spec()
     name, split = options.prompts_dataset_name or data.eval_dataset_name, data.dataset_test_split
+    if name is None and data.datasets:
+        raise UserError("of a mixture no prompts can be held out: give --prompts_dataset_name or --eval_dataset_name")
     if name is None:
         spec, name, split = replace(spec, side=data.side(test=True)), str(data.dataset_name), data.dataset_train_split
     asked = read_prompts(name, split, data.dataset_config, spec, tokeniser, options.num_prompts)
@@ -158,9 +162,13 @@ def _start_workers(argv: Sequence[str], count: int) -> list[str]:
     before = {number: signal.signal(number, forward) for number in SIGNALS.values()}
     try:
         for number in range(count):
+            if received:
+                break
             environment = {**os.environ, WORKER: str(number)}
             if devices:
-                environment["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+                named = os.environ.get("CUDA_VISIBLE_DEVICES")  # those of the machine that this process may use
+                visible = named.split(",") if named else [str(device) for device in range(devices)]
+                environment["CUDA_VISIBLE_DEVICES"] = visible[number % devices].strip()
             command = [sys.executable, "-m", "tdpo", "frontier", *argv]
             processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
         codes = [process.wait() for process in processes]

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -91,11 +93,13 @@ def sample_ids(
     jobs = sorted((p for p in range(len(prompts)) for _ in range(sampling.num_samples)), key=lambda p: len(prompts[p]))
     batches = [jobs[start : start + sampling.batch_size] for start in range(0, len(jobs), sampling.batch_size)]
     store = None if sampling.samples_dir is None else SampleFile.open(sampling, prompts, ends, model)
-    drawn: list[list[list[int]]] = [] if store is None else store.read(batches)
     lm = causal_lm(model)
     own = lm.generation_config
-    with evaluating(model), torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-        lm.generation_config = GenerationConfig()  # `generate` reads from it what no argument sets
+    held = nullcontext() if store is None else FileLock(store.path.with_suffix(".lock"))
+    rng = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    with held, evaluating(model), rng, torch.no_grad():
+        drawn: list[list[list[int]]] = [] if store is None else store.read(batches)
+        lm.generation_config = GenerationConfig()  # what is not in an argument, `generate` takes from here
         try:
             for index in range(len(drawn), len(batches)):
                 # Each batch has its own seed, so a resumed run draws the same samples as an uninterrupted one.
@@ -194,7 +198,8 @@ def _generation_config(sampling: Sampling, ends: list[int]) -> GenerationConfig:
         num_return_sequences=1,
         repetition_penalty=1.0,
         eos_token_id=ends or None,
-        pad_token_id=0,  # any token: it is masked in prompts and removed from responses
+        remove_invalid_values=True,  # a model that diverged is measured (as NaN) too; on a GPU NaNs end the process
+        pad_token_id=0,  # any token: it fills short prompts and ended responses, and is neither seen nor kept
         **drawing,
     )
 

@@ -236,7 +236,7 @@ class Evaluator:
         """Computes the statistics of ``responses[p][s]``, flattened."""
         prompts = [prompt for prompt, found in zip(self._prompt_ids, responses, strict=True) for _ in found]
         flat = [ids for found in responses for ids in found]
-        return response_stats(policy, self.reference, prompts, flat)
+        return response_stats(policy, self.reference, prompts, flat, min(self.options.batch_size, 32))
 
     def _nucleus(self, policy: nn.Module) -> tuple[Estimate, Diversity | None]:
         """Computes predictive entropy and diversity within a prompt on nucleus samples."""

@@ -50,10 +50,14 @@ def read_prompts(
         # Consecutive pairs with the same prompt count once; rows without responses count each.
         return record.prompt, record.tools, record.chat_template_kwargs, None if record.chosen else record.row
 
-    first = (next(group) for _, group in itertools.groupby(records, question))
+    first: dict[str, PreferenceRecord] = {}
+    for record in records:
+        if len(first) == count:
+            break
+        first.setdefault(repr(question(record)), record)
     asked = [
         Turns(record, record.prompt, [response for response in (record.chosen, record.rejected) if response])
-        for record in itertools.islice(first, count)
+        for record in first.values()
     ]
     if report.dropped:
         logger.warning("; ".join(report.lines()))
