@@ -354,7 +354,7 @@ def test_refuses_what_cannot_be_swept(fields, message):
 
 @pytest.mark.parametrize(
     ("leave_out", "message"),
-    [("--eval_dataset_name", "give --eval_dataset_name or --test_fraction"), ("--reward", "--reward is missing"),
+    [("--eval_dataset_name", "set --eval_dataset_name or --test_fraction"), ("--reward", "--reward is missing"),
      ("--eval_steps", "--eval_steps is missing")],
 )  # fmt: skip
 def test_names_what_is_missing_before_anything_is_loaded(leave_out, message, tmp_path, capsys):
