@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, RobertaCon
 
 from tdpo import UserError
 from tdpo.commands import eval as eval_command
+from tdpo.commands import frontier as frontier_command
 from tdpo.evaluate.rewards import RewardOptions, check_reward, class_score, label_index, load_reward
 
 ROWS = [
@@ -427,10 +428,13 @@ def test_a_column_is_read_and_missing_ones_are_named():
             reward("column:score")([*scored, {**ROWS[0], "score": value}])
 
 
-def test_a_column_cannot_score_samples_and_that_is_known_before_anything_is_loaded():
-    argv = ["--model_name_or_path", "none", "--dataset_name", "none.jsonl", "--generate", "--reward", "column:score"]
+def test_a_column_cannot_score_samples_and_that_is_known_before_a_model_is_loaded(tmp_path, pairs_file):
+    argv = ["--model_name_or_path", "none", "--dataset_name", str(pairs_file), "--reward", "column:score"]
     with pytest.raises(UserError, match="--reward column:score: responses that are sampled have no columns"):
-        eval_command.run([*argv, "--ref_model_name_or_path", "none"])
+        eval_command.run([*argv, "--ref_model_name_or_path", "none", "--generate"])
+    sweep = ["--output_dir", str(tmp_path), "--eval_steps", "1", "--test_fraction", "0.5"]
+    with pytest.raises(UserError, match="--reward column:score: responses that are sampled have no columns"):
+        frontier_command.run([*argv, *sweep])
     RewardOptions(reward="m:f").check_for_samples()
 
 
