@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tdpo import UserError
@@ -310,17 +311,21 @@ def test_a_seed_repeats_bit_for_bit_and_measuring_changes_nothing(options: Any) 
     assert not equal_weights(first, word_model())
 
 
-def test_micro_batches_have_the_same_gradient() -> None:
-    def gradient(micro_batch_size: int | None) -> Tensor:
-        policy, found = word_model(), {}
-        for name, parameter in policy.named_parameters():  # called after each backward pass, before clipping
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))
-        train(replace(RLOO, steps=1, micro_batch_size=micro_batch_size), policy, frozen(word_model(1)))
-        return torch.cat([grad.flatten() for grad in found.values()])
+@BOTH
+def test_a_large_gradient_is_scaled_down_to_its_largest_norm(options: Any) -> None:
+    policy, norms = word_model(), []
 
-    full, parts = gradient(None), gradient(2)
-    assert full.norm() > 0.1
-    assert (full - parts).norm() < 1e-5 * full.norm()
+    def record(optimizer: Any, args: Any, kwargs: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(grads).item())
+
+    handle = register_optimizer_step_pre_hook(record)
+    try:
+        train(replace(options, steps=1, max_grad_norm=1e-3), policy, frozen(word_model(3)))
+    finally:
+        handle.remove()
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-2)
+    assert len(norms) == (8 if isinstance(options, PPOOptions) else 1)
 
 
 class Interrupted(Exception):
@@ -483,12 +488,7 @@ def test_mistakes_of_one_baseline() -> None:
         PPOOptions(lam=1.5)
     with pytest.raises(UserError, match="--kl_in penalty: there are reward, loss"):
         PPOOptions(kl_in="penalty")
+    with pytest.raises(UserError, match="prompts of one kind"):
+        train(RLOO, word_model(), frozen(word_model()), prompts=[PROMPTS[0], CHATS[1]])
     with pytest.raises(UserError, match="no parameter of the policy is trained"):
         train(PPO, frozen(word_model()), word_model())
-
-
-def test_rloo_refuses_a_prompt_that_trl_encodes_in_another_way(tokenizer: Any, model: Any) -> None:
-    pytest.importorskip("trl", reason="needs trl: pip install 'tdpo[experiments]'")
-    prompts = ["The river", f"The {tokenizer.eos_token} river"]  # text for tdpo, an end token for TRL
-    with pytest.raises(UserError, match="prompt 2: TRL's trainer encodes it differently"):
-        train_rloo(model, frozen(model), tokenizer, prompts, word_reward, RLOO, lambda step, model: None)

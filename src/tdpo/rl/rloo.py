@@ -88,10 +88,10 @@ def train_rloo(
         options: Options of the run.
         on_measure: Called with the number of finished iterations and the policy, every ``eval_every`` of them and at
             the end.
-        folder: Folder to write a checkpoint to after every measurement, and to resume from; None for no checkpoints.
-        on_log: Called with the metrics of every iteration: ``reward`` (minus penalties for missing ends), ``kl`` (the
-            mean log-ratio of the sampled responses in nats, which estimates KL(policy || reference)), ``entropy`` (nats
-            per token) and ``length``.
+        folder: Where TRL writes a checkpoint after every measurement, and continues from the latest; None for none.
+        on_log: Called with the metrics of every iteration: ``reward`` (less penalties for missing ends), ``kl`` (the
+            mean log-ratio of the sampled responses in nats, which estimates KL(policy || reference); left out for beta
+            0, where TRL computes none), ``entropy`` (nats per token) and ``length``.
 
     Raises:
         UserError: without TRL; for a policy with an adapter; for prompts that do not fit the model or that TRL encodes
@@ -202,8 +202,10 @@ def _check_encoding(scored: ScoredPrompts) -> None:
     """Raises an error for prompts that TRL's trainer would encode differently from the rest of the package.
 
     Raises:
-        UserError: naming the first of them.
+        UserError: naming the first of them, or for texts beside lists of messages.
     """
+    if len({isinstance(prompt, str) for prompt in scored.prompts}) > 1:
+        raise UserError("TRL's trainer takes prompts of one kind: make all of them texts, or all lists of messages")
     for number, (prompt, ids) in enumerate(zip(scored.prompts, scored.ids, strict=True), start=1):
         if isinstance(prompt, str):
             found = scored.tokenizer(text=[prompt])["input_ids"][0]
@@ -264,6 +266,6 @@ class _Callback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.on_log_ is not None and "reward" in logs:
             metrics = {name: float(logs[theirs]) for theirs, name in LOGGED.items()}
-            # TRL logs the mean over tokens.
-            metrics["kl"] = float(logs.get("kl", 0.0)) * metrics["length"]
+            if self.options.beta > 0:  # without a penalty TRL has no reference
+                metrics["kl"] = float(logs["kl"]) * metrics["length"]  # TRL's is the mean over tokens
             self.on_log_(state.global_step, metrics)
