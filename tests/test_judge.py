@@ -268,7 +268,15 @@ def test_an_endpoint_that_is_not_there(server, files, capfd, tmp_path):
     assert len(server.requests) in (16, 17, 18)  # not 80
 
 
-def test_ctrl_c_keeps_the_answers_and_the_next_run_makes_the_missing_calls(server, files, capfd):
+@pytest.fixture
+def interruptible():
+    """A process started in the background of a shell ignores SIGINT; here it raises, as in a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_the_answers_and_the_next_run_makes_the_missing_calls(server, files, capfd, interruptible):
     server.script = [("answer",)] * 4 + [("call", lambda: os.kill(os.getpid(), signal.SIGINT))]
     _, output = judge(server, files, capfd, code=130)
     assert "interrupted; the answers so far are in" in " ".join(output.split())
@@ -278,7 +286,7 @@ def test_ctrl_c_keeps_the_answers_and_the_next_run_makes_the_missing_calls(serve
     assert (found["calls"], found["cached"], len(server.requests), found["win_rate"]) == (8 - done, done, 8, 0.625)
 
 
-def test_ctrl_c_ends_the_wait_for_an_endpoint(server, files, capfd):
+def test_ctrl_c_ends_the_wait_for_an_endpoint(server, files, capfd, interruptible):
     server.script = [("limited", "120")]
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     start = time.monotonic()
