@@ -345,6 +345,8 @@ def test_entries_of_runs_take_lists_and_labels():
         ({"objectives": ["tpdo2"]}, "unknown objective 'tpdo2'"),
         ({"objectives": ["dpo"], "betas": [-1.0]}, "beta must be"),
         ({"objectives": ["dpo"], "num_prompts": 1}, "--num_prompts must be at least 2"),
+        ({"objectives": ["dpo"], "temperature": 0.7}, "change the samples and not the KL: leave them out"),
+        ({"objectives": ["dpo"], "seed": -1}, "--seed must be at least 0, got -1"),
     ],
 )
 def test_refuses_what_cannot_be_swept(fields, message):
@@ -365,6 +367,8 @@ def test_names_what_is_missing_before_anything_is_loaded(leave_out, message, tmp
     index = words.index(leave_out)
     assert main(words[:index] + words[index + 2 :]) == 2
     assert message in capsys.readouterr().err
+    assert main([*words, "--reference_cache", str(tmp_path / "cache")]) == 2
+    assert "--reference_cache: a sweep keeps its own" in capsys.readouterr().err
     assert main([*words, "--baseline", "tdpo1"]) == 2
     assert "--baseline tdpo1: there are dpo" in capsys.readouterr().err
 

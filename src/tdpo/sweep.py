@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,8 +35,6 @@ from tdpo.rl.registry import RL
 from tdpo.train.checkpointing import checkpoints
 from tdpo.train.stopping import handle_signals
 from tdpo.train.trainer import TDPOTrainer
-
-logger = logging.getLogger("tdpo")
 
 SFT = "sft"
 SWEPT = {
@@ -102,6 +99,8 @@ class SweepOptions(MeasureOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_values(self, num_prompts=2, workers=1)
+        if (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
+            raise UserError("--temperature, --top_p and --top_k change the samples and not the KL: leave them out")
 
     def settings(self, objective: str) -> list[dict[str, Any]]:
         """Returns the settings of every run, in order, each once.

@@ -106,6 +106,8 @@ def _check(reward: RewardOptions, args: TDPOConfig, data: EvalDataConfig) -> Non
     if not reward.reward:
         raise UserError("--reward is missing: a frontier plots reward against KL")
     reward.check_for_samples()
+    if args.reference_cache:
+        raise UserError("--reference_cache: a sweep keeps its own in --output_dir; leave it out")
     if not args.eval_steps or args.eval_steps < 1:
         raise UserError("--eval_steps is missing: the number of optimizer steps between measurements of a run")
 

@@ -52,7 +52,7 @@ class Sampling:
     samples_dir: str | None = None
 
     def __post_init__(self) -> None:
-        check_values(self, max_new_tokens=1, num_samples=1, batch_size=1, temperature=0, top_k=0)
+        check_values(self, max_new_tokens=1, num_samples=1, batch_size=1, temperature=0, top_k=0, seed=0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be in (0, 1], got {self.top_p}")
 
