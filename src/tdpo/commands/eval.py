@@ -21,7 +21,7 @@ from tdpo.data.sources import open_source
 from tdpo.errors import UserError
 from tdpo.evaluate.divergence import response_stats
 from tdpo.evaluate.estimates import Estimate
-from tdpo.evaluate.measure import Evaluator, MeasureOptions, Prompt
+from tdpo.evaluate.measure import Evaluator, MeasureOptions
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.evaluate.prompts import encode_prompts, read_prompts
 from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
@@ -116,10 +116,9 @@ def _measure(
     where = options.dataset_name, options.dataset_test_split, options.dataset_config
     asked = read_prompts(*where, spec, tokeniser, options.num_prompts)
     lengths = measure.max_new_tokens, options.lengths().max_prompt_length, options.dataset_name
-    ids = encode_prompts(tokeniser, asked, [policy, reference], *lengths)
-    prompts = [Prompt(turns.prompt, prompt) for turns, prompt in zip(asked, ids, strict=True)]
+    prompts = encode_prompts(tokeniser, asked, [policy, reference], *lengths)
     if reward:
-        check_reward(reward, [{"prompt": prompt.content, "response": ""} for prompt in prompts[:2]])
+        check_reward(reward, [{"prompt": prompt.content, "response": " a"} for prompt in prompts[:2]])
     evaluator = Evaluator(reference, tokenizer, prompts, reward, measure)
     samples = evaluator.reference_samples
     found = {"policy": evaluator.measure(policy), "reference": evaluator.measure(reference, samples)}

@@ -22,8 +22,8 @@ from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import Stopped, UserError
 from tdpo.evaluate.frontier import write_rows
-from tdpo.evaluate.measure import Evaluator, Prompt
-from tdpo.evaluate.prompts import encode_prompts, read_prompts
+from tdpo.evaluate.measure import Evaluator
+from tdpo.evaluate.prompts import Prompt, encode_prompts, read_prompts
 from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
 from tdpo.files import check_writable
 from tdpo.models.load import load_model, load_tokenizer
@@ -127,8 +127,7 @@ def _prompts(
     if name is None:
         spec, name, split = replace(spec, side=data.side(test=True)), str(data.dataset_name), data.dataset_train_split
     asked = read_prompts(name, split, data.dataset_config, spec, tokeniser, options.num_prompts)
-    ids = encode_prompts(tokeniser, asked, [model], options.max_new_tokens, args.lengths().max_prompt_length, name)
-    return [Prompt(turns.prompt, prompt) for turns, prompt in zip(asked, ids, strict=True)]
+    return encode_prompts(tokeniser, asked, [model], options.max_new_tokens, args.lengths().max_prompt_length, name)
 
 
 def _train_prompts(data: EvalDataConfig, args: TDPOConfig, tokeniser: Tokeniser) -> list[Any]:

@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
     for side, name in names.items():
         if name:
             model = load_model(model_config, name).to("cuda" if torch.cuda.is_available() else "cpu")
-            ids = encode_prompts(tokeniser, asked, [model], *lengths)
+            ids = [prompt.ids for prompt in encode_prompts(tokeniser, asked, [model], *lengths)]
             sampled = sample_ids(model, ids, options, end_tokens(model, tokenizer))
             answers[side] = [
                 [decode_response(tokenizer, prompt, response) for response in samples]

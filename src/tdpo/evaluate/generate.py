@@ -103,7 +103,7 @@ def sample_ids(
         try:
             for index in range(len(drawn), len(batches)):
                 # Each batch has its own seed, so a resumed run draws the same samples as an uninterrupted one.
-                torch.manual_seed(int(np.random.SeedSequence([sampling.seed, index]).generate_state(1)[0]))
+                torch.manual_seed(step_seed(sampling.seed, index))
                 found = _generate(lm, [prompts[p] for p in batches[index]], config)
                 drawn.append([ids[: _length(ids, ends)] for ids in found])
                 if store is not None:
@@ -115,6 +115,11 @@ def sample_ids(
         for p, response in zip(batch, responses, strict=True):
             results[p].append(response)
     return results
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Returns the seed of one batch or iteration: a resumed run draws the same samples as an uninterrupted one."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
 def decode_response(tokenizer: Any, prompt: list[int], response: list[int]) -> str:

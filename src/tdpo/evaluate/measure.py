@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import compress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from tdpo.evaluate.divergence import ResponseStats, response_stats
 from tdpo.evaluate.diversity import Diversity, measure_diversity
 from tdpo.evaluate.estimates import Estimate
 from tdpo.evaluate.generate import Sampling, decode_response, end_tokens, sample_ids
+from tdpo.evaluate.prompts import Prompt
 
 if TYPE_CHECKING:
     from tdpo.evaluate.rewards import Reward
@@ -61,18 +62,6 @@ class MeasureOptions(Sampling):
         names = [field.name for field in fields(Sampling)]
         sampling = Sampling(**{name: getattr(self, name) for name in names})
         return replace(sampling, num_samples=self.entropy_samples, top_p=self.entropy_top_p, temperature=1.0, top_k=0)
-
-
-class Prompt(NamedTuple):
-    """A prompt to sample from.
-
-    Attributes:
-        content: Text, or chat messages, as passed to the reward.
-        ids: Its token ids.
-    """
-
-    content: Any
-    ids: list[int]
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ def answer_questions(
         records = [PreferenceRecord(list(c), "", "", "MT-Bench", number) for number, c in enumerate(conversations, 1)]
         asked = [Turns(record, record.prompt) for record in records]
         prompts = encode_prompts(tokeniser, asked, [model], sampling.max_new_tokens, None, "MT-Bench")
-        sampled = sample_ids(model, prompts, sampling, end_tokens(model, tokenizer))
+        sampled = sample_ids(model, [prompt.ids for prompt in prompts], sampling, end_tokens(model, tokenizer))
         for conversation, prompt, (response,) in zip(conversations, prompts, sampled, strict=True):
-            text = decode_response(tokenizer, prompt, response).strip()
+            text = decode_response(tokenizer, prompt.ids, response).strip()
             conversation.append({"role": "assistant", "content": text})
     answers = [[message["content"] for message in conversation[1::2]] for conversation in conversations]
     return [

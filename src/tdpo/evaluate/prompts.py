@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -23,6 +23,18 @@ from tdpo.models.policy import head_of, position_limit
 from tdpo.types import PreferenceRecord, TokenisedPair
 
 logger = logging.getLogger("tdpo")
+
+
+class Prompt(NamedTuple):
+    """A prompt to sample from.
+
+    Attributes:
+        content: Text, or chat messages, as passed to the reward.
+        ids: Its token ids.
+    """
+
+    content: Any
+    ids: list[int]
 
 
 def read_prompts(
@@ -73,8 +85,8 @@ def encode_prompts(
     max_new_tokens: int,
     max_prompt_length: int | None,
     name: str,
-) -> list[list[int]]:
-    """Returns the token ids of the prompts, truncated to fit the models' positions.
+) -> list[Prompt]:
+    """Returns the prompts with their token ids, truncated to fit the models' positions.
 
     Args:
         tokeniser: Encodes the prompts.
@@ -102,7 +114,7 @@ def encode_prompts(
     rows = [TokenisedPair(p, p[:1], p[:1], turns.record.row) for turns, p in zip(asked, ids, strict=True)]
     for model in models:
         check_fits(rows, head_of(model).vocab_size, None, name, len(tokeniser.tokenizer))
-    return ids
+    return [Prompt(turns.prompt, prompt) for turns, prompt in zip(asked, ids, strict=True)]
 
 
 def _records(

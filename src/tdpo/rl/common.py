@@ -159,11 +159,6 @@ def random_passes(size: int, count: int, seed: int) -> list[int]:
     return [int(i) for p in passes for i in np.random.default_rng([seed, p]).permutation(size)][:count]
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Returns the seed of one iteration, so that a resumed run draws the same samples as an uninterrupted one."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-
-
 def claim_folder(folder: Path, prompts: ScoredPrompts, policy: nn.Module, reference: nn.Module) -> None:
     """Marks a folder as that of a run, or checks that it holds this run: same options, prompts and initial weights.
 

@@ -29,7 +29,7 @@ from tdpo.config.checks import check_values, documented, option
 from tdpo.data.pack import pack_sequences
 from tdpo.errors import UserError
 from tdpo.evaluate.divergence import token_divergence
-from tdpo.evaluate.generate import Sampling, sample_ids
+from tdpo.evaluate.generate import Sampling, sample_ids, step_seed
 from tdpo.files import PARTIAL, flush
 from tdpo.models.hidden import response_hidden, response_states
 from tdpo.models.policy import body_of
@@ -45,7 +45,6 @@ from tdpo.rl.common import (
     check_positive,
     check_steps,
     claim_folder,
-    step_seed,
 )
 from tdpo.types import Hidden, PackedBatch
 
