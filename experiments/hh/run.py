@@ -1,0 +1,130 @@
+"""Table 1 of the paper at small scale: accuracy and entropy of four objectives on Anthropic HH dialogues.
+
+    python experiments/hh/run.py --dialogues HH_FILE --base BASE_MODEL [--folds 0 1 2]
+
+A fold tests on one third of the prompts. Finished parts are kept: the same command resumes. Folds are independent and
+may run in parallel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import itertools
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import sentiment
+
+from tdpo.commands import eval as evaluate
+from tdpo.commands import sft, train
+from tdpo.data.sources import open_source
+from tdpo.files import atomic_write
+
+HERE = Path(__file__).parent
+WORK = HERE / "work"
+FOLDS = 3
+VALIDATION = 8
+"""One of so many training prompts is validated on."""
+OBJECTIVES = ("fdpo", "dpo", "tdpo1", "tdpo2")
+LEARNING_RATES = (1e-4, 3e-4)
+LENGTHS = ("--max_length", "192", "--max_prompt_length", "128")
+ENTROPY = ("--generate", "--num_prompts", "48", "--max_new_tokens", "64", "--entropy_samples", "25")
+
+
+def split(dialogues: str, fold: int, folder: Path) -> None:
+    """Writes the dialogues of a fold; a prompt, with all its rows, is in one of the three files."""
+    files: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
+    for row in open_source(dialogues, "train", None):
+        prompt = row.fields["chosen"].rpartition("\n\nAssistant:")[0]
+        number = int(hashlib.sha1(prompt.encode()).hexdigest(), 16)
+        held_out = "validation" if number // FOLDS % VALIDATION == 0 else "train"
+        name = "test" if number % FOLDS == fold else held_out
+        files[name].append({side: row.fields[side] for side in ("chosen", "rejected")})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        sentiment.write_rows(folder / f"{name}.jsonl", rows)
+
+
+def run_fold(dialogues: str, base: str, fold: int) -> None:
+    """Runs every part of a fold that has no result yet."""
+    folder = WORK / f"fold-{fold}"
+    if not (folder / "test.jsonl").exists():
+        split(dialogues, fold, folder)
+    seed = ["--seed", str(fold)]
+    reference = folder / "sft"
+    if not (reference / "config.json").exists():
+        data = ["--dataset_name", f"{folder}/train.jsonl", "--output_dir", f"{reference}"]
+        sft.run(["--config", f"{HERE}/sft.yaml", "--model_name_or_path", base, *data, *seed])
+    for objective, rate in itertools.product(OBJECTIVES, LEARNING_RATES):
+        model = folder / f"{objective}-{rate:g}"
+        result = model / "validation.json"
+        if not result.exists():
+            options = ["--objective", objective, "--learning_rate", f"{rate:g}", "--reference_cache", f"{folder}/cache"]
+            options += ["--overwrite_output_dir", *LENGTHS, *seed]
+            paths = ["--model_name_or_path", f"{reference}", "--dataset_name", f"{folder}/train.jsonl"]
+            train.run(["--config", f"{HERE}/train.yaml", *paths, *options, "--output_dir", f"{model}"])
+            score(folder, model, objective, "validation", [])
+    for objective in OBJECTIVES:
+        model = folder / f"{objective}-{chosen_rate(objective, folder):g}"
+        if not (model / "test.json").exists():
+            score(folder, model, objective, "test", [*ENTROPY, "--samples_dir", f"{folder}/samples"])
+
+
+def score(folder: Path, model: Path, objective: str, name: str, options: list[str]) -> None:
+    """Evaluates a model on one of the fold's files."""
+    paths = ["--model_name_or_path", f"{model}", "--ref_model_name_or_path", f"{folder}/sft"]
+    data = ["--dataset_name", f"{folder}/{name}.jsonl", "--on_bad_row", "drop", *LENGTHS]
+    evaluate.run([*paths, *data, "--objective", objective, "--json", f"{model}/{name}.json", *options])
+
+
+def chosen_rate(objective: str, folder: Path) -> float:
+    """Returns the learning rate with the lowest validation loss of an objective, in one fold."""
+    losses = {
+        rate: json.loads((folder / f"{objective}-{rate:g}" / "validation.json").read_text())["loss"]
+        for rate in LEARNING_RATES
+    }
+    return min(losses, key=lambda rate: losses[rate])
+
+
+COLUMNS = {
+    "pairs": "pairs", "loss": "loss", "implicit_rewards/accuracies": "accuracy", "kl/chosen": "kl_chosen",
+    "kl/rejected": "kl_rejected", "samples/policy/predictive_entropy": "entropy",
+    "samples/reference/predictive_entropy": "sft_entropy",
+}  # fmt: skip
+"""Columns of the result files, by the metrics of ``tdpo eval``."""
+
+
+def collect() -> None:
+    """Writes ``results/validation.csv`` and ``results/test.csv`` from all finished runs."""
+    for name in ("validation", "test"):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["objective", "learning_rate", "fold", *COLUMNS.values()])
+        for path in sorted(WORK.glob(f"fold-*/*/{name}.json")):
+            objective, _, rate = path.parent.name.partition("-")
+            metrics = json.loads(path.read_text())
+            fold = path.parents[1].name.removeprefix("fold-")
+            writer.writerow([objective, float(rate), fold, *(metrics.get(metric, "") for metric in COLUMNS)])
+        atomic_write(HERE / "results" / f"{name}.csv", text.getvalue())
+
+
+def main() -> None:
+    """Runs the folds that are asked for, one after another."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dialogues", required=True, help="HH preference dialogues: a file or a hub dataset")
+    parser.add_argument("--base", required=True, help="the pretrained model: a hub name or a folder")
+    parser.add_argument("--folds", type=int, nargs="*", default=list(range(FOLDS)))
+    args = parser.parse_args()
+    for fold in args.folds:
+        run_fold(args.dialogues, args.base, fold)
+    (HERE / "results").mkdir(exist_ok=True)
+    collect()
+
+
+if __name__ == "__main__":
+    main()

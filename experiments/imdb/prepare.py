@@ -1,0 +1,81 @@
+"""Prepares the experiment on reviews: scorers, SFT model, preference pairs. What exists already is kept.
+
+python experiments/imdb/prepare.py --reviews stanfordnlp/imdb --base BASE_MODEL
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import skops.io
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import sentiment
+
+from tdpo.commands import sft, train, weights
+from tdpo.evaluate.generate import Sampling
+
+HERE = Path(__file__).parent
+WORK = HERE / "work"
+WORDS = 32
+"""Words of the texts that the scorers are trained and tested on: those of a prefix with a completion."""
+PREFIX_WORDS = (2, 8)
+MAX_NEW_TOKENS = 40
+PROMPTS = {"train": 1000, "validation": 256, "test": 256}
+"""Prefixes of each set; those to train and to validate on are from train reviews, the last ones from test reviews."""
+VALIDATION_REVIEWS = 400
+"""Train reviews that are not fine-tuned on; the prefixes to validate with are theirs."""
+
+
+def main() -> None:
+    """Runs every step whose files are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reviews", required=True, help="labelled reviews: a hub dataset or a folder")
+    parser.add_argument("--base", required=True, help="the pretrained model: a hub name or a folder")
+    args = parser.parse_args()
+    WORK.mkdir(exist_ok=True)
+    reviews, test = (sentiment.read_reviews(args.reviews, split) for split in ("train", "test"))
+    if not (WORK / "scorers.json").exists():
+        accuracies = sentiment.train_scorers(reviews, test, WORDS, WORK)
+        (WORK / "scorers.json").write_text(json.dumps(accuracies, indent=1) + "\n")
+        print("accuracy on test reviews:", accuracies)
+    texts = {"validation": reviews[:VALIDATION_REVIEWS], "train": reviews[VALIDATION_REVIEWS:], "test": test}
+    if not (WORK / "sft.jsonl").exists():
+        sentiment.write_rows(WORK / "sft.jsonl", ({"text": text} for text, _ in texts["train"]))
+    if not (WORK / "sft").exists():
+        sft.run(["--config", str(HERE / "sft.yaml"), "--model_name_or_path", args.base])
+    scorer = skops.io.load(WORK / "reward.skops", trusted=[])
+    for seed, (name, count) in enumerate(PROMPTS.items()):
+        path = WORK / f"{name}.jsonl"
+        if not path.exists():
+            sampling = Sampling(
+                max_new_tokens=MAX_NEW_TOKENS, num_samples=sentiment.SAMPLES_PER_PREFIX, batch_size=256, seed=seed
+            )
+            prompts = sentiment.prefixes((text for text, _ in texts[name]), count, PREFIX_WORDS, seed)
+            rows = sentiment.sample_pairs(str(WORK / "sft"), prompts, scorer, sampling)
+            if name != "train":
+                rows = sentiment.one_per_prompt(rows, seed)
+            sentiment.write_rows(path, rows)
+            print(f"{path}: {len(rows)} pairs of {len(prompts)} prompts")
+    weigh_tokens()
+
+
+def weigh_tokens() -> None:
+    """Writes the training pairs with the token weights of TIS-DPO, from DPO models trained both ways."""
+    if (WORK / "weighted").exists():
+        return
+    rows = [json.loads(line) for line in (WORK / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    swapped = [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in rows]
+    sentiment.write_rows(WORK / "swapped.jsonl", swapped)
+    for name, pairs in (("positive", "train"), ("negative", "swapped")):
+        if not (WORK / name / "config.json").exists():
+            paths = ["--dataset_name", str(WORK / f"{pairs}.jsonl"), "--output_dir", str(WORK / name)]
+            train.run(["--config", str(HERE / "contrast.yaml"), *paths])
+    weights.run(["--config", str(HERE / "weights.yaml")])
+
+
+if __name__ == "__main__":
+    main()
