@@ -158,7 +158,7 @@ def comparison_table(claims: Mapping[str, Sequence[Comparison]], spec: str = "+.
             interval = "-" if difference is None else f"{difference.low:{spec}} to {difference.high:{spec}}"
             mean = "-" if difference is None else f"{difference.mean:{spec}}"
             lines.append([name, found.what, over, mean, interval])
-    return table(["claim", "difference", "averaged over", "mean", "95% interval"], lines)
+    return table(["", "difference", "averaged over", "mean", "95% interval"], lines)
 
 
 BEGIN, END = "<!-- computed by report.py -->", "<!-- end -->"

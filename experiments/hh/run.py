@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 WORK = HERE / "work"
 FOLDS = 3
 VALIDATION = 8
-"""One of so many training prompts is validated on."""
+"""One in this many training prompts is validated on."""
 OBJECTIVES = ("fdpo", "dpo", "tdpo1", "tdpo2")
 LEARNING_RATES = (1e-4, 3e-4)
 LENGTHS = ("--max_length", "192", "--max_prompt_length", "128")
