@@ -1,4 +1,4 @@
-"""Decides claims about curves of a sweep: paired differences over seeds, and the verdict on them.
+"""Tests claims about the curves of a sweep: differences paired by seed, and the verdict on them.
 
 A row is one measurement of one run, as ``tdpo frontier`` writes it. Its curve is its label.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tdpo.evaluate.estimates import Estimate
-from tdpo.evaluate.frontier import SFT, Frontier, Row, curve_name
+from tdpo.evaluate.frontier import SFT, Frontier, Row, curve_name, pareto
 
 LEVELS = 10
 """Levels of KL or reward at which two curves are compared; evenly spaced."""
@@ -21,7 +21,7 @@ LEVELS = 10
 
 @dataclass(frozen=True)
 class Comparison:
-    """One difference that a claim says is at least zero.
+    """One difference that a claim says is larger than zero.
 
     Attributes:
         what: What is subtracted from what.
@@ -61,8 +61,14 @@ def last_rows(rows: Sequence[Row], curve: str) -> dict[Any, Row]:
 
 
 def at_the_end(rows: Sequence[Row], larger: str, smaller: str, column: str) -> Comparison:
-    """Compares a column of the last measurements of two curves, paired by seed."""
+    """Compares a column of the last measurements of two curves, paired by seed.
+
+    Raises:
+        ValueError: if the curves end at different steps.
+    """
     first, second = last_rows(rows, larger), last_rows(rows, smaller)
+    if len(steps := {row["step"] for row in (*first.values(), *second.values())}) > 1:
+        raise ValueError(f"{larger} and {smaller} end at different steps: {steps}")
     values = [first[seed][column] - second[seed][column] for seed in first if seed in second]
     return Comparison(f"{larger} - {smaller}", Estimate.over_seeds(values))
 
@@ -84,27 +90,26 @@ def reward_at_equal_kl(rows: Sequence[Row], curve: str, baseline: str) -> Compar
 def at_equal_reward(rows: Sequence[Row], curve: str, baseline: str, column: str) -> Comparison:
     """Compares a column of two curves over the rewards that both reach on every seed.
 
-    The column is interpolated linearly in the reward, between measurements of a seed ordered by reward, starting at
-    the SFT model.
+    The column is interpolated linearly in the reward along the Pareto front of KL and reward of each seed, which starts
+    at the SFT model.
     """
     start = [row for row in rows if row["objective"] == SFT]
-    paths = {}
+    fronts: dict[tuple[str, Any], np.ndarray] = {}
     for name in (curve, baseline):
         own = [row for row in rows if curve_name(row) == name]
         for seed in {row["seed"] for row in own}:
-            points = sorted((row["reward"], row[column]) for row in (*start, *own) if row["seed"] in (seed, ""))
-            points = [point for point in points if point[1] != ""]
-            paths[name, seed] = np.array(points, dtype=np.float64)
-    seeds = sorted(seed for name, seed in paths if name == curve and (baseline, seed) in paths)
-    compared = [paths[name, seed] for name in (curve, baseline) for seed in seeds]
-    low, high = max(path[0, 0] for path in compared), min(path[-1, 0] for path in compared)
+            points = [row for row in (*start, *own) if row["seed"] in (seed, "") and row[column] != ""]
+            kept = pareto([(row["kl"], row["reward"]) for row in points])
+            fronts[name, seed] = np.array([(points[k]["reward"], points[k][column]) for k in kept], dtype=np.float64)
+    seeds = sorted(seed for name, seed in fronts if name == curve and (baseline, seed) in fronts)
+    compared = [fronts[name, seed] for name in (curve, baseline) for seed in seeds]
+    low, high = max(front[0, 0] for front in compared), min(front[-1, 0] for front in compared)
     what = f"{curve} - {baseline}, {column}"
     if not low < high:
         return Comparison(what, None)
     levels = np.linspace(low, high, LEVELS + 1)[1:]
-    curves = [[np.interp(levels, *paths[name, seed].T).mean() for seed in seeds] for name in (curve, baseline)]
-    values = np.subtract(*curves).tolist()
-    return Comparison(what, Estimate.over_seeds(values), low, high)
+    curves = [[np.interp(levels, *fronts[name, seed].T).mean() for seed in seeds] for name in (curve, baseline)]
+    return Comparison(what, Estimate.over_seeds(np.subtract(*curves).tolist()), low, high)
 
 
 def mean_reward(rows: Sequence[Row], limit: float) -> dict[tuple[str, float], float]:
@@ -113,26 +118,22 @@ def mean_reward(rows: Sequence[Row], limit: float) -> dict[tuple[str, float], fl
     Along the Pareto front of a run; beyond its end the reward is that of the end.
     """
     start = [row for row in rows if row["objective"] == SFT]
-    found: dict[tuple[str, float], float] = {}
+    groups: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
-        key = (curve_name(row), row["learning_rate"])
-        if row["objective"] == SFT or key in found:
-            continue
-        own = [other for other in rows if (curve_name(other), other["learning_rate"]) == key]
+        if row["objective"] != SFT:
+            groups.setdefault((curve_name(row), row["learning_rate"]), []).append(row)
+    levels = np.linspace(0, limit, 101)
+    found = {}
+    for key, own in groups.items():
         (curve,) = Frontier.of([*start, *own]).curves
-        levels = np.linspace(0, limit, 101)
-        fronts = [np.interp(levels, *front.points.T) for front in curve.seeds.values()]
-        found[key] = float(np.mean(fronts))
+        found[key] = float(np.mean([np.interp(levels, *front.points.T) for front in curve.seeds.values()]))
     return found
 
 
 def best_learning_rates(rows: Sequence[Row], limit: float) -> dict[str, float]:
     """Returns the learning rate with the largest :func:`mean_reward` of each curve."""
-    rewards, best = mean_reward(rows, limit), {}
-    for (curve, rate), reward in rewards.items():
-        if curve not in best or reward > rewards[curve, best[curve]]:
-            best[curve] = rate
-    return best
+    rewards = mean_reward(rows, limit)
+    return {curve: max((key for key in rewards if key[0] == curve), key=rewards.__getitem__)[1] for curve, _ in rewards}
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -140,12 +141,12 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
 
 
-def cell(values: Sequence[float] | Estimate | None, spec: str = ".2f") -> str:
-    """Renders mean and half of the 95% interval over seeds."""
-    if values is None or (not isinstance(values, Estimate) and not values):
+def cell(values: Sequence[float], spec: str = ".2f") -> str:
+    """Renders the mean over seeds, with several of them ± half the width of the 95% interval; "-" without a value."""
+    if not values:
         return "-"
-    found = values if isinstance(values, Estimate) else Estimate.over_seeds(values)
-    return f"{found.mean:{spec}}" if np.isnan(found.half) else f"{found.mean:{spec}} ± {found.half:{spec}}"
+    found = Estimate.over_seeds(values)
+    return f"{found.mean:{spec}}" if found.count == 1 else f"{found.mean:{spec}} ± {found.half:{spec}}"
 
 
 def comparison_table(claims: Mapping[str, Sequence[Comparison]], spec: str = "+.3f") -> str:

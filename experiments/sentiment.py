@@ -1,8 +1,8 @@
 """Sentiment scorers and preference pairs for the experiments on reviews and stories.
 
-Two scorers share nothing but the task: they are trained on different halves of the labelled reviews, one on words and
-one on characters. The first ranks completions and is the reward; the second measures how much of a higher reward a
-reader of other features would see.
+Two scorers are trained on different halves of the labelled reviews, one on words and one on characters. The first ranks
+completions and is the reward; the second checks whether texts with a higher reward are also more positive to a scorer
+with other features.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,16 @@ Review = tuple[str, int]
 
 
 def read_reviews(name: str, split: str) -> list[Review]:
-    """Reads labelled reviews, with line breaks instead of HTML.
+    """Reads labelled reviews in random order, with line breaks instead of HTML; files are often sorted by label.
 
     Args:
         name: A hub dataset, or a folder with a file for each split, with the columns ``text`` and ``label``.
         split: ``train`` or ``test``.
     """
     rows = [row.fields for row in open_source(name, split, None)]
-    return [(row["text"].replace("<br />", "\n"), int(row["label"])) for row in rows]
+    reviews = [(row["text"].replace("<br />", "\n"), int(row["label"])) for row in rows]
+    random.Random(0).shuffle(reviews)
+    return reviews
 
 
 def windows(reviews: Iterable[Review], words: int) -> Iterator[Review]:
@@ -81,7 +83,9 @@ def train_scorers(reviews: Sequence[Review], test: Sequence[Review], words: int,
     return accuracies
 
 
-def prefixes(texts: Iterable[str], count: int, words: tuple[int, int], seed: int) -> list[str]:
+def prefixes(
+    texts: Iterable[str], count: int, words: tuple[int, int], seed: int, others: Collection[str] = ()
+) -> list[str]:
     """Returns the first words of texts, each prefix once.
 
     Args:
@@ -89,11 +93,14 @@ def prefixes(texts: Iterable[str], count: int, words: tuple[int, int], seed: int
         count: Number of prefixes.
         words: Smallest and largest length of a prefix; each is equally likely.
         seed: Seed of the lengths.
+        others: Prefixes of other sets, which are left out.
     """
     rng = random.Random(seed)
     found: dict[str, None] = {}
     for text in texts:
-        found[" ".join(text.split()[: rng.randint(*words)])] = None
+        prefix = " ".join(text.split()[: rng.randint(*words)])
+        if prefix not in others:
+            found[prefix] = None
         if len(found) == count:
             break
     return list(found)

@@ -179,7 +179,7 @@ def once(monkeypatch):
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_signal_while_measuring_stops_the_sweep(step, whole, small_world, tmp_path, once, monkeypatch):
+def test_a_signal_while_measuring_stops_the_sweep(step, whole, small_world, tmp_path, once, monkeypatch, capsys):
     out, signals = tmp_path / "out", []
 
     def interrupt() -> None:
@@ -190,6 +190,9 @@ def test_a_signal_while_measuring_stops_the_sweep(step, whole, small_world, tmp_
     once(step, interrupt)
     words = sweep_words(small_world, out, *GRID)
     assert main(words) == 128 + signal.SIGTERM
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"interrupted at step {step} of 4 of dpo" in message and "the same command resumes the sweep" in message
+    assert "--resume" not in message
     assert [path.name for path in sorted(out.glob("runs/*/step-*"))] == ["step-0000002.json", "step-0000004.json"][
         : step // 2
     ]

@@ -28,20 +28,22 @@ from tdpo.files import atomic_write
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 FOLDS = 3
+FINISHED = "trainer_state.json"
+"""What training writes last."""
 VALIDATION = 8
-"""One in this many training prompts is validated on."""
+"""One in this many of the first turns that are not tested on is validated on."""
 OBJECTIVES = ("fdpo", "dpo", "tdpo1", "tdpo2")
 LEARNING_RATES = (1e-4, 3e-4)
-LENGTHS = ("--max_length", "192", "--max_prompt_length", "128")
+LENGTHS = ("--max_length", "384", "--max_prompt_length", "256")
 ENTROPY = ("--generate", "--num_prompts", "48", "--max_new_tokens", "64", "--entropy_samples", "25")
 
 
 def split(dialogues: str, fold: int, folder: Path) -> None:
-    """Writes the dialogues of a fold; a prompt, with all its rows, is in one of the three files."""
+    """Writes the dialogues of a fold; all dialogues with the same first turn are in one of the three files."""
     files: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
     for row in open_source(dialogues, "train", None):
-        prompt = row.fields["chosen"].rpartition("\n\nAssistant:")[0]
-        number = int(hashlib.sha1(prompt.encode()).hexdigest(), 16)
+        first = row.fields["chosen"].partition("\n\nAssistant:")[0]
+        number = int(hashlib.sha1(first.encode()).hexdigest(), 16)
         held_out = "validation" if number // FOLDS % VALIDATION == 0 else "train"
         name = "test" if number % FOLDS == fold else held_out
         files[name].append({side: row.fields[side] for side in ("chosen", "rejected")})
@@ -57,9 +59,9 @@ def run_fold(dialogues: str, base: str, fold: int) -> None:
         split(dialogues, fold, folder)
     seed = ["--seed", str(fold)]
     reference = folder / "sft"
-    if not (reference / "config.json").exists():
+    if not (reference / FINISHED).exists():
         data = ["--dataset_name", f"{folder}/train.jsonl", "--output_dir", f"{reference}"]
-        sft.run(["--config", f"{HERE}/sft.yaml", "--model_name_or_path", base, *data, *seed])
+        sft.run(["--config", f"{HERE}/sft.yaml", "--model_name_or_path", base, *data, *seed, "--overwrite_output_dir"])
     for objective, rate in itertools.product(OBJECTIVES, LEARNING_RATES):
         model = folder / f"{objective}-{rate:g}"
         result = model / "validation.json"
@@ -68,18 +70,18 @@ def run_fold(dialogues: str, base: str, fold: int) -> None:
             options += ["--overwrite_output_dir", *LENGTHS, *seed]
             paths = ["--model_name_or_path", f"{reference}", "--dataset_name", f"{folder}/train.jsonl"]
             train.run(["--config", f"{HERE}/train.yaml", *paths, *options, "--output_dir", f"{model}"])
-            score(folder, model, objective, "validation", [])
+            score(folder, model, "validation", [])
     for objective in OBJECTIVES:
         model = folder / f"{objective}-{chosen_rate(objective, folder):g}"
         if not (model / "test.json").exists():
-            score(folder, model, objective, "test", [*ENTROPY, "--samples_dir", f"{folder}/samples"])
+            score(folder, model, "test", [*ENTROPY, "--samples_dir", f"{folder}/samples"])
 
 
-def score(folder: Path, model: Path, objective: str, name: str, options: list[str]) -> None:
-    """Evaluates a model on one of the fold's files."""
+def score(folder: Path, model: Path, name: str, options: list[str]) -> None:
+    """Evaluates a model on one of the fold's files, with the objective it was trained with."""
     paths = ["--model_name_or_path", f"{model}", "--ref_model_name_or_path", f"{folder}/sft"]
     data = ["--dataset_name", f"{folder}/{name}.jsonl", "--on_bad_row", "drop", *LENGTHS]
-    evaluate.run([*paths, *data, "--objective", objective, "--json", f"{model}/{name}.json", *options])
+    evaluate.run([*paths, *data, "--json", f"{model}/{name}.json", *options])
 
 
 def chosen_rate(objective: str, folder: Path) -> float:
@@ -92,9 +94,9 @@ def chosen_rate(objective: str, folder: Path) -> float:
 
 
 COLUMNS = {
-    "pairs": "pairs", "loss": "loss", "implicit_rewards/accuracies": "accuracy", "kl/chosen": "kl_chosen",
-    "kl/rejected": "kl_rejected", "samples/policy/predictive_entropy": "entropy",
-    "samples/reference/predictive_entropy": "sft_entropy",
+    "pairs": "pairs", "loss": "loss", "rewards/accuracies": "accuracy",
+    "implicit_rewards/accuracies": "logratio_accuracy", "kl/chosen": "kl_chosen", "kl/rejected": "kl_rejected",
+    "samples/policy/predictive_entropy": "entropy", "samples/reference/predictive_entropy": "sft_entropy",
 }  # fmt: skip
 """Columns of the result files, by the metrics of ``tdpo eval``."""
 
@@ -116,7 +118,7 @@ def collect() -> None:
 def main() -> None:
     """Runs the folds that are asked for, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dialogues", required=True, help="HH preference dialogues: a file or a hub dataset")
+    parser.add_argument("--dialogues", required=True, help="HH preference dialogues: harmless-base/test.jsonl.gz")
     parser.add_argument("--base", required=True, help="the pretrained model: a hub name or a folder")
     parser.add_argument("--folds", type=int, nargs="*", default=list(range(FOLDS)))
     args = parser.parse_args()

@@ -24,7 +24,7 @@ SHOWN = 8
 
 
 def main() -> None:
-    """Collects the finished runs of the sweep."""
+    """Collects the runs of a finished sweep."""
     RESULTS.mkdir(exist_ok=True)
     shutil.copy(WORK / "scorers.json", RESULTS / "scorers.json")
     shutil.copy(WORK / "validation" / "frontier.csv", RESULTS / "validation.csv")
@@ -32,12 +32,13 @@ def main() -> None:
     arguments = ["--config", str(HERE / "sweep.yaml"), "--output_dir", str(SWEEP)]
     *_, options, args = parse("frontier", OPTIONS, arguments, ["output_dir"])
     sources: list[tuple[str, Any, Path]] = [(SFT, "", SWEEP / "samples-sft.jsonl")]
-    sources += [(run.label, run.args.seed, SWEEP / "runs" / run.name / "samples.jsonl") for run in plan(options, args)]
+    runs = plan(options, args)
+    if missing := [run.name for run in runs if not (SWEEP / "runs" / run.name / "finished").exists()]:
+        raise SystemExit(f"not finished yet: {', '.join(missing)}")
+    sources += [(run.label, run.args.seed, SWEEP / "runs" / run.name / "samples.jsonl") for run in runs]
     scorer = load_reward(RewardOptions(reward=str(WORK / "independent.skops")))
     ratings, shown = [], []
     for curve, seed, path in sources:
-        if not path.exists():
-            continue
         samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         ratings.append({"curve": curve, "seed": seed, "independent": float(np.mean(scorer(samples)))})
         if seed in ("", 0):

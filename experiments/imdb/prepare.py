@@ -20,12 +20,14 @@ from tdpo.evaluate.generate import Sampling
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
+FINISHED = "trainer_state.json"
+"""What training writes last."""
 WORDS = 32
 """Words of the texts that the scorers are trained and tested on: those of a prefix with a completion."""
 PREFIX_WORDS = (2, 8)
 MAX_NEW_TOKENS = 40
-PROMPTS = {"train": 1000, "validation": 256, "test": 256}
-"""Prefixes of each set; those to train and to validate on are from train reviews, the last ones from test reviews."""
+PROMPTS = {"test": 256, "validation": 256, "train": 1000}
+"""Prefixes of each set; those to test with are from test reviews, the others from train reviews."""
 VALIDATION_REVIEWS = 400
 """Train reviews that are not fine-tuned on; the prefixes to validate with are theirs."""
 
@@ -45,16 +47,18 @@ def main() -> None:
     texts = {"validation": reviews[:VALIDATION_REVIEWS], "train": reviews[VALIDATION_REVIEWS:], "test": test}
     if not (WORK / "sft.jsonl").exists():
         sentiment.write_rows(WORK / "sft.jsonl", ({"text": text} for text, _ in texts["train"]))
-    if not (WORK / "sft").exists():
-        sft.run(["--config", str(HERE / "sft.yaml"), "--model_name_or_path", args.base])
+    if not (WORK / "sft" / FINISHED).exists():
+        sft.run(["--config", str(HERE / "sft.yaml"), "--model_name_or_path", args.base, "--overwrite_output_dir"])
     scorer = skops.io.load(WORK / "reward.skops", trusted=[])
+    used: set[str] = set()
     for seed, (name, count) in enumerate(PROMPTS.items()):
         path = WORK / f"{name}.jsonl"
+        prompts = sentiment.prefixes((text for text, _ in texts[name]), count, PREFIX_WORDS, seed, used)
+        used.update(prompts)
         if not path.exists():
             sampling = Sampling(
                 max_new_tokens=MAX_NEW_TOKENS, num_samples=sentiment.SAMPLES_PER_PREFIX, batch_size=256, seed=seed
             )
-            prompts = sentiment.prefixes((text for text, _ in texts[name]), count, PREFIX_WORDS, seed)
             rows = sentiment.sample_pairs(str(WORK / "sft"), prompts, scorer, sampling)
             if name != "train":
                 rows = sentiment.one_per_prompt(rows, seed)
@@ -65,15 +69,13 @@ def main() -> None:
 
 def weigh_tokens() -> None:
     """Writes the training pairs with the token weights of TIS-DPO, from DPO models trained both ways."""
-    if (WORK / "weighted").exists():
-        return
     rows = [json.loads(line) for line in (WORK / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     swapped = [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in rows]
     sentiment.write_rows(WORK / "swapped.jsonl", swapped)
     for name, pairs in (("positive", "train"), ("negative", "swapped")):
-        if not (WORK / name / "config.json").exists():
+        if not (WORK / name / FINISHED).exists():
             paths = ["--dataset_name", str(WORK / f"{pairs}.jsonl"), "--output_dir", str(WORK / name)]
-            train.run(["--config", str(HERE / "contrast.yaml"), *paths])
+            train.run(["--config", str(HERE / "contrast.yaml"), *paths, "--overwrite_output_dir"])
     weights.run(["--config", str(HERE / "weights.yaml")])
 
 

@@ -21,7 +21,7 @@ from tdpo.report.plots import save_figure
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-KL_LIMIT = 6.0
+KL_LIMIT = 3.0
 """Learning rates are compared by their reward up to this KL, in nats."""
 ALPHAS = tuple(f"tdpo2 alpha {alpha}" for alpha in (0.1, 0.3, 0.5, 0.7))
 """The curves of TDPO2 at DPO's learning rate."""
@@ -46,19 +46,15 @@ HEADER = (
 
 
 def decide(rows: Sequence[Row]) -> dict[str, list[Comparison]]:
-    """Returns the comparisons of every claim, by its name."""
-    order = ["dpo", *ALPHAS]
-    found: dict[str, list[Comparison]] = {}
+    """Returns the comparisons of every part of a claim, by its name."""
+    found = {}
     for side in ("rejected", "chosen"):
-        column = f"kl_{side}"
-        found[f"A, {side}"] = [
-            claims.at_the_end(rows, larger, smaller, column) for larger, smaller in itertools.pairwise(order)
-        ]
-    found["A, chosen"].append(claims.at_the_end(rows, "tdpo1", "dpo", "kl_chosen"))
-    found["B"] = [claims.reward_at_equal_kl(rows, "tdpo2", other) for other in ("dpo", "rloo", "ppo")]
-    found["D"] = [
-        claims.at_equal_reward(rows, "tdpo2", "dpo", column) for column in ("entropy", "distinct_2", "good_distinct_2")
-    ]
+        order = itertools.pairwise(["tdpo1", "dpo", *ALPHAS])
+        found[f"A, {side}"] = [claims.at_the_end(rows, *curves, f"kl_{side}") for curves in order]
+    found["B, DPO"] = [claims.reward_at_equal_kl(rows, "tdpo2", "dpo")]
+    found["B, RLOO and PPO"] = [claims.reward_at_equal_kl(rows, "tdpo2", other) for other in ("rloo", "ppo")]
+    columns = ("entropy", "distinct_2", "good_distinct_2")
+    found["D"] = [claims.at_equal_reward(rows, "tdpo2", "dpo", column) for column in columns]
     return found
 
 
@@ -106,16 +102,17 @@ def render() -> str:
     scorers = json.loads((RESULTS / "scorers.json").read_text())
     seeds = len(claims.last_rows(rows, "dpo"))
     decided = decide(rows)
-    verdicts = [f"- Claim {name}: {claims.verdict(found)}." for name, found in decided.items()]
+    verdicts = [f"- Claim {name}: **{claims.verdict(found)}**." for name, found in decided.items()]
     equal_kl = {curve: [claims.reward_at_equal_kl(rows, curve, "dpo")] for curve in EQUAL_KL}
     return "\n\n".join(
         [
             "## Verdicts",
             "\n".join(verdicts),
+            f"The intervals are over {seeds} training seeds; SFT model, pairs and test prompts are always the same.",
             claims.comparison_table(decided),
             "## Sequential KL",
-            f"KL(reference || policy) on held-out pairs after training, nats per response; mean ± half of the 95% "
-            f"interval over {seeds} seeds.",
+            f"KL(reference || policy) on held-out pairs after training, nats per response; mean ± half-width of the "
+            f"95% confidence interval over {seeds} seeds.",
             paper_table(rows),
             "## Last measurements",
             f"Test prompts; the scorers' accuracy on the first 32 words of test reviews is {scorers['reward']:.3f} "
@@ -123,7 +120,7 @@ def render() -> str:
             last_table(rows),
             "![reward against KL](frontier.png)",
             "## Reward at equal KL",
-            "Every objective minus DPO, averaged over the KL(policy || reference) that both reach, in nats.",
+            "Reward of each objective minus that of DPO, averaged over the KL(policy || reference) both reach (nats).",
             claims.comparison_table(equal_kl),
             "## Learning rates",
             f"Reward on the validation prompts, averaged over KLs from 0 to {KL_LIMIT:g} nats.",

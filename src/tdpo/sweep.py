@@ -420,9 +420,10 @@ class Sweep:
         trainer.add_callback(MeasureCallback(measure))
         with handle_signals(trainer.stop_request):
             trainer.train()
-        trainer.stop_request.raise_if_stopped(trainer.state)
-        if trainer.stop_request.code:  # at the last step, which its checkpoint has; the next run must not begin
-            raise Stopped("interrupted at the end of a run: the same command continues", trainer.stop_request.code)
+        # A signal at the last step, which its checkpoint has, stops the sweep too: the next run must not begin.
+        if code := trainer.stop_request.stop_code(trainer.state) or trainer.stop_request.code:
+            step = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+            raise Stopped(f"interrupted at {step} of {run.name}: the same command resumes the sweep", code)
         last = f"step-{trainer.state.global_step:07d}.json"
         if not (folder / last).exists():  # the last step is not a multiple of --eval_steps
             trainer.evaluate()
