@@ -43,9 +43,8 @@ def main() -> None:
         print("accuracy on test reviews:", accuracies)
     model = AutoModelForCausalLM.from_pretrained(args.base)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
-    if not (WORK / "sft").exists():
-        model.save_pretrained(WORK / "sft")
-        tokenizer.save_pretrained(WORK / "sft")
+    model.save_pretrained(WORK / "sft")
+    tokenizer.save_pretrained(WORK / "sft")
     scorer = skops.io.load(WORK / "reward.skops", trusted=[])
     wanted = sum(PROMPTS.values())
     sampling = Sampling(max_new_tokens=64, num_samples=2 * wanted, batch_size=256)
