@@ -23,9 +23,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 KL_LIMIT = 3.0
 """Learning rates are compared by their reward up to this KL, in nats."""
-ALPHAS = tuple(f"tdpo2 alpha {alpha}" for alpha in (0.1, 0.3, 0.5, 0.7))
-"""The curves of TDPO2 at DPO's learning rate."""
-CURVES = (SFT, "dpo", "tdpo1", "tdpo2", *ALPHAS, "fdpo", "tis-dpo", "tbpo", "rloo", "ppo")
+ALPHAS = ("tdpo2 alpha 0.1", "tdpo2 alpha 0.3", "tdpo2", "tdpo2 alpha 0.7")
+"""The curves of TDPO2; without a number, alpha is 0.5."""
+CURVES = (SFT, "dpo", "tdpo1", *ALPHAS, "fdpo", "tis-dpo", "tbpo", "rloo", "ppo")
 MAIN = (SFT, "dpo", "tdpo1", "tdpo2", "rloo", "ppo")
 """Curves of the main figure."""
 EQUAL_KL = tuple(curve for curve in CURVES if curve not in (SFT, "dpo"))
