@@ -70,7 +70,7 @@ def at_the_end(rows: Sequence[Row], larger: str, smaller: str, column: str) -> C
     if len(steps := {row["step"] for row in (*first.values(), *second.values())}) > 1:
         raise ValueError(f"{larger} and {smaller} end at different steps: {steps}")
     values = [first[seed][column] - second[seed][column] for seed in first if seed in second]
-    return Comparison(f"{larger} - {smaller}", Estimate.over_seeds(values))
+    return Comparison(f"{larger} - {smaller}, {column}", Estimate.over_seeds(values))
 
 
 def reward_at_equal_kl(rows: Sequence[Row], curve: str, baseline: str) -> Comparison:

@@ -144,3 +144,8 @@ def one_per_prompt(rows: Iterable[dict[str, Any]], seed: int) -> list[dict[str, 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes JSON lines, atomically: a file that exists is complete."""
     atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads JSON lines; a text may hold characters such as U+0085, at which ``splitlines`` would cut."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

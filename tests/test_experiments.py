@@ -125,6 +125,22 @@ def test_readme_is_what_its_result_files_give(folder):
     assert report.render() == claims.inserted(folder / "README.md")
 
 
+def test_the_readme_states_the_verdicts():
+    report = load(EXPERIMENTS / "imdb" / "report.py", "imdb_report")
+    decided = report.decide(read_rows(report.RESULTS / "sweep.csv"))
+    text = " ".join((REPOSITORY / "README.md").read_text().split())
+    difference = decided["B, DPO"][0].difference
+    interval = f"({difference.mean:.3f}, interval {difference.low:.3f} to {difference.high:.3f}, over the "
+    for words, name in (
+        ("on chosen and rejected responses: ", "A, TDPO2 below DPO"),
+        ("TDPO1 above DPO: ", "A, TDPO1 above DPO"),
+        ("TDPO2 has more reward than DPO at equal KL(policy || reference): ", "B, DPO"),
+        ("Samples of TDPO2 are more diverse than DPO's at equal reward: ", "D"),
+    ):
+        assert words + claims.verdict(decided[name]) in text
+    assert f"{interval}{decided['B, DPO'][0].high:.2f} nats" in text
+
+
 def test_learning_rates_of_the_sweep_are_those_that_validation_chose():
     if not (EXPERIMENTS / "imdb" / "results" / "validation.csv").exists():
         pytest.skip("no results yet")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import sentiment
+
 from tdpo.commands.frontier import OPTIONS
 from tdpo.commands.options import parse
 from tdpo.evaluate.frontier import SFT, read_rows, write_rows
 from tdpo.evaluate.rewards import RewardOptions, load_reward
-from tdpo.files import atomic_write
 from tdpo.sweep import plan
 
 HERE = Path(__file__).parent
@@ -39,13 +41,12 @@ def main() -> None:
     scorer = load_reward(RewardOptions(reward=str(WORK / "independent.skops")))
     ratings, shown = [], []
     for curve, seed, path in sources:
-        samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        samples = sentiment.read_rows(path)
         ratings.append({"curve": curve, "seed": seed, "independent": float(np.mean(scorer(samples)))})
         if seed in ("", 0):
             shown += [{"curve": curve, **sample} for sample in samples[:SHOWN]]
     for name, rows in (("independent", ratings), ("samples", shown)):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        atomic_write(RESULTS / f"{name}.jsonl", "".join(lines))
+        sentiment.write_rows(RESULTS / f"{name}.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main() -> None:
 
 def weigh_tokens() -> None:
     """Writes the training pairs with the token weights of TIS-DPO, from DPO models trained both ways."""
-    rows = [json.loads(line) for line in (WORK / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = sentiment.read_rows(WORK / "train.jsonl")
     swapped = [{**row, "chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in rows]
     sentiment.write_rows(WORK / "swapped.jsonl", swapped)
     for name, pairs in (("positive", "train"), ("negative", "swapped")):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import claims
+import sentiment
 from claims import Comparison
 
 from tdpo.evaluate.frontier import SFT, Row, read_rows
@@ -47,10 +48,11 @@ HEADER = (
 
 def decide(rows: Sequence[Row]) -> dict[str, list[Comparison]]:
     """Returns the comparisons of every part of a claim, by its name."""
-    found = {}
-    for side in ("rejected", "chosen"):
-        order = itertools.pairwise(["tdpo1", "dpo", *ALPHAS])
-        found[f"A, {side}"] = [claims.at_the_end(rows, *curves, f"kl_{side}") for curves in order]
+    found: dict[str, list[Comparison]] = {"A, TDPO2 below DPO": [], "A, TDPO1 above DPO": []}
+    for column in ("kl_rejected", "kl_chosen"):
+        pairs = itertools.pairwise(["dpo", *ALPHAS])
+        found["A, TDPO2 below DPO"] += [claims.at_the_end(rows, *pair, column) for pair in pairs]
+        found["A, TDPO1 above DPO"].append(claims.at_the_end(rows, "tdpo1", "dpo", column))
     found["B, DPO"] = [claims.reward_at_equal_kl(rows, "tdpo2", "dpo")]
     found["B, RLOO and PPO"] = [claims.reward_at_equal_kl(rows, "tdpo2", other) for other in ("rloo", "ppo")]
     columns = ("entropy", "distinct_2", "good_distinct_2")
@@ -60,7 +62,7 @@ def decide(rows: Sequence[Row]) -> dict[str, list[Comparison]]:
 
 def last_table(rows: Sequence[Row]) -> str:
     """Renders the last measurement of every curve."""
-    ratings = [json.loads(line) for line in (RESULTS / "independent.jsonl").read_text().splitlines()]
+    ratings = sentiment.read_rows(RESULTS / "independent.jsonl")
     rated = {(rating["curve"], rating["seed"]): rating["independent"] for rating in ratings}
     lines = []
     for curve in CURVES:
