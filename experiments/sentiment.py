@@ -7,6 +7,7 @@ with other features.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -51,18 +52,28 @@ def windows(reviews: Iterable[Review], words: int) -> Iterator[Review]:
             yield " ".join(found[start : start + words]), label
 
 
-def train_scorers(reviews: Sequence[Review], test: Sequence[Review], words: int, folder: Path) -> dict[str, float]:
-    """Trains the reward and the independent scorer and saves both as ``.skops`` files.
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """Reads the command line of a preparation: ``--reviews`` and ``--base``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reviews", required=True, help="labelled reviews: a hub dataset or a folder")
+    parser.add_argument("--base", required=True, help="the pretrained model: a hub name or a folder")
+    return parser.parse_args()
+
+
+def train_scorers(reviews: Sequence[Review], test: Sequence[Review], words: int, folder: Path) -> None:
+    """Trains the reward and the independent scorer, unless the folder has them.
+
+    Writes ``reward.skops``, ``independent.skops`` and, last, ``scorers.json`` with the accuracy of each on the first
+    ``words`` words of the test reviews.
 
     Args:
         reviews: Labelled reviews; those with even index train the reward, the others the independent scorer.
         test: Other reviews, for the held-out accuracy.
         words: Length in words of the texts to train on and to test with.
-        folder: Where ``reward.skops`` and ``independent.skops`` are written.
-
-    Returns:
-        Accuracy on the first ``words`` words of the test reviews, by scorer.
+        folder: Where the files are written.
     """
+    if (folder / "scorers.json").exists():
+        return
     scorers: dict[str, Pipeline] = {
         "reward": make_pipeline(
             TfidfVectorizer(ngram_range=(1, 2), min_df=5, sublinear_tf=True),
@@ -80,7 +91,8 @@ def train_scorers(reviews: Sequence[Review], test: Sequence[Review], words: int,
         scorer.fit(texts, labels)
         accuracies[name] = float(scorer.score(*zip(*beginnings, strict=True)))
         skops.io.dump(scorer, folder / f"{name}.skops")
-    return accuracies
+    print("accuracy on test reviews:", accuracies)
+    atomic_write(folder / "scorers.json", json.dumps(accuracies, indent=1) + "\n")
 
 
 def prefixes(
@@ -133,6 +145,27 @@ def sample_pairs(model_folder: str, prompts: Sequence[str], scorer: Any, samplin
                 row = {"prompt": prompt, "prompt_ids": ids, "chosen_ids": chosen, "rejected_ids": rejected}
                 rows.append({**row, "chosen_reward": high, "rejected_reward": low})
     return rows
+
+
+def write_pairs(path: Path, folder: Path, prompts: Sequence[str], max_new_tokens: int, seed: int) -> None:
+    """Writes the pairs of prompts, unless the file exists; of a file other than ``train.jsonl`` one of each prompt.
+
+    Args:
+        path: The JSON lines file.
+        folder: Has the SFT model in ``sft`` and the reward in ``reward.skops``.
+        prompts: The prompts.
+        max_new_tokens: Length of the completions.
+        seed: Seed of the samples, and of the choice of a pair.
+    """
+    if path.exists():
+        return
+    scorer = skops.io.load(folder / "reward.skops", trusted=[])
+    sampling = Sampling(max_new_tokens=max_new_tokens, num_samples=SAMPLES_PER_PREFIX, batch_size=256, seed=seed)
+    rows = sample_pairs(str(folder / "sft"), prompts, scorer, sampling)
+    if path.name != "train.jsonl":
+        rows = one_per_prompt(rows, seed)
+    write_rows(path, rows)
+    print(f"{path}: {len(rows)} pairs of {len(prompts)} prompts")
 
 
 def one_per_prompt(rows: Iterable[dict[str, Any]], seed: int) -> list[dict[str, Any]]:

@@ -190,7 +190,7 @@ def test_the_reviews_experiment_runs_from_reviews_to_readme(tmp_path, model_fold
     commands = [
         run,
         *(
-            [*frontier, f"{here}/{name}.yaml", "--output_dir", f"{here}/work/{name}"]
+            [*frontier, f"experiments/imdb/{name}.yaml", "--output_dir", f"experiments/imdb/work/{name}"]
             for name in ("validation", "sweep")
         ),
         [sys.executable, "experiments/imdb/collect.py"],

@@ -5,18 +5,13 @@ python experiments/imdb/prepare.py --reviews stanfordnlp/imdb --base BASE_MODEL
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
-
-import skops.io
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sentiment
 
 from tdpo.commands import sft, train, weights
-from tdpo.evaluate.generate import Sampling
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -34,36 +29,20 @@ VALIDATION_REVIEWS = 400
 
 def main() -> None:
     """Runs every step whose files are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reviews", required=True, help="labelled reviews: a hub dataset or a folder")
-    parser.add_argument("--base", required=True, help="the pretrained model: a hub name or a folder")
-    args = parser.parse_args()
+    args = sentiment.parse_arguments(__doc__)
     WORK.mkdir(exist_ok=True)
     reviews, test = (sentiment.read_reviews(args.reviews, split) for split in ("train", "test"))
-    if not (WORK / "scorers.json").exists():
-        accuracies = sentiment.train_scorers(reviews, test, WORDS, WORK)
-        (WORK / "scorers.json").write_text(json.dumps(accuracies, indent=1) + "\n")
-        print("accuracy on test reviews:", accuracies)
+    sentiment.train_scorers(reviews, test, WORDS, WORK)
     texts = {"validation": reviews[:VALIDATION_REVIEWS], "train": reviews[VALIDATION_REVIEWS:], "test": test}
     if not (WORK / "sft.jsonl").exists():
         sentiment.write_rows(WORK / "sft.jsonl", ({"text": text} for text, _ in texts["train"]))
     if not (WORK / "sft" / FINISHED).exists():
         sft.run(["--config", str(HERE / "sft.yaml"), "--model_name_or_path", args.base, "--overwrite_output_dir"])
-    scorer = skops.io.load(WORK / "reward.skops", trusted=[])
     used: set[str] = set()
     for seed, (name, count) in enumerate(PROMPTS.items()):
-        path = WORK / f"{name}.jsonl"
         prompts = sentiment.prefixes((text for text, _ in texts[name]), count, PREFIX_WORDS, seed, used)
         used.update(prompts)
-        if not path.exists():
-            sampling = Sampling(
-                max_new_tokens=MAX_NEW_TOKENS, num_samples=sentiment.SAMPLES_PER_PREFIX, batch_size=256, seed=seed
-            )
-            rows = sentiment.sample_pairs(str(WORK / "sft"), prompts, scorer, sampling)
-            if name != "train":
-                rows = sentiment.one_per_prompt(rows, seed)
-            sentiment.write_rows(path, rows)
-            print(f"{path}: {len(rows)} pairs of {len(prompts)} prompts")
+        sentiment.write_pairs(WORK / f"{name}.jsonl", WORK, prompts, MAX_NEW_TOKENS, seed)
     weigh_tokens()
 
 
