@@ -18,6 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "tdpo needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check,bench,judge,experiments]'
+	@! command -v npm > /dev/null || npm install --silent --no-fund --no-audit --prefix $(VENV) axe-core@4.11.0 || \
+	  echo "axe-core was not installed: the accessibility test will be skipped"
 	@touch $(STAMP)
 
 demo: install

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tdpo import objectives, ops
     from tdpo.config import SFTConfig, TDPOConfig
     from tdpo.errors import UserError
+    from tdpo.report.inspect import inspect
     from tdpo.score import PairScores, pair_loss, score_pairs
     from tdpo.train.sft import SFTTrainer
     from tdpo.train.trainer import TDPOTrainer
@@ -27,6 +28,7 @@ _HOMES = {
     "TDPOConfig": "tdpo.config",
     "TDPOTrainer": "tdpo.train.trainer",
     "UserError": "tdpo.errors",
+    "inspect": "tdpo.report.inspect",
     "PairScores": "tdpo.score",
     "pair_loss": "tdpo.score",
     "score_pairs": "tdpo.score",
@@ -49,6 +51,7 @@ __all__ = [
     "TokenStats",
     "TokenisedPair",
     "UserError",
+    "inspect",
     "objectives",
     "ops",
     "pair_loss",

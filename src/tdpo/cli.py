@@ -24,6 +24,7 @@ COMMANDS = {
     "frontier": "train under many objectives and settings, and draw reward against KL(policy || reference)",
     "generate": "sample from a policy and its reference side by side",
     "judge": "win rate of two sets of responses, judged by a language model or a reward model",
+    "inspect": "show pairs token by token: log-ratio, KL, advantage and alternatives, as a page for the browser",
     "weights": "compute token weights from two models (TIS-DPO) or a guide (TGDPO), for weighted training",
     "cache-reference": "compute the reference's hidden states once, for runs that then do without its body",
     "merge": "add an adapter to its base's weights and save a plain model",

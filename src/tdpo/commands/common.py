@@ -18,14 +18,17 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from safetensors import SafetensorError
+from transformers.utils import cached_file
 
-from tdpo.config import EvalDataConfig, ModelConfig
+from tdpo.config import EvalDataConfig, ModelConfig, ObjectiveOptions
 from tdpo.data.options import make_tokeniser, open_held_out, open_training, prepare
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.files import atomic_write
 from tdpo.models.load import load_tokenizer
+from tdpo.objectives import Objective
+from tdpo.objectives.remembered import FILE, read_objective
 
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*.bin")
 
@@ -102,6 +105,23 @@ def read_datasets(model_config: ModelConfig, data: EvalDataConfig, options: Any)
     sources = open_training(data, spec), open_held_out(data, spec)
     train, held_out = (None if source is None else read_dataset(source, options, tokeniser) for source in sources)
     return tokenizer, train, held_out
+
+
+def saved_objective(model_config: ModelConfig, options: ObjectiveOptions) -> Objective:
+    """Returns the objective of the options, or the one the model was trained with where they name none.
+
+    Raises:
+        UserError: naming the model's file if what it says does not go together with the options.
+    """
+    folder, revision = model_config.model_name_or_path, model_config.model_revision
+    saved = cached_file(folder, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    remembered = None if saved is None else read_objective(saved)
+    try:
+        return options.build_objective(remembered)
+    except UserError as error:
+        if remembered is None or options.objective:
+            raise
+        raise UserError(f"{saved}: {error}. Give --objective") from error
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

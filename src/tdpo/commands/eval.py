@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
 
-from tdpo.commands.common import console, metric_table, quieten, read_dataset, write_json
+from tdpo.commands.common import console, metric_table, quieten, read_dataset, saved_objective, write_json
 from tdpo.commands.options import parse
 from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions
 from tdpo.config.checks import check_defaults, check_values, documented
@@ -28,7 +27,6 @@ from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
 from tdpo.files import check_writable
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.models.policy import head_of, position_limit
-from tdpo.objectives.remembered import FILE, read_objective
 from tdpo.report.samples import sample_table
 
 
@@ -70,14 +68,7 @@ def run(argv: Sequence[str]) -> None:
     if not options.generate:
         check_defaults("generate", *sampling)
     sampling[1].check_for_samples()
-    folder, revision = model_config.model_name_or_path, model_config.model_revision
-    saved = cached_file(folder, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    remembered = None if saved is None else read_objective(saved)
-    try:
-        objective = options.build_objective(remembered)
-    except UserError as error:
-        where = "" if remembered is None or options.objective else f"{saved}: "
-        raise UserError(f"{where}{error}{'. Give --objective' if where else ''}") from error
+    objective = saved_objective(model_config, options)
     if not options.ref_model_name_or_path and (objective.uses_reference or options.generate):
         what = objective.spelling() if objective.uses_reference else "--generate"
         raise UserError(f"--ref_model_name_or_path is missing: {what} compares with a reference")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdpo.data.formats.report import RowError
 from tdpo.data.sources import describe
+from tdpo.data.token_texts import token_ends
 from tdpo.types import LARGEST_WEIGHT, TokenisedPair, wrong_weights
 
 
@@ -58,8 +59,7 @@ def _weights_of_spans(
     if offset < 0:
         raise RowError(f"field {name!r}: the tokens do not spell the text, so give one number per token instead")
     offset -= len(text) - len(text.lstrip())
-    # A character that is not complete yet is shown as U+FFFD.
-    ends = [len(shown(list(ids[:count])).rstrip("\ufffd")) for count in range(len(ids) + 1)]
+    ends = [0, *token_ends(ids, decode)]
     weights = []
     for begin, end in pairwise(ends):
         begin, end = max(begin - offset, 0), end - offset

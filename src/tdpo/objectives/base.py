@@ -73,6 +73,15 @@ class Objective(ABC):
         """Computes loss and rewards of P pairs from the statistics of their N response tokens."""
 
     @property
+    def equation(self) -> str:
+        """The loss of a pair as a Python expression to show; empty where sums over responses do not determine it.
+
+        Its symbols: log-ratios ``r_w``, ``r_l``, sequential KL ``k_w``, ``k_l``, log-probabilities ``p_w``, ``p_l``
+        and lengths ``n_w``, ``n_l`` of the chosen and the rejected response, and the parameters by name.
+        """
+        return ""
+
+    @property
     def parameters(self) -> Mapping[str, Any]:
         """The parameters by name, for reports and checkpoints; those left out by None are not among them."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}

@@ -38,6 +38,7 @@ class DPO(SumObjective):
     """
 
     name: ClassVar[str] = "dpo"
+    equation = "-log(sigmoid(beta * (r_w - r_l)))"
     beta: float = parameter(0.1, BETA, above=0)
 
     @override
@@ -79,12 +80,28 @@ class FDPO(SumObjective):
         chosen, rejected = (self.beta * self._slope(r) for r in (stats.chosen_logratio, stats.rejected_logratio))
         return PairLoss(preference_loss(chosen - rejected), chosen.detach(), rejected.detach())
 
+    @property
+    @override
+    def equation(self) -> str:
+        power = f"{self._order - 1:g}"
+        difference = {
+            "forward_kl": "exp(-r_l) - exp(-r_w)",
+            "js": "log(sigmoid(r_w)) - log(sigmoid(r_l))",
+            "alpha": f"(exp({power} * r_w) - exp({power} * r_l)) / {power}",
+        }
+        return f"-log(sigmoid(beta * ({difference[self.divergence]})))"  # constants of the two rewards cancel
+
+    @property
+    def _order(self) -> float:
+        """Order of the alpha-divergence; the forward KL is the one of order 0."""
+        return (0.5 if self.alpha is None else self.alpha) if self.divergence == "alpha" else 0.0
+
     def _slope(self, logratio_P: Tensor) -> Tensor:
         """Computes f'(exp(logratio))."""
         if self.divergence == "js":
             return math.log(2) + logsigmoid(logratio_P)
-        order = (0.5 if self.alpha is None else self.alpha) if self.divergence == "alpha" else 0.0
-        return torch.expm1(((order - 1) * logratio_P).clamp(max=LARGEST_EXPONENT)) / (order - 1)
+        exponent = ((self._order - 1) * logratio_P).clamp(max=LARGEST_EXPONENT)
+        return torch.expm1(exponent) / (self._order - 1)
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,7 @@ class IPO(SumObjective):
     """
 
     name: ClassVar[str] = "ipo"
+    equation = "(r_w / n_w - r_l / n_l - 1 / (2 * beta)) ** 2"
     beta: float = parameter(0.1, "Strength of the tie to the reference: the margin is 1 / (2 beta) nats.", above=0)
 
     @override
@@ -130,6 +148,10 @@ class RobustDPO(SumObjective):
     """
 
     name: ClassVar[str] = "robust"
+    equation = (
+        "(-(1 - epsilon) * log(sigmoid(beta * (r_w - r_l))) + epsilon * log(sigmoid(-beta * (r_w - r_l))))"
+        " / (1 - 2 * epsilon)"
+    )
     beta: float = parameter(0.1, BETA, above=0)
     epsilon: float = parameter(0.1, "Share of preferences expected to be wrong.", at_least=0, below=0.5)
 
@@ -156,6 +178,7 @@ class DPOP(SumObjective):
     """
 
     name: ClassVar[str] = "dpop"
+    equation = "-log(sigmoid(beta * (r_w - r_l - penalty * max(0, -r_w))))"
     beta: float = parameter(0.1, BETA, above=0)
     penalty: float = parameter(50.0, "Weight of the penalty on a chosen response that got less likely.", at_least=0)
 
@@ -184,6 +207,7 @@ class CalDPO(SumObjective):
     """
 
     name: ClassVar[str] = "cal_dpo"
+    equation = "-log(sigmoid(r_w - r_l)) + (r_w - 1 / (2 * beta)) ** 2 + (r_l + 1 / (2 * beta)) ** 2"
     beta: float = parameter(0.1, "The targets of the log-ratios are 1 / (2 beta) and -1 / (2 beta) nats.", above=0)
 
     @override
@@ -212,6 +236,7 @@ class SimPO(SumObjective):
     """
 
     name: ClassVar[str] = "simpo"
+    equation = "-log(sigmoid(beta * p_w / n_w - beta * p_l / n_l - gamma))"
     uses_reference: ClassVar[bool] = False
     beta: float = parameter(2.0, "Scale of the mean log-probability.", above=0)
     gamma: float = parameter(1.0, "Margin between the two rewards.", at_least=0)

@@ -32,6 +32,7 @@ class TDPO1(SumObjective):
     """
 
     name: ClassVar[str] = "tdpo1"
+    equation = "-log(sigmoid(beta * ((r_w - r_l) - (k_l - k_w))))"
     beta: float = parameter(0.1, BETA, above=0)
 
     @override
@@ -57,6 +58,7 @@ class TDPO2(SumObjective):
     """
 
     name: ClassVar[str] = "tdpo2"
+    equation = "-log(sigmoid(beta * ((r_w - r_l) - alpha * (k_l - k_w))))"
     beta: float = parameter(0.1, BETA, above=0)
     alpha: float = parameter(0.5, "Weight of the difference in sequential KL.", at_least=0)
 
