@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "sample from a policy and its reference side by side",
     "judge": "win rate of two sets of responses, judged by a language model or a reward model",
     "inspect": "show pairs token by token: log-ratio, KL, advantage and alternatives, as a page for the browser",
+    "report": "write a page on one or more training runs: results, curves, samples, data, settings",
     "weights": "compute token weights from two models (TIS-DPO) or a guide (TGDPO), for weighted training",
     "cache-reference": "compute the reference's hidden states once, for runs that then do without its body",
     "merge": "add an adapter to its base's weights and save a plain model",

@@ -80,6 +80,7 @@ class SweepOptions(MeasureOptions):
             every curve covers.
         workers: Number of processes that train runs in parallel; default: one per GPU.
         save_models: Keep the final model of every run.
+        output: Page to write at the end; default: report.html in --output_dir.
     """
 
     objectives: list[str] = option(list)
@@ -95,6 +96,7 @@ class SweepOptions(MeasureOptions):
     equal_kl: list[float] = option(list)
     workers: int | None = None
     save_models: bool = False
+    output: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,6 +263,7 @@ class Sweep:
         evaluator: Measures policies; its reference is the SFT model.
         report: Called with a line of text for every run and measurement.
         save_models: Keep the final model of every run.
+        output: Page to write at the end; default: report.html in --output_dir.
         peft_config: Wraps every policy in an adapter.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tdpo.commands.common import console, quieten, read_dataset, user_errors
+from tdpo.commands.common import console, quieten, read_dataset, user_errors, write_text
 from tdpo.commands.options import parse
 from tdpo.config import AdapterOptions, EvalDataConfig, ModelConfig, TDPOConfig
 from tdpo.config.row_spec import RowSpec
@@ -27,13 +27,17 @@ from tdpo.evaluate.prompts import Prompt, encode_prompts, read_prompts
 from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
 from tdpo.files import check_writable
 from tdpo.models.load import load_model, load_tokenizer
+from tdpo.report.collect import RECORD, read_runs
 from tdpo.report.frontier import report_frontier
+from tdpo.report.run import run_page
 from tdpo.rl.registry import RL
 from tdpo.sweep import Sweep, SweepOptions, plan
 from tdpo.train.stopping import SIGNALS
 
 WORKER = "TDPO_FRONTIER_WORKER"
 """Environment variable with the number of a worker process."""
+CURVES = 10
+"""Runs whose curves the page shows: one for each colour."""
 OPTIONS = (ModelConfig, AdapterOptions, EvalDataConfig, RewardOptions, SweepOptions, TDPOConfig)
 
 
@@ -86,10 +90,18 @@ def run(argv: Sequence[str]) -> None:
     if worker is None:
         rows = sweep.rows()
         write_rows(folder / "frontier.csv", rows)
-        report_frontier(rows, folder, console(), options.baseline, options.equal_kl or None)
+        tables, figure = report_frontier(rows, folder, console(), options.baseline, options.equal_kl or None)
+        recorded = sorted(path.parent for path in folder.glob(f"runs/*/{RECORD}"))
+        left_out = len(recorded) - CURVES
+        note = (
+            f"Curves of the first {CURVES} of {len(recorded)} runs; tdpo report shows others." if left_out > 0 else ""
+        )
+        page = run_page(read_runs(recorded[:CURVES]), f"Sweep: {folder.name}", figure, tables, note)
+        write_text(options.output or folder / "report.html", page)
         seconds = sweep.seconds()
         share = seconds["measure"] / max(sum(seconds.values()), 1e-9)
         console().print(f"measuring took {share:.0%} of {sum(seconds.values()):.0f} s; rows in {folder}/frontier.csv")
+        console().print(f"report in {options.output or folder / 'report.html'}", soft_wrap=True)
         failures = failures or [f"{name}: another process trains it" for name in sweep.unfinished()]
     if failures:
         raise UserError("not every run finished:\n  " + "\n  ".join(failures))

@@ -59,8 +59,10 @@ def report_frontier(
     console: Console,
     baseline: str | None = None,
     equal_kl: Sequence[float] | None = None,
-) -> None:
+) -> tuple[list[Table], Figure | None]:
     """Prints the tables of a sweep and writes ``frontier.png`` and ``frontier.svg``, if any trained model has a point.
+
+    Returns the tables and the figure.
 
     Args:
         rows: Rows of the sweep.
@@ -74,7 +76,8 @@ def report_frontier(
     """
     frontier = Frontier.of(rows, baseline)
     levels = frontier.levels() if equal_kl is None else equal_kl
-    for table in (last_table(rows), *equal_kl_tables(frontier, levels)):
+    tables = [last_table(rows), *equal_kl_tables(frontier, levels)]
+    for table in tables:
         console.print()
         console.print(table)
     console.print()
@@ -83,10 +86,11 @@ def report_frontier(
         console.print(f"not finite, left out of the comparison: {run}, {count} {what}", soft_wrap=True, markup=False)
     if not frontier.curves:
         console.print("no measurement of a trained model has a finite KL and reward: there is no frontier to draw")
-        return
+        return tables, None
     figure = frontier_figure(rows, baseline)
     for suffix in ("png", "svg"):
         save_figure(figure, folder / f"frontier.{suffix}")
+    return tables, figure
 
 
 def last_table(rows: Sequence[Row]) -> Table:

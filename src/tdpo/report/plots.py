@@ -87,20 +87,26 @@ def draw_kl_growth(axes: Axes, curves: Mapping[str, KLCurve], styles: Mapping[st
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes the figure as PNG, 100 pixels an inch of it, or as SVG with text as paths, by the suffix; atomically.
+    """Writes the figure as PNG or SVG, by the suffix, atomically; see :func:`figure_bytes`.
 
     Raises:
         ValueError: for another suffix.
     """
-    path, content = Path(path), io.BytesIO()
+    path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in METADATA:
         raise ValueError(f"{path}: figures are written as .png or .svg")
+    atomic_write(path, figure_bytes(figure, kind))
+    return path
+
+
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """Returns the figure as ``"png"``, 100 pixels an inch of it, or as ``"svg"`` with text as paths."""
+    content = io.BytesIO()
     FigureCanvasAgg(figure)
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(content, format=kind, dpi=100, facecolor="white", metadata=METADATA[kind])
-    atomic_write(path, content.getvalue())
-    return path
+    return content.getvalue()
 
 
 def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -23,6 +23,7 @@ from tdpo.models.multimodal import freeze_idle_parts
 from tdpo.models.own_loss import RouterLoss, find_router_loss, warn_of_other_terms
 from tdpo.train import checkpointing, preflight, progress
 from tdpo.train.metrics import Sums
+from tdpo.train.record import RecordCallback
 from tdpo.train.sampling import make_loader
 from tdpo.train.step import StepTrainer
 from tdpo.train.stopping import StopRequest
@@ -85,6 +86,8 @@ class BatchMeanTrainer(StepTrainer):
         self.stop_request = StopRequest(None if args.max_time is None else seconds(args.max_time))
         run = RunCallback(weakref.proxy(self))  # a reference back would keep the models beyond the trainer's end
         self.add_callback(run)
+        self.record = RecordCallback(weakref.proxy(self))
+        self.add_callback(self.record)
         self.run_parts, self.checkpoint_files = {"loss": run}, []
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)

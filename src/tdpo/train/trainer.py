@@ -127,6 +127,11 @@ class TDPOTrainer(BatchMeanTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.run_parts["metrics"] = self.train_metrics
+        self.record.about |= {
+            "objective": self.objective,
+            "reward_scale": self.objective.reward_scale,
+            "layout": self.layout,
+        }
         self._objective_file = ObjectiveFile(self.objective, args.token_weights)
         self.checkpoint_files.append(self._objective_file)
         if cache is None:
@@ -135,6 +140,7 @@ class TDPOTrainer(BatchMeanTrainer):
             self._fill_cache(cache, pack)
         if args.torch_compile:
             self.compile_models(policy)  # a cache is filled without, so that it serves runs with and without
+        self.record.about["reference"] = self.reference_line
         logger.info(self.reference_line)
 
     def _choose_layout(self, models: list[nn.Module]) -> Any:
