@@ -192,5 +192,5 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 def test_the_documentation_lists_the_charts() -> None:
     text = (REPOSITORY / "docs" / "report.md").read_text(encoding="utf-8")
-    rows = [(chart.title.replace("|", "\\|"), chart.healthy, chart.sick.strip()) for chart in charts()]
+    rows = [(chart.title.replace("|", r"\|"), chart.healthy, chart.sick.strip()) for chart in charts()]
     assert all(f"| {title} | {healthy} | {sick} |" in text for title, healthy, sick in rows)

@@ -16,7 +16,7 @@ HELD_OUT = "eval_"
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it.
+    """A run, as recorded in its folder.
 
     Attributes:
         name: Name of the folder.
@@ -49,7 +49,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Reads several runs; their names are the ends of their paths that tell them apart.
+    """Reads several runs; their names are the ends of their paths, long enough to be different.
 
     Raises:
         UserError: as :func:`read_run`.
