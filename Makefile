@@ -1,15 +1,16 @@
 # make install   everything pinned, into .venv          make demo   the embedded example, about three minutes
 # make test      the whole test suite                   make check  format, lint, types, doctests
+# make dist      wheel and source archive in dist/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench format clean
+.PHONY: help install demo test check bench dist format clean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -17,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "tdpo needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check,bench,judge,experiments]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check,bench,dist,judge,experiments]'
 	@! command -v npm > /dev/null || npm install --silent --no-fund --no-audit --prefix $(VENV) axe-core@4.11.0 || \
 	  echo "axe-core was not installed: the accessibility test will be skipped"
 	@touch $(STAMP)
@@ -44,9 +45,14 @@ bench: install
 	$(BIN)/python benchmarks/data.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/plot.py
 
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo-output build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output build dist .pytest_cache .mypy_cache .ruff_cache
