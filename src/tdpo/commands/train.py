@@ -124,6 +124,7 @@ def train_and_save(trainer: Any) -> dict[str, float] | None:
             trainer.save_metrics("eval", metrics)
             metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         trainer.save_state()
+        trainer.create_model_card()  # with the metrics of the held-out data
     console().print(f"saved to {args.output_dir}", soft_wrap=True)
     return metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,6 +81,16 @@ class PairDataset(Sequence[TokenisedPair]):
         ids = {name: self.table[name][found].values.to_numpy().tolist() for name in SIDES}  # faster than as_py
         others = {name: self.table[name][found].as_py() for name in ("row", *self.weights)}
         return TokenisedPair(**ids, **others)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of ids and weights of all pairs in their order, 16 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=8)
+        for column in (self.table[name] for name in (*SIDES, *self.weights)):
+            # All lengths before all values, so that chunks of a table make no difference.
+            for part in (pc.list_value_length(column).fill_null(0), pc.list_flatten(column)):
+                for chunk in part.chunks:
+                    digest.update(chunk.to_numpy(zero_copy_only=False).tobytes())
+        return digest.hexdigest()
 
     def side_lengths(self) -> np.ndarray:
         """Returns ``[P, 3]`` int64: tokens of prompt, chosen and rejected response of each pair."""

@@ -6,6 +6,7 @@ size of each of its files, so that one that was cut short on its way (a copy, a 
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -27,6 +28,7 @@ from tdpo.files import PARTIAL, flush
 from tdpo.models.adapters import has_adapter
 from tdpo.models.load import load_weights
 from tdpo.models.multimodal import copy_processor
+from tdpo.train.card import write_card
 
 logger = logging.getLogger("tdpo")
 
@@ -326,6 +328,7 @@ class CheckpointingTrainer(Trainer):
             super().save_model(str(partial), _internal_call=True)
             if self.args.should_save:
                 move_into(partial, folder)
+                write_card(self, folder)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -347,6 +350,14 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save and has_adapter(model) and model.get_base_model().can_generate():
             # The end tokens of the trained model; `tdpo merge` and every command that loads the adapter read them.
             model.get_base_model().generation_config.save_pretrained(folder)
+
+    @override
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the model card of :mod:`tdpo.train.card`; arguments of transformers' card go into its header."""
+        if self.is_world_process_zero():
+            given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+            given.pop("self")
+            write_card(self, Path(str(self.args.output_dir)), **given)
 
     @override
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

@@ -44,10 +44,14 @@ class RecordCallback(TrainerCallback):
     Args:
         trainer: The trainer.
         about: What else the first line says, by name.
+
+    Attributes:
+        start: The content of the first line; empty before training, and in other processes than the first.
     """
 
     def __init__(self, trainer: Any, **about: Any) -> None:
         self.trainer, self.about = trainer, about
+        self.start: dict[str, Any] = {}
         self._failed = False
 
     def write(self, event: str, state: Any, **content: Any) -> None:
@@ -66,17 +70,20 @@ class RecordCallback(TrainerCallback):
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         trainer = self.trainer
         held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
         data = {name: _describe(rows) for name, rows in ({"train": trainer.train_dataset} | held_out).items()}
-        self.write(
-            "start", state, kind=trainer.label, command=command_line(sys.argv), steps=state.max_steps,
-            settings=settings(args),
-            model=getattr(model.config, "_name_or_path", ""), weights=count_weights(model)[1],
-            per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            data={name: report for name, report in data.items() if report}, environment=environment(args),
-            **{name: value if isinstance(value, float) else str(value) for name, value in self.about.items()},
-        )  # fmt: skip
+        about = {name: value if isinstance(value, float) else str(value) for name, value in self.about.items()}
+        self.start = {
+            "kind": trainer.label, "command": command_line(sys.argv), "steps": state.max_steps,
+            "settings": settings(args), "model": getattr(model.config, "_name_or_path", ""),
+            "weights": count_weights(model)[1],
+            "per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "data": {name: found for name, found in data.items() if found}, "environment": environment(args), **about,
+        }  # fmt: skip
+        self.write("start", state, **self.start)
 
     @override
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -143,4 +150,5 @@ def _describe(rows: Any) -> dict[str, Any] | None:
     report = getattr(rows, "report", None)
     if report is None:
         return {"rows": len(rows)}
-    return {"rows": len(rows), "source": report.source, "read": report.read, "lines": report.lines()}
+    described = {"rows": len(rows), "source": report.source, "read": report.read, "lines": report.lines()}
+    return described | ({"fingerprint": rows.fingerprint()} if hasattr(rows, "fingerprint") else {})
