@@ -1,13 +1,13 @@
 # make install   everything pinned, into .venv          make demo   the embedded example, about three minutes
 # make test      the whole test suite                   make check  format, lint, types, doctests
-# make dist      wheel and source archive in dist/
+# make docs      the documentation as a site in site/  make dist   wheel and source archive in dist/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench dist format clean
+.PHONY: help install demo test check docs bench dist format clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "tdpo needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check,bench,dist,judge,experiments]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check,docs,bench,dist,judge,experiments]'
 	@! command -v npm > /dev/null || npm install --silent --no-fund --no-audit --prefix $(VENV) axe-core@4.11.0 || \
 	  echo "axe-core was not installed: the accessibility test will be skipped"
 	@touch $(STAMP)
@@ -35,6 +35,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python tools/check_words.py
 	$(BIN)/python -m pytest --doctest-modules src
+	$(MAKE) --no-print-directory docs
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: install
 	@test -n "$(PAIRS)" -a -n "$(TOKENIZER)" || { echo "usage: make bench PAIRS=pairs.jsonl TOKENIZER=name-or-folder"; exit 2; }
@@ -55,4 +59,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) demo-output build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -24,7 +24,8 @@ LAUNCHERS = ("tdpo", "torchrun", "srun", "scontrol")
 CODE_BLOCKS = {
     "README.md": (6, 1), "docs/python.md": (0, 4), "docs/training.md": (6, 0), "docs/distributed.md": (1, 0),
     "docs/objectives.md": (1, 1), "docs/evaluation.md": (1, 1), "docs/frontier.md": (1, 0), "docs/rewards.md": (0, 1),
-    "docs/rlhf-baselines.md": (0, 1),
+    "docs/rlhf-baselines.md": (0, 1), "docs/agents.md": (0, 1), "docs/token-view.md": (3, 1), "docs/start.md": (4, 0),
+    "docs/report.md": (2, 0), "docs/choosing.md": (1, 0),
 }  # fmt: skip
 """Commands and blocks of Python that a page has at least, so that a change of its fences is noticed."""
 

@@ -55,7 +55,7 @@ def hint(name: str, known: Iterable[str], counterparts: Mapping[str, Counterpart
         known: The options there are.
         counterparts: What to use instead of options of other libraries.
 
-    Example:
+    Examples:
         >>> hint("torch_dtype", ["dtype", "beta"]), hint("bta", ["dtype", "beta"])
         (" Use 'dtype'.", " Did you mean 'beta'?")
         >>> hint("discopop_tau", ["dtype", "beta"])

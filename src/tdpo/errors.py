@@ -22,7 +22,7 @@ class Stopped(Exception):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string.
 
-    Example:
+    Examples:
         >>> nearest("learning_rat", ["learning_rate", "beta"])
         " Did you mean 'learning_rate'?"
         >>> nearest("zzz", ["learning_rate", "beta"])

@@ -135,7 +135,7 @@ def pair_loss(
     Raises:
         UserError: as :func:`score_pairs`.
 
-    Example:
+    Examples:
         >>> import copy, tdpo
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

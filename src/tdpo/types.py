@@ -96,7 +96,7 @@ class TokenisedPair:
     def key(self) -> int:
         """Hash of the pair's ids, 64 bits, the same on every machine.
 
-        Example:
+        Examples:
             >>> pair = TokenisedPair([1], [2], [3, 4], row=7)
             >>> pair.key == TokenisedPair([1], [2], [3, 4]).key, pair.key == TokenisedPair([1], [2, 3], [4]).key
             (True, False)
@@ -117,7 +117,7 @@ class TokenisedPair:
 def wrong_weights(weights: Sequence[float], tokens: int) -> str:
     """Describes what is wrong with the weights of a response; empty if they can be used.
 
-    Example:
+    Examples:
         >>> wrong_weights([0.5, 1.0], 2), wrong_weights([0.5], 2), wrong_weights([0.0, 0.0], 2)
         ('', 'has 1 numbers for 2 tokens', 'is 0 for every token')
     """

@@ -83,7 +83,7 @@ def check_defaults(switch: str, *options: Any) -> None:
 def seconds(text: str) -> float:
     """Reads a duration: seconds, or numbers with units.
 
-    Example:
+    Examples:
         >>> seconds("90"), seconds("1h30m"), seconds("1.5h")
         (90.0, 5400.0, 5400.0)
 

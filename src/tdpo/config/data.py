@@ -151,7 +151,7 @@ class FormatOptions:
 def template_arguments(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """Parses arguments of a chat template from JSON, a mapping, or ``name=value,name=value``.
 
-    Example:
+    Examples:
         >>> template_arguments("enable_thinking=true, style=short")
         {'enable_thinking': True, 'style': 'short'}
 

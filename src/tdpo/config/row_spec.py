@@ -97,7 +97,7 @@ class RowSpec:
 def parse_columns(columns: str | Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
     """Parses field names with their columns: ``"prompt=question,chosen=good"``, JSON or a mapping.
 
-    Example:
+    Examples:
         >>> parse_columns("prompt=question, chosen=good")
         (('prompt', 'question'), ('chosen', 'good'))
 
@@ -143,7 +143,7 @@ def parse_mapping(given: Any, option: str, expected: str, read: Callable[[str], 
 def parse_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     """Parses column names: ``"a,b"``, a JSON list or a list.
 
-    Example:
+    Examples:
         >>> parse_names("system, notes"), parse_names(["system,notes"])
         (('system', 'notes'), ('system', 'notes'))
 

@@ -16,7 +16,7 @@ def without_nulls(value: Any) -> Any:
     A table gives every object the keys of all rows, so a null there is the same as a missing key. The same
     is removed from JSON, so that a dataset has the same ids in every file format. Nulls inside JSON text stay.
 
-    Example:
+    Examples:
         >>> without_nulls({"city": "Oslo", "unit": None, "enum": ["C", None]})
         {'city': 'Oslo', 'enum': ['C', None]}
     """

@@ -49,7 +49,7 @@ class PairDataset(Sequence[TokenisedPair]):
             another process maps it again instead of carrying the ids.
         report: The report.
 
-    Example:
+    Examples:
         >>> pairs = [TokenisedPair([5, 6], [7], [8, 9], row=3)]
         >>> dataset = PairDataset(pa.Table.from_batches([record_batch(pairs)]), DataReport("pairs.jsonl"))
         >>> dataset[0]

@@ -40,7 +40,7 @@ def open_mixture(datasets: Sequence[Any], split: str, seed: int, side: Side | No
 def parse_entry(entry: Any, number: int) -> dict[str, Any]:
     """Parses one entry of the option ``datasets``: a mapping, a JSON object, or ``name,field=value,...``.
 
-    Example:
+    Examples:
         >>> parse_entry("pairs.jsonl,weight=0.5,format=hh", 1)
         {'name': 'pairs.jsonl', 'weight': 0.5, 'format': 'hh'}
 

@@ -30,7 +30,7 @@ def pack_padded(pairs: Sequence[TokenisedPair]) -> PackedBatch:
     Returns:
         A batch on the CPU with R = 2P rows; see :class:`~tdpo.types.PackedBatch`.
 
-    Example:
+    Examples:
         >>> batch = pack_padded([TokenisedPair([5, 6], [7], [8, 9])])
         >>> batch.input_ids.tolist()
         [[5, 6, 7, 0], [5, 6, 8, 9]]
@@ -55,7 +55,7 @@ def pack_trees(pairs: Sequence[TokenisedPair], capacity: int = 0, every_token: b
         A batch on the CPU whose rows need the mask of :meth:`~tdpo.types.PackedBatch.attends`; tokens of
         ``source_index``, ``labels`` and ``sequence_ids`` are in the order of the pairs.
 
-    Example:
+    Examples:
         >>> batch = pack_trees([TokenisedPair([5, 6], [7], [8, 9]), TokenisedPair([1], [2, 3], [4])])
         >>> batch.input_ids.tolist(), batch.position_ids.tolist()
         ([[5, 6, 8], [1, 2, 1]], [[0, 1, 2], [0, 1, 0]])
@@ -91,7 +91,7 @@ def pack_sequences(
     Raises:
         ValueError: for an empty prompt or response.
 
-    Example:
+    Examples:
         >>> batch = pack_sequences([[5, 6], [5]], [[7], [8, 9]])
         >>> batch.input_ids.tolist(), batch.source_index.tolist(), batch.sequence_ids.tolist()
         ([[5, 6, 7], [5, 8, 9]], [1, 3, 4], [0, 2, 2])
@@ -109,7 +109,7 @@ def pack_sequences(
 def as_padded(batch: PackedBatch) -> PackedBatch:
     """Lays the sequences of a batch of trees out in padded rows; its response tokens keep their order.
 
-    Example:
+    Examples:
         >>> batch = as_padded(pack_trees([TokenisedPair([5, 6], [7], [8, 9])]))
         >>> batch.input_ids.tolist(), batch.source_index.tolist()
         ([[5, 6, 7, 0], [5, 6, 8, 9]], [1, 5, 6])

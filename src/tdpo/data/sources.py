@@ -155,7 +155,7 @@ def from_memory(rows: Iterable[Any], source: str) -> list[SourceRow]:
 def describe(value: Any) -> str:
     """Describes a value's type and content in a few words for messages.
 
-    Example:
+    Examples:
         >>> describe(17), describe(None), describe("x" * 60)
         ('the number 17', 'null', "the text 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'")
     """

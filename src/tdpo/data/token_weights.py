@@ -72,7 +72,7 @@ def _weights_of_spans(
 def carried_weights(pairs: Sequence[TokenisedPair]) -> Tensor | None:
     """Returns the weights that pairs carry, ``[2, N]`` float32: on log-ratio and KL; None if no pair has any.
 
-    Example:
+    Examples:
         >>> pair = TokenisedPair([1], [2, 3], [4], chosen_weights=[0.5, 2.0], rejected_kl_weights=[3.0])
         >>> carried_weights([pair]).tolist()
         [[0.5, 2.0, 1.0], [1.0, 1.0, 3.0]]

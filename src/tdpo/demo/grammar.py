@@ -67,7 +67,7 @@ HALF_WAY = 4.0
 def explain(text: str) -> dict[str, float]:
     """Returns what every lexicon word of the text adds to the total, at its first occurrence and in order.
 
-    Example:
+    Examples:
         >>> explain("The plot was never dull, and the cast was very warm, very warm.")
         {'dull': 0.75, 'warm': 1.5}
     """
@@ -86,7 +86,7 @@ def explain(text: str) -> dict[str, float]:
 def reward(text: str) -> float:
     """Scores the sentiment of a text, strictly between -1 and 1; the rules are at the head of this module.
 
-    Example:
+    Examples:
         >>> round(reward("The music was superb."), 3), round(reward("It was superb, superb, superb."), 3)
         (0.447, 0.447)
         >>> round(reward("I saw it in May."), 3), round(reward("The plot was not good."), 3)
@@ -171,7 +171,7 @@ _MOODS = ((0.32, "praise_or_blame", 1), (0.32, "praise_or_blame", -1), (0.24, "m
 def sample_text(rng: random.Random) -> str:
     """Draws one review from the grammar.
 
-    Example:
+    Examples:
         >>> sample_text(random.Random(5)) == sample_text(random.Random(5))
         True
     """

@@ -106,7 +106,7 @@ def token_divergence(policy: Hidden, reference: Hidden, labels_N: Tensor, logits
         ``[5, N]`` in nats, float32 (float64 for float64 states): KL(policy || reference), KL(reference || policy),
         log-ratio of the label, entropy of the policy, entropy of the reference.
 
-    Example:
+    Examples:
         >>> import math
         >>> from tdpo.types import Head
         >>> uniform = Hidden(torch.zeros(1, 4), Head(torch.ones(8, 4)))

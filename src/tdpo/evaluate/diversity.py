@@ -67,7 +67,7 @@ def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
 
     It decreases with the size of the set, so compare sets of equal size. NaN if no sequence has n items.
 
-    Example:
+    Examples:
         >>> distinct_n([["a", "b", "a", "b"]], 1), round(distinct_n([["a", "b", "a", "b"]], 2), 3)
         (0.5, 0.667)
     """
@@ -81,7 +81,7 @@ def self_bleu(texts: Sequence[str]) -> float:
     Sentence BLEU of sacrebleu, with its tokenisation and exponential smoothing, over at most
     :data:`SELF_BLEU_RESPONSES` texts.
 
-    Example:
+    Examples:
         >>> round(self_bleu(["the plot was never dull", "the plot was never dull"]), 6)
         1.0
     """
@@ -98,7 +98,7 @@ def self_bleu(texts: Sequence[str]) -> float:
 def compression_ratio(texts: Sequence[str]) -> float:
     """Computes bytes over compressed bytes of the texts, one per line (Shaib et al. 2024, arXiv 2403.00553).
 
-    Example:
+    Examples:
         >>> compression_ratio(["abcdefgh"] * 100) > 20
         True
     """

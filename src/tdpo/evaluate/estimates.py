@@ -37,7 +37,7 @@ class Estimate:
     def __format__(self, spec: str) -> str:
         """Formats mean and standard error.
 
-        Example:
+        Examples:
             >>> f"{Estimate(0.2849, 0.0204, 0.24, 0.33, 256):.2f}"
             '0.28±0.02'
         """
@@ -47,7 +47,7 @@ class Estimate:
     def of(cls, values: Tensor | Sequence[float]) -> Estimate:
         """Computes mean, standard error and interval of ``[P]`` values, or of ``[P, S]`` values averaged by row.
 
-        Example:
+        Examples:
             >>> found = Estimate.of([1.0, 2.0, 3.0, 6.0])
             >>> found.mean, found.standard_error, found.count
             (3.0, 1.0801234497346435, 4)
@@ -61,7 +61,7 @@ class Estimate:
     def over_seeds(cls, values: Sequence[float]) -> Estimate:
         """Computes mean, standard error and Student-t interval of one value a seed; no bootstrap, as seeds are few.
 
-        Example:
+        Examples:
             >>> found = Estimate.over_seeds([1.0, 2.0, 3.0])
             >>> found.mean, round(found.low, 4), round(found.high, 4)
             (2.0, -0.4841, 4.4841)

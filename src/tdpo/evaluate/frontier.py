@@ -76,7 +76,7 @@ class SeedFront:
         Between the end of the front and the largest KL measured it is that of the end, since a policy with less KL has
         that much. Outside of what was measured it is None.
 
-        Example:
+        Examples:
             >>> front = SeedFront(np.array([[0.0, 0.0], [2.0, 0.5]]), largest=3.0)
             >>> front.reward_at(0.5), front.reward_at(2.5), front.reward_at(3.5)
             (0.125, 0.5, None)
@@ -188,7 +188,7 @@ class Frontier:
 def _round_down(value: float) -> float:
     """Rounds a positive number down to two significant digits.
 
-    Example:
+    Examples:
         >>> _round_down(0.2899), _round_down(0.29), _round_down(1372.0)
         (0.28, 0.29, 1300.0)
     """
@@ -288,7 +288,7 @@ def pareto(points: Iterable[Sequence[float]]) -> list[int]:
 
     A pair beats another with no more KL and no less reward; of equal pairs the first one is kept.
 
-    Example:
+    Examples:
         >>> pareto([(1.0, 0.2), (2.0, 0.1), (2.0, 0.5), (0.0, 0.0), (3.0, 0.5)])
         [3, 0, 2]
     """

@@ -211,7 +211,7 @@ def top_tokens(
         ``[N, 2 count]`` each: token ids, the policy's before the reference's; probabilities under the policy; under
         the reference.
 
-    Example:
+    Examples:
         >>> from tdpo.types import Head
         >>> policy, reference = (Hidden(torch.ones(1, 1), Head(torch.tensor([[a], [1.0]]))) for a in (2.0, 0.0))
         >>> top_tokens(policy, reference, 1)[0].tolist()

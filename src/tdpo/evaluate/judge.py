@@ -141,7 +141,7 @@ class Judgement:
 def read_verdict(completion: Completion) -> tuple[str | None, str]:
     """Returns A, B or C, or None and the reason: cut off, without a verdict, or with several different ones.
 
-    Example:
+    Examples:
         >>> read_verdict(Completion("A is right. [[A]]")), read_verdict(Completion("[[A]] or [[B]]"))
         (('A', ''), (None, 'several verdicts: A, B'))
     """

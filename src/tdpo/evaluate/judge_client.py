@@ -442,7 +442,7 @@ class JudgeClient:
 def request_key(request: Mapping[str, Any]) -> str:
     """Returns a hash of a request, the name of its answer in the cache.
 
-    Example:
+    Examples:
         >>> request_key({"model": "m", "seed": 0}) == request_key({"seed": 0, "model": "m"})
         True
     """
@@ -452,7 +452,7 @@ def request_key(request: Mapping[str, Any]) -> str:
 def retry_after(value: str | None) -> float | None:
     """Reads the header ``Retry-After``: seconds or a date; None if there is none that can be read.
 
-    Example:
+    Examples:
         >>> retry_after("1.5"), retry_after("Wed, 21 Oct 2015 07:28:00 GMT"), retry_after("soon")
         (1.5, 0.0, None)
     """

@@ -191,7 +191,7 @@ def alpaca_eval_rows(answers: Sequence[Answer], generator: str, dataset: str) ->
 def prompt_text(prompt: Text) -> str:
     """Returns a prompt as one text; messages are named by their role unless there is only the user's.
 
-    Example:
+    Examples:
         >>> print(prompt_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]))
         system: Be brief.
         <BLANKLINE>

@@ -392,7 +392,7 @@ def class_score(logits_NC: Tensor, label: int, output: str) -> Tensor:
     Returns:
         ``[N]``, logits in nats.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[0.0, 100.0], [0.0, 0.0]])
         >>> class_score(logits, 1, "logit").tolist(), class_score(logits, 1, "probability").tolist()
         ([100.0, 0.0], [1.0, 0.5])
@@ -406,7 +406,7 @@ def class_score(logits_NC: Tensor, label: int, output: str) -> Tensor:
 def label_index(labels: Sequence[str], wanted: str | None, name: str) -> int:
     """Returns the index of a label by its name or index, or of the one of two that means good.
 
-    Example:
+    Examples:
         >>> label_index(["NEGATIVE", "POSITIVE"], None, "model"), label_index(["a", "b", "c"], "C", "model")
         (1, 2)
         >>> label_index(["1 star", "2 stars", "3 stars"], "2", "model"), label_index(["-1", "1"], None, "model")

@@ -37,7 +37,7 @@ def importance_weights(
 
     Source: Liu et al. 2024 (arXiv 2410.04350), section 4; ranks as in the authors' released ``rank_based`` transform.
 
-    Example:
+    Examples:
         >>> [round(weight, 2) for weight in importance_weights(torch.tensor([0.1, 9.0, -2.0, 5.0])).tolist()]
         [0.9, 1.2, 0.7, 1.2]
     """
@@ -63,7 +63,7 @@ def guidance_weights(logratio_n: Tensor, *, rejected: bool = False, strength: fl
 
     Source: Zhu et al. 2025 (arXiv 2506.14574).
 
-    Example:
+    Examples:
         >>> guidance_weights(torch.tensor([2.0, -30.0]), strength=0.5, beta=0.1).tolist()
         [1.100000023841858, 0.0]
     """

@@ -76,7 +76,7 @@ class WinRate:
     def of(cls, outcomes: Sequence[Outcome]) -> WinRate:
         """Computes counts, rates and intervals.
 
-        Example:
+        Examples:
             >>> found = WinRate.of([Outcome("p", 1.0), Outcome("q", 0.5), Outcome("r", 0.0), Outcome("s", 1.0)])
             >>> found.rate.mean, found.wins, found.ties, [round(end, 3) for end in found.wilson]
             (0.625, 2, 1, [0.219, 0.908])
@@ -127,7 +127,7 @@ def wilson_interval(rate: float, trials: int) -> tuple[float, float]:
 
     Source: Wilson 1927, doi.org/10.1080/01621459.1927.10502953.
 
-    Example:
+    Examples:
         >>> [round(end, 4) for end in wilson_interval(1.0, 10)]
         [0.7225, 1.0]
     """

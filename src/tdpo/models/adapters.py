@@ -110,7 +110,7 @@ def base_tensors(model: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tu
         model: The adapted model.
         named: Names in ``get_base_model()`` and tensors.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> lora = SimpleNamespace(base_model=SimpleNamespace(prefix="lora_"))
         >>> names = "q_proj.base_layer.weight", "q_proj.lora_A.default.weight", "lm_head.original_module.weight"

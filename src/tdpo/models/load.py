@@ -150,7 +150,7 @@ def adapter_base(name: str, revision: str = "main") -> str | None:
 def same_model(name: str, other: str) -> bool:
     """Returns whether two names mean one model: the same hub name, or the same folder however it is written.
 
-    Example:
+    Examples:
         >>> same_model("./my-sft", "my-sft"), same_model("my-sft", "my-base")
         (True, False)
     """

@@ -82,7 +82,7 @@ def build(name: str, **parameters: Any) -> Objective:
         UserError: for an unknown name, a parameter the objective does not have (never ignored silently), or a value
             outside the parameter's range.
 
-    Example:
+    Examples:
         >>> str(build("tdpo2", beta=0.2, alpha=None))
         'tdpo2(beta=0.2, alpha=0.5)'
     """

@@ -31,7 +31,7 @@ class DPO(SumObjective):
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(1)
         >>> round(DPO(beta=0.1)(PairStats(zero + 10, zero, zero, zero)).loss.item(), 4)
         0.3133
@@ -59,7 +59,7 @@ class FDPO(SumObjective):
 
     Source: Wang et al. 2023 (arXiv 2309.16240), with the constants of TRL's ``f_divergence_type``.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(1)
         >>> round(FDPO(beta=0.1)(PairStats(zero + 1, zero - 1, zero, zero)).loss.item(), 4)
         0.5825
@@ -114,7 +114,7 @@ class IPO(SumObjective):
 
     Source: Azar et al. 2023 (arXiv 2310.12036), eq. 17, per token as in TRL, whose authors agreed it with the paper's.
 
-    Example:
+    Examples:
         >>> zero, four = torch.zeros(1), torch.full((1,), 4.0)
         >>> IPO(beta=0.25)(PairStats(zero + 12, zero, zero, zero, zero, zero, four, four)).loss.item()
         1.0
@@ -141,7 +141,7 @@ class RobustDPO(SumObjective):
 
     Source: Chowdhury et al. 2024 (arXiv 2403.00409); TRL's ``robust``.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(1)
         >>> round(RobustDPO(beta=0.1, epsilon=0.1)(PairStats(zero + 10, zero, zero, zero)).loss.item(), 4)
         0.1883
@@ -171,7 +171,7 @@ class DPOP(SumObjective):
 
     Source: Pal et al. 2024 (arXiv 2402.13228).
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(1)
         >>> round(DPOP(beta=0.1, penalty=5.0)(PairStats(zero - 1, zero - 3, zero, zero)).loss.item(), 4)
         0.8544
@@ -200,7 +200,7 @@ class CalDPO(SumObjective):
 
     Source: Xiao et al. 2024 (arXiv 2412.14516). The authors' released code halves the two squares.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(1)
         >>> round(CalDPO(beta=0.5)(PairStats(zero + 1, zero - 1, zero, zero)).loss.item(), 4)
         0.1269
@@ -228,7 +228,7 @@ class SimPO(SumObjective):
 
     Source: Meng et al. 2024 (arXiv 2405.14734), eq. 6.
 
-    Example:
+    Examples:
         >>> zero, two = torch.zeros(1), torch.full((1,), 2.0)
         >>> stats = PairStats(zero, zero, zero, zero, zero - 2, zero - 4, two, two)
         >>> round(SimPO(beta=2.0, gamma=1.0)(stats).loss.item(), 4)

@@ -30,7 +30,7 @@ class PositionWeights:
 
     Source of ``ld``: Liu et al. 2024 (arXiv 2409.06411); TRL's ``ld_alpha``.
 
-    Example:
+    Examples:
         >>> PositionWeights.parse("ld:0.5").of_lengths([3, 1]).tolist()
         [1.0, 0.5, 0.5, 1.0]
         >>> PositionWeights.parse("decay:0.5").of_lengths([3, 1]).tolist()

@@ -25,7 +25,7 @@ class TDPO1(SumObjective):
 
     Source: TDPO eq. 15.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(1)
         >>> round(TDPO1(beta=0.1)(PairStats(zero + 10, zero, zero, zero + 10)).loss.item(), 4)
         0.6931
@@ -51,7 +51,7 @@ class TDPO2(SumObjective):
 
     Source: TDPO eq. 17 and 18.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(1)
         >>> round(TDPO2(beta=0.1, alpha=0.5)(PairStats(zero + 10, zero, zero, zero + 10)).loss.item(), 4)
         0.4741
@@ -80,7 +80,7 @@ class TBPO(Objective):
 
     Source: Nguyen et al. 2026 (arXiv 2605.12288).
 
-    Example:
+    Examples:
         >>> two, none = torch.tensor([2.0, 0.0, 2.0, 5.0]), torch.zeros(4)
         >>> round(TBPO(beta=0.5).pair_loss(PairTokens(two, none, none, torch.tensor([0, 1, 0, 0]), 1)).loss.item(), 4)
         0.3133

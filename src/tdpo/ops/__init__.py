@@ -55,7 +55,7 @@ def token_stats(
 
     Source: TDPO (arXiv 2404.11999), eq. 12 and 14.
 
-    Example:
+    Examples:
         >>> hidden, weight = torch.ones(3, 4), torch.eye(5, 4)
         >>> stats = token_stats(hidden, weight, hidden, weight, torch.tensor([0, 1, 4]))
         >>> stats.kl.tolist()

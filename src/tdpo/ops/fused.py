@@ -82,7 +82,7 @@ def kl_ratios(objective: Objective) -> tuple[float, float] | None:
         None if this is not one constant per side, or a side has no derivative at either point: the directions may then
         depend on statistics of the whole pair.
 
-    Example:
+    Examples:
         >>> from tdpo.objectives import tdpo1, tdpo2
         >>> kl_ratios(tdpo1(beta=0.1)), kl_ratios(tdpo2(beta=0.1, alpha=0.5))
         ((1.0, 1.0), (0.0, 0.5))

@@ -28,7 +28,7 @@ def default_logits_budget(device: torch.device) -> int:
 def padded_vocab(vocab_size: int, dtype: torch.dtype) -> int:
     """Returns W, the number of logits from the beginning of one row to that of the next.
 
-    Example:
+    Examples:
         >>> padded_vocab(50_277, torch.float32), padded_vocab(50_277, torch.float64)
         (50288, 50280)
     """

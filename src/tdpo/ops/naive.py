@@ -73,7 +73,7 @@ def loss_of_tokens(
 def stats_from_logits(logits_NV: Tensor, ref_logits_NV: Tensor, labels_N: Tensor) -> TokenStats:
     """Computes token statistics from logits, in the policy's dtype; the reference's are constant.
 
-    Example:
+    Examples:
         A reference that is sure of the other token, by a gap of 200 nats, leaves everything finite:
 
         >>> import torch

@@ -60,7 +60,7 @@ def kl_terms(logp: Tensor, ref_logp: Tensor) -> Tensor:
         Terms in nats, same shape and dtype. Exactly 0 where both agree, and where both are ``-inf``; ``inf`` where
         the policy gives probability 0 to something the reference does not.
 
-    Example:
+    Examples:
         >>> policy = torch.tensor([0.5, 0.5]).log()
         >>> reference = torch.tensor([0.25, 0.75]).log()
         >>> round(kl_terms(policy, reference).sum().item(), 6)

@@ -83,7 +83,7 @@ def direction_(
 def launch_shape(vocab: int) -> tuple[int, int]:
     """Returns block size and number of warps for rows of ``vocab`` logits.
 
-    Example:
+    Examples:
         >>> launch_shape(1000), launch_shape(150_000)
         ((1024, 2), (8192, 16))
     """

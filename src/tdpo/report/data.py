@@ -82,7 +82,7 @@ def lengths_table(found: DataCheck) -> Table:
 def histogram(lengths: np.ndarray, limit: int | None, bars: int = 14, width: int = 40) -> Group:
     """Renders counts of sequences by length, and which of them are over the limit.
 
-    Example:
+    Examples:
         >>> import rich
         >>> rich.print(histogram(np.array([1, 2, 2, 9, 12]), limit=10, bars=3, width=3))
         tokens of a sequence (prompt and longer response); --max_length 10

@@ -150,7 +150,7 @@ class ScoredPrompts:
 def random_passes(size: int, count: int, seed: int) -> list[int]:
     """Returns the first ``count`` indices of concatenated random permutations of ``range(size)``.
 
-    Example:
+    Examples:
         >>> order = random_passes(3, 7, seed=0)
         >>> sorted(order[:3]), sorted(order[3:6]), len(order)
         ([0, 1, 2], [0, 1, 2], 7)

@@ -297,7 +297,7 @@ def generalised_advantages(rewards_ST: Tensor, values_ST: Tensor, gamma: float, 
 
     Source: Schulman et al. (arXiv 1506.02438), eq. 11 and 16.
 
-    Example:
+    Examples:
         >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
         >>> generalised_advantages(rewards, values, gamma=1.0, lam=0.5).tolist()
         [[0.125, 0.75]]
@@ -321,7 +321,7 @@ def policy_loss(logp_N: Tensor, old_logp_N: Tensor, advantages_N: Tensor, clip_r
 
     Source: Schulman et al. (arXiv 1707.06347), eq. 7.
 
-    Example:
+    Examples:
         >>> ratio, advantages = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
         >>> [round(loss, 4) for loss in policy_loss(ratio.log(), torch.zeros(4), advantages, 0.2).tolist()]
         [-1.2, -0.5, 1.5, 0.8]
@@ -340,7 +340,7 @@ def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, value_
         returns_N: Targets of the values.
         value_clip: Values are clipped to this distance from the old ones; None to not clip.
 
-    Example:
+    Examples:
         >>> value_loss(torch.tensor([1.0, 1.0]), torch.zeros(2), torch.tensor([2.0, 0.0]), 0.5).tolist()
         [1.125, 0.5]
     """

@@ -39,7 +39,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def step_of(folder: Path) -> int:
     """Returns the optimizer step a checkpoint was written at.
 
-    Example:
+    Examples:
         >>> step_of(Path("out/checkpoint-30"))
         30
     """

@@ -94,7 +94,7 @@ def pair_columns(scores: PairScores, objective: Objective) -> dict[str, Tensor]:
 def pair_means(sums: dict[str, float]) -> dict[str, float]:
     """Computes the mean of every metric over pairs from the sums of :func:`pair_columns`; empty without pairs.
 
-    Example:
+    Examples:
         >>> pair_means({})
         {}
     """

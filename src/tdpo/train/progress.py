@@ -36,7 +36,7 @@ def bar(console: Console, transient: bool = False) -> Progress:
 def figures(metrics: Mapping[str, Any], prefix: str = "") -> str:
     """Formats the metrics worth watching in one line.
 
-    Example:
+    Examples:
         >>> figures({"loss": 0.6931, "rewards/accuracies": 0.5})
         'loss 0.6931  accuracy 0.50'
     """

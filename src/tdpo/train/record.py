@@ -98,7 +98,7 @@ class RecordCallback(TrainerCallback):
 def command_line(words: Sequence[str]) -> str:
     """Returns the command without secrets.
 
-    Example:
+    Examples:
         >>> command_line(["/usr/bin/tdpo", "train", "--hub_token", "hf_x", "--beta", "0.1"])
         'tdpo train --hub_token ... --beta 0.1'
     """

@@ -75,7 +75,7 @@ def balance(items: Sequence[int], lengths: Sequence[int], count: int) -> list[li
 
     The longest item left goes to the lightest block that has room.
 
-    Example:
+    Examples:
         >>> balance([0, 1, 2, 3], lengths=[9, 8, 2, 1], count=2)
         [[0, 3], [1, 2]]
         >>> balance([2, 0], lengths=[1, 1, 5], count=3)

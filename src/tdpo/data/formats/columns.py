@@ -148,7 +148,7 @@ class UnusedColumns:
 def is_metadata(name: str) -> bool:
     """Returns whether a name is known to be that of metadata.
 
-    Example:
+    Examples:
         >>> [is_metadata(name) for name in ("prompt_id", "score_chosen", "chosen-model", "c_root_id_A", "num_turns")]
         [True, True, True, True, True]
         >>> [is_metadata(name) for name in ("prompt", "source_text", "notes", "model_response")]

@@ -27,7 +27,7 @@ def html_to_text(html: str) -> str:
 
     Code stays as it is; other white space is what a browser shows.
 
-    Example:
+    Examples:
         >>> html_to_text("<p>Use <code>a &lt; b</code>:</p><pre><code>if a:\n    b</code></pre>")
         'Use <code>a < b</code>:\n\n<code>if a:\n    b</code>'
     """

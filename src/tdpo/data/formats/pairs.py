@@ -212,7 +212,7 @@ def common_words(one: str, other: str) -> int:
 
     Spaces before the end belong to what follows, as tokenizers have it.
 
-    Example:
+    Examples:
         >>> one, other = "The sky is bluish.", "The sky is blue."
         >>> one[:common_words(one, other)]
         'The sky is'

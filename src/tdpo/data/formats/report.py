@@ -74,7 +74,7 @@ class DataReport:
     def lines(self) -> list[str]:
         """Returns the report as text, one line each.
 
-        Example:
+        Examples:
             >>> report = DataReport("pairs.jsonl", "preference", read=3, kept=2)
             >>> report.dropped["chosen and rejected are identical"].append(2)
             >>> print("; ".join(report.lines()))

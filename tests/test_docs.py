@@ -1,0 +1,27 @@
+"""The documentation's pages: none is left out, and every public name is on the page of the API."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+import tdpo
+
+DOCS = REPOSITORY / "docs"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = set(re.findall(r"[\w/-]+\.md", str(yaml.safe_load(text)["nav"])))
+    assert {path.name for path in DOCS.glob("*.md")} <= pages
+
+
+@pytest.mark.parametrize("name", tdpo.__all__)
+def test_every_public_name_has_a_docstring_and_a_place_in_the_api(name: str) -> None:
+    found = getattr(tdpo, name)
+    assert len((found.__doc__ or "").split()) > 3
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert re.search(rf"::: tdpo\.{name}\b|members: \[[^\]]*\b{name}\b", text), f"docs/api.md does not mention {name}"
