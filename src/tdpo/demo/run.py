@@ -31,7 +31,7 @@ from tdpo.files import check_writable
 SAMPLING_BATCH = 256
 MARK = ".tdpo-demo"
 """Marker file of a folder that the demo created."""
-ENTRIES = ("base", "sft", "pairs", "frontier", "sft.jsonl", "prompts.jsonl")
+ENTRIES = ("base", "sft", "pairs", "frontier", "sft.jsonl", "prompts.jsonl", "report.html")
 """Everything the demo writes into its folder."""
 FINE_TUNING = """--model_name_or_path {folder}/base --dataset_name {folder}/sft.jsonl --output_dir {folder}/sft
     --max_steps {sft_steps} --learning_rate {sft_learning_rate} --lr_scheduler_type linear
@@ -41,10 +41,13 @@ SWEEP = """--model_name_or_path {folder}/sft --dataset_name {folder}/pairs --eva
     --prompts_dataset_name {folder}/prompts.jsonl --output_dir {folder}/frontier --objectives dpo tdpo1 tdpo2
     --betas {beta} --alphas {alpha} --max_steps {steps} --learning_rate {learning_rate} --warmup_steps {steps_warmup}
     --lr_scheduler_type constant_with_warmup --per_device_train_batch_size {batch_size} --seed {seed}
-    --per_device_eval_batch_size 64 --max_grad_norm 10 --eval_steps {eval_every} --logging_steps {steps}
-    --reward tdpo.demo.grammar:rewards --max_new_tokens {max_new_tokens} --batch_size 256 --save_models"""
+    --per_device_eval_batch_size 64 --max_grad_norm 10 --eval_steps {eval_every} --logging_steps 10
+    --reward tdpo.demo.grammar:rewards --max_new_tokens {max_new_tokens} --batch_size 256 --save_models
+    --output {page}"""
 NEXT = """tdpo eval --model_name_or_path {tdpo2} --ref_model_name_or_path {folder}/sft --dataset_name {folder}/pairs \
 --generate --reward tdpo.demo.grammar:rewards
+tdpo inspect --model_name_or_path {tdpo2} --ref_model_name_or_path {folder}/sft --dataset_name {folder}/pairs \
+--output tokens.html
 tdpo generate --model_name_or_path {tdpo2} --ref_model_name_or_path {folder}/sft --dataset_name {folder}/prompts.jsonl
 tdpo train --model_name_or_path {folder}/sft --dataset_name {folder}/pairs --objective tdpo2 --alpha 1.0 \
 --learning_rate 2e-4 --output_dir my-tdpo2"""
@@ -72,6 +75,7 @@ class DemoOptions:
         batch_size: Pairs per optimizer step; fine-tuning uses twice as many texts.
         eval_every: Optimizer steps between measurements.
         max_new_tokens: Maximum length of a completion in tokens.
+        output: Page to write at the end; default: report.html in --output_dir.
     """
 
     output_dir: str = "demo-output"
@@ -90,6 +94,7 @@ class DemoOptions:
     batch_size: int = 32
     eval_every: int = 40
     max_new_tokens: int = 48
+    output: str | None = None
 
     def __post_init__(self) -> None:
         check_values(self, sft_texts=1, sft_steps=1, train_prompts=1, held_out_prompts=2, samples_per_prompt=2)
@@ -153,7 +158,8 @@ def say(text: str) -> None:
 
 def _run(name: str, command: Callable[[Sequence[str]], None], words: str, options: DemoOptions, folder: Path) -> None:
     """Prints a command line and runs it."""
-    values = {**asdict(options), "batch_2": 2 * options.batch_size}
+    page = shlex.quote(options.output or str(folder / "report.html"))
+    values = {**asdict(options), "batch_2": 2 * options.batch_size, "page": page}
     for stage in ("sft_steps", "steps"):
         values[f"{stage}_warmup"] = values[stage] // 20
     line = " ".join(words.split()).format(folder=shlex.quote(str(folder)), **values)
