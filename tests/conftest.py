@@ -7,9 +7,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from browser import BROWSER
 
 if not torch.cuda.is_available():  # triton reads it once, when it is first imported, and transformers imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -110,6 +112,18 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"needs the real data and models, looked for in {SHARED} (TDPO_SHARED names another folder)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless browser of the system's; what needs it is skipped without."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which `make install` installs")
+    if not BROWSER:
+        pytest.skip("needs Chromium or Chrome, for example Debian's package chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser import Page
 from conftest import make_model, sentences
 from numeric_worlds import moved
 from transformers import PreTrainedTokenizerFast
@@ -21,21 +20,8 @@ from tdpo.evaluate.inspect import Alternatives, InspectedPair, InspectedResponse
 from tdpo.report.inspect import LARGEST_PAGE, Inspection
 from tdpo.types import TokenisedPair
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
-AXE = Path(sys.prefix) / "node_modules" / "axe-core" / "axe.min.js"
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=1> {{7*7}} ${hacked=1} \" ' onload=hacked=1"
 ARABIC, CHINESE = "مرحبا بالعالم", "你好，世界 👩‍🚀"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which `make install` installs")
-    if not BROWSER:
-        pytest.skip("needs Chromium or Chrome, for example Debian's package chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +44,10 @@ def file(inspection: Inspection, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return inspection.save(tmp_path_factory.mktemp("page") / "page.html")
 
 
-class Opened:
-    """A page, and what went wrong on it."""
+class Opened(Page):
+    """The token view, and what went wrong on it."""
 
-    def __init__(self, browser: Any, file: Path, **settings: Any) -> None:
-        self.page = browser.new_page(**settings)
-        self.problems: list[str] = []
-        self.page.on("console", lambda message: self.problems.append(message.text))
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("request", lambda request: request.url.startswith("file:") or self.problems.append(request.url))
-        self.page.goto(file.as_uri())
-        self.page.wait_for_selector("article")
+    ready = "article"
 
     def rows(self) -> list[int]:
         return self.page.eval_on_selector_all("article", "found => found.map((a) => Number(a.dataset.row))")
@@ -241,16 +220,9 @@ def test_a_phone_shows_everything_in_its_width(chromium: Any, file: Path, scheme
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1300, 400])
 def test_axe_finds_nothing_serious(chromium: Any, file: Path, scheme: str, width: int) -> None:
-    if not AXE.exists():
-        pytest.skip("needs axe-core, which `make install` installs where npm is")
     opened = Opened(chromium, file, viewport={"width": width, "height": 900}, color_scheme=scheme)
     opened.token(2, 0, 0).click()
-    opened.page.evaluate(AXE.read_text(encoding="utf-8"))
-    found = opened.page.evaluate("axe.run()")
-    assert [
-        (v["id"], v["nodes"][0]["html"]) for v in found["violations"] if v["impact"] in ("serious", "critical")
-    ] == []
-    assert len(found["passes"]) > 20
+    assert opened.serious_findings() == []
     opened.page.close()
 
 

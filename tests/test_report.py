@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Page
 from conftest import REPOSITORY, make_model, preference_rows
 from transformers import PreTrainedTokenizerFast
 
@@ -155,6 +156,23 @@ def test_text_of_a_run_stays_text(run_folder: Path) -> None:
     run.samples.append({"step": 0, "prompt": HOSTILE, "response": HOSTILE})
     page = run_page([run])
     assert "<script" not in page and page.count("&lt;script&gt;") == 4
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 400])
+def test_the_page_in_a_browser(chromium: Any, run_folder: Path, tmp_path: Path, scheme: str, width: int) -> None:
+    runs = read_runs([run_folder, run_folder])
+    runs[0].samples.append({"step": 0, "prompt": "\u0645\u0631\u062d\u0628\u0627", "response": HOSTILE})
+    (tmp_path / "page.html").write_text(run_page(runs), encoding="utf-8")
+    opened = Page(chromium, tmp_path / "page.html", viewport={"width": width, "height": 900}, color_scheme=scheme)
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == width
+    sizes = opened.page.eval_on_selector_all("figure img", "images => images.map((image) => image.naturalWidth)")
+    assert len(sizes) == len(charts()) and min(sizes) > 300
+    opened.page.locator("summary").first.click()
+    assert opened.page.get_by_text("per_device_train_batch_size").first.is_visible()
+    assert opened.problems == []
+    assert opened.serious_findings() == []
+    opened.page.close()
 
 
 def test_displacement_is_warned_of_in_nats() -> None:
