@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/tdpo demo --output_dir demo-output
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: install
 	$(BIN)/ruff format --check .

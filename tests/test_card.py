@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from conftest import make_model, preference_rows
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from test_report import train
 from transformers import PreTrainedTokenizerFast
 
+from tdpo import TDPOConfig, TDPOTrainer
 from tdpo.cli import main
 from tdpo.data.dataset import PairDataset
 from tdpo.data.formats import DataReport
@@ -28,7 +31,7 @@ def test_a_card_has_objective_results_data_settings_and_versions(
     assert card.data.tags == ["tdpo", "tdpo2"] and card.data.library_name == "transformers"
     assert "`tdpo2(beta=0.2, alpha=0.5)`" in card.text and "| learning_rate | 0.001 |" in card.text
     last = [log for log in trainer.state.log_history if "eval_loss" in log][-1]
-    assert "## Held-out pairs, step 4" in card.text and f"| loss | {last['eval_loss']:.4g} |" in card.text
+    assert "## Held-out data, step 4" in card.text and f"| loss | {last['eval_loss']:.4g} |" in card.text
     assert f"rejected, nats per response | {last['eval_kl/rejected']:.4g} |" in card.text
     fingerprints = trainer.train_dataset.fingerprint(), trainer.eval_dataset.fingerprint()
     assert f"| 24 | {fingerprints[0]} |" in card.text and f"| 4 | {fingerprints[1]} |" in card.text
@@ -52,6 +55,25 @@ def test_a_card_of_other_origin_stays(
     assert (tmp_path / FILE).read_text() == "# mine\n" and "is not a model card of tdpo" in caplog.text
 
 
+def test_a_card_of_an_adapter_is_written_too_and_one_of_other_origin_stays(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=2)
+    for folder, text in (("new", ""), ("other", "# mine\n")):
+        path = tmp_path / folder
+        args = TDPOConfig(output_dir=str(path), max_steps=1, report_to="none", disable_tqdm=True)
+        trainer = TDPOTrainer(
+            make_model(len(tokenizer)), args=args, train_dataset=preference_rows(), processing_class=tokenizer,
+            peft_config=config,
+        )  # fmt: skip
+        trainer.train()
+        if text:
+            (path / FILE).write_text(text)
+        trainer.save_model()
+        written = (path / FILE).read_text(encoding="utf-8")
+        assert (written == text) if text else (MARK in written and "library_name: peft" in written)
+
+
 def test_the_command_writes_the_card_with_its_last_evaluation(
     model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -59,7 +81,7 @@ def test_the_command_writes_the_card_with_its_last_evaluation(
     words += ["--dataset_test_split", "train", "--output_dir", tmp_path / "run", "--max_steps", "1"]
     assert main(["train", *map(str, words), "--report_to", "none"]) == 0
     text = (tmp_path / "run" / FILE).read_text(encoding="utf-8")
-    assert MARK in text and "## Held-out pairs, step 1" in text and f"Trained from `{model_folder}`" in text
+    assert MARK in text and "## Held-out data, step 1" in text and f"Trained from `{model_folder}`" in text
 
 
 def test_a_fingerprint_is_of_ids_and_order_alone() -> None:

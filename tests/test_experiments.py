@@ -139,6 +139,24 @@ def test_the_readme_states_the_verdicts():
     ):
         assert words + claims.verdict(decided[name]) in text
     assert f"{interval}{decided['B, DPO'][0].high:.2f} nats" in text
+    stories = load(EXPERIMENTS / "stories" / "report.py", "stories_report")
+    found = claims.reward_at_equal_kl(read_rows(stories.RESULTS / "sweep.csv"), "tdpo2", "dpo")
+    low, high = found.difference.low, found.difference.high
+    words = f"up to {found.high:.0f} nats: {claims.verdict([found])} ({found.difference.mean:.3f}, interval "
+    assert f"{words}{low:.3f} to {high:.3f})" in text
+    dialogues = load(EXPERIMENTS / "hh" / "report.py", "hh_report")
+    decided = dialogues.decide(dialogues.read("test"))
+    for words, name in (
+        ("Accuracy on Anthropic HH (Table 1), TDPO2 > TDPO1 > DPO > f-DPO: ", "C, accuracy"),
+        ("Entropy, TDPO2 > TDPO1 > f-DPO > DPO: ", "C, entropy"),
+    ):
+        assert words + claims.verdict(decided[name]) in text
+
+
+def test_the_sensitivity_table_of_the_documentation_is_that_of_its_result_file():
+    report = load(EXPERIMENTS / "stories" / "report.py", "stories_report")
+    assert report.render() == claims.inserted(REPOSITORY / "docs" / "choosing.md")
+    assert len(report.cells()) == 45 and all(len(found) == 5 for found in report.cells().values())
 
 
 def test_learning_rates_of_the_sweep_are_those_that_validation_chose():

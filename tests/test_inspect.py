@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from conftest import make_model
 from numeric_worlds import moved, random_pairs, tiny_llama
+from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 import tdpo
@@ -172,6 +175,29 @@ def test_lines_are_json_with_the_values(tokenizer: PreTrainedTokenizerFast) -> N
                 if entry["id"] == label:
                     assert math.log(entry["policy"]) == pytest.approx(logp, abs=1e-5)
                     assert math.log(entry["reference"]) == pytest.approx(ref_logp, abs=1e-5)
+
+
+def test_values_that_are_not_numbers_are_shown_as_such(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy, reference, pairs = world(tokenizer, TEXTS)
+    inspection = tdpo.inspect(policy, reference, pairs, objectives.tdpo2(), tokenizer)
+    inspection.pairs[0].chosen.logp[1] = -math.inf
+    inspection.pairs[1].rejected.kl[0] = math.nan
+    page = inspection.html()
+    meta = json.loads(re.search(r'id="meta">(.*?)</script>', page, re.S)[1], parse_constant=pytest.fail)
+    assert meta["index"]["r_w"][0] == "-Infinity" and meta["index"]["k_l"][1] == "NaN"
+    assert all(0 < scale < 100 for scale in meta["scales"].values())
+    first, second = list(inspection.lines())[:2]
+    assert first["chosen"]["logp"][1] == "-Infinity" and second["rejected"]["kl"][0] == "NaN"
+    json.dumps([first, second], allow_nan=False)
+    Console(file=io.StringIO()).print(inspection)
+
+
+def test_a_terminal_gets_no_control_characters(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy, reference, pairs = world(tokenizer, ["a\x1b]0;title\x07b", *TEXTS[:2]])
+    output = io.StringIO()
+    Console(file=output).print(tdpo.inspect(policy, reference, pairs, objectives.tdpo2(), tokenizer))
+    assert "a\N{REPLACEMENT CHARACTER}]0;title\N{REPLACEMENT CHARACTER}b" in output.getvalue()
+    assert "\x1b" not in output.getvalue()
 
 
 def test_a_notebook_shows_the_page_in_a_frame_without_rights(tokenizer: PreTrainedTokenizerFast) -> None:

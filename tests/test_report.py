@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -14,10 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from tdpo import TDPOConfig, TDPOTrainer
 from tdpo.cli import main
-from tdpo.errors import UserError
+from tdpo.errors import Stopped, UserError
 from tdpo.report.collect import RECORD, read_run, read_runs
 from tdpo.report.run import run_page
 from tdpo.report.run_figures import charts, throughput
+from tdpo.train.record import settings
 
 HOSTILE = "</style><script>alert(1)</script>{{ 7 * 7 }}"
 
@@ -30,14 +32,17 @@ def train(tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any) -> T
     trainer = TDPOTrainer(
         make_model(len(tokenizer)), args=args, train_dataset=rows, eval_dataset=rows[:4], processing_class=tokenizer
     )
-    trainer.train()
+    with contextlib.suppress(Stopped):
+        trainer.train()
     return trainer
 
 
 @pytest.fixture(scope="module")
 def run_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
-    train(tokenizer, folder, eval_strategy="steps", eval_steps=2).save_state()
+    trainer = train(tokenizer, folder, eval_strategy="steps", eval_steps=2)
+    trainer.save_state()
+    trainer.save_model()
     return folder
 
 
@@ -61,9 +66,25 @@ def test_a_record_has_settings_data_environment_and_every_log(run_folder: Path) 
     assert all(log["memory"] > 2**20 for log in middle)
 
 
-def test_secrets_stay_out_of_the_record(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    train(tokenizer, tmp_path, max_steps=1, hub_token="hf_secret")
-    assert "hf_secret" not in (tmp_path / RECORD).read_text(encoding="utf-8")
+def test_secrets_stay_out_of_record_and_card(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kwargs = {"token": "hf_secret", "eos_token": "</s>"}
+    words = ["--hub_token", "hf_secret", "--api_key=hf_secret", f"--model_init_kwargs={json.dumps(kwargs)}"]
+    monkeypatch.setattr("sys.argv", ["tdpo", "train", *words])
+    args = TDPOConfig(output_dir=str(tmp_path), hub_token="hf_secret", model_init_kwargs=kwargs, learning_rate=2e-6)
+    assert settings(args)["model_init_kwargs"] == {"token": "...", "eos_token": "</s>"}
+    trainer = train(tokenizer, tmp_path, max_steps=1, hub_token="hf_secret")
+    trainer.save_model()
+    for name in (RECORD, "README.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "hf_secret" not in text and "--hub_token ..." in text and "</s>" in text
+
+
+def test_settings_of_zero_are_recorded(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    train(tokenizer, tmp_path, max_steps=1, seed=0, max_grad_norm=0.0, alpha=0.0)
+    found = lines(tmp_path)[0]["settings"]
+    assert (found["seed"], found["max_grad_norm"], found["alpha"]) == (0, 0.0, 0.0)
 
 
 def test_a_run_reads_as_it_was(run_folder: Path) -> None:
@@ -95,6 +116,49 @@ def test_a_resumed_run_has_every_step_once(tokenizer: PreTrainedTokenizerFast, t
     assert after.series("loss") == before.series("loss") and after.status == "finished"
 
 
+def test_a_run_resumed_after_half_a_line_reads(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    train(tokenizer, tmp_path, save_steps=2)
+    (tmp_path / "checkpoint-4").rename(tmp_path / "other")
+    whole = (tmp_path / RECORD).read_bytes()
+    (tmp_path / RECORD).write_bytes(whole[: whole.rfind(b'"step": 4') + 5])
+    train(tokenizer, tmp_path, save_steps=2, resume=True)
+    run = read_run(tmp_path)
+    assert run.series("loss")[0] == [1, 2, 3, 4] and run.status == "finished"
+
+
+def test_a_stopped_run_says_so_and_one_stopped_at_its_end_does_not(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    train(tokenizer, tmp_path / "stopped", max_time="1s", max_steps=10**6, save_strategy="no")
+    assert read_run(tmp_path / "stopped").status == "stopped with code 124"
+
+
+def test_an_evaluation_alone_leaves_a_record_as_it_is(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    before = train(tokenizer, tmp_path, max_steps=1)
+    text = (tmp_path / RECORD).read_bytes()
+    args = TDPOConfig(output_dir=str(tmp_path), report_to="none", disable_tqdm=True)
+    TDPOTrainer(before.model, args=args, eval_dataset=preference_rows(4), processing_class=tokenizer).evaluate()
+    assert (tmp_path / RECORD).read_bytes() == text
+
+
+def test_several_held_out_datasets_are_in_record_report_and_card(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    args = TDPOConfig(output_dir=str(tmp_path), max_steps=1, eval_strategy="steps", eval_steps=1, report_to="none")
+    held_out = {"train": preference_rows(4), "b": preference_rows(6)}
+    trainer = TDPOTrainer(
+        make_model(len(tokenizer)), args=args, train_dataset=preference_rows(), eval_dataset=held_out,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    run = read_run(tmp_path)
+    rows = {name: data["rows"] for name, data in run.start["data"].items()}
+    assert rows == {"train": 24, "eval train": 4, "eval b": 6} and run.held_out == ["eval_train_", "eval_b_"]
+    assert "loss, held out b" in run_page([run])
+    assert "## Held-out data b, step 1" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_new_run_in_the_same_folder_starts_a_new_record(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for steps in (3, 2):
         train(tokenizer, tmp_path, max_steps=steps)
@@ -117,6 +181,10 @@ def test_the_logs_of_another_trainer_are_enough(run_folder: Path, tmp_path: Path
     folder.mkdir()
     (folder / "trainer_state.json").write_text(json.dumps(state))
     run = read_run(tmp_path)
+    assert run.reward_scale is None and "Log-ratio of the responses over" not in run_page([run])
+    (tmp_path / "objective.json").write_bytes((run_folder / "objective.json").read_bytes())
+    run = read_run(tmp_path)
+    assert run.reward_scale == 0.2
     assert run.status == "not finished: 4 of 10 steps" and run.last("loss") == read_run(run_folder).last("loss")
     assert "no run.jsonl" in run_page([run])
 
@@ -180,8 +248,9 @@ def test_displacement_is_warned_of_in_nats() -> None:
     run = read_run_of(logs)
     run.start["reward_scale"] = 0.1
     assert "log-ratio of chosen -4 nats, of rejected -8" in run_page([run])
-    logs[0]["implicit_rewards/chosen"] = -0.05  # half a nat
-    assert "displacement." not in run_page([run])
+    for chosen, rejected, warned in ((-0.05, -0.8, False), (-2.0, -0.05, True), (-2.0, 0.05, False)):
+        logs[0] |= {"implicit_rewards/chosen": chosen, "implicit_rewards/rejected": rejected}
+        assert ("displacement." in run_page([run])) == warned
 
 
 def test_the_commands_record_samples_and_write_the_page(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -204,7 +273,7 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "x.html")]) == 2
     assert f"{tmp_path} has no run.jsonl and no trainer_state.json" in capsys.readouterr().err
     (tmp_path / RECORD).write_text("[1]\n")
-    with pytest.raises(UserError, match="line 1: not a line of a run's record"):
+    with pytest.raises(UserError, match="not the record of a run"):
         read_run(tmp_path)
 
 

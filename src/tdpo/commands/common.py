@@ -135,7 +135,7 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         UserError: if it cannot be written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, text)

@@ -33,8 +33,9 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     folders = list(takewhile(lambda word: not word.startswith("-"), argv))
     rest = list(argv[len(folders) :])
-    (options,) = parse("report", (ReportOptions,), [*(["--runs", *folders] if folders else []), *rest])
+    (options,) = parse("report", (ReportOptions,), rest)
     quieten()
+    options.runs = [*folders, *options.runs]
     if not options.runs:
         raise UserError("name the folder of a run: tdpo report RUN [RUN2 ...] --output page.html")
     write_text(options.output, run_page(read_runs(options.runs)))

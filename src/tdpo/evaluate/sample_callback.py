@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 from transformers import TrainerCallback
@@ -37,8 +36,12 @@ class SampleCallback(TrainerCallback):
             logger.warning("--sample_prompts has no effect: sharded models are not sampled from during training")
             count = 0
         limit = position_limit(trainer.model) or UNLIMITED
-        fitting = dict.fromkeys(tuple(p.prompt_ids) for p in pairs if len(p.prompt_ids) + LENGTH <= limit)
-        self.prompts = [list(ids) for ids in islice(fitting, count)]
+        self.prompts: list[list[int]] = []
+        for ids in (pair.prompt_ids for pair in pairs if count):
+            if len(self.prompts) == count:
+                break
+            if len(ids) + LENGTH <= limit and ids not in self.prompts:
+                self.prompts.append(ids)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

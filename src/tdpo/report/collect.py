@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tdpo.errors import UserError
+from tdpo.objectives import build
+from tdpo.objectives.remembered import FILE as OBJECTIVE
+from tdpo.objectives.remembered import read_objective
 
 RECORD, STATE = "run.jsonl", "trainer_state.json"
 HELD_OUT = "eval_"
@@ -41,6 +44,17 @@ class Run:
         """Returns the last value of a metric, or None."""
         _, values = self.series(name)
         return values[-1] if values else None
+
+    @property
+    def held_out(self) -> list[str]:
+        """Prefixes of the metrics of held-out data: ``eval_``, or ``eval_NAME_`` for each of several datasets."""
+        names = (name for log in self.logs for name in log if name.startswith(HELD_OUT) and name.endswith("_loss"))
+        return list(dict.fromkeys(name.removesuffix("loss") for name in names))
+
+    @property
+    def reward_scale(self) -> float | None:
+        """Reward per nat of log-ratio in ``implicit_rewards``; None where the folder does not say."""
+        return self.start.get("reward_scale")
 
     @property
     def steps(self) -> int:
@@ -83,8 +97,13 @@ def read_run(folder: str | Path) -> Run:
         logs, ended = list(state["log_history"]), state["global_step"] >= state["max_steps"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the state of a trainer ({error})") from error
+    start: dict[str, Any] = {"steps": state["max_steps"]}
+    if (objective := folder / OBJECTIVE).is_file() or (objective := path.parent / OBJECTIVE).is_file():
+        remembered = read_objective(objective)
+        built = build(remembered["objective"], **remembered["parameters"])
+        start |= {"objective": str(built), "reward_scale": built.reward_scale}
     status = "finished" if ended else f"not finished: {state['global_step']:,} of {state['max_steps']:,} steps"
-    return Run(folder.name, {"steps": state["max_steps"]}, logs, status)
+    return Run(folder.name, start, logs, status)
 
 
 def _from_record(folder: Path) -> Run:
@@ -94,16 +113,17 @@ def _from_record(folder: Path) -> Run:
     status = ""
     path = folder / RECORD
     text = path.read_bytes().decode("utf-8", "replace")
-    for number, line in enumerate(text.split("\n")[:-1], 1):  # a killed run may leave an incomplete last line
+    for line in text.split("\n"):
         try:
             entry = json.loads(line)
             event, step = entry.pop("event"), entry["step"]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a line of a run's record ({error})") from error
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue  # half a line of a run that was killed and resumed
         if event == "start":
             # A resumed run repeats the steps after its checkpoint.
-            logs = [log for log in logs if log["step"] <= step]
-            samples = [sample for sample in samples if sample["step"] <= step]
+            logs = [log for log in logs if log["step"] <= step and "train_runtime" not in log]
+            samples = [sample for sample in samples if sample["step"] < step]
+            logs.append({"step": step, "resumed": True})
             start, status = entry, ""
         elif event == "log":
             logs.append(entry)
@@ -111,6 +131,8 @@ def _from_record(folder: Path) -> Run:
             samples += [{"step": step, **sample} for sample in entry["samples"]]
         elif event == "end":
             status = entry["status"]
+    if not start:
+        raise UserError(f"{path}: not the record of a run: no line of it says how the run began")
     steps = max((log["step"] for log in logs), default=0)
     unfinished = f"not finished: {steps:,} of {start.get('steps', 0):,} steps are recorded; it runs, or it was killed"
     return Run(folder.name, start, logs, status or unfinished, samples)

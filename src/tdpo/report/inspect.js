@@ -2,7 +2,8 @@
 // Everything from the data reaches the page as text nodes or attributes set through the DOM; nothing is parsed as HTML.
 
 const meta = JSON.parse(document.getElementById("meta").textContent);
-const index = meta.index;
+// JSON has no NaN and no infinity; they come as text.
+const index = Object.fromEntries(Object.entries(meta.index).map(([name, column]) => [name, column.map(Number)]));
 const sides = ["chosen", "rejected"];
 const PAIRS_PER_PAGE = 20;
 const views = {
@@ -123,6 +124,11 @@ const sorts = {
   largest: ["KL of a single token, highest first", (row) => -index.largest_kl[row]],
 };
 
+// Pairs whose value is not a number come first: something is wrong with them.
+function order(a, b) {
+  return Number.isNaN(a) || Number.isNaN(b) ? Number.isNaN(b) - Number.isNaN(a) : a - b;
+}
+
 async function arrange() {
   const query = state.query.trim().toLowerCase();
   const status = document.getElementById("status");
@@ -138,7 +144,7 @@ async function arrange() {
   }
   const key = sorts[document.getElementById("sort").value][1];
   const keys = new Map(rows.map((row) => [row, key(row)]));
-  state.order = rows.sort((a, b) => keys.get(a) - keys.get(b) || a - b);
+  state.order = rows.sort((a, b) => order(keys.get(a), keys.get(b)) || a - b);
   state.page = 0;
   await draw();
 }
@@ -230,7 +236,8 @@ function paint() {
     const lists = element.querySelectorAll(".response");
     element.tokens.forEach((tokens, side) => tokens.forEach((t, i) => {
       const style = lists[side].children[i].style;
-      style.setProperty("--v", Math.min(Math.abs(t[state.view]) / scale, 1).toFixed(3));
+      const strength = Math.min(Math.abs(t[state.view]) / scale, 1);
+      style.setProperty("--v", (Number.isNaN(strength) ? 1 : strength).toFixed(3));
       style.setProperty("--hue", hue || (t[state.view] < 0 ? "var(--minus)" : "var(--plus)"));
     }));
     drawSums(element);
@@ -242,12 +249,14 @@ function drawSums(element) {
     let sum = 0;
     return [0, ...tokens.map((t) => (sum += t[state.view]))];
   });
-  const all = sums.flat();
+  const all = sums.flat().filter(Number.isFinite);
   const [low, high] = [Math.min(0, ...all), Math.max(0, ...all)];
   const y = (value) => 96 - (92 * (value - low)) / (high - low || 1);
   const longest = Math.max(...sums.map((side) => side.length - 1), 1);
   element.x = (i) => (1000 * i) / longest;
-  const points = (side) => side.map((value, i) => `${element.x(i).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
+  const finite = (side) => side.findIndex((value) => !Number.isFinite(value));
+  const points = (side) => side.slice(0, finite(side) < 0 ? side.length : finite(side))
+    .map((value, i) => `${element.x(i).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
   const svg = element.querySelector("svg");
   svg.replaceChildren(
     make("line", { x1: 0, x2: 1000, y1: y(0), y2: y(0) }),

@@ -8,6 +8,7 @@ import hashlib
 import html
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ FLOAT32_BITS, STATISTIC_BITS, PROBABILITY_BITS = 23, 14, 10
 TYPICAL = 0.98
 """Share of tokens that are coloured below full strength."""
 SIDES = ("chosen", "rejected")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters, which a terminal would obey."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +83,34 @@ class Inspection:
         """Yields a JSON object for each pair: sums, and lists with one item per token."""
         for pair in self.pairs:
             sides = {side: self._response(getattr(pair, side)) for side in SIDES}
-            yield {"row": pair.row, "prompt": pair.prompt, "loss": pair.loss, "margin": pair.margin, **sides}
+            sums = {name: _json_number(getattr(pair, name)) for name in ("loss", "margin")}
+            yield {"row": pair.row, "prompt": pair.prompt, **sums, **sides}
 
     def _response(self, response: InspectedResponse) -> dict[str, Any]:
         top = response.alternatives
         alternatives = [
             [
-                {"id": int(i), "text": self.words[int(i)], "policy": float(p), "reference": float(r)}
+                {
+                    "id": int(i),
+                    "text": self.words[int(i)],
+                    "policy": _json_number(float(p)),
+                    "reference": _json_number(float(r)),
+                }
                 for i, p, r in zip(*row, strict=True)
             ]
             for row in zip(top.ids, top.policy, top.reference, strict=True)
         ]
-        columns = {
-            name: getattr(response, name).tolist() for name in ("logp", "ref_logp", "kl", "weights", "kl_weights")
-        }
+        names = ("logp", "ref_logp", "kl", "weights", "kl_weights")
+        columns = {name: [_json_number(value) for value in getattr(response, name).tolist()] for name in names}
         sums = {"logratio": float(response.logratio.sum()), "sequential_kl": float(response.kl.sum())}
+        sums |= {"reward": response.reward}
         texts = {"ids": response.ids, "pieces": [list(piece) for piece in response.pieces]}
-        return {"reward": response.reward, **sums, **texts, **columns, "alternatives": alternatives}
+        return {
+            **{name: _json_number(value) for name, value in sums.items()},
+            **texts,
+            **columns,
+            "alternatives": alternatives,
+        }
 
     def _repr_html_(self) -> str:
         page = html.escape(self.html(), quote=True)
@@ -171,9 +185,9 @@ def _coloured(response: InspectedResponse, scale: float) -> Text:
     text, start = Text(), 0
     for piece in response.pieces:
         value = float(response.logratio[start : start + piece.tokens].sum())
-        strength = min(abs(value) / scale, 1.0)
+        strength = min(abs(value) / scale, 1.0) if math.isfinite(value) else 1.0
         colour = ",".join(str(round(strength * part)) for part in (PLUS if value > 0 else MINUS))
-        text.append(piece.text, f"white on rgb({colour})")
+        text.append(CONTROL.sub("\N{REPLACEMENT CHARACTER}", piece.text), f"white on rgb({colour})")
         start += piece.tokens
     return text
 
@@ -186,7 +200,8 @@ def _scales(inspection: Inspection) -> dict[str, float]:
         for name in ("logratio", "kl", "weights")
     )
     values = {"logratio": abs(ratio), "kl": kl, "advantage": abs(beta * (ratio + kl))}
-    return {name: float(np.quantile(value, TYPICAL)) for name, value in values.items()} | {
+    finite = {name: value[np.isfinite(value)] for name, value in values.items()}
+    return {name: float(np.quantile(value, TYPICAL)) if len(value) else 1.0 for name, value in finite.items()} | {
         "weight": float(weights.max())
     }
 
@@ -194,7 +209,9 @@ def _scales(inspection: Inspection) -> dict[str, float]:
 def _page(inspection: Inspection, with_alternatives: int, bits: int = STATISTIC_BITS) -> str:
     """Returns the page with the alternatives of that many tokens, those that differ most between the models."""
     pairs, objective = inspection.pairs, inspection.objective
-    differences = [np.maximum(abs(response.logratio), response.kl) for response in _responses(pairs)]
+    differences = [
+        np.nan_to_num(np.maximum(abs(response.logratio), response.kl), nan=np.inf) for response in _responses(pairs)
+    ]
     everything = np.concatenate(differences or [np.zeros(0)])
     lowest = -np.partition(-everything, with_alternatives - 1)[with_alternatives - 1] if with_alternatives else np.inf
     kept = [difference >= lowest for difference in differences]
@@ -232,7 +249,7 @@ def _script_json(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
 
 
-def _index(pairs: Sequence[InspectedPair], weighted: bool) -> dict[str, list[float | None]]:
+def _index(pairs: Sequence[InspectedPair], weighted: bool) -> dict[str, list[float | str]]:
     """Returns the columns that the page sorts by and fills into the loss, one value per pair."""
     columns: dict[str, list[float]] = {
         "row": [pair.row for pair in pairs],
@@ -252,7 +269,14 @@ def _index(pairs: Sequence[InspectedPair], weighted: bool) -> dict[str, list[flo
             if weighted:
                 sums = [float(getattr(r, name) @ getattr(r, weights)) for r in responses]
                 columns[f"{symbol}_{letter}_weighted"] = sums
-    return {name: [value if math.isfinite(value) else None for value in column] for name, column in columns.items()}
+    return {name: [_json_number(value) for value in column] for name, column in columns.items()}
+
+
+def _json_number(value: float) -> float | str:
+    """Returns a number as JSON has it; the names that JavaScript's ``Number`` reads for those that it has not."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _chunk(

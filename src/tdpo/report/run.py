@@ -59,7 +59,9 @@ def run_page(
 
 def _results(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
     """Yields rows of the table: the last value of each metric of each run, held out first."""
-    for prefix, note in ((HELD_OUT, ", held out"), ("", ", training")):
+    prefixes = dict.fromkeys(prefix for run in runs for prefix in run.held_out)
+    notes = {prefix: f", held out {prefix.removeprefix(HELD_OUT).removesuffix('_')}".rstrip() for prefix in prefixes}
+    for prefix, note in (notes | {"": ", training"}).items():
         for name, label in RESULTS.items():
             values = [run.last(prefix + name) for run in runs]
             if any(value is not None for value in values):
@@ -71,11 +73,13 @@ def _warnings(run: Run) -> Iterator[str]:
     """Yields what a reader should know first."""
     if run.status != "finished":
         yield f"{run.name}: {run.status}."
-    scale = float(run.start.get("reward_scale", 1.0))
-    for prefix in (HELD_OUT, ""):
+    scale = run.reward_scale
+    if not scale:
+        return
+    for prefix in (*run.held_out, ""):
         sides = [run.last(f"{prefix}implicit_rewards/{side}") for side in ("chosen", "rejected")]
         ratios = [value / scale for value in sides if value is not None]
-        if len(ratios) == 2 and max(ratios) < FALLEN:
+        if len(ratios) == 2 and ratios[0] < FALLEN and ratios[1] < 0:
             where = "held-out" if prefix else "training"
             yield (
                 f"{run.name}: likelihood displacement. Both {where} responses became less likely than under the "

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tdpo.report.collect import HELD_OUT, Run
+from tdpo.report.collect import Run
 from tdpo.report.plots import DASHES, INK, SETTINGS, STYLES
 
 LINES: tuple[Any, ...] = ("solid", DASHES, (0, (1, 2)))
@@ -63,6 +63,8 @@ def throughput(run: Run) -> Run:
     before: dict[str, Any] | None = None
     for log in run.logs:
         log = dict(log)
+        if "resumed" in log:
+            before = None
         if "loss" in log and "time" in log:
             seconds = log["time"] - before["time"] if before else 0.0
             if before and seconds > 0 and log["step"] > before["step"]:
@@ -82,15 +84,19 @@ def colour_of(index: int) -> str:
 
 def draw(chart: Chart, runs: Sequence[Run]) -> Figure | None:
     """Draws a chart with a colour for each run; None if no run has its metrics."""
+    if chart.name == "logratio":
+        runs = [run for run in runs if run.reward_scale]
     names = [name for name in chart.lines if any(run.series(name)[0] for run in runs)]
-    held_out = [HELD_OUT + name for name in names] if chart.held_out else []
+    several = list(dict.fromkeys(prefix for run in runs for prefix in run.held_out)) if chart.held_out else []
+    # Of several held-out datasets the first is drawn; the table has all of them.
+    held_out = [several[0] + name for name in names] if several else []
     if not names:
         return None
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
         for run, (colour, marker) in zip(runs, itertools.cycle(STYLES.values())):
-            scale = chart.scale / _beta(run) if chart.name == "logratio" else chart.scale
+            scale = chart.scale / run.reward_scale if chart.name == "logratio" and run.reward_scale else chart.scale
             for name, dashes in zip(names, LINES, strict=False):
                 _line(axes, run, name, scale, {"color": colour, "linestyle": dashes, "linewidth": 2})
             for name, hollow in zip(held_out, (False, True, True), strict=False):
@@ -103,11 +109,6 @@ def draw(chart: Chart, runs: Sequence[Run]) -> Figure | None:
         axes.set_xlim(left=0)
         _legend(axes, chart, names, runs, any(run.series(name)[0] for run in runs for name in held_out))
         return figure
-
-
-def _beta(run: Run) -> float:
-    """Returns the factor between log-ratios and implicit rewards of a run."""
-    return float(run.start.get("reward_scale", 1.0))
 
 
 def _line(axes: Axes, run: Run, name: str, scale: float, style: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def model_card(trainer: Any, start: dict[str, Any], name: str, tags: Any = None,
         f"---\n{data.to_yaml()}\n---\n{MARK}",
         f"# {name}",
         f"Trained from `{start['model'] or 'a model in memory'}` with {method} by tdpo {start['environment']['tdpo']}.",
-        _results(trainer.state.log_history),
+        _results(trainer.state),
         "## Data",
         _table(
             [(part, *_data(found)) for part, found in start["data"].items()], "data", "source", "rows", "fingerprint"
@@ -78,13 +79,25 @@ def model_card(trainer: Any, start: dict[str, Any], name: str, tags: Any = None,
     return "\n\n".join(parts) + "\n"
 
 
-def _results(history: list[dict[str, Any]]) -> str:
-    """Returns the last metrics of the held-out data."""
-    last = next((log for log in reversed(history) if "eval_loss" in log), None)
-    if last is None:
+def _results(state: Any) -> str:
+    """Returns the last metrics of each held-out dataset; those of the best step if its model was loaded."""
+    logs = state.log_history
+    if state.best_global_step and state.best_model_checkpoint:
+        logs = [log for log in logs if log["step"] <= state.best_global_step]
+    last: dict[str, dict[str, Any]] = {}
+    for log in logs:
+        for prefix in (
+            name.removesuffix("loss") for name in log if name.startswith("eval_") and name.endswith("_loss")
+        ):
+            last[prefix] = log
+    if not last:
         return "No held-out data was evaluated."
-    rows = [(label, f"{last[f'eval_{name}']:.4g}") for name, label in RESULTS.items() if f"eval_{name}" in last]
-    return f"## Held-out pairs, step {last['step']}\n\n" + _table(rows, "metric", "value")
+    parts = []
+    for prefix, log in last.items():
+        rows = [(label, f"{log[prefix + name]:.4g}") for name, label in RESULTS.items() if prefix + name in log]
+        of = "" if prefix == "eval_" else f" {prefix.removeprefix('eval_').removesuffix('_')}"
+        parts.append(f"## Held-out data{of}, step {log['step']}\n\n" + _table(rows, "metric", "value"))
+    return "\n\n".join(parts)
 
 
 def _data(found: dict[str, Any]) -> tuple[str, str, str]:
@@ -93,7 +106,8 @@ def _data(found: dict[str, Any]) -> tuple[str, str, str]:
 
 def _hub_name(name: str) -> str | None:
     """Returns a name that can be one of the hub; None for a folder."""
-    return name if name and name.count("/") <= 1 and not Path(name).exists() else None
+    plain = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+    return name if plain and not Path(name).exists() else None
 
 
 def _table(rows: list[tuple[Any, ...]], *heads: str) -> str:

@@ -28,6 +28,7 @@ from tdpo.files import PARTIAL, flush
 from tdpo.models.adapters import has_adapter
 from tdpo.models.load import load_weights
 from tdpo.models.multimodal import copy_processor
+from tdpo.train.card import FILE as CARD
 from tdpo.train.card import write_card
 
 logger = logging.getLogger("tdpo")
@@ -327,6 +328,7 @@ class CheckpointingTrainer(Trainer):
         with write_errors("the model", partial, folder):
             super().save_model(str(partial), _internal_call=True)
             if self.args.should_save:
+                (partial / CARD).unlink(missing_ok=True)  # peft's card would replace one that is there
                 move_into(partial, folder)
                 write_card(self, folder)
         self.accelerator.wait_for_everyone()

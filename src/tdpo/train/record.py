@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import platform
+import re
 import resource
 import shlex
 import sys
@@ -29,6 +30,8 @@ from tdpo.distributed.sharding import count_weights
 
 logger = logging.getLogger("tdpo")
 FILE = "run.jsonl"
+HIDDEN = "..."
+"""What stands in the place of a secret."""
 SETTINGS_NAMED = {"learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"}
 """Settings that are recorded even at their default."""
 SETTINGS_LEFT_OUT = {
@@ -60,10 +63,13 @@ class RecordCallback(TrainerCallback):
             return
         path = Path(str(self.trainer.args.output_dir)).expanduser() / FILE
         line = {"event": event, "time": time.time(), "step": state.global_step, **content}
+        text = json.dumps(line, default=str) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if state.global_step and event == "start" and path.is_file() and not path.read_bytes().endswith(b"\n"):
+                text = "\n" + text  # a killed run left half a line
             with path.open("w" if event == "start" and state.global_step == 0 else "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, default=str) + "\n")
+                file.write(text)
         except OSError as error:
             self._failed = True
             logger.warning("%s: cannot be written (%s); tdpo report will miss the rest of this run", path, error)
@@ -73,55 +79,83 @@ class RecordCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         trainer = self.trainer
-        held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-        data = {name: _describe(rows) for name, rows in ({"train": trainer.train_dataset} | held_out).items()}
+        held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+        parts = {"train": trainer.train_dataset} | {f"eval {name}".strip(): rows for name, rows in held_out.items()}
+        data = {name: _describe(rows) for name, rows in parts.items()}
         about = {name: value if isinstance(value, float) else str(value) for name, value in self.about.items()}
         self.start = {
             "kind": trainer.label, "command": command_line(sys.argv), "steps": state.max_steps,
             "settings": settings(args), "model": getattr(model.config, "_name_or_path", ""),
             "weights": count_weights(model)[1],
-            "per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "per_step": trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "data": {name: found for name, found in data.items() if found}, "environment": environment(args), **about,
         }  # fmt: skip
         self.write("start", state, **self.start)
 
     @override
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.write("log", state, memory=peak_memory(), **(logs or {}))
+        if self.start:  # not for an evaluation without training, in the folder of an earlier run perhaps
+            self.write("log", state, memory=peak_memory(), **(logs or {}))
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        code = self.trainer.stop_request.code
+        code = self.trainer.stop_request.stop_code(state)
         self.write("end", state, status=f"stopped with code {code}" if code else "finished")
 
 
 def command_line(words: Sequence[str]) -> str:
-    """Returns the command without secrets.
+    r"""Returns the command without secrets.
 
     Examples:
-        >>> command_line(["/usr/bin/tdpo", "train", "--hub_token", "hf_x", "--beta", "0.1"])
-        'tdpo train --hub_token ... --beta 0.1'
+        >>> command_line(["/usr/bin/tdpo", "train", "--hub_token", "hf_x", "--beta=0.1", "--api_key=k"])
+        'tdpo train --hub_token ... --beta=0.1 --api_key=...'
+        >>> command_line(["-m", "train", "--model_init_kwargs", '{"token": "hf_x", "eos_token": "</s>"}'])
+        '-m train --model_init_kwargs \'{"token": "...", "eos_token": "</s>"}\''
     """
-    pairs = zip(["", *words], words, strict=False)
-    shown = ["..." if before.startswith("--") and before.endswith("token") else word for before, word in pairs]
-    return shlex.join([Path(shown[0]).name, *shown[1:]])
+    shown: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        name, separator, value = word.partition("=")
+        if before.startswith("--") and "=" not in before and _is_secret(before):
+            word = HIDDEN
+        elif separator and name.startswith("--"):
+            word = f"{name}={HIDDEN if _is_secret(name) else _without_secrets(value)}"
+        else:
+            word = _without_secrets(word)
+        shown.append(word.encode("utf-8", "backslashreplace").decode())  # file names may be any bytes
+    return shlex.join([Path(word).name if number == 0 else word for number, word in enumerate(shown)])
+
+
+def _is_secret(name: str) -> bool:
+    """Returns whether an option or a key holds a secret, by its name; tokens of text are none."""
+    name = name.lstrip("-").lower()
+    return bool(re.search(r"(token|key|secret|password)$", name)) and not re.search(r"(eos|bos|pad|unk)_token$", name)
+
+
+def _without_secrets(value: Any) -> Any:
+    """Hides the secrets in mappings, lists, and texts that are JSON objects."""
+    if isinstance(value, dict):
+        return {key: HIDDEN if _is_secret(str(key)) else _without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return json.dumps(_without_secrets(json.loads(value)))
+        except ValueError:
+            return HIDDEN
+    return value
 
 
 def settings(args: RunOptions) -> dict[str, Any]:
-    """Returns the options that are not at their defaults, and a few that matter anyway; tokens are left out."""
+    """Returns the options that are not at their defaults, and a few that matter anyway; secrets are left out."""
     values, given = args.to_dict(), {}
     for field in dataclasses.fields(args):
-        value = values.get(field.name)
+        name, value = field.name, values.get(field.name)
         standard = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         differs = value != standard and str(value) != str(getattr(standard, "value", standard))
-        secret = field.name.endswith("token")
-        if (differs or field.name in SETTINGS_NAMED) and not secret and field.name not in SETTINGS_LEFT_OUT:
-            given[field.name] = value
-    return {name: value for name, value in given.items() if value not in (None, False, [], {})} | {
-        name: False
-        for name, value in given.items()
-        if value is False and args.__dataclass_fields__[name].default is True
-    }
+        empty = value in (None, [], {}) or (value is False and standard is not True)  # what transformers fills in
+        if (differs or name in SETTINGS_NAMED) and not empty and not _is_secret(name) and name not in SETTINGS_LEFT_OUT:
+            given[name] = _without_secrets(value)
+    return given
 
 
 def environment(args: RunOptions) -> dict[str, str]:
