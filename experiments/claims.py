@@ -146,7 +146,9 @@ def cell(values: Sequence[float], spec: str = ".2f") -> str:
     if not values:
         return "-"
     found = Estimate.over_seeds(values)
-    return f"{found.mean:{spec}}" if found.count == 1 else f"{found.mean:{spec}} ± {found.half:{spec}}"
+    return (
+        f"{found.mean:{spec}}" if found.count == 1 else f"{found.mean:{spec}} ± {found.half:{spec.removeprefix('+')}}"
+    )
 
 
 def comparison_table(claims: Mapping[str, Sequence[Comparison]], spec: str = "+.3f") -> str:

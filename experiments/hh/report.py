@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,18 @@ def read(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def render() -> str:
-    """Returns the computed part of the README."""
-    rows, validation = read("test"), read("validation")
-    decided = {
+def decide(rows: list[dict[str, Any]]) -> dict[str, list[claims.Comparison]]:
+    """Returns the comparisons of the claim: of neighbours in the paper's order of accuracies, and of entropies."""
+    return {
         f"C, {column}": [claims.at_the_end(rows, *names, column) for names in itertools.pairwise(order)]
         for column, order in (("accuracy", ACCURACY), ("entropy", ENTROPY))
     }
+
+
+def render() -> str:
+    """Returns the computed part of the README."""
+    rows, validation = read("test"), read("validation")
+    decided = decide(rows)
     lines = []
     for name, (accuracy, entropy) in PAPER.items():
         own = [row for row in rows if row["objective"] == name]
@@ -49,7 +55,7 @@ def render() -> str:
     sft = claims.cell([row["sft_entropy"] for row in rows if row["objective"] == "dpo"], ".3f")
     rated = {(row["objective"], row["learning_rate"]) for row in validation}
     loss = {key: [r["loss"] for r in validation if (r["objective"], r["learning_rate"]) == key] for key in rated}
-    grid = [[name, f"{rate:g}", claims.cell(loss[name, rate], ".4f")] for name, rate in sorted(rated)]
+    grid = [[name, f"{rate:g}", validation_cell(loss[name, rate])] for name, rate in sorted(rated)]
     header = (
         "objective", "learning rate by fold", "accuracy %, paper", "accuracy %", "of log-ratios", "entropy, paper",
         "entropy", "seq. KL chosen", "seq. KL rejected",
@@ -67,6 +73,12 @@ def render() -> str:
             claims.table(["objective", "learning rate", "loss"], grid),
         ]
     )
+
+
+def validation_cell(losses: list[float]) -> str:
+    """Returns the validation losses of a learning rate, or says in how many folds it diverged."""
+    diverged = sum(not math.isfinite(loss) for loss in losses)
+    return f"diverged in {diverged} of {len(losses)} folds" if diverged else claims.cell(losses, ".4f")
 
 
 if __name__ == "__main__":

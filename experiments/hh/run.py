@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tdpo.commands import eval as evaluate
 from tdpo.commands import sft, train
 from tdpo.data.sources import open_source
 from tdpo.files import atomic_write
+from tdpo.train.step import NonFiniteLoss
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -33,7 +35,7 @@ FINISHED = "trainer_state.json"
 VALIDATION = 8
 """One in this many of the first turns that are not tested on is validated on."""
 OBJECTIVES = ("fdpo", "dpo", "tdpo1", "tdpo2")
-LEARNING_RATES = (1e-4, 3e-4)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 LENGTHS = ("--max_length", "384", "--max_prompt_length", "256")
 ENTROPY = ("--generate", "--num_prompts", "48", "--max_new_tokens", "64", "--entropy_samples", "25")
 
@@ -69,7 +71,12 @@ def run_fold(dialogues: str, base: str, fold: int) -> None:
             options = ["--objective", objective, "--learning_rate", f"{rate:g}", "--reference_cache", f"{folder}/cache"]
             options += ["--overwrite_output_dir", *LENGTHS, *seed]
             paths = ["--model_name_or_path", f"{reference}", "--dataset_name", f"{folder}/train.jsonl"]
-            train.run(["--config", f"{HERE}/train.yaml", *paths, *options, "--output_dir", f"{model}"])
+            try:
+                train.run(["--config", f"{HERE}/train.yaml", *paths, *options, "--output_dir", f"{model}"])
+            except NonFiniteLoss as error:
+                print(f"{objective} at learning rate {rate:g} diverged: {error}")
+                atomic_write(result, json.dumps({"loss": math.inf}))
+                continue
             score(folder, model, "validation", [])
     for objective in OBJECTIVES:
         model = folder / f"{objective}-{chosen_rate(objective, folder):g}"

@@ -5,6 +5,9 @@ python experiments/stories/report.py
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,8 +51,39 @@ def values(found: dict[Key, list[Row]], column: int) -> list[float]:
     return sorted({key[column] for key in found if key[column] != ""})
 
 
+def sensitivity() -> str:
+    """Returns a table of what each parameter changes: means over the other settings, paired by seed."""
+    found = cells()
+    lines = []
+    for column, name in ((3, "learning rate"), (1, "beta"), (2, "alpha")):
+        for small, large in itertools.pairwise(values(found, column)):
+            for objective in OBJECTIVES:
+                pairs = [
+                    (found[key], found[(*key[:column], large, *key[column + 1 :])])
+                    for key in found
+                    if key[0] == objective and key[column] == small
+                ]
+                if not pairs:
+                    continue
+                seeds = range(len(pairs[0][0]))
+                ratios = [
+                    math.exp(statistics.fmean(math.log(b[s]["kl"] / a[s]["kl"]) for a, b in pairs)) for s in seeds
+                ]
+                rewards = [statistics.fmean(b[s]["reward"] - a[s]["reward"] for a, b in pairs) for s in seeds]
+                change = f"{name} {small:g} to {large:g}"
+                lines.append([change, objective, claims.cell(ratios), claims.cell(rewards, "+.3f")])
+    return claims.table(["change", "objective", "KL is multiplied by", "reward changes by"], lines)
+
+
+def equal_kl() -> str:
+    """Returns the comparison of rewards at equal KL, over the range that both objectives reach on every seed."""
+    rows = read_rows(RESULTS / "sweep.csv")
+    found = {name: [claims.reward_at_equal_kl(rows, name, "dpo")] for name in ("tdpo1", "tdpo2")}
+    return claims.comparison_table(found)
+
+
 def render() -> str:
-    """Returns the table: a row for every setting and learning rate, means and intervals over seeds."""
+    """Returns the tables: effects of each parameter, rewards at equal KL, and a row for every setting."""
     found = cells()
     lines = []
     for objective in OBJECTIVES:
@@ -64,7 +98,16 @@ def render() -> str:
         f"After {steps} steps; mean ± half of the 95% interval over {seeds} seeds. The SFT model has reward "
         f"{start['reward']:.3f} and entropy {start['entropy']:.2f}. KL in nats per response, entropy in nats per token."
     )
-    return f"{text}\n\n{claims.table(header, lines)}"
+    return "\n\n".join(
+        [
+            "What changing one parameter does, averaged over the other settings; KL(policy || reference):",
+            sensitivity(),
+            "Reward at equal KL(policy || reference), along the best settings of each objective:",
+            equal_kl(),
+            text,
+            claims.table(header, lines),
+        ]
+    )
 
 
 def draw() -> Figure:
@@ -108,8 +151,12 @@ def draw_lines(
             label=f"alpha {alpha:g}" if by_alpha else f"beta {beta:g}",
         )  # fmt: skip
     axes.set_xscale("log")
+    rates = sorted({key[3] for key in found})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xticks([], minor=True)
     if name == "kl":
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 if __name__ == "__main__":
