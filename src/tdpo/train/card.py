@@ -29,7 +29,7 @@ RESULTS = {
 def write_card(trainer: Any, folder: Path, model_name: str | None = None, tags: Any = None, **header: Any) -> None:
     """Writes the card into a folder, unless it holds a card of other origin or nothing was trained."""
     path = folder / FILE
-    start = trainer.record.start
+    start = trainer.record.start if trainer.record else {}
     if not start:
         return
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):

@@ -33,6 +33,8 @@ from tdpo.train.card import write_card
 
 logger = logging.getLogger("tdpo")
 
+FULL = 2**20
+"""Free bytes below which a disk is full."""
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -203,6 +205,8 @@ def write_errors(what: str, partial: Path, output_dir: str | Path) -> Iterator[N
         latest, _ = latest_complete(output_dir)
         stays = f"{latest.name} is complete, --resume continues from it" if latest else "there is no earlier checkpoint"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if writers and "No space left" not in reason and free < FULL:
+            reason = f"No space left on device ({reason})"  # torch's writer does not say why it failed
         raise UserError(
             f"{what} could not be written to {output_dir} ({free / 2**20:.1f} MiB free): {reason}. {stays}"
         ) from error
@@ -255,6 +259,8 @@ class CheckpointingTrainer(Trainer):
     """State of this process between two logs, by its name in a checkpoint; each has ``state`` and ``load``."""
     checkpoint_files: list[Any]
     """Objects with a file of their own in each checkpoint; each has ``save(folder)`` and ``load(folder)``."""
+    record: Any = None
+    """The :class:`~tdpo.train.record.RecordCallback`; without one there is no model card either."""
     _partial: Path | None = None
     _loading = ""
 
