@@ -31,7 +31,7 @@ CHUNK = 32
 """Pairs that the page unpacks together."""
 LARGEST_PAGE = 20_000_000
 """Bytes. Alternatives of the tokens that differ least between the models are left out of a larger page."""
-BYTES_PER_TOKEN, BYTES_OF_ALTERNATIVES = 85, 60
+BYTES_PER_TOKEN, BYTES_OF_ALTERNATIVES = 115, 90
 """Upper estimates for a token in the page, and for its alternatives alone."""
 FLOAT32_BITS, STATISTIC_BITS, PROBABILITY_BITS = 23, 14, 10
 """Bits of the fraction of numbers in the page: all, those of statistics in a large page, those of alternatives."""

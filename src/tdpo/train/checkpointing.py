@@ -260,7 +260,7 @@ class CheckpointingTrainer(Trainer):
     checkpoint_files: list[Any]
     """Objects with a file of their own in each checkpoint; each has ``save(folder)`` and ``load(folder)``."""
     record: Any = None
-    """The :class:`~tdpo.train.record.RecordCallback`; without one there is no model card either."""
+    """The :class:`~tdpo.train.record.RecordCallback`; without it no model card is written."""
     _partial: Path | None = None
     _loading = ""
 
