@@ -135,6 +135,7 @@ def test_the_readme_states_the_verdicts():
         ("on chosen and rejected responses: ", "A, TDPO2 below DPO"),
         ("TDPO1 above DPO: ", "A, TDPO1 above DPO"),
         ("TDPO2 has more reward than DPO at equal KL(policy || reference): ", "B, DPO"),
+        ("TDPO2 has more reward than RLOO and PPO at equal KL: ", "B, RLOO and PPO"),
         ("Samples of TDPO2 are more diverse than DPO's at equal reward: ", "D"),
     ):
         assert words + claims.verdict(decided[name]) in text
