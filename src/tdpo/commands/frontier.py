@@ -21,7 +21,7 @@ from tdpo.config.row_spec import RowSpec
 from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import Stopped, UserError
-from tdpo.evaluate.frontier import write_rows
+from tdpo.evaluate.frontier import Row, write_rows
 from tdpo.evaluate.measure import Evaluator
 from tdpo.evaluate.prompts import Prompt, encode_prompts, read_prompts
 from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
@@ -90,21 +90,25 @@ def run(argv: Sequence[str]) -> None:
     if worker is None:
         rows = sweep.rows()
         write_rows(folder / "frontier.csv", rows)
-        tables, figure = report_frontier(rows, folder, console(), options.baseline, options.equal_kl or None)
-        recorded = sorted(path.parent for path in folder.glob(f"runs/*/{RECORD}"))
-        left_out = len(recorded) - CURVES
-        note = (
-            f"Curves of the first {CURVES} of {len(recorded)} runs; tdpo report shows others." if left_out > 0 else ""
-        )
-        page = run_page(read_runs(recorded[:CURVES]), f"Sweep: {folder.name}", figure, tables, note)
-        write_text(options.output or folder / "report.html", page)
+        page = _write_report(rows, folder, options)
         seconds = sweep.seconds()
         share = seconds["measure"] / max(sum(seconds.values()), 1e-9)
         console().print(f"measuring took {share:.0%} of {sum(seconds.values()):.0f} s; rows in {folder}/frontier.csv")
-        console().print(f"report in {options.output or folder / 'report.html'}", soft_wrap=True)
+        console().print(f"report in {page}", soft_wrap=True)
         failures = failures or [f"{name}: another process trains it" for name in sweep.unfinished()]
     if failures:
         raise UserError("not every run finished:\n  " + "\n  ".join(failures))
+
+
+def _write_report(rows: Sequence[Row], folder: Path, options: SweepOptions) -> Path:
+    """Prints the tables, writes the figure and the page with it and the curves of runs; returns the page's path."""
+    tables, figure = report_frontier(rows, folder, console(), options.baseline, options.equal_kl or None)
+    recorded = sorted(path.parent for path in folder.glob(f"runs/*/{RECORD}"))
+    more = f"Curves of the first {CURVES} of {len(recorded)} runs; tdpo report shows others."
+    note = more if len(recorded) > CURVES else ""
+    path = Path(options.output or folder / "report.html")
+    write_text(path, run_page(read_runs(recorded[:CURVES]), f"Sweep: {folder.name}", figure, tables, note))
+    return path
 
 
 def _check(reward: RewardOptions, args: TDPOConfig, data: EvalDataConfig) -> None:

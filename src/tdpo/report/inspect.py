@@ -151,14 +151,14 @@ def inspect(
     """Computes log-ratio, KL(reference || policy) and alternatives of every token of preference pairs.
 
     Args:
-        policy: A causal language model.
-        reference: Its reference, with the same vocabulary.
+        policy: As in :func:`tdpo.score_pairs`, and so are the next three.
+        reference: Must be a model, also for an objective without a reference.
         pairs: Tokenised pairs.
-        objective: One of :mod:`tdpo.objectives`; defines loss and rewards.
+        objective: Defines loss and rewards.
         tokenizer: The models' tokenizer.
-        batch_size: Pairs per forward pass.
-        token_weights: Weights by position, as in training.
-        progress: Whether to show a bar on a terminal's standard error.
+        batch_size: As in :func:`tdpo.evaluate.inspect.inspect_pairs`, and so are the next two.
+        token_weights: Weights by position.
+        progress: Whether to show a bar.
         **names: ``policy_name``, ``reference_name`` and ``dataset_name`` to show.
 
     Returns:
