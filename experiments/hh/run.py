@@ -2,8 +2,8 @@
 
     python experiments/hh/run.py --dialogues HH_FILE --base BASE_MODEL [--folds 0 1 2]
 
-A fold tests on one third of the prompts. Finished parts are kept: the same command resumes. Folds are independent and
-may run in parallel.
+A fold tests on one third of the prompts. Finished parts are kept: the same command resumes. Processes that run the
+command at the same time share its parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sentiment
@@ -35,7 +39,7 @@ FINISHED = "trainer_state.json"
 VALIDATION = 8
 """One in this many of the first turns that are not tested on is validated on."""
 OBJECTIVES = ("fdpo", "dpo", "tdpo1", "tdpo2")
-LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 LENGTHS = ("--max_length", "384", "--max_prompt_length", "256")
 ENTROPY = ("--generate", "--num_prompts", "48", "--max_new_tokens", "64", "--entropy_samples", "25")
 
@@ -55,48 +59,73 @@ def split(dialogues: str, fold: int, folder: Path) -> None:
 
 
 def run_fold(dialogues: str, base: str, fold: int) -> None:
-    """Runs every part of a fold that has no result yet."""
+    """Runs every part of a fold that has no result yet and that no other process is running."""
+    folder = WORK / f"fold-{fold}"
+    folder.mkdir(parents=True, exist_ok=True)
+    seed = ["--seed", str(fold)]
+    with FileLock(folder / "sft.lock"):
+        fine_tune(dialogues, base, fold, seed)
+    for objective, rate in itertools.product(OBJECTIVES, LEARNING_RATES):
+        model = folder / f"{objective}-{rate:g}"
+        once(model, "validation", partial(train_pairs, model, objective, rate, seed))
+    for objective in OBJECTIVES:
+        chosen = chosen_rate(objective, folder)
+        if chosen is not None:
+            model = folder / f"{objective}-{chosen:g}"
+            options = [*ENTROPY, "--samples_dir", f"{folder}/samples"]
+            once(model, "test", partial(score, model, "test", options))
+
+
+def once(model: Path, name: str, part: Callable[[], None]) -> None:
+    """Runs a part that writes ``MODEL/NAME.json``, unless this file exists or another process works on the model."""
+    try:
+        with FileLock(f"{model}.lock", timeout=0):
+            if not (model / f"{name}.json").exists():
+                part()
+    except Timeout:
+        return
+
+
+def fine_tune(dialogues: str, base: str, fold: int, seed: list[str]) -> None:
+    """Writes the dialogues of a fold and fine-tunes its reference on them."""
     folder = WORK / f"fold-{fold}"
     if not (folder / "test.jsonl").exists():
         split(dialogues, fold, folder)
-    seed = ["--seed", str(fold)]
-    reference = folder / "sft"
-    if not (reference / FINISHED).exists():
-        data = ["--dataset_name", f"{folder}/train.jsonl", "--output_dir", f"{reference}"]
-        sft.run(["--config", f"{HERE}/sft.yaml", "--model_name_or_path", base, *data, *seed, "--overwrite_output_dir"])
-    for objective, rate in itertools.product(OBJECTIVES, LEARNING_RATES):
-        model = folder / f"{objective}-{rate:g}"
-        result = model / "validation.json"
-        if not result.exists():
-            options = ["--objective", objective, "--learning_rate", f"{rate:g}", "--reference_cache", f"{folder}/cache"]
-            options += ["--overwrite_output_dir", *LENGTHS, *seed]
-            paths = ["--model_name_or_path", f"{reference}", "--dataset_name", f"{folder}/train.jsonl"]
-            try:
-                train.run(["--config", f"{HERE}/train.yaml", *paths, *options, "--output_dir", f"{model}"])
-            except NonFiniteLoss as error:
-                print(f"{objective} at learning rate {rate:g} diverged: {error}")
-                atomic_write(result, json.dumps({"loss": math.inf}))
-                continue
-            score(folder, model, "validation", [])
-    for objective in OBJECTIVES:
-        model = folder / f"{objective}-{chosen_rate(objective, folder):g}"
-        if not (model / "test.json").exists():
-            score(folder, model, "test", [*ENTROPY, "--samples_dir", f"{folder}/samples"])
+    if not (folder / "sft" / FINISHED).exists():
+        paths = ["--model_name_or_path", base, "--dataset_name", f"{folder}/train.jsonl"]
+        options = ["--output_dir", f"{folder}/sft", "--overwrite_output_dir", *seed]
+        sft.run(["--config", f"{HERE}/sft.yaml", *paths, *options])
 
 
-def score(folder: Path, model: Path, name: str, options: list[str]) -> None:
+def train_pairs(model: Path, objective: str, rate: float, seed: list[str]) -> None:
+    """Trains with an objective and evaluates the model on the validation pairs."""
+    folder = model.parent
+    options = ["--objective", objective, "--learning_rate", f"{rate:g}", "--reference_cache", f"{folder}/cache"]
+    options += ["--overwrite_output_dir", "--output_dir", f"{model}", *LENGTHS, *seed]
+    paths = ["--model_name_or_path", f"{folder}/sft", "--dataset_name", f"{folder}/train.jsonl"]
+    try:
+        train.run(["--config", f"{HERE}/train.yaml", *paths, *options])
+    except NonFiniteLoss as error:
+        print(f"{objective} at learning rate {rate:g} diverged: {error}")
+        atomic_write(model / "validation.json", json.dumps({"loss": math.inf}))
+    else:
+        score(model, "validation", [])
+
+
+def score(model: Path, name: str, options: list[str]) -> None:
     """Evaluates a model on one of the fold's files, with the objective it was trained with."""
+    folder = model.parent
     paths = ["--model_name_or_path", f"{model}", "--ref_model_name_or_path", f"{folder}/sft"]
     data = ["--dataset_name", f"{folder}/{name}.jsonl", "--on_bad_row", "drop", *LENGTHS]
     evaluate.run([*paths, *data, "--json", f"{model}/{name}.json", *options])
 
 
-def chosen_rate(objective: str, folder: Path) -> float:
-    """Returns the learning rate with the lowest validation loss of an objective, in one fold."""
-    losses = {
-        rate: json.loads((folder / f"{objective}-{rate:g}" / "validation.json").read_text())["loss"]
-        for rate in LEARNING_RATES
-    }
+def chosen_rate(objective: str, folder: Path) -> float | None:
+    """Returns the learning rate with the lowest validation loss of an objective, ``None`` before all are trained."""
+    results = {rate: folder / f"{objective}-{rate:g}" / "validation.json" for rate in LEARNING_RATES}
+    if not all(result.exists() for result in results.values()):
+        return None
+    losses = {rate: json.loads(result.read_text())["loss"] for rate, result in results.items()}
     return min(losses, key=lambda rate: losses[rate])
 
 

@@ -1,4 +1,4 @@
-"""TRL's habits: the table of counterparts against the TRL that is installed, the page made of it, and a recipe."""
+"""Habits from elsewhere: the tables of counterparts against the TRL that is installed, pages, recipes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from types import ModuleType
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_jsonl
 from test_cli import TRAIN_OPTIONS, mistake
 from transformers import TrainingArguments
 
 from tdpo import TDPOConfig, TDPOTrainer, counterparts, objectives
 from tdpo.cli import main
+from tdpo.data.formats import to_records
+from tdpo.data.mixture import open_mixture
 from tdpo.data.sources import ENTRY_FIELDS
 from tdpo.errors import UserError
 
@@ -103,7 +105,7 @@ use_cpu: yes
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generator", REPOSITORY / "docs" / "generate_coming_from_trl.py")
+    spec = importlib.util.spec_from_file_location("generator", REPOSITORY / "docs" / "generate_counterparts.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -129,7 +131,8 @@ def test_other_spellings_lead_to_options_and_hide_none() -> None:
         assert name not in OURS, f"{name} is an option: its entry is stale"
         assert entry.option in OURS or (not entry.option and entry.note), name
     for name, entry in counterparts.ENTRY_SPELLINGS.items():
-        assert name not in ENTRY_FIELDS and entry.option in ENTRY_FIELDS, name
+        assert name not in ENTRY_FIELDS, name
+        assert entry.option in ENTRY_FIELDS or (not entry.option and entry.note), name
 
 
 def test_an_objective_with_the_name_of_a_loss_of_trl_needs_a_new_note() -> None:
@@ -139,10 +142,56 @@ def test_an_objective_with_the_name_of_a_loss_of_trl_needs_a_new_note() -> None:
     assert theirs & set(objectives.OBJECTIVES) == {"ipo", "robust"}, "the note on loss_type names what is available"
 
 
-def test_the_page_is_as_generated(generator: ModuleType) -> None:
-    page = generator.PAGE.read_text(encoding="utf-8")
-    assert page == generator.render(page), "run python docs/generate_coming_from_trl.py"
-    assert "| `loss_type` | `objective` |" in page and "| `learning_rate` | `1e-06` | `5e-06` |" in page
+@pytest.mark.parametrize(
+    ("page", "lines"),
+    {
+        "trl": ("| `loss_type` | `objective` |", "| `learning_rate` | `1e-06` | `5e-06` |"),
+        "llama-factory": ("| `cutoff_len` | `max_length` |", "| `bf16` | the same |", "| `plot_loss` | - |"),
+        "axolotl": ("| `micro_batch_size` | `per_device_train_batch_size` |", "| `seed` | the same |  |"),
+    }.items(),
+)
+def test_a_page_is_as_generated(page: str, lines: tuple[str, ...], generator: ModuleType) -> None:
+    text = (REPOSITORY / "docs" / f"coming-from-{page}.md").read_text(encoding="utf-8")
+    tables = generator.tables()[f"coming-from-{page}.md"]
+    assert text == generator.render(text, tables), "run python docs/generate_counterparts.py"
+    assert all(line in text for line in lines)
+
+
+@pytest.mark.parametrize("library", ["llama-factory", "axolotl"])
+def test_the_comments_of_an_example_name_what_the_options_replace(library: str) -> None:
+    lines = (REPOSITORY / "examples" / f"from-{library}.yaml").read_text().splitlines()
+    found = re.findall(r"^ *(?:- )?(\w+): .*?# (\w+)(?:$|[:;])", "\n".join(lines), re.M)
+    assert len(found) >= 7
+    for option, theirs in found:
+        table = counterparts.ENTRY_SPELLINGS if theirs == "path" else counterparts.OPTIONS
+        assert theirs == option or table[theirs].option == option, theirs
+
+
+USER = {"role": "user", "content": "Q"}
+CHAT = {name: [USER, {"role": "assistant", "content": text}] for name, text in {"chosen": "A", "rejected": "B"}.items()}
+ANSWER = {name: turns[1] for name, turns in CHAT.items()}
+TEXTS = {"chosen": "A", "rejected": "B"}
+NAMES = {"chosen": "chosen_response", "rejected": "rejected_response"}
+AXOLOTL = {
+    "argilla": ({"instruction": "Q", "chosen_response": "A", "rejected_response": "B"}, NAMES),
+    "argilla_chat": (CHAT, {}),
+    "icr": ({"input": "Q", **TEXTS}, {}),
+    "intel": ({"question": "Q", **TEXTS}, {}),
+    "prompt_pairs": ({"prompt": "Q", **TEXTS}, {"question": "prompt"}),
+    "prompt_pairs, system": ({"system": "", "prompt": "Q", **TEXTS}, {}),
+    "ultra": ({"prompt": "Q", **CHAT}, {}),
+    "nectar": ({"prompt": [USER], "answers": [{"answer": "B", "rank": 2}, {"answer": "A", "rank": 1}]}, {}),
+    "default": ({"messages": [USER], **ANSWER}, {}),
+    "default, other column": ({"conversation": [USER], **ANSWER}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", AXOLOTL)
+def test_rows_of_axolotl_become_the_same_pair(kind: str, tmp_path: Path) -> None:
+    row, columns = AXOLOTL[kind]
+    write_jsonl(tmp_path / "pairs.jsonl", [row])
+    (record,), _ = to_records(open_mixture([{"name": str(tmp_path / "pairs.jsonl"), "columns": columns}], "train", 0))
+    assert record.prompt == [USER] and record.chosen == CHAT["chosen"][1:] and record.rejected == CHAT["rejected"][1:]
 
 
 def test_the_example_has_the_defaults_of_trl(generator: ModuleType) -> None:

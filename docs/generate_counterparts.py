@@ -1,6 +1,7 @@
-"""Writes the tables of docs/coming-from-trl.md from ``counterparts.yaml`` and the dataclasses of both packages.
+"""Writes the tables of docs/coming-from-*.md from ``counterparts.yaml`` and the dataclasses of TRL and of this package.
 
-Run ``python docs/generate_coming_from_trl.py`` with TRL installed after a change of either; a test compares the page.
+``other_libraries.yaml`` lists the options of LLaMA-Factory and Axolotl. Run ``python docs/generate_counterparts.py``
+with TRL installed after a change of these; a test compares the pages.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 
 from tdpo.commands.train import OPTIONS
+from tdpo.counterparts import OPTIONS as COUNTERPARTS
 from tdpo.counterparts import TABLES, Counterpart
 
-PAGE = Path(__file__).with_name("coming-from-trl.md")
+FOLDER = Path(__file__).parent
+LIBRARIES = yaml.safe_load((FOLDER / "other_libraries.yaml").read_text(encoding="utf-8"))
+NAMES = {"llama-factory": "LLaMA-Factory", "axolotl": "Axolotl"}
 TRL_CLASSES = (DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
 ON_UNLESS_FP16 = "TRL's `None` is true unless `fp16` is on"
 REASONS = {
@@ -49,13 +54,22 @@ def defaults(dataclass_types: Iterable[Any]) -> dict[str, Any]:
     return found
 
 
-def verdicts(entries: Mapping[str, Counterpart]) -> str:
+def verdicts(entries: Mapping[str, Counterpart], library: str = "TRL") -> str:
     """A table of counterparts, a line each."""
-    lines = ["| TRL | here | |", "|---|---|---|"]
+    lines = [f"| {library} | here | |", "|---|---|---|"]
     for name, entry in entries.items():
         here = "the same" if entry.option == name else f"`{entry.option}`" if entry.option else "-"
         lines.append(f"| `{name}` | {here} | {_cell(entry.note)} |")
     return "\n".join(lines)
+
+
+def section(library: str, name: str) -> dict[str, Counterpart]:
+    """The counterparts of a section of another library's options; raises KeyError where an option has none."""
+    different, ours = LIBRARIES[library]["different"], defaults(OPTIONS)
+    return {
+        option: Counterpart(option, different.get(option, "")) if option in ours else COUNTERPARTS[option]
+        for option in LIBRARIES[library]["sections"][name].split()
+    }
 
 
 def different_defaults() -> str:
@@ -69,9 +83,14 @@ def different_defaults() -> str:
 
 
 def spellings() -> str:
-    """A table of the options here with the names other libraries have for them."""
+    """A table of the options here with further names, which are not on the pages of other libraries."""
+    elsewhere = {
+        name for library in LIBRARIES.values() for text in library["sections"].values() for name in text.split()
+    }
     names: dict[tuple[str, str], list[str]] = {}
     for name, entry in TABLES["OTHER_SPELLINGS"].items():
+        if name in elsewhere:
+            continue
         names.setdefault(entry, []).append(f"`{name}`")
     lines = ["| elsewhere | here | |", "|---|---|---|"]
     for (option, note), found in names.items():
@@ -83,26 +102,39 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def render(page: str) -> str:
-    """The page with its tables as they should be, between the comments that name them."""
-    tables = {
-        "defaults": different_defaults(),
-        "DPOConfig": verdicts(TABLES["DPO_CONFIG"]),
-        "ModelConfig": verdicts(TABLES["MODEL_CONFIG"]),
-        "ScriptArguments": verdicts(TABLES["SCRIPT_ARGUMENTS"]),
-        "DatasetMixtureConfig": verdicts(TABLES["DATASET_MIXTURE_CONFIG"]),
-        "DatasetConfig": verdicts(TABLES["DATASET_CONFIG"]),
-        "DPOTrainer": verdicts(TABLES["TRAINER"]),
-        "spellings": spellings(),
+def tables() -> dict[str, dict[str, str]]:
+    """The tables of each page by their names."""
+    pages = {
+        "coming-from-trl.md": {
+            "defaults": different_defaults(),
+            "DPOConfig": verdicts(TABLES["DPO_CONFIG"]),
+            "ModelConfig": verdicts(TABLES["MODEL_CONFIG"]),
+            "ScriptArguments": verdicts(TABLES["SCRIPT_ARGUMENTS"]),
+            "DatasetMixtureConfig": verdicts(TABLES["DATASET_MIXTURE_CONFIG"]),
+            "DatasetConfig": verdicts(TABLES["DATASET_CONFIG"]),
+            "DPOTrainer": verdicts(TABLES["TRAINER"]),
+            "spellings": spellings(),
+        }
     }
+    for library, name in NAMES.items():
+        pages[f"coming-from-{library}.md"] = {
+            part: verdicts(section(library, part), name) for part in LIBRARIES[library]["sections"]
+        }
+    return pages
+
+
+def render(text: str, tables: Mapping[str, str]) -> str:
+    """A page with its tables as they should be, between the comments that name them."""
     for name, table in tables.items():
-        page, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S
+        text, found = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.S
         )
         if found != 1:
             raise ValueError(f"the page has {found} places for the table {name}")
-    return page
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, found in tables().items():
+        path = FOLDER / page
+        path.write_text(render(path.read_text(encoding="utf-8"), found), encoding="utf-8")
