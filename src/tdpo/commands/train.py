@@ -23,9 +23,9 @@ from tdpo.config.checks import check_values, documented
 from tdpo.data.options import check_format, open_held_out, open_training
 from tdpo.distributed import launch
 from tdpo.errors import UserError
-from tdpo.evaluate.sample_callback import SampleCallback
 from tdpo.files import check_writable
 from tdpo.models.load import adapter_base, load_model, same_model
+from tdpo.report.show_callback import TOKEN_VIEW, ShowCallback
 from tdpo.train.checkpointing import checkpoints
 from tdpo.train.preflight import check_arguments
 from tdpo.train.stopping import handle_signals
@@ -34,25 +34,28 @@ from tdpo.train.trainer import TDPOTrainer
 
 @documented
 @dataclass
-class SampleOptions:
-    """Samples for the report.
+class ShowOptions:
+    """What is shown of a run; pairs and prompts are of the held-out data, else of the training data.
 
     Attributes:
-        sample_prompts: Number of prompts of the held-out data, else of the training data, whose most likely responses
-            before and after training are recorded for tdpo report.
+        sample_prompts: Number of prompts whose most likely responses before training, at every evaluation and after
+            training are shown, recorded for tdpo report and sent to trackers.
+        inspect_pairs: Number of pairs of the token view (see tdpo inspect), which is written to tokens.html in the
+            output folder after training and sent to trackers that keep files.
     """
 
     sample_prompts: int = 0
+    inspect_pairs: int = 0
 
     def __post_init__(self) -> None:
-        check_values(self, sample_prompts=0)
+        check_values(self, sample_prompts=0, inspect_pairs=0)
 
 
-OPTIONS = (ModelConfig, ReferenceConfig, SampleOptions, AdapterOptions, EvalDataConfig, TDPOConfig)
+OPTIONS = (ModelConfig, ReferenceConfig, ShowOptions, AdapterOptions, EvalDataConfig, TDPOConfig)
 OTHER_FILES = (
     "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template.*", "vocab.*", "merges.txt",
     "*processor_config.json", "audio_tokenizer_config.json", "objective.json", "*_results.json", "trainer_state.json",
-    "run.jsonl",
+    "run.jsonl", TOKEN_VIEW,
 )  # fmt: skip
 """Files that a finished run leaves beside the model."""
 
@@ -60,7 +63,7 @@ OTHER_FILES = (
 def run(argv: Sequence[str]) -> None:
     """Runs the command; a reference that is the base of the policy's adapter is loaded once."""
     options, tokenizer, train, held_out = prepare_run("train", OPTIONS, argv)
-    model_config, ref, samples, adapter, _, args = options
+    model_config, ref, shown, adapter, _, args = options
     name, quantization = ref.ref_model_name_or_path, adapter.quantization()
     base = adapter_base(model_config.model_name_or_path, model_config.model_revision)
     if base is None and adapter.use_peft:
@@ -73,8 +76,8 @@ def run(argv: Sequence[str]) -> None:
         trainer = TDPOTrainer(
             model, reference, args, None, train, held_out, tokenizer, peft_config=adapter.peft_config()
         )
-    if samples.sample_prompts:
-        trainer.add_callback(SampleCallback(trainer, tokenizer, held_out or train, samples.sample_prompts))
+    if shown.sample_prompts or shown.inspect_pairs:
+        ShowCallback(trainer, tokenizer, held_out or train, shown.sample_prompts, shown.inspect_pairs)
     del model, reference  # the trainer decides what of them stays in memory
     console().print(f"objective {trainer.objective}, {trainer.layout}", soft_wrap=True)
     console().print(trainer.reference_line, soft_wrap=True)

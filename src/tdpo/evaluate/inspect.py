@@ -19,7 +19,7 @@ from tdpo import ops
 from tdpo.data.token_texts import Piece, pieces
 from tdpo.models.hidden import response_hidden
 from tdpo.models.probe import evaluating
-from tdpo.models.reference import check_comparable, reference_hidden
+from tdpo.models.reference import Reference, as_reference, reference_hidden
 from tdpo.objectives import Objective, weighted
 from tdpo.ops.heads import chunk_rows, default_logits_budget
 from tdpo.ops.numerics import head_logits, statistics_dtype
@@ -119,7 +119,7 @@ class InspectedPair:
 
 def inspect_pairs(
     policy: nn.Module,
-    reference: nn.Module,
+    reference: nn.Module | Reference,
     pairs: Sequence[TokenisedPair],
     objective: Objective,
     tokenizer: Any,
@@ -131,7 +131,8 @@ def inspect_pairs(
 
     Args:
         policy: A causal language model; its training mode is restored.
-        reference: Its reference, with the same vocabulary; used for the statistics even if the objective has none.
+        reference: Its reference, with the same vocabulary, or a reference strategy; used for the statistics even if the
+            objective has none.
         pairs: Tokenised pairs.
         objective: Defines loss and rewards.
         tokenizer: The models' tokenizer.
@@ -142,12 +143,11 @@ def inspect_pairs(
     Raises:
         UserError: as :func:`tdpo.score_pairs`.
     """
-    check_comparable(policy, reference)
     # Pairs of similar length share a batch: less padding.
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids))
     found: dict[int, InspectedPair] = {}
     shown = bar(Console(stderr=True, quiet=not progress), transient=True)
-    with evaluating(policy, reference), torch.no_grad(), shown:
+    with evaluating(policy, *as_reference(reference).models()), torch.no_grad(), shown:
         task = shown.add_task("scoring", total=len(pairs), figures="")
         for start in range(0, max(len(order), 1), batch_size):
             rows = order[start : start + batch_size]
@@ -160,7 +160,7 @@ def inspect_pairs(
 
 def _inspect_batch(
     policy: nn.Module,
-    reference: nn.Module,
+    reference: nn.Module | Reference,
     pairs: Sequence[TokenisedPair],
     objective: Objective,
     tokenizer: Any,

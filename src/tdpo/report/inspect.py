@@ -24,6 +24,7 @@ from torch import nn
 
 from tdpo.evaluate.inspect import Floats, InspectedPair, InspectedResponse, inspect_pairs
 from tdpo.files import atomic_write
+from tdpo.models.reference import Reference
 from tdpo.objectives import Objective
 from tdpo.types import TokenisedPair
 
@@ -139,7 +140,7 @@ PLUS, MINUS = (31, 95, 153), (138, 74, 18)
 
 def inspect(
     policy: nn.Module,
-    reference: nn.Module,
+    reference: nn.Module | Reference,
     pairs: Sequence[TokenisedPair],
     objective: Objective,
     tokenizer: Any,
@@ -152,7 +153,7 @@ def inspect(
 
     Args:
         policy: As in :func:`tdpo.score_pairs`, and so are the next three.
-        reference: Must be a model, also for an objective without a reference.
+        reference: Must compute a reference, also for an objective without one.
         pairs: Tokenised pairs.
         objective: Defines loss and rewards.
         tokenizer: The models' tokenizer.

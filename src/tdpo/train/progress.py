@@ -11,6 +11,8 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 EVALUATION = "evaluation"
+SAMPLE_LENGTH = 100
+"""Characters of a sample's prompt, and of its response, that are shown."""
 SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("rewards/accuracies", "accuracy", "{:.2f}"),
@@ -80,6 +82,13 @@ class ProgressCallback(TrainerCallback):
             name = self.label if "loss" in logs else EVALUATION
             step = f"step {state.global_step}/{state.max_steps}: " if state.max_steps else ""
             self.console.print(f"{name}: {step}{line}", highlight=False, soft_wrap=True)
+
+    def show_sample(self, state: Any, prompt: str, response: str) -> None:
+        """Shows a response sampled during training, in one line above the bars."""
+        if state.is_world_process_zero:
+            texts = (" ".join(text.split())[:SAMPLE_LENGTH] for text in (prompt[-SAMPLE_LENGTH:], response))
+            line = "sample at step {}: {} -> {}".format(state.global_step, *texts)
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     @override
     def on_prediction_step(
