@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from conftest import make_model, preference_rows
+from hub_server import hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from test_report import train
@@ -97,3 +101,23 @@ def test_a_fingerprint_is_of_ids_and_order_alone() -> None:
     moved = TokenisedPair([1, 2], [3], [4])
     others = {fingerprint(pairs[::-1]), fingerprint([weighted, pairs[1]]), fingerprint([moved, pairs[1]])}
     assert len(others | {one}) == 4
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_is_pushed_with_its_model_and_the_results_of_the_held_out_pairs(
+    adapter: bool, model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    words = ["train", "--model_name_or_path", model_folder, "--dataset_name", pairs_file, "--test_fraction", 0.3]
+    words += ["--output_dir", tmp_path / "run", "--max_steps", 2, *(["--use_peft"] if adapter else [])]
+    words += ["--push_to_hub", "--hub_model_id", "me/aligned", "--hub_token", "hf_secret"]
+    with hub() as server:
+        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-m", "tdpo", *map(str, words)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    files = server.files["me/aligned"]
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+    for name in (weights, "objective.json", "tokenizer.json", FILE):
+        assert files[name] == (tmp_path / "run" / name).read_bytes(), name
+    assert "## Held-out data, step 2" in files[FILE].decode()
+    assert not any(b"hf_secret" in content for content in files.values()) and server.tokens == {"Bearer hf_secret"}

@@ -128,6 +128,8 @@ def train_and_save(trainer: Any) -> dict[str, float] | None:
             metrics = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         trainer.save_state()
         trainer.create_model_card()  # with the metrics of the held-out data
+        if args.push_to_hub and metrics is not None:
+            trainer.push_to_hub(commit_message="Results on held-out data", revision=args.hub_revision)
     console().print(f"saved to {args.output_dir}", soft_wrap=True)
     return metrics
 

@@ -30,6 +30,7 @@ from tdpo.models.load import load_weights
 from tdpo.models.multimodal import copy_processor
 from tdpo.train.card import FILE as CARD
 from tdpo.train.card import write_card
+from tdpo.train.record import public
 
 logger = logging.getLogger("tdpo")
 
@@ -343,7 +344,7 @@ class CheckpointingTrainer(Trainer):
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Writes a tied weight, which a gathered state dict holds under two names, once.
+        """Writes a tied weight, which a gathered state dict holds under two names, once, and options without secrets.
 
         A multimodal model named without its processor keeps the processor's files.
         """
@@ -351,7 +352,11 @@ class CheckpointingTrainer(Trainer):
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         if state_dict:
             state_dict = {name: weight for name, weight in state_dict.items() if tied.get(name) not in state_dict}
-        super()._save(output_dir, state_dict)
+        args, self.args = self.args, public(self.args)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
         folder = output_dir or str(self.args.output_dir)
         if self.args.should_save and not isinstance(self.processing_class, ProcessorMixin):
             copy_processor(model, Path(folder))

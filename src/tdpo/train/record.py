@@ -6,6 +6,7 @@ written when it happens, so the record of a run that was killed is complete up t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -143,6 +144,15 @@ def _without_secrets(value: Any) -> Any:
         except ValueError:
             return HIDDEN
     return value
+
+
+def public(args: RunOptions) -> RunOptions:
+    """Returns a copy of the options without secrets, for ``training_args.bin``, which is uploaded with a model."""
+    shown = copy.copy(args)
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        setattr(shown, field.name, None if _is_secret(field.name) else _without_secrets(value))
+    return shown
 
 
 def settings(args: RunOptions) -> dict[str, Any]:
