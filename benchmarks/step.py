@@ -1,8 +1,10 @@
-"""One training step on real preference pairs: ours, the arithmetic of the authors' code, and TRL's plain DPO.
+"""One training step on preference pairs: ours, the arithmetic of the authors' code, TRL's and Liger's.
 
 Run it without --implementation to compare all, each in processes of its own that take turns:
 
     python benchmarks/step.py --pairs harmless-base_test.jsonl.gz --tokenizer EleutherAI/pythia-160m
+
+``--pairs short`` takes random tokens instead: prompts of 64 and responses of 300.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from count import counts_of
 from measure import (
     PAIRS_OPTIONS,
     in_turn,
@@ -43,11 +47,15 @@ from tdpo.types import WEIGHTS, PackedBatch, PairStats, TokenisedPair
 Step = Callable[[], Tensor]
 IMPLEMENTATIONS = (
     "tdpo2", "tdpo2-weighted", "tbpo", "dpo", "tdpo2-padded", "tdpo2-padded-naive", "trl-dpo", "trl-dpo-compacted",
-    "liger-dpo",
+    "trl-tdpo2", "liger-dpo",
 )  # fmt: skip
-
-
-STEP_OPTIONS = (*PAIRS_OPTIONS, "width")
+STEP_OPTIONS = (*PAIRS_OPTIONS, "width", "vocabulary")
+SHORT = "short"
+"""Name of the pairs with a short prompt, and their lengths in tokens."""
+SHORT_PROMPT, SHORT_RESPONSE = 64, 300
+LONGEST = 512
+COUNTED = {"head_products": 2, "body_tokens": 2, "logits_mebibytes": 0, "gigaflops": 0}
+"""Figures that no machine changes, with the digits of the table."""
 
 
 def models(vocab_size: int, max_length: int, width: int = 256) -> tuple[nn.Module, FrozenCopy]:
@@ -91,6 +99,8 @@ def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[Tokenised
     """Returns the forward of one implementation's step, as a function that computes its mean loss."""
     if name.startswith("trl-dpo"):
         return trl_step(policy, reference, pairs, tokenizer, compacted=name.endswith("compacted"))
+    if name == "trl-tdpo2":
+        return trl_tdpo2_step(policy, reference, pairs)
     if name == "liger-dpo":
         return liger_step(policy, reference, pairs)
     if name == "tdpo2-padded-naive":
@@ -137,14 +147,50 @@ def trl_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tok
     return lambda: trainer.compute_loss(policy, dict(batch))
 
 
+def padded_sides(pairs: list[TokenisedPair]) -> tuple[Tensor, Tensor]:
+    """Returns ids ``[2P, T]`` of padded rows, all chosen ones first, and labels ``[2P, T - 1]``, -100 off responses."""
+    batch = pack_padded(pairs)
+    order = torch.cat((torch.arange(0, 2 * len(pairs), 2), torch.arange(1, 2 * len(pairs), 2)))
+    ids, branches = batch.input_ids[order], batch.branch_ids[order]
+    return ids, ids[:, 1:].masked_fill(branches[:, 1:] <= 0, -100)
+
+
+def trl_tdpo2_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair]) -> Step:
+    """Returns TDPO2 made of TRL's parts: its chunked log-probabilities and its chunked KL, of response tokens alone."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    ids, labels = padded_sides(pairs)
+    mask = labels != -100
+
+    def log_probabilities(states: Tensor, head: Tensor) -> Tensor:
+        # temperature, vocabulary per tile, no soft cap, no scale
+        return ChunkedLogProbFunction.apply(states, head, None, labels[mask], 1.0, 32768, None, 1.0, ("log_probs",))[0]
+
+    def per_response(values: Tensor) -> Tensor:
+        return torch.zeros(mask.shape).masked_scatter(mask, values).sum(1)
+
+    def step() -> Tensor:
+        ref_lm: Any = reference.model
+        head, ref_head = policy.lm_head.weight, ref_lm.lm_head.weight
+        with torch.no_grad():
+            ref_states = ref_lm.base_model(input_ids=ids).last_hidden_state[:, :-1][mask]
+            ref_logp = log_probabilities(ref_states, ref_head)
+        states = policy.base_model(input_ids=ids).last_hidden_state[:, :-1][mask]
+        ratio = per_response(log_probabilities(states, head) - ref_logp)
+        kl = per_response(ChunkedDivergenceFunction.apply(states, head, None, ref_states, ref_head, None, 0.0)[0])
+        count = len(pairs)
+        stats = PairStats(ratio[:count], ratio[count:], kl[:count], kl[count:])
+        return objectives.tdpo2(0.1, 0.5)(stats).loss.mean()
+
+    return step
+
+
 def liger_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair]) -> Step:
     """Returns Liger's fused DPO loss on the hidden states of padded rows; compiled only where it is on a GPU."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    batch = pack_padded(pairs)
-    order = torch.cat((torch.arange(0, 2 * len(pairs), 2), torch.arange(1, 2 * len(pairs), 2)))
-    ids, branches = batch.input_ids[order], batch.branch_ids[order]
-    labels = ids[:, 1:].masked_fill(branches[:, 1:] <= 0, -100)
+    ids, labels = padded_sides(pairs)
     loss = LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=True, compiled=torch.cuda.is_available())
 
     def step() -> Tensor:
@@ -160,7 +206,12 @@ def liger_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair]) -
 def draw_pairs(data: str, tokenizer: str, rows: int, count: int, seed: int) -> tuple[list[TokenisedPair], Any]:
     """Draws pairs among the first rows of a dataset, at most 512 tokens a sequence; returns them and the tokenizer."""
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    dataset = prepare_pairs(read_source(data, "train")[:rows], Tokeniser(loaded, Lengths(512, 256)))
+    if data == SHORT:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = SHORT_PROMPT, SHORT_RESPONSE, SHORT_RESPONSE
+        parts = [[torch.randint(len(loaded), (n,), generator=generator).tolist() for n in sizes] for _ in range(count)]
+        return [TokenisedPair(prompt, chosen, rejected) for prompt, chosen, rejected in parts], loaded
+    dataset = prepare_pairs(read_source(data, "train")[:rows], Tokeniser(loaded, Lengths(LONGEST, LONGEST // 2)))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     return [dataset[index] for index in order[:count]], loaded
 
@@ -169,7 +220,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     """Times one implementation in this process: median seconds of a forward and backward, and memory above models."""
     torch.set_num_threads(options.threads)
     pairs, tokenizer = draw_pairs(options.pairs, options.tokenizer, options.rows, options.batch_size, options.seed)
-    policy, reference = models(len(tokenizer), 512, options.width)
+    vocab_size = options.vocabulary or len(tokenizer)
+    policy, reference = models(vocab_size, LONGEST, options.width)
     step = step_of(options.implementation, policy, reference, pairs, tokenizer)
     loss, norm = torch.zeros(()), torch.zeros(())
 
@@ -180,6 +232,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm()
         policy.zero_grad()
 
+    response_tokens = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    counts = counts_of(full_step, policy, reference.model, 2 * len(pairs) * LONGEST, response_tokens)
     mebibytes = peak_above(full_step)
     seconds = seconds_of(full_step, options.repetitions)
     return {
@@ -187,7 +241,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "mebibytes": mebibytes,
         "loss": loss.item(),
         "gradient_norm": norm.item(),
-        "response_tokens": float(sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)),
+        "response_tokens": float(response_tokens),
+        **counts,
     }
 
 
@@ -208,6 +263,8 @@ def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -
         values = [run[figure] for run in runs]
         result[figure] = round(statistics.median(values), digits)
         result |= ratio_columns(figure, "tdpo2", [our[figure] for our in ours], values)
+    for figure, digits in COUNTED.items():
+        result[figure] = round(statistics.median(run[figure] for run in runs), digits)
     return result | {
         "loss_first_round": round(runs[0]["loss"], 6),
         "gradient_norm_first_round": round(runs[0]["gradient_norm"], 6),
@@ -218,6 +275,7 @@ def main() -> None:
     """Measures one implementation, or compares all and writes a CSV."""
     parser = pairs_parser(__doc__)
     parser.add_argument("--width", type=int, default=256, help="of the model")
+    parser.add_argument("--vocabulary", type=int, default=0, help="of the model; 0 for the tokenizer's")
     parser.add_argument("--compare", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="measure this one here and print JSON")
     parser.add_argument("--csv", default="benchmarks/results/step.csv")
@@ -225,7 +283,8 @@ def main() -> None:
     if options.implementation:
         print(json.dumps(measure(options)))
         return
-    named = machine(options) | {"batch_size": options.batch_size, "rounds": options.rounds}
+    settings = {name: getattr(options, name) for name in ("batch_size", "rounds", "width", "vocabulary")}
+    named = machine(options) | settings | {"pairs": Path(options.pairs).name}
     rows = compare(options)
     write_csv(options.csv, [result | named for result in rows])
     print(*rows, sep="\n")

@@ -603,7 +603,21 @@ def test_a_budget_below_one_row_still_runs_a_row_at_a_time():
     assert chunk_rows(small, torch.float32, 1) == 1
     assert chunk_rows(small, torch.float32, budget) == 6 and chunk_rows(capped, torch.float32, budget) == 4
     assert default_logits_budget(torch.device("cpu")) == 256 * 2**20
-    assert default_logits_budget(torch.device("cuda")) == 512 * 2**20
+    assert default_logits_budget(torch.device("xpu")) == 512 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "allocated", "budget"),
+    [(60, 20, 15, 1024), (7, 2, 1, 1024), (5, 1, 1, 512), (0.1, 0, 0, 64), (0.1, 4, 0.5, 256)],
+)
+def test_the_budget_of_a_gpu_is_an_eighth_of_what_is_free(
+    free: float, reserved: float, allocated: float, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gibibyte = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * gibibyte), 80 * gibibyte))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(reserved * gibibyte))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(allocated * gibibyte))
+    assert default_logits_budget(torch.device("cuda")) == budget * 2**20
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

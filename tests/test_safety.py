@@ -26,6 +26,7 @@ from tdpo.config import seconds
 from tdpo.models.compiling import compile_layers
 from tdpo.models.policy import causal_lm
 from tdpo.ops.heads import default_logits_budget
+from tdpo.score import LogitsBudget
 from tdpo.train import checkpointing
 from tdpo.train.stopping import StopRequest
 
@@ -225,12 +226,12 @@ def test_out_of_memory_over_the_logits_halves_their_budget_once(
 ) -> None:
     from tdpo import ops
 
-    asked: list[int | None] = []
+    asked: list[int] = []
     pair_loss = ops.pair_loss
 
     def scarce(*args: Any, **options: Any) -> Any:
         asked.append(args[5])
-        if (args[5] or default) > limit:
+        if args[5] > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return pair_loss(*args, **options)
 
@@ -238,13 +239,24 @@ def test_out_of_memory_over_the_logits_halves_their_budget_once(
     default = default_logits_budget(torch.device("cpu"))
     limit = default // 2
     trainer(tmp_path / "a", tokenizer, max_steps=2).train()
-    assert asked == [None, limit, limit]
+    assert asked == [default, limit, limit]
     assert f"--logits_budget is halved to {limit} bytes" in caplog.text
     limit = 2**20
     output = r"out of memory: CUDA out of memory\. A lower --per_device_train_batch_size"
     with pytest.raises(UserError, match=output), user_errors():
         trainer(tmp_path / "b", tokenizer).train()
-    assert asked[3:] == [None, default // 2], "not halved for ever"
+    assert asked[3:] == [default, default // 2], "not halved for ever"
+
+
+def test_a_resumed_run_takes_the_budget_of_its_checkpoint_unless_one_is_given() -> None:
+    first = LogitsBudget()
+    first.halve(torch.device("cpu"))
+    resumed, own, fresh = LogitsBudget(), LogitsBudget(2**20), LogitsBudget()
+    for budget in (resumed, own):
+        budget.load(first.state())
+    fresh.load({})
+    found = [budget.bytes_on(torch.device("cpu")) for budget in (resumed, own, fresh)]
+    assert found == [2**27, 2**20, 2**28] and resumed.halved and not own.halved
 
 
 def test_split_batches_are_refused(tmp_path: Path) -> None:

@@ -211,16 +211,34 @@ def tree_refusal(models: Sequence[nn.Module]) -> str:
 class LogitsBudget:
     """The bytes of logits in memory at a time. Halved at most once, after an out-of-memory error.
 
+    The device's default, which depends on its free memory, is taken once and kept in checkpoints: a resumed run forms
+    the same groups of pairs, and so rounds alike.
+
     Args:
         size: Bytes, or None for the device's default.
     """
 
     def __init__(self, size: int | None = None) -> None:
-        self.size, self.halved = size, False
+        self.size, self.halved, self._given = size, False, size is not None
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Returns the budget; the first call settles a default."""
+        if self.size is None:
+            self.size = default_logits_budget(device)
+        return self.size
+
+    def state(self) -> dict[str, Any]:
+        """Returns the budget for a checkpoint."""
+        return {"size": self.size, "halved": self.halved}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state` returned, unless a size was given; an empty state changes nothing."""
+        if not self._given and state:
+            self.size, self.halved = state["size"], state["halved"]
 
     def halve(self, device: torch.device) -> None:
         """Halves the budget for all further steps, and warns."""
-        self.size, self.halved = max((self.size or default_logits_budget(device)) // 2, 1), True
+        self.size, self.halved = max(self.bytes_on(device) // 2, 1), True
         if device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(
@@ -257,14 +275,14 @@ def batch_loss(
         hidden, ref_hidden = Hidden(states, head_of(policy)), None if ref is None else Hidden(ref_states, ref.head())
         compute = partial(ops.pair_loss, hidden, ref_hidden, batch.labels, batch.lengths, objective)
         try:
-            return compute(budget.size, backend, batch.weights)
+            return compute(budget.bytes_on(states.device), backend, batch.weights)
         except torch.OutOfMemoryError:
             if budget.halved:
                 raise
         # Not in the except block, whose traceback keeps the tensors of the failed attempt alive. The retry is safe with
         # several processes: it contains no collective operation.
         budget.halve(states.device)
-        return compute(budget.size, backend, batch.weights)
+        return compute(budget.bytes_on(states.device), backend, batch.weights)
 
     recording: AbstractContextManager[Any] = nullcontext() if router is None else collect_router_logits(policy)
     with recording as router_logits:

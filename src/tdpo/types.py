@@ -283,7 +283,7 @@ class PairTokens:
         logratio: ``[N]``, log pi(y_t) - log pi_ref(y_t), times the token's weight.
         kl: ``[N]``, KL(reference || policy) at the position of y_t, times the token's KL weight.
         logp: ``[N]``, log pi(y_t), times the token's weight.
-        sequence_ids: ``[N]`` int64, ``2p`` for chosen and ``2p + 1`` for rejected tokens of pair p.
+        sequence_ids: ``[N]`` int64 in ascending order, ``2p`` for chosen and ``2p + 1`` for rejected tokens of pair p.
         num_pairs: P.
     """
 
@@ -315,9 +315,18 @@ class PairTokens:
     def sums(self) -> PairStats:
         """Sums over each response; a length is the number of its tokens, whatever their weights."""
         columns = (self.logratio, self.kl, self.logp, torch.ones_like(self.logp))
-        zeros = self.logp.new_zeros(2 * self.num_pairs)
-        summed = (zeros.index_add(0, self.sequence_ids, column).view(-1, 2).t() for column in columns)
+        summed = (self.per_response(column).view(-1, 2).t() for column in columns)
         return PairStats(*(side for sides in summed for side in sides))
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """``[2P + 1]`` int64, the first token of each response, and N."""
+        # Not by bincount, for which a GPU waits.
+        return torch.searchsorted(self.sequence_ids, torch.arange(2 * self.num_pairs + 1, device=self.logp.device))
+
+    def per_response(self, values_N: Tensor) -> Tensor:
+        """Sums values over each response, ``[2P]``, in the order of tokens also on a GPU."""
+        return torch.segment_reduce(values_N, "sum", offsets=self.offsets, unsafe=True)
 
 
 @dataclass(frozen=True)

@@ -91,17 +91,16 @@ class TBPO(Objective):
 
     @override
     def pair_loss(self, tokens: PairTokens) -> PairLoss:
-        ids, pairs = tokens.sequence_ids, tokens.num_pairs
-        advantage_N = self.beta * (tokens.logratio + tokens.kl)
-        order = torch.argsort(ids, stable=True)  # chosen and rejected tokens of each pair in turn
-        counts = torch.bincount(ids, minlength=2 * pairs)
-        index = torch.arange(len(ids), device=ids.device) - (counts.cumsum(0) - counts)[ids[order]]  # in its response
-        rows = torch.zeros(2 * pairs, int(counts.max()), dtype=advantage_N.dtype, device=ids.device)
-        chosen, rejected = rows.index_put((ids[order], index), advantage_N[order]).unflatten(0, (pairs, 2)).unbind(1)
-        shared = counts.view(pairs, 2).amin(1).clamp(min=1)
-        both = torch.arange(rows.shape[1], device=ids.device) < shared[:, None]
-        loss = torch.where(both, preference_loss(chosen - rejected), 0).sum(1) / shared
-        return PairLoss(loss, chosen.detach().sum(1), rejected.detach().sum(1))
+        ids, starts = tokens.sequence_ids, tokens.offsets
+        advantage = self.beta * (tokens.logratio + tokens.kl)
+        counts, other = starts.diff(), ids ^ 1
+        position = torch.arange(len(ids), device=ids.device) - starts[ids]
+        compared = (ids % 2 == 0) & (position < counts[other])  # a chosen token, with the rejected one at its position
+        partner = torch.where(compared, starts[other] + position, 0)
+        gap = torch.where(compared, advantage - advantage[partner], 0)
+        losses = tokens.per_response(torch.where(compared, preference_loss(gap), 0))[::2]
+        rewards = tokens.per_response(advantage.detach())
+        return PairLoss(losses / counts.view(-1, 2).amin(1).clamp(min=1), rewards[::2], rewards[1::2])
 
 
 def _with_rewards(beta: float, score: Tensor, stats: PairStats) -> PairLoss:

@@ -161,11 +161,12 @@ def _group_loss(
 
     Side effect: adds the group's gradients to ``heads``.
     """
-    start, device = blocks[0].start, labels_N.device
-    counts = torch.tensor(lengths, device=device)
-    ids_n = torch.repeat_interleave(counts, output_size=sum(lengths))  # chosen 2p, rejected 2p + 1
+    start = blocks[0].start
+    # Chosen 2p, rejected 2p + 1; made on the device, since a copy from the host would wait for it.
+    ids_n = torch.cat([labels_N.new_full((length,), number) for number, length in enumerate(lengths)])
+    ratio, rejected_ratio = (labels_N.new_full((), value, dtype=heads.wide) for value in ratios)
     weights_2n = None if weights_2N is None else weights_2N[:, start : start + len(ids_n)].to(heads.wide)
-    c_n, kl_alone_n = _token_ratios(torch.tensor(ratios, dtype=heads.wide, device=device)[ids_n % 2], weights_2n)
+    c_n, kl_alone_n = _token_ratios(torch.where(ids_n % 2 == 0, ratio, rejected_ratio), weights_2n)
     # The first pass writes the directions, unless no gradient is needed or a second pass over the logits follows.
     directions_now = heads.trains and (len(blocks) == 1 or not heads.trains_head)
     parts = []
@@ -191,7 +192,7 @@ def _group_loss(
             ref_logits = heads.ref_logits(block) if ratios[is_rejected] else None
             a_n = -torch.ones_like(factor_n[local])  # direction_ writes a (onehot - p) + b (p - p_ref)
             if kl_alone_n is not None:
-                a_n[kl_alone_n[local]] = 0
+                a_n.masked_fill_(kl_alone_n[local], 0)
             kernels.direction_(heads.logits(block), ref_logits, labels_N[block], stats_5n[:, local], a_n, -c_n[local])
             heads.add_gradients(block, factor_n[local])
     return stats_5n[:3], pairs

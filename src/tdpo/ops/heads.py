@@ -6,6 +6,7 @@ Shapes: N response tokens, n rows of one block, D hidden width, V vocabulary, W 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,24 @@ from tdpo.types import Head, Hidden
 CACHE_LINE = 64
 """Bytes; every row of logits begins on one. Products into rows that do not take up to 1.6 times as long."""
 
+HALF_DEVICES = ("cuda", "meta")
+"""Devices on which heads in half precision multiply in their own dtype, with float32 sums and results."""
+
 ABSENT = -1e30
 """Fills the logits between the vocabulary's end and the row's: no probability, and finite, so that 0 times it is 0."""
 
 
 def default_logits_budget(device: torch.device) -> int:
-    """Returns the bytes that blocks of logits may take: 512 MiB on an accelerator, 256 MiB on a CPU."""
-    return (256 if device.type == "cpu" else 512) * 2**20
+    """Returns the bytes that blocks of logits may take.
+
+    On a CPU 256 MiB. On a GPU an eighth of the memory that is free, as a power of two from 64 MiB to 1 GiB; what the
+    allocator has cached counts as free. On other accelerators 512 MiB.
+    """
+    if device.type != "cuda":
+        return (256 if device.type == "cpu" else 512) * 2**20
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    share = (torch.cuda.mem_get_info(device)[0] + cached) // 8
+    return min(max(2 ** max(share.bit_length() - 1, 0), 64 * 2**20), 2**30)
 
 
 def padded_vocab(vocab_size: int, dtype: torch.dtype) -> int:
@@ -70,9 +82,11 @@ class BlockwiseHeads:
         budget = default_logits_budget(states_ND.device) if logits_budget is None else logits_budget
         self.block_rows = min(chunk_rows(head, self.wide, budget), states_ND.shape[0])
         width = padded_vocab(head.vocab_size, self.wide)
+        # In half precision the gradient of the logits is rounded into the memory of the reference's logits.
+        self._half = self.policy.head.weight.dtype != self.wide
         self._logits, self._ref_logits, self._slope = (
             states_ND.new_empty(self.block_rows if used else 0, width, dtype=self.wide)
-            for used in (True, reference is not None, head.soft_cap is not None)
+            for used in (True, reference is not None or self._half, head.soft_cap is not None)
         )
         wants_states, wants_weight, wants_bias = needs
         self.grad_states = torch.zeros_like(states_ND, dtype=self.wide) if wants_states else None
@@ -103,6 +117,9 @@ class BlockwiseHeads:
     def add_gradients(self, rows: slice, factor_n: Tensor | None = None) -> None:
         """Adds the gradients that follow from the gradient in a block's logits: two matrix products at most.
 
+        A head in half precision on a GPU multiplies in its own dtype, with sums in float32; :meth:`ref_logits` of the
+        block are overwritten then.
+
         Args:
             rows: The block, in whose :meth:`logits` the gradient stands; it is overwritten.
             factor_n: Multiplies each row's gradient; cheaper here, where rows are D wide, than on the logits.
@@ -113,18 +130,23 @@ class BlockwiseHeads:
             grad_nV.mul_(self._slope[:n, : head.vocab_size])
         if head.scale != 1.0:
             grad_nV.mul_(head.scale)
+        if self.grad_bias is not None:
+            self.grad_bias += grad_nV.sum(0) if factor_n is None else grad_nV.t() @ factor_n
+        # torch takes out_dtype for half precision alone.
+        sums: dict[str, Any] = {"out_dtype": self.wide} if self._half else {}
+        if self._half:
+            grad_nV = self._ref_logits.view(head.weight.dtype)[:n, : head.vocab_size].copy_(grad_nV)
         if self.grad_states is not None:
             grad_nD = self.grad_states[rows]
-            torch.mm(grad_nV, head.weight.to(self.wide), out=grad_nD)
+            torch.mm(grad_nV, head.weight, **sums, out=grad_nD)
             if factor_n is not None:
                 grad_nD.mul_(factor_n[:, None])
         if self.grad_weight is not None:
-            states_nD = self.policy.states[rows].to(self.wide)
-            states_nD = states_nD if factor_n is None else states_nD * factor_n[:, None]
-            self.grad_weight.addmm_(grad_nV.t(), states_nD, beta=self._beta)
+            states_nD = self.policy.states[rows]
+            states_nD = (states_nD if factor_n is None else states_nD * factor_n[:, None]).to(grad_nV.dtype)
+            total = self.grad_weight
+            torch.addmm(total, grad_nV.t(), states_nD, beta=self._beta, **sums, out=total)
             self._beta = 1
-        if self.grad_bias is not None:
-            self.grad_bias += grad_nV.sum(0) if factor_n is None else grad_nV.t() @ factor_n
 
     def scale_states(self, rows: slice, factor_n: Tensor) -> None:
         """Multiplies the gradients of a block's states, which :meth:`add_gradients` left unscaled."""
@@ -139,9 +161,9 @@ class BlockwiseHeads:
 
 
 def _widened(hidden: Hidden, wide: torch.dtype) -> Hidden:
-    """Casts the weight once; on a GPU half precision stays, since products widen it, and is not copied."""
+    """Casts the weight once; on :data:`HALF_DEVICES` half precision stays, since products widen it."""
     weight = hidden.head.weight.detach()
-    if not (weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)):
+    if not (weight.device.type in HALF_DEVICES and weight.dtype in (torch.float16, torch.bfloat16)):
         weight = weight.to(wide)
     bias = None if hidden.head.bias is None else hidden.head.bias.detach()
     return Hidden(hidden.states.detach(), replace(hidden.head, weight=weight, bias=bias))

@@ -62,8 +62,8 @@ def row_stats_(
             torch.lerp(p, ref_p, kl_ratio_n[rows, None], out=z)
             z.scatter_add_(1, index, z.new_full(index.shape, -1.0))
             if kl_alone_n is not None:
-                alone = kl_alone_n[rows]
-                z[alone] = kl_ratio_n[rows, None][alone] * (ref_p[alone] - p[alone])
+                alone = torch.sub(ref_p, p, out=p).mul_(kl_ratio_n[rows, None])
+                torch.where(kl_alone_n[rows, None], alone, z, out=z)
     return stats_5n
 
 
@@ -123,8 +123,10 @@ def _kl(
     With d = z - z_ref it is ``log_z - ref_log_z - sum p_ref d``, one dot product, whose rounding is that of its parts.
     Where the KL is too small beside them for that, it is ``sum p_ref (expm1(u) - u)`` with the log-ratio u, which is as
     accurate as u. Rows where that is not finite (a log-ratio that overflows, or -inf on both sides) are computed again
-    by the formula that cannot fail.
+    by the formula that cannot fail, on accelerators all rows.
     """
+    if z_BV.device.type != "cpu":  # the comparisons below would wait for the device
+        return kl_terms(z_BV - log_z_B[:, None], ref_z_BV - ref_log_z_B[:, None]).sum(-1)
     torch.sub(z_BV, ref_z_BV, out=difference_BV)
     shift = log_z_B - ref_log_z_B
     kl = shift - torch.linalg.vecdot(ref_p_BV, difference_BV)

@@ -126,7 +126,7 @@ class TDPOTrainer(BatchMeanTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self.run_parts["metrics"] = self.train_metrics
+        self.run_parts |= {"metrics": self.train_metrics, "logits_budget": self._budget}
         self.record.about |= {
             "objective": self.objective,
             "reward_scale": self.objective.reward_scale,
