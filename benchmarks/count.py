@@ -27,6 +27,14 @@ PRODUCTS = {
 """Matrix products, and the positions of their factors among the arguments."""
 
 
+def _addmm_flops(_: Any, left: Any, right: Any, **options: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: _addmm_flops}
+"""What torch's counter leaves out."""
+
+
 class LogitsCounter(TorchDispatchMode):
     """Counts products with the head and the bytes of logits alive at a time.
 
@@ -108,7 +116,7 @@ def counts_of(
     """
     vocab_size, width = policy.lm_head.weight.shape
     step()  # what is found out once, such as whether the model takes trees, is not counted
-    counter, flops = LogitsCounter(tokens, width), FlopCounterMode(display=False)
+    counter, flops = LogitsCounter(tokens, width), FlopCounterMode(display=False, custom_mapping=IN_PLACE)
     with body_tokens(policy.model, reference.model) as passed, flops, counter:
         step()
     return {

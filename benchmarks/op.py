@@ -9,8 +9,9 @@ numbers of tokens, to which a slope is fitted: how many bytes one more logit cos
 Implementations: ``autograd`` is the formula in plain torch (log-softmax of whole logits, then the sum of
 p_ref (log p_ref - log p)), ``naive`` this package's specification, ``two-pass`` its token statistics for any objective,
 ``fused`` its loss in one pass (whose gradients are made in the forward), ``fused-one-pair`` the same for a single pair
-of all the tokens, too long for the budget, so that its logits are made twice, ``liger-dpo`` Liger's fused DPO loss,
-which has no KL. ``--backend triton`` runs the package's own with Triton kernels.
+of all the tokens, too long for the budget, so that its logits are made twice, ``trl-parts`` TRL's chunked
+log-probabilities and its chunked KL, ``liger-dpo`` Liger's fused DPO loss, which has no KL. ``--backend triton`` runs
+the package's own with Triton kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from tdpo import objectives, ops
 from tdpo.types import Head, Hidden, PairStats
 
-IMPLEMENTATIONS = ("autograd", "naive", "two-pass", "fused", "fused-one-pair", "liger-dpo")
+IMPLEMENTATIONS = ("autograd", "naive", "two-pass", "fused", "fused-one-pair", "trl-parts", "liger-dpo")
 PAIRS = 8
 LOGIT_BUFFERS_OF_PLAIN = {"autograd": 6, "naive": 18}
 """Float32 copies of the logits these are sure to fit in; more than is free, and they are left out."""
@@ -67,6 +68,8 @@ def loss_of(name: str, policy: Hidden, reference: Hidden, labels: Tensor, backen
     def by_token() -> Tensor:
         if name == "autograd":
             logp, ref_logp, kl = plain_stats(policy, reference, labels)
+        elif name == "trl-parts":
+            logp, ref_logp, kl = trl_stats(policy, reference, labels)
         else:
             tokens = ops.response_stats(policy, reference, labels, "naive" if name == "naive" else backend)
             logp, ref_logp, kl = tokens.logp, tokens.ref_logp, tokens.kl
@@ -83,6 +86,22 @@ def plain_stats(policy: Hidden, reference: Hidden, labels: Tensor) -> tuple[Tens
     kl = (ref_logp.exp() * (ref_logp - logp)).sum(-1)
     index = labels[:, None]
     return logp.gather(1, index)[:, 0], ref_logp.gather(1, index)[:, 0], kl
+
+
+def trl_stats(policy: Hidden, reference: Hidden, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the three statistics by TRL's kernels: log-probabilities of both models, and KL(reference || policy)."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    def logp(side: Hidden) -> Tensor:
+        # temperature, words per tile, no soft cap, no scale
+        options = labels, 1.0, 32768, None, 1.0, ("log_probs",)
+        return ChunkedLogProbFunction.apply(side.states, side.head.weight, None, *options)[0]
+
+    with torch.no_grad():
+        ref_logp = logp(reference)
+    sides = (part for side in (policy, reference) for part in (side.states, side.head.weight, None))
+    return logp(policy), ref_logp, ChunkedDivergenceFunction.apply(*sides, 0.0)[0]
 
 
 def liger_loss(policy: Hidden, reference: Hidden, labels: Tensor) -> Callable[[], Tensor]:

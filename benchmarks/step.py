@@ -32,6 +32,7 @@ from measure import (
     words_of,
     write_csv,
 )
+from op import trl_stats
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +43,7 @@ from tdpo.data.sources import read_source
 from tdpo.data.tokenise import Lengths, Tokeniser
 from tdpo.models.reference import FrozenCopy
 from tdpo.score import batch_loss
-from tdpo.types import WEIGHTS, PackedBatch, PairStats, TokenisedPair
+from tdpo.types import WEIGHTS, Head, Hidden, PackedBatch, PairStats, TokenisedPair
 
 Step = Callable[[], Tensor]
 IMPLEMENTATIONS = (
@@ -58,15 +59,17 @@ COUNTED = {"head_products": 2, "body_tokens": 2, "logits_mebibytes": 0, "gigaflo
 """Figures that no machine changes, with the digits of the table."""
 
 
-def models(vocab_size: int, max_length: int, width: int = 256) -> tuple[nn.Module, FrozenCopy]:
-    """Builds a Llama with 4 layers and a tied head, and a reference that differs a little."""
+def models(
+    vocab_size: int, max_length: int, width: int = 256, layers: int = 4, head_width: int = 64
+) -> tuple[nn.Module, FrozenCopy]:
+    """Builds a Llama with a tied head, and a reference that differs a little."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=688 * width // 256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // head_width,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
     )
@@ -104,13 +107,13 @@ def step_of(name: str, policy: Any, reference: FrozenCopy, pairs: list[Tokenised
     if name == "liger-dpo":
         return liger_step(policy, reference, pairs)
     if name == "tdpo2-padded-naive":
-        batch = pack_padded(pairs)
+        batch = pack_padded(pairs).to(policy.device)
         return lambda: authors_loss(policy, reference.model, batch, 0.1, 0.5)
     if name == "tdpo2-weighted":
         pairs = [replace(pair, **random_weights(pair)) for pair in pairs]
     objective = {"dpo": objectives.dpo(0.1), "tbpo": objectives.tbpo(0.1)}.get(name, objectives.tdpo2(0.1, 0.5))
     pack = pack_padded if name.endswith("padded") else pack_trees
-    return lambda: batch_loss(policy, reference, pack(pairs), objective)[0] / len(pairs)
+    return lambda: batch_loss(policy, reference, pack(pairs).to(policy.device), objective)[0] / len(pairs)
 
 
 def random_weights(pair: TokenisedPair) -> dict[str, list[float]]:
@@ -136,20 +139,21 @@ def trl_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair], tok
     rows = [{column: list(getattr(pair, column)) for column in columns} for pair in pairs]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     args = DPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), beta=0.1, max_length=None, use_cpu=True,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), beta=0.1, max_length=None,
+        use_cpu=policy.device.type == "cpu",
         report_to="none", bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
     text = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     trainer = DPOTrainer(
         model=policy, ref_model=reference.model, args=args, train_dataset=text, processing_class=tokenizer
     )
-    batch = trainer.data_collator(rows)
+    batch = {name: value.to(policy.device) for name, value in trainer.data_collator(rows).items()}
     return lambda: trainer.compute_loss(policy, dict(batch))
 
 
-def padded_sides(pairs: list[TokenisedPair]) -> tuple[Tensor, Tensor]:
+def padded_sides(pairs: list[TokenisedPair], device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns ids ``[2P, T]`` of padded rows, all chosen ones first, and labels ``[2P, T - 1]``, -100 off responses."""
-    batch = pack_padded(pairs)
+    batch = pack_padded(pairs).to(device)
     order = torch.cat((torch.arange(0, 2 * len(pairs), 2), torch.arange(1, 2 * len(pairs), 2)))
     ids, branches = batch.input_ids[order], batch.branch_ids[order]
     return ids, ids[:, 1:].masked_fill(branches[:, 1:] <= 0, -100)
@@ -157,29 +161,20 @@ def padded_sides(pairs: list[TokenisedPair]) -> tuple[Tensor, Tensor]:
 
 def trl_tdpo2_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair]) -> Step:
     """Returns TDPO2 made of TRL's parts: its chunked log-probabilities and its chunked KL, of response tokens alone."""
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    ids, labels = padded_sides(pairs)
+    ids, labels = padded_sides(pairs, policy.device)
     mask = labels != -100
 
-    def log_probabilities(states: Tensor, head: Tensor) -> Tensor:
-        # temperature, vocabulary per tile, no soft cap, no scale
-        return ChunkedLogProbFunction.apply(states, head, None, labels[mask], 1.0, 32768, None, 1.0, ("log_probs",))[0]
-
     def per_response(values: Tensor) -> Tensor:
-        return torch.zeros(mask.shape).masked_scatter(mask, values).sum(1)
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values).sum(1)
 
     def step() -> Tensor:
         ref_lm: Any = reference.model
-        head, ref_head = policy.lm_head.weight, ref_lm.lm_head.weight
         with torch.no_grad():
             ref_states = ref_lm.base_model(input_ids=ids).last_hidden_state[:, :-1][mask]
-            ref_logp = log_probabilities(ref_states, ref_head)
         states = policy.base_model(input_ids=ids).last_hidden_state[:, :-1][mask]
-        ratio = per_response(log_probabilities(states, head) - ref_logp)
-        kl = per_response(ChunkedDivergenceFunction.apply(states, head, None, ref_states, ref_head, None, 0.0)[0])
-        count = len(pairs)
+        sides = Hidden(states, Head(policy.lm_head.weight)), Hidden(ref_states, Head(ref_lm.lm_head.weight))
+        logp, ref_logp, kl = trl_stats(*sides, labels[mask])
+        ratio, kl, count = per_response(logp - ref_logp), per_response(kl), len(pairs)
         stats = PairStats(ratio[:count], ratio[count:], kl[:count], kl[count:])
         return objectives.tdpo2(0.1, 0.5)(stats).loss.mean()
 
@@ -190,7 +185,7 @@ def liger_step(policy: Any, reference: FrozenCopy, pairs: list[TokenisedPair]) -
     """Returns Liger's fused DPO loss on the hidden states of padded rows; compiled only where it is on a GPU."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    ids, labels = padded_sides(pairs)
+    ids, labels = padded_sides(pairs, policy.device)
     loss = LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=True, compiled=torch.cuda.is_available())
 
     def step() -> Tensor:

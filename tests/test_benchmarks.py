@@ -1,0 +1,91 @@
+"""The benchmarks count what they say, and the one for a GPU runs whole at toy sizes on a CPU."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY, make_tokenizer
+
+pytest.importorskip("trl", reason="TRL is not installed; make install brings it (the extra 'bench')")
+BENCHMARKS = REPOSITORY / "benchmarks"
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step
+
+    return step
+
+
+COUNTS = {
+    "tdpo2": (4, 1), "dpo": (4, 1), "tbpo": (4, 1), "tdpo2-padded": (4, 2), "tdpo2-padded-naive": (4, 2),
+    "trl-dpo-compacted": (5, 2), "trl-tdpo2": (11, 2),
+}  # fmt: skip
+"""Products with the head per scored token, and how often a prompt runs through a model."""
+PROMPT, RESPONSE = 200, 50
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_head_products_and_body_tokens(name: str, step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    products, prompts = COUNTS[name]
+    vocab = 1500
+    policy, reference = step.models(vocab, 512, 64, 2)
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randint(vocab, (n,), generator=generator).tolist() for n in (PROMPT, RESPONSE, RESPONSE)]
+    pairs = [step.TokenisedPair(*parts)]
+    if name.startswith("trl-dpo"):
+        from trl.trainer import utils
+
+        monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # the benchmark replaces it
+    loss = step.step_of(name, policy, reference, pairs, make_tokenizer())
+    found = step.counts_of(lambda: loss().backward(), policy, reference.model, 1024, 2 * RESPONSE)
+    # The authors' arithmetic, and TRL's without compaction, score every position.
+    scored = 2 * (PROMPT + RESPONSE - 1) / (2 * RESPONSE) if name == "tdpo2-padded-naive" else 1.0
+    assert found["head_products"] == pytest.approx(products * scored, rel=0.01)
+    # The last token of a response predicts nothing; some leave it out.
+    assert found["body_tokens"] == pytest.approx((prompts * PROMPT + 2 * RESPONSE) / RESPONSE, rel=0.01)
+    logits = 2 * RESPONSE * scored * vocab * 4 / 2**20
+    assert 2 * logits <= found["logits_mebibytes"] < (60 if name.startswith("trl") else 10) * logits
+    # A product takes 2 m n k operations; one forward of the reference, forward and two products back of the policy.
+    layers = sum(weight.numel() for weight in policy.model.layers.parameters() if weight.dim() == 2)
+    least = 2 * products * scored * 2 * RESPONSE * vocab * 64 + 2 * layers * 4 * found["body_tokens"] / 2 * 2 * RESPONSE
+    assert 0.97 * least / 1e9 < found["gigaflops"] < 1.5 * least / 1e9  # attention comes on top
+
+
+def test_trls_parts_compute_the_same_loss(step: Any) -> None:
+    policy, reference = step.models(300, 512, 64, 2)
+    pairs = [step.TokenisedPair([1, 2, 3], [4, 5], [6, 7, 8]), step.TokenisedPair([9], [10, 11, 12], [13])]
+    losses = [step.step_of(name, policy, reference, pairs, None)().item() for name in ("tdpo2", "trl-tdpo2")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_benchmark_for_a_gpu_runs_whole(tmp_path: Path) -> None:
+    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--csv", str(tmp_path / "gpu.csv")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with (tmp_path / "gpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    checks = [row for row in rows if row["passed"]]
+    assert len(checks) >= 11 and all(row["passed"] == "True" for row in checks)
+    parts = {row["part"].split()[0] for row in rows}
+    assert parts == {"half", "layouts", "resumption", "fsdp2", "operation", "step"}
+    assert {row["name"] for row in rows} >= {"autograd", "chunked", "TRL's parts", "TRL's DPO", "tdpo2, trees, sdpa"}
+    assert "none failed" in done.stdout
+
+
+def test_a_part_that_fails_is_reported_and_the_others_run(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    def fails() -> list[Any]:
+        raise RuntimeError("out of memory\nand more")
+
+    assert gpu.attempt("a part", fails)[0]["error"] == "RuntimeError: out of memory"
+    found = gpu.run_part("no such part")
+    assert found[0]["passed"] is False and "KeyError" in found[0]["error"]
