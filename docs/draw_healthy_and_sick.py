@@ -2,7 +2,7 @@
 
     make demo && python docs/draw_healthy_and_sick.py [DEMO_FOLDER]
 
-Three runs of a minute or less each, kept in DEMO_FOLDER/signs; remove that folder to train them anew.
+Three runs of a minute or less each, kept in DEMO_FOLDER/signs; remove that folder to train new ones.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from tdpo.report.collect import RECORD, read_run
 from tdpo.report.run_figures import charts, draw
 
 ASSETS = Path(__file__).with_name("assets")
-COMMON = "--max_steps 120 --per_device_train_batch_size 32 --logging_steps 5 --eval_strategy steps --eval_steps 20 --seed 0"
+COMMON = (
+    "--max_steps 120 --per_device_train_batch_size 32 --logging_steps 5 --eval_strategy steps --eval_steps 20 --seed 0"
+)
 RUNS = {
     "healthy": "--objective tdpo2 --learning_rate 2e-4 --lr_scheduler_type linear --warmup_steps 6 --max_grad_norm 10",
     "sick": "--objective dpo --learning_rate 5e-3 --lr_scheduler_type constant --max_grad_norm 1000",
     "asleep": "--objective tdpo2 --learning_rate 2e-4 --warmup_steps 1200",
 }
-CHARTS = {"loss": "sick", "accuracy": "sick", "kl": "sick", "logratio": "sick", "grad_norm": "sick", "learning_rate": "asleep"}
+CHARTS = {
+    "loss": "sick",
+    "accuracy": "sick",
+    "kl": "sick",
+    "logratio": "sick",
+    "grad_norm": "sick",
+    "learning_rate": "asleep",
+}
 """The run that shows trouble in each chart."""
 
 

@@ -41,6 +41,20 @@ def test_a_card_has_objective_results_data_settings_and_versions(
     assert f"| 24 | {fingerprints[0]} |" in card.text and f"| 4 | {fingerprints[1]} |" in card.text
 
 
+def test_a_card_has_the_results_of_the_best_step_if_its_model_was_loaded(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = train(tokenizer, tmp_path, load_best_model_at_end=True, **options)
+    best = trainer.state.best_global_step
+    logs = {log["step"]: log for log in trainer.state.log_history if "eval_loss" in log}
+    assert best == max(logs, key=lambda step: logs[step]["eval_loss"]) != max(logs)
+    trainer.save_model()
+    text = ModelCard.load(tmp_path / FILE).text
+    assert f"## Held-out data, step {best}" in text and f"| loss | {logs[best]['eval_loss']:.4g} |" in text
+
+
 def test_arguments_of_transformers_go_into_the_header(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     trainer = train(tokenizer, tmp_path, max_steps=1)
     trainer.create_model_card("en", "mit", tags="extra", model_name="my name", dataset="org/pairs")

@@ -25,3 +25,19 @@ def test_every_public_name_has_a_docstring_and_a_place_in_the_api(name: str) -> 
     assert len((found.__doc__ or "").split()) > 3
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     assert re.search(rf"::: tdpo\.{name}\b|members: \[[^\]]*\b{name}\b", text), f"docs/api.md does not mention {name}"
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("troubleshooting.md", "renders the prompt differently for different responses"),
+        ("troubleshooting.md", "renders a prompt differently once a response follows"),
+        ("troubleshooting.md", "as nothing but its end token"),
+        ("troubleshooting.md", "layout: padded rows"),
+    ],
+)
+def test_a_quoted_message_is_one_of_the_program(page: str, message: str) -> None:
+    assert message in (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    code = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "src").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", code)
+    assert message in joined.replace("{'trees' if pack is pack_trees else 'padded rows'}", "padded rows")

@@ -196,6 +196,14 @@ def test_names_of_runs_tell_them_apart(run_folder: Path, tmp_path: Path) -> None
     assert [run.name for run in read_runs([tmp_path / "a/first", tmp_path / "b/first"])] == ["a/first", "b/first"]
 
 
+def test_throughput_after_a_resumption_does_not_count_the_time_in_between() -> None:
+    logs = [{"step": 1, "loss": 1.0, "time": 0.0}, {"step": 2, "loss": 1.0, "time": 2.0}, {"step": 2, "resumed": True}]
+    logs += [{"step": 3, "loss": 1.0, "time": 3600.0}, {"step": 4, "loss": 1.0, "time": 3601.0}]
+    run = read_run_of(logs)
+    run.start["per_step"] = 8
+    assert throughput(run).series("throughput") == ([2, 4], [4.0, 8.0])
+
+
 def test_throughput_leaves_out_evaluations() -> None:
     times = [("loss", 1, 10.0), ("loss", 2, 12.0), ("eval_loss", 2, 50.0), ("loss", 3, 52.0), ("loss", 4, 53.0)]
     run = read_run_of([{"step": step, "time": time, name: 1.0} for name, step, time in times])

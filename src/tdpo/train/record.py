@@ -110,6 +110,8 @@ def command_line(words: Sequence[str]) -> str:
     Examples:
         >>> command_line(["/usr/bin/tdpo", "train", "--hub_token", "hf_x", "--beta=0.1", "--api_key=k"])
         'tdpo train --hub_token ... --beta=0.1 --api_key=...'
+        >>> command_line(["/lib/tdpo/__main__.py", "eval"])
+        'tdpo eval'
         >>> command_line(["-m", "train", "--model_init_kwargs", '{"token": "hf_x", "eos_token": "</s>"}'])
         '-m train --model_init_kwargs \'{"token": "...", "eos_token": "</s>"}\''
     """
@@ -123,7 +125,9 @@ def command_line(words: Sequence[str]) -> str:
         else:
             word = _without_secrets(word)
         shown.append(word.encode("utf-8", "backslashreplace").decode())  # file names may be any bytes
-    return shlex.join([Path(word).name if number == 0 else word for number, word in enumerate(shown)])
+    program = Path(shown[0])
+    # `python -m tdpo`, and processes that were launched
+    return shlex.join([program.parent.name if program.name == "__main__.py" else program.name, *shown[1:]])
 
 
 def _is_secret(name: str) -> bool:
