@@ -21,7 +21,9 @@ STEPS = {
     "tdpo2-padded": "TDPO2, tdpo, padded rows",
     "tdpo2-padded-naive": "TDPO2, the authors' arithmetic",
     "liger-dpo": "DPO, Liger's fused loss",
-    "trl-dpo": "DPO, TRL's DPOTrainer",
+    "trl-dpo-compacted": "DPO, TRL, response tokens alone",
+    "trl-dpo": "DPO, TRL as on a CPU",
+    "trl-tdpo2": "TDPO2 of TRL's parts",
 }
 OPERATIONS = {
     "fused": ("fused, one pass", "#009E73", "o"),

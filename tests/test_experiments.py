@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import random
@@ -152,6 +153,15 @@ def test_the_readme_states_the_verdicts():
         ("Entropy, TDPO2 > TDPO1 > f-DPO > DPO: ", "C, entropy"),
     ):
         assert words + claims.verdict(decided[name]) in text
+
+
+def test_times_are_those_of_the_table_and_below_the_limit() -> None:
+    text = (REPOSITORY / "experiments" / "README.md").read_text(encoding="utf-8")
+    with (REPOSITORY / "experiments" / "time.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["experiment"] for row in rows} == {"imdb", "stories", "hh"}
+    for row in rows:
+        assert f"| {row['experiment']} | {row['minutes']} |" in text and int(row["minutes"]) <= 100
 
 
 def test_the_sensitivity_table_of_the_documentation_is_that_of_its_result_file():
