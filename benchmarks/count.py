@@ -115,6 +115,8 @@ def counts_of(
         bytes of logits alive; ``gigaflops``: floating-point operations of all products.
     """
     vocab_size, width = policy.lm_head.weight.shape
+    if vocab_size <= tokens or 0 < vocab_size % 32768 <= tokens:  # TRL computes 32,768 words at a time
+        raise ValueError(f"{tokens} tokens are too many: products with a vocabulary of {vocab_size} look like others")
     step()  # what is found out once, such as whether the model takes trees, is not counted
     counter, flops = LogitsCounter(tokens, width), FlopCounterMode(display=False, custom_mapping=IN_PLACE)
     with body_tokens(policy.model, reference.model) as passed, flops, counter:

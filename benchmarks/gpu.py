@@ -12,8 +12,10 @@ the times mean nothing.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -60,7 +62,8 @@ class Sizes:
 
 
 SIZES = Sizes()
-LIMIT_S = 120
+ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+LIMIT_S = 300
 """Seconds a part may take."""
 OPERATIONS = {
     "autograd": ("autograd", "auto"),
@@ -94,13 +97,15 @@ def possible(names: Iterable[str]) -> list[str]:
 
 
 def attempt(name: str, measure: Callable[[], list[Row]]) -> list[Row]:
-    """Returns the rows of a measurement, or one that says why there are none."""
+    """Returns the rows of a measurement, or one that says why there are none; out of memory is no failure."""
     try:
         return measure()
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
-        return [row(name, float("nan"), "", False, error=f"{type(error).__name__}: {reason}")]
+        passed = None if isinstance(error, torch.OutOfMemoryError) else False
+        return [row(name, float("nan"), "", passed, error=f"{type(error).__name__}: {reason}")]
     finally:
+        gc.collect()
         if ON_GPU:
             torch.cuda.empty_cache()
 
@@ -132,8 +137,8 @@ def layouts() -> list[Row]:
     """Compares trees with padded rows, under every attention that takes trees here."""
     pairs = draw_pairs(SHORT, tokenizer_folder(), 0, 2, 0)[0]
     pairs = [replace(pair, chosen_ids=pair.chosen_ids[:40], rejected_ids=pair.rejected_ids[:60]) for pair in pairs]
-    rows = []
-    for attention in ("sdpa", "flex_attention") if ON_GPU else ("sdpa",):
+
+    def compared(attention: str) -> list[Row]:
         policy, reference = models(1_500, 512, 128, 2)
         losses, norms = [], []
         for pack in (pack_padded, pack_trees):
@@ -146,14 +151,22 @@ def layouts() -> list[Row]:
             loss.backward()
             losses.append(loss.item())
             norms.append(torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm().item())
-        for what, (padded, trees) in {"loss": losses, "gradient norm": norms}.items():
-            error = abs(trees / padded - 1)
-            rows.append(row(f"trees against padded rows, {attention}: {what}", error, "relative", error < 1e-4))
-    return rows
+        errors = {
+            what: abs(trees / padded - 1) for what, (padded, trees) in (("loss", losses), ("gradient norm", norms))
+        }
+        name = f"trees against padded rows, {attention}"
+        return [row(f"{name}: {what}", error, "relative", error < 1e-4) for what, error in errors.items()]
+
+    attentions = ("sdpa", "flex_attention") if ON_GPU else ("sdpa",)
+    return [found for name in attentions for found in attempt(name, partial(compared, name))]
 
 
 def resumption() -> list[Row]:
-    """Trains four steps, and the last two again from the checkpoint; the weights must be equal bit for bit."""
+    """Trains four steps, and the last two again from the checkpoint; the weights must be equal bit for bit.
+
+    On a GPU this takes torch's deterministic algorithms: attention and sparse gradients differ from run to run without.
+    """
+    torch.use_deterministic_algorithms(ON_GPU)
     weights = []
     with tempfile.TemporaryDirectory() as folder:
         pairs, tokenizer = draw_pairs(SHORT, tokenizer_folder(), 0, 8, 0)
@@ -213,7 +226,6 @@ def operation(vocab: int, width: int) -> list[Row]:
     """Measures forward and backward of the loss from hidden states, with the head's gradient."""
     policy, reference, labels = problem(SIZES.tokens, width, vocab, SIZES.dtype, str(DEVICE))
     leaves = [policy.states, policy.head.weight]
-    rows: list[Row] = []
 
     def measured(name: str) -> list[Row]:
         implementation, backend = OPERATIONS[name]
@@ -230,18 +242,17 @@ def operation(vocab: int, width: int) -> list[Row]:
         shape = {"vocabulary": vocab, "width": width}
         return [row(name, milliseconds, "ms", **shape), row(name, mebibytes, "MiB", **shape)]
 
-    for name in possible(OPERATIONS):
-        rows += attempt(name, lambda name=name: measured(name))  # type: ignore[misc]
-    return rows
+    return [found for name in possible(OPERATIONS) for found in attempt(name, partial(measured, name))]
 
 
-def steps() -> list[Row]:
-    """Measures forward and backward of a step on pairs with short prompts."""
+def steps(names: Iterable[str]) -> list[Row]:
+    """Measures forward and backward of a step on pairs with short prompts, for some of :data:`STEPS`."""
     pairs, tokenizer = draw_pairs(SHORT, tokenizer_folder(), 0, SIZES.pairs, 0)
 
     def measured(name: str) -> list[Row]:
         implementation, attention = STEPS[name]
-        policy, reference = models(SIZES.step_vocabulary, 512, SIZES.step_width, SIZES.layers)
+        with DEVICE:
+            policy, reference = models(SIZES.step_vocabulary, 512, SIZES.step_width, SIZES.layers)
         reference = FrozenCopy(reference.model.to(DEVICE, SIZES.dtype))
         policy = policy.to(DEVICE, SIZES.dtype)
         for model in (policy, reference.model):
@@ -258,10 +269,7 @@ def steps() -> list[Row]:
         size = {"parameters": sum(p.numel() for p in policy.parameters()), "pairs": len(pairs)}
         return [row(name, milliseconds, "ms", **size), row(name, mebibytes, "MiB", **size)]
 
-    rows: list[Row] = []
-    for name in possible(STEPS):
-        rows += attempt(name, lambda name=name: measured(name))  # type: ignore[misc]
-    return rows
+    return [found for name in names for found in attempt(name, partial(measured, name))]
 
 
 def tokenizer_folder() -> str:
@@ -277,10 +285,11 @@ CHECKS = {"half precision": half_precision, "layouts": layouts, "resumption": re
 
 def parts() -> dict[str, Callable[[], list[Row]]]:
     """Returns the parts by name, in the order in which they run."""
-    found: dict[str, Callable[[], list[Row]]] = {name: lambda c=check: c() for name, check in CHECKS.items()}  # type: ignore[misc]
+    found: dict[str, Callable[[], list[Row]]] = dict(CHECKS)
     for vocab, width in itertools.product(SIZES.vocabularies, SIZES.widths):
-        found[f"operation {vocab} {width}"] = lambda v=vocab, w=width: operation(v, w)  # type: ignore[misc]
-    found["step"] = steps
+        found[f"operation {vocab} {width}"] = partial(operation, vocab, width)
+    for names in [[name] for name in possible(STEPS)] if ON_GPU else [possible(STEPS)]:  # at toy sizes in one process
+        found[f"step {', '.join(names)}"] = partial(steps, names)
     return found
 
 
@@ -288,13 +297,14 @@ def run_part(name: str) -> list[Row]:
     """Runs a part in a process of its own."""
     words = [sys.executable, __file__, "--part", name]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, env={**ONE_GPU, **os.environ})
     except subprocess.TimeoutExpired:
         return [row(name, float("nan"), "", False, error=f"stopped after {LIMIT_S} s")]
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]
         return [row(name, float("nan"), "", False, error=reason[:200])]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[{")]  # libraries print, too
+    return json.loads(lines[-1]) if lines else [row(name, float("nan"), "", False, error="it printed no result")]
 
 
 def show(results: list[Row]) -> None:
@@ -303,7 +313,7 @@ def show(results: list[Row]) -> None:
     for result in results:
         shape = " ".join(f"{key} {result[key]:,}" for key in ("vocabulary", "width") if result.get(key))
         value = result.get("error") or f"{result['value']:.4g} {result['unit']}"
-        table.add_row(result["part"], f"{result['name']} {shape}", value, str(result["passed"]))
+        table.add_row(result["part"].split(" TDPO")[0][:24], f"{result['name']} {shape}", value, str(result["passed"]))
     Console(width=150).print(table)
 
 

@@ -608,7 +608,7 @@ def test_a_budget_below_one_row_still_runs_a_row_at_a_time():
 
 @pytest.mark.parametrize(
     ("free", "reserved", "allocated", "budget"),
-    [(60, 20, 15, 1024), (7, 2, 1, 1024), (5, 1, 1, 512), (0.1, 0, 0, 64), (0.1, 4, 0.5, 256)],
+    [(60, 20, 15, 2048), (7, 2, 1, 1024), (5, 1, 1, 512), (0.1, 0, 0, 64), (0.1, 4, 0.5, 256)],
 )
 def test_the_budget_of_a_gpu_is_an_eighth_of_what_is_free(
     free: float, reserved: float, allocated: float, budget: int, monkeypatch: pytest.MonkeyPatch

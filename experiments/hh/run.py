@@ -63,17 +63,24 @@ def run_fold(dialogues: str, base: str, fold: int) -> None:
     folder = WORK / f"fold-{fold}"
     folder.mkdir(parents=True, exist_ok=True)
     seed = ["--seed", str(fold)]
+    settings = list(itertools.product(OBJECTIVES, LEARNING_RATES))
     with FileLock(folder / "sft.lock"):
         fine_tune(dialogues, base, fold, seed)
-    for objective, rate in itertools.product(OBJECTIVES, LEARNING_RATES):
-        model = folder / f"{objective}-{rate:g}"
-        once(model, "validation", partial(train_pairs, model, objective, rate, seed))
+        train_once(folder, *settings[0], seed)  # fills the cache of the reference, which others only read
+    for objective, rate in settings:
+        train_once(folder, objective, rate, seed)
     for objective in OBJECTIVES:
         chosen = chosen_rate(objective, folder)
         if chosen is not None:
             model = folder / f"{objective}-{chosen:g}"
             options = [*ENTROPY, "--samples_dir", f"{folder}/samples"]
             once(model, "test", partial(score, model, "test", options))
+
+
+def train_once(folder: Path, objective: str, rate: float, seed: list[str]) -> None:
+    """Trains and validates with a setting that has no result yet."""
+    model = folder / f"{objective}-{rate:g}"
+    once(model, "validation", partial(train_pairs, model, objective, rate, seed))
 
 
 def once(model: Path, name: str, part: Callable[[], None]) -> None:

@@ -229,12 +229,12 @@ class LogitsBudget:
 
     def state(self) -> dict[str, Any]:
         """Returns the budget for a checkpoint."""
-        return {"size": self.size, "halved": self.halved}
+        return {"size": self.size}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state` returned, unless a size was given; an empty state changes nothing."""
-        if not self._given and state:
-            self.size, self.halved = state["size"], state["halved"]
+        """Restores the size, which may be halved again, unless one was given; an empty state changes nothing."""
+        if not self._given:
+            self.size = state.get("size", self.size)
 
     def halve(self, device: torch.device) -> None:
         """Halves the budget for all further steps, and warns."""

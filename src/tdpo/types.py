@@ -321,11 +321,15 @@ class PairTokens:
     @cached_property
     def offsets(self) -> Tensor:
         """``[2P + 1]`` int64, the first token of each response, and N."""
-        # Not by bincount, for which a GPU waits.
-        return torch.searchsorted(self.sequence_ids, torch.arange(2 * self.num_pairs + 1, device=self.logp.device))
+        ids = self.sequence_ids
+        if ids.device.type == "cpu" and (ids.diff() < 0).any():  # a GPU would be waited for
+            raise ValueError("sequence_ids must be in ascending order")
+        return torch.searchsorted(ids, torch.arange(2 * self.num_pairs + 1, device=ids.device))
 
     def per_response(self, values_N: Tensor) -> Tensor:
-        """Sums values over each response, ``[2P]``, in the order of tokens also on a GPU."""
+        """Sums values over each response, ``[2P]``, in an order that does not change from run to run on a GPU."""
+        if values_N.device.type not in ("cpu", "cuda", "meta"):
+            return values_N.new_zeros(2 * self.num_pairs).index_add(0, self.sequence_ids, values_N)
         return torch.segment_reduce(values_N, "sum", offsets=self.offsets, unsafe=True)
 
 

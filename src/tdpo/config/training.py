@@ -100,7 +100,7 @@ class ScoringOptions(LayoutOptions):
         backend: Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, triton
             does so with kernels of its own on a GPU; auto is triton where it runs.
         logits_budget: Bytes for logits at a time; default 256 MiB on a CPU, on a GPU an eighth of its free memory, from
-            64 MiB to 1 GiB.
+            64 MiB to 2 GiB.
     """
 
     backend: Literal["auto", "naive", "chunked", "triton"] = "auto"

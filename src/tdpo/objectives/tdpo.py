@@ -81,8 +81,8 @@ class TBPO(Objective):
     Source: Nguyen et al. 2026 (arXiv 2605.12288).
 
     Examples:
-        >>> two, none = torch.tensor([2.0, 0.0, 2.0, 5.0]), torch.zeros(4)
-        >>> round(TBPO(beta=0.5).pair_loss(PairTokens(two, none, none, torch.tensor([0, 1, 0, 0]), 1)).loss.item(), 4)
+        >>> two, none = torch.tensor([2.0, 2.0, 5.0, 0.0]), torch.zeros(4)
+        >>> round(TBPO(beta=0.5).pair_loss(PairTokens(two, none, none, torch.tensor([0, 0, 0, 1]), 1)).loss.item(), 4)
         0.3133
     """
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from tdpo.ops.numerics import statistics_dtype
@@ -17,8 +18,11 @@ from tdpo.types import Head, Hidden
 CACHE_LINE = 64
 """Bytes; every row of logits begins on one. Products into rows that do not take up to 1.6 times as long."""
 
-HALF_DEVICES = ("cuda", "meta")
-"""Devices on which heads in half precision multiply in their own dtype, with float32 sums and results."""
+HALF_DEVICES = ("cuda", "meta") if Version(torch.__version__) >= Version("2.10") else ()
+"""Devices on which heads in half precision multiply in their own dtype, with float32 sums and results.
+
+Before torch 2.10, ``addmm`` with ``out_dtype`` does not add to float32.
+"""
 
 ABSENT = -1e30
 """Fills the logits between the vocabulary's end and the row's: no probability, and finite, so that 0 times it is 0."""
@@ -27,14 +31,14 @@ ABSENT = -1e30
 def default_logits_budget(device: torch.device) -> int:
     """Returns the bytes that blocks of logits may take.
 
-    On a CPU 256 MiB. On a GPU an eighth of the memory that is free, as a power of two from 64 MiB to 1 GiB; what the
+    On a CPU 256 MiB. On a GPU an eighth of the memory that is free, as a power of two from 64 MiB to 2 GiB; what the
     allocator has cached counts as free. On other accelerators 512 MiB.
     """
     if device.type != "cuda":
         return (256 if device.type == "cpu" else 512) * 2**20
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     share = (torch.cuda.mem_get_info(device)[0] + cached) // 8
-    return min(max(2 ** max(share.bit_length() - 1, 0), 64 * 2**20), 2**30)
+    return min(max(2 ** max(share.bit_length() - 1, 0), 64 * 2**20), 2**31)
 
 
 def padded_vocab(vocab_size: int, dtype: torch.dtype) -> int:
