@@ -147,7 +147,7 @@ def parquet() -> bytes:
     [
         (b"\n<!DOCTYPE html>\n<html><body>Sign in", "it is an HTML page and not the data"),
         (b'<HTML lang="en">', "it is an HTML page"),
-        (gzip.compress(b"{}"), r"it is gzip-compressed data; decompress it or add \.gz to its name"),
+        (gzip.compress(b"{}", mtime=0), r"it is gzip-compressed data; decompress it or add \.gz to its name"),
         (bz2.compress(b"{}"), "it is bzip2-compressed data"),
         (lzma.compress(b"{}"), "it is xz-compressed data"),
         (pa.compress(b"{}", codec="zstd", asbytes=True), "it is zstd-compressed data"),
@@ -165,9 +165,9 @@ def test_other_content_under_a_name_is_named(tmp_path: Path, name: str, content:
 
 def test_other_content_is_named_inside_compressed_files_and_tables_too(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl\.gz: it is an HTML page"):
-        read(tmp_path, gzip.compress(b"<html>"), "a.jsonl.gz")
+        read(tmp_path, gzip.compress(b"<html>", mtime=0), "a.jsonl.gz")
     with pytest.raises(UserError, match=r"a\.jsonl\.gz: it is gzip-compressed data"):
-        read(tmp_path, gzip.compress(gzip.compress(b"{}")), "a.jsonl.gz")
+        read(tmp_path, gzip.compress(gzip.compress(b"{}", mtime=0)), "a.jsonl.gz")
     with pytest.raises(UserError, match=r"a\.parquet: it is an HTML page"):
         read(tmp_path, b"<html>", "a.parquet")
     with pytest.raises(UserError, match=r"a\.arrow: it is a Parquet file"):
