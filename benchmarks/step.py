@@ -4,7 +4,8 @@ Run it without --implementation to compare all, each in processes of its own tha
 
     python benchmarks/step.py --pairs harmless-base_test.jsonl.gz --tokenizer EleutherAI/pythia-160m
 
-``--pairs short`` takes random tokens instead: prompts of 64 and responses of 300.
+``--pairs short`` takes random tokens instead: prompts of 64 and responses of 300. ``--repetitions 0`` counts and does
+not time.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def draw_pairs(data: str, tokenizer: str, rows: int, count: int, seed: int) -> t
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Times one implementation in this process: median seconds of a forward and backward, and memory above models."""
+    """Counts and times one implementation in this process: median seconds of a step, and memory above the models."""
     torch.set_num_threads(options.threads)
     pairs, tokenizer = draw_pairs(options.pairs, options.tokenizer, options.rows, options.batch_size, options.seed)
     vocab_size = options.vocabulary or len(tokenizer)
@@ -229,11 +230,12 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     response_tokens = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     counts = counts_of(full_step, policy, reference.model, 2 * len(pairs) * LONGEST, response_tokens)
-    mebibytes = peak_above(full_step)
-    seconds = seconds_of(full_step, options.repetitions)
+    timed = {}
+    if options.repetitions:
+        mebibytes = peak_above(full_step)
+        timed = {"seconds": statistics.median(seconds_of(full_step, options.repetitions)), "mebibytes": mebibytes}
     return {
-        "seconds": statistics.median(seconds),
-        "mebibytes": mebibytes,
+        **timed,
         "loss": loss.item(),
         "gradient_norm": norm.item(),
         "response_tokens": float(response_tokens),
@@ -254,7 +256,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 def row(name: str, runs: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[str, Any]:
     """Computes medians over rounds, and the ratios to ours round by round."""
     result: dict[str, Any] = {"implementation": name}
-    for figure, digits in (("seconds", 3), ("mebibytes", 0)):
+    for figure, digits in (("seconds", 3), ("mebibytes", 0)) if "seconds" in runs[0] else ():
         values = [run[figure] for run in runs]
         result[figure] = round(statistics.median(values), digits)
         result |= ratio_columns(figure, "tdpo2", [our[figure] for our in ours], values)

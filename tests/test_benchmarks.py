@@ -59,6 +59,18 @@ def test_head_products_and_body_tokens(name: str, step: Any, monkeypatch: pytest
     assert 0.97 * least / 1e9 < found["gigaflops"] < 1.5 * least / 1e9  # attention comes on top
 
 
+def test_the_counts_of_the_documentation_are_those_of_the_result_file() -> None:
+    text = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    with (BENCHMARKS / "results" / "counts-hh.csv").open(encoding="utf-8") as file:
+        rows = {row["implementation"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"tdpo2", "tdpo2-padded", "trl-dpo-compacted", "trl-dpo", "trl-tdpo2", "liger-dpo"}
+    for row in rows.values():
+        columns = ("head_products", "body_tokens", "logits_mebibytes", "gigaflops")
+        assert "| " + " | ".join(row[column] for column in columns) + " |" in text
+    losses = {row["loss_first_round"] for name, row in rows.items() if "tdpo2" in name}
+    assert len(losses) == 1
+
+
 def test_trls_parts_compute_the_same_loss(step: Any) -> None:
     policy, reference = step.models(300, 512, 64, 2)
     pairs = [step.TokenisedPair([1, 2, 3], [4, 5], [6, 7, 8]), step.TokenisedPair([9], [10, 11, 12], [13])]
