@@ -59,7 +59,7 @@ def test_a_checkpoint_holds_every_part(tmp_path: Path, tokenizer: Any) -> None:
     trainer = TDPOTrainer(make_model(len(tokenizer)), None, args, None, preference_rows(), None, tokenizer)
     trainer.train()
     state = json.loads((tmp_path / "checkpoint-1" / "run_state_0.json").read_text())
-    assert set(state["parts"]) == set(trainer.run_parts) == {"loss", "metrics"}
+    assert set(state["parts"]) == set(trainer.run_parts) == {"loss", "metrics", "logits_budget"}
     assert state["parts"]["metrics"]["pairs"] == 4 and state["parts"]["loss"]["step"] == 0
     assert state["pairs_per_step"] == 4 and state["processes"] == 1
 

@@ -33,7 +33,7 @@ def words(model_folder: Path, pairs_file: Path, tmp_path: Path) -> list[str]:
         tmp_path / "run",
     ]
     words += ["--max_steps", 4, "--eval_strategy", "steps", "--eval_steps", 2, "--test_fraction", 0.3]
-    words += ["--learning_rate", 1e-2, "--per_device_train_batch_size", 4]
+    words += ["--learning_rate", 1e-2, "--per_device_train_batch_size", 4, "--disable_tqdm", "false"]
     return [str(word) for word in words]
 
 
