@@ -49,8 +49,8 @@ bench: install
 	$(BIN)/python benchmarks/data.py --pairs $(PAIRS) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/plot.py
 
-dist: install
-	rm -rf dist
+dist: install  # without build/, from which setuptools would pack what earlier builds left
+	rm -rf dist build
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/twine check --strict dist/*
 
