@@ -110,6 +110,14 @@ def attempt(name: str, measure: Callable[[], list[Row]]) -> list[Row]:
             torch.cuda.empty_cache()
 
 
+def measurement(name: str, step: Callable[[], None], **sizes: int) -> list[Row]:
+    """Measures time and memory of a step after one to warm up: a row each."""
+    step()
+    mebibytes = peak_above(step)
+    milliseconds = 1000 * statistics.median(seconds_of(step, SIZES.repetitions))
+    return [row(name, milliseconds, "ms", **sizes), row(name, mebibytes, "MiB", **sizes)]
+
+
 def half_precision() -> list[Row]:
     """Compares the loss and its gradients in half precision with the same numbers in float64."""
     tokens, width, vocab = (1024, 1024, 32_000) if ON_GPU else (32, 16, 500)
@@ -236,11 +244,7 @@ def operation(vocab: int, width: int) -> list[Row]:
             for leaf in leaves:
                 leaf.grad = None
 
-        step()
-        mebibytes = peak_above(step)
-        milliseconds = 1000 * statistics.median(seconds_of(step, SIZES.repetitions))
-        shape = {"vocabulary": vocab, "width": width}
-        return [row(name, milliseconds, "ms", **shape), row(name, mebibytes, "MiB", **shape)]
+        return measurement(name, step, vocabulary=vocab, width=width)
 
     return [found for name in possible(OPERATIONS) for found in attempt(name, partial(measured, name))]
 
@@ -263,11 +267,7 @@ def steps(names: Iterable[str]) -> list[Row]:
             loss().backward()
             policy.zero_grad()
 
-        step()
-        mebibytes = peak_above(step)
-        milliseconds = 1000 * statistics.median(seconds_of(step, SIZES.repetitions))
-        size = {"parameters": sum(p.numel() for p in policy.parameters()), "pairs": len(pairs)}
-        return [row(name, milliseconds, "ms", **size), row(name, mebibytes, "MiB", **size)]
+        return measurement(name, step, parameters=sum(p.numel() for p in policy.parameters()), pairs=len(pairs))
 
     return [found for name in names for found in attempt(name, partial(measured, name))]
 
