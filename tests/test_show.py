@@ -167,3 +167,13 @@ def test_a_run_with_a_tracker(
     content = b"".join(path.read_bytes() for path in kept)
     assert b"samples" in content
     assert tracker == "tensorboard" or b"token_view" in content
+
+
+def test_a_resumed_run_has_the_samples_of_every_evaluation_once(words: list[str], tmp_path: Path) -> None:
+    words += ["--sample_prompts", "1", "--save_strategy", "steps", "--save_steps", "2"]
+    assert main(words) == 0
+    whole = read_run(tmp_path / "run").samples
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    assert main([*words, "--resume_from_checkpoint", checkpoint]) == 0
+    assert read_run(tmp_path / "run").samples == whole
+    assert [sample["step"] for sample in whole] == [0, 2, 4]

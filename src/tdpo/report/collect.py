@@ -122,7 +122,7 @@ def _from_record(folder: Path) -> Run:
         if event == "start":
             # A resumed run repeats the steps after its checkpoint.
             logs = [log for log in logs if log["step"] <= step and "train_runtime" not in log]
-            samples = [sample for sample in samples if sample["step"] < step]
+            samples = [sample for sample in samples if sample["step"] <= step]
             logs.append({"step": step, "resumed": True})
             start, status = entry, ""
         elif event == "log":
