@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 from conftest import preference_rows
+from rich.console import Console
 from transformers import TrainerCallback
 
 from tdpo.cli import main
 from tdpo.report import show_callback
 from tdpo.report.collect import read_run
+from tdpo.train.progress import ProgressCallback, without_control
 from tdpo.train.trackers import track_page, track_samples
 
 STATE = SimpleNamespace(global_step=4, is_world_process_zero=True)
@@ -47,11 +50,9 @@ def test_samples_at_every_evaluation_and_token_view_at_the_end(
     assert {sample["prompt"] for sample in run.samples} <= prompts
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sample at step")]
     last = run.samples[-1]
+    response = without_control(" ".join(last["response"].split())[:100])
     assert len(lines) == 3
-    assert (
-        lines[-1]
-        == f"sample at step 4: {last['prompt'].strip()} -> {' '.join(last['response'].split())[:100]}".rstrip()
-    )
+    assert lines[-1].rstrip() == f"sample at step 4: {last['prompt'].strip()} -> {response}".rstrip()
     page = (tmp_path / "run" / "tokens.html").read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>") and str(tmp_path / "run") in page
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
@@ -177,3 +178,9 @@ def test_a_resumed_run_has_the_samples_of_every_evaluation_once(words: list[str]
     assert main([*words, "--resume_from_checkpoint", checkpoint]) == 0
     assert read_run(tmp_path / "run").samples == whole
     assert [sample["step"] for sample in whole] == [0, 2, 4]
+
+
+def test_a_sample_does_not_command_the_terminal() -> None:
+    written = io.StringIO()
+    ProgressCallback("training", Console(file=written)).show_sample(STATE, "a\n\x1b[2J", "b\x07 \x9b31m")
+    assert written.getvalue() == "sample at step 4: a \ufffd[2J -> b\ufffd \ufffd31m\n"

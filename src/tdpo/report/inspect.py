@@ -8,7 +8,6 @@ import hashlib
 import html
 import json
 import math
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from tdpo.evaluate.inspect import Floats, InspectedPair, InspectedResponse, insp
 from tdpo.files import atomic_write
 from tdpo.models.reference import Reference
 from tdpo.objectives import Objective
+from tdpo.train.progress import without_control
 from tdpo.types import TokenisedPair
 
 CHUNK = 32
@@ -39,8 +39,6 @@ FLOAT32_BITS, STATISTIC_BITS, PROBABILITY_BITS = 23, 14, 10
 TYPICAL = 0.98
 """Share of tokens that are coloured below full strength."""
 SIDES = ("chosen", "rejected")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters, which a terminal would obey."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def _coloured(response: InspectedResponse, scale: float) -> Text:
         value = float(response.logratio[start : start + piece.tokens].sum())
         strength = min(abs(value) / scale, 1.0) if math.isfinite(value) else 1.0
         colour = ",".join(str(round(strength * part)) for part in (PLUS if value > 0 else MINUS))
-        text.append(CONTROL.sub("\N{REPLACEMENT CHARACTER}", piece.text), f"white on rgb({colour})")
+        text.append(without_control(piece.text), f"white on rgb({colour})")
         start += piece.tokens
     return text
 

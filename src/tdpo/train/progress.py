@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 from typing_extensions import override
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 EVALUATION = "evaluation"
 SAMPLE_LENGTH = 100
 """Characters of a sample's prompt, and of its response, that are shown."""
@@ -33,6 +35,16 @@ def bar(console: Console, transient: bool = False) -> Progress:
         console=console,
         transient=transient,
     )
+
+
+def without_control(text: str) -> str:
+    r"""Replaces control characters, which a terminal would obey.
+
+    Examples:
+        >>> without_control("a\x1b[2Jb") == "a\N{REPLACEMENT CHARACTER}[2Jb"
+        True
+    """
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def figures(metrics: Mapping[str, Any], prefix: str = "") -> str:
@@ -86,7 +98,8 @@ class ProgressCallback(TrainerCallback):
     def show_sample(self, state: Any, prompt: str, response: str) -> None:
         """Shows a response sampled during training, in one line above the bars."""
         if state.is_world_process_zero:
-            texts = (" ".join(text.split())[:SAMPLE_LENGTH] for text in (prompt[-SAMPLE_LENGTH:], response))
+            cut = (" ".join(text.split())[:SAMPLE_LENGTH] for text in (prompt[-SAMPLE_LENGTH:], response))
+            texts = map(without_control, cut)
             line = "sample at step {}: {} -> {}".format(state.global_step, *texts)
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
