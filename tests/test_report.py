@@ -244,6 +244,10 @@ def test_the_page_in_a_browser(chromium: Any, run_folder: Path, tmp_path: Path, 
     assert opened.page.evaluate("document.documentElement.scrollWidth") == width
     sizes = opened.page.eval_on_selector_all("figure img", "images => images.map((image) => image.naturalWidth)")
     assert len(sizes) == len(charts()) and min(sizes) > 300
+    # A narrow table scrolls: no number and no word of it is broken.
+    broken = """cells => cells.map((cell) => {
+      const text = document.createRange(); text.selectNodeContents(cell); return text.getClientRects().length; })"""
+    assert max(opened.page.eval_on_selector_all("thead + tbody td", broken)) == 1
     opened.page.locator("summary").first.click()
     assert opened.page.get_by_text("per_device_train_batch_size").first.is_visible()
     assert opened.problems == []
