@@ -230,6 +230,7 @@ def test_a_page_without_weights_offers_no_view_of_them(chromium: Any, inspection
     plain = Inspection(inspection.pairs[2:4], objectives.tbpo(), inspection.words)
     opened = Opened(chromium, plain.save(tmp_path / "page.html"))
     assert opened.page.locator("#views input").count() == 3
+    assert "1 to 3 change the colour" in opened.page.locator(".hint").first.inner_text()
     opened.token(0, 0, 0).hover()
     assert "loss of this pair, tbpo(beta=0.1)" in opened.panel()
     assert opened.problems == []

@@ -376,6 +376,7 @@ async function start() {
   words = JSON.parse(new TextDecoder().decode(await bytesOf("words")));
   const about = `${meta.objective} · policy ${meta.policy} · reference ${meta.reference} · ${meta.dataset}`;
   document.getElementById("about").textContent = about;
+  document.getElementById("view-count").textContent = Object.keys(views).length;
   Object.entries(views).forEach(([name, view]) => {
     const input = make("input", { type: "radio", name: "view", value: name });
     document.getElementById("views").append(make("label", {}, on(input, "change", () => setView(name)), ` ${view.label}`));
