@@ -51,7 +51,7 @@ IMPLEMENTATIONS = (
     "tdpo2", "tdpo2-weighted", "tbpo", "dpo", "tdpo2-padded", "tdpo2-padded-naive", "trl-dpo", "trl-dpo-compacted",
     "trl-tdpo2", "liger-dpo",
 )  # fmt: skip
-STEP_OPTIONS = (*PAIRS_OPTIONS, "width", "vocabulary")
+STEP_OPTIONS = (*PAIRS_OPTIONS, "width", "vocabulary", "head")
 SHORT = "short"
 """Name of the pairs with a short prompt, and their lengths in tokens."""
 SHORT_PROMPT, SHORT_RESPONSE = 64, 300
@@ -218,6 +218,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     pairs, tokenizer = draw_pairs(options.pairs, options.tokenizer, options.rows, options.batch_size, options.seed)
     vocab_size = options.vocabulary or len(tokenizer)
     policy, reference = models(vocab_size, LONGEST, options.width)
+    policy.lm_head.requires_grad_(options.head == "trained")
     step = step_of(options.implementation, policy, reference, pairs, tokenizer)
     loss, norm = torch.zeros(()), torch.zeros(())
 
@@ -273,6 +274,7 @@ def main() -> None:
     parser = pairs_parser(__doc__)
     parser.add_argument("--width", type=int, default=256, help="of the model")
     parser.add_argument("--vocabulary", type=int, default=0, help="of the model; 0 for the tokenizer's")
+    parser.add_argument("--head", choices=("trained", "frozen"), default="trained", help="frozen as under adapters")
     parser.add_argument("--compare", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="measure this one here and print JSON")
     parser.add_argument("--csv", default="benchmarks/results/step.csv")
@@ -280,7 +282,7 @@ def main() -> None:
     if options.implementation:
         print(json.dumps(measure(options)))
         return
-    settings = {name: getattr(options, name) for name in ("batch_size", "rounds", "width", "vocabulary")}
+    settings = {name: getattr(options, name) for name in ("batch_size", "rounds", "width", "vocabulary", "head")}
     named = machine(options) | settings | {"pairs": Path(options.pairs).name}
     rows = compare(options)
     write_csv(options.csv, [result | named for result in rows])
