@@ -230,11 +230,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         policy.zero_grad()
 
     response_tokens = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
-    counts = counts_of(full_step, policy, reference.model, 2 * len(pairs) * LONGEST, response_tokens)
     timed = {}
     if options.repetitions:
-        mebibytes = peak_above(full_step)
+        mebibytes = peak_above(full_step)  # the first step: later ones find memory that is kept for them
         timed = {"seconds": statistics.median(seconds_of(full_step, options.repetitions)), "mebibytes": mebibytes}
+    counts = counts_of(full_step, policy, reference.model, 2 * len(pairs) * LONGEST, response_tokens)
     return {
         **timed,
         "loss": loss.item(),
