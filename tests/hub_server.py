@@ -12,12 +12,13 @@ from typing import Any
 
 
 class Hub(ThreadingHTTPServer):
-    """Holds the repositories: the bytes of each file by repository and path, and the messages of the commits."""
+    """Holds the repositories: the bytes of each file by repository and path, and all commits with their files."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.commits: list[str] = []
+        self.uploaded: list[tuple[str, bytes]] = []
         self.tokens: set[str | None] = set()
 
     @property
@@ -50,7 +51,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if line["key"] == "header":
                     self.server.commits.append(value["summary"])
                 elif line["key"] == "file":
-                    self.server.files[repository][value["path"]] = base64.b64decode(value["content"])
+                    content = base64.b64decode(value["content"])
+                    self.server.files[repository][value["path"]] = content
+                    self.server.uploaded.append((value["path"], content))
             self._answer({"commitOid": "0" * 40, "commitUrl": f"{self.server.url}/{repository}/commit/{'0' * 40}"})
         else:
             self._answer({"success": True, "errors": [], "warnings": []})

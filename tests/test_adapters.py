@@ -66,6 +66,12 @@ def test_flags_are_the_lora_config_they_name() -> None:
     assert peft_config.modules_to_save == ["lm_head"] and peft_config.use_rslora and peft_config.use_dora
     assert AdapterOptions().peft_config() is None and AdapterOptions().quantization() is None
     assert AdapterOptions(use_peft=True, lora_target_modules=["q_proj"]).peft_config().target_modules == {"q_proj"}
+    commas = AdapterOptions(
+        use_peft=True, lora_target_modules=["q_proj,v_proj"], lora_modules_to_save=["embed_tokens,lm_head"],
+        lora_target_parameters=["a.w,b.w", "c.w"],
+    ).peft_config()  # fmt: skip
+    assert commas.target_modules == {"q_proj", "v_proj"} and commas.modules_to_save == ["embed_tokens", "lm_head"]
+    assert commas.target_parameters == ["a.w", "b.w", "c.w"]
     few = AdapterOptions(use_peft=True, load_in_4bit=True, use_bnb_nested_quant=True).quantization()
     assert few == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 

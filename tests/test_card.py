@@ -123,6 +123,7 @@ def test_a_run_is_pushed_with_its_model_and_the_results_of_the_held_out_pairs(
 ) -> None:
     words = ["train", "--model_name_or_path", model_folder, "--dataset_name", pairs_file, "--test_fraction", 0.3]
     words += ["--output_dir", tmp_path / "run", "--max_steps", 2, *(["--use_peft"] if adapter else [])]
+    words += ["--save_strategy", "steps", "--save_steps", 1, "--reference", "cached"]
     words += ["--push_to_hub", "--hub_model_id", "me/aligned", "--hub_token", "hf_secret"]
     with hub() as server:
         environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
@@ -134,4 +135,9 @@ def test_a_run_is_pushed_with_its_model_and_the_results_of_the_held_out_pairs(
     for name in (weights, "objective.json", "tokenizer.json", FILE):
         assert files[name] == (tmp_path / "run" / name).read_bytes(), name
     assert "## Held-out data, step 2" in files[FILE].decode()
-    assert not any(b"hf_secret" in content for content in files.values()) and server.tokens == {"Bearer hf_secret"}
+    assert [name for name, _ in server.uploaded].count("training_args.bin") >= 2  # at the checkpoints and at the end
+    assert not any(b"hf_secret" in content for _, content in server.uploaded)
+    assert server.tokens == {"Bearer hf_secret"}
+    assert (tmp_path / "run" / "_reference-cache").is_dir() and not [
+        name for name in files if "reference-cache" in name
+    ]

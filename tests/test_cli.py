@@ -17,9 +17,12 @@ from conftest import make_model, make_tokenizer, preference_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from tdpo.cli import COMMANDS, main
+from tdpo.commands.inspect import InspectOptions
 from tdpo.commands.options import parse
 from tdpo.commands.train import OPTIONS as TRAIN_OPTIONS
+from tdpo.config import EvalDataConfig
 from tdpo.errors import UserError
+from tdpo.files import check_outputs
 
 QUICK = [
     "--max_length=96", "--max_prompt_length=48", "--max_steps=2", "--save_strategy=no", "--use_cpu", "--disable_tqdm",
@@ -369,9 +372,57 @@ def test_a_mixture_in_yaml_is_read_split_and_counted(
     ours = [Side(0.3, 1, True).holds(prompt) for prompt in prompts]
     assert rest == ours.count(False) == 44 - held_out
     assert test == sum(ours) + sum(ours[:24]) and train == 44 - sum(ours) + 24 - sum(ours[:24])
-    assert "--columns and --datasets contradict each other" in mistake(capsys, *words, "--columns", "prompt=question")
     assert "either --dataset_name or --datasets" in mistake(capsys, *words, "--dataset_name", pairs_file)
     assert "--dataset_name" in mistake(capsys, *words[:1], *words[3:])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--output_dir"],
+        ["check-data", "--json"],
+        ["cache-reference", "--reference_cache"],
+        ["weights", "--guide_model", "guide", "--output_dir"],
+        ["frontier", "--objectives", "dpo", "--output_dir"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_format_options_beside_a_mixture_are_refused_everywhere(
+    words: list[str], capsys: pytest.CaptureFixture, tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    words = [*words, str(tmp_path / "out"), "--model_name_or_path", str(model_folder), "--datasets", str(pairs_file)]
+    assert "--columns and --datasets contradict each other" in mistake(capsys, *words, "--columns", "prompt=question")
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect"])
+def test_a_model_that_is_not_there_is_named(command: str, capsys: pytest.CaptureFixture, pairs_file: Path) -> None:
+    words = [command, "--dataset_name", pairs_file, "--ref_model_name_or_path", "./no-such-model"]
+    words += ["--format", "terminal"] if command == "inspect" else []
+    assert "./no-such-model: no such folder" in mistake(capsys, *words, "--model_name_or_path", "./no-such-model")
+    assert "model 'no such' cannot be loaded" in mistake(capsys, *words, "--model_name_or_path", "no such")
+
+
+def test_paths_from_the_home_folder_mean_the_same_everywhere(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path, pairs_file: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pairs.jsonl").write_bytes(pairs_file.read_bytes())
+    (tmp_path / "run.yaml").write_text("dataset_name: ~/pairs.jsonl\nfix: ~/pairs.jsonl\n")
+    words = ["check-data", "--model_name_or_path", model_folder, "--config", tmp_path / "run.yaml"]
+    assert "--fix ~/pairs.jsonl".replace("~", str(tmp_path)) in mistake(capsys, *words)
+    assert (tmp_path / "pairs.jsonl").read_bytes() == pairs_file.read_bytes()
+    (data,) = parse("train", (EvalDataConfig,), ["--datasets", "~/a.jsonl,weight=2", "b", "--eval_dataset_name=~/c"])
+    assert (data.datasets, data.eval_dataset_name) == ([f"{tmp_path}/a.jsonl,weight=2", "b"], f"{tmp_path}/c")
+    pair = ["--prompt", "~/ is home", "--chosen", "~/a", "--rejected", "b", "--ref_model_name_or_path=~/m"]
+    (asked,) = parse("inspect", (InspectOptions,), [*pair, "--format", "terminal"])
+    assert (asked.prompt, asked.chosen, asked.ref_model_name_or_path) == ("~/ is home", "~/a", f"{tmp_path}/m")
+
+
+def test_an_output_may_be_named_from_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    check_outputs(None, "~/figures/of-today.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
 
 
 def test_scored_completions_are_learnt_compared_and_sampled(

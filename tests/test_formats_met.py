@@ -296,6 +296,25 @@ def test_a_row_with_too_few_answers_is_dropped_with_the_reason() -> None:
     assert not records and report.dropped == {"fewer than two answers: an answer left out, whose score is null": [1, 2]}
 
 
+@pytest.mark.parametrize(
+    ("text", "score"), [("completion", "reward"), ("response", "score"), ("completions", "scores")]
+)
+def test_the_best_answer_of_each_prompt_is_learnt_whatever_its_column(text: str, score: str) -> None:
+    answers = {"Why?": [(" so", 0.1), (" thus", 0.9)], "When?": [(" now", 0.5)], "Who?": [(" she", 1.0), (" he", 1.0)]}
+    listed = [
+        {"prompt": prompt, text: [one for one, _ in scored], score: [value for _, value in scored]}
+        for prompt, scored in answers.items()
+    ]
+    single = [
+        {"prompt": prompt, text: one, score: value} for prompt, scored in answers.items() for one, value in scored
+    ]
+    rows, report = from_memory(listed if text == "completions" else single, "rows"), DataReport("rows")
+    exchanges = list(iter_records(rows, "auto", "error", report, SFT_FORMATS))
+    learnt = [(exchange.prompt, exchange.chosen) for exchange in exchanges]
+    assert learnt == [("Why?", " thus"), ("When?", " now"), ("Who?", " she")]
+    assert report.format in ("scored", "answers") and not report.dropped
+
+
 def test_the_error_names_the_format_that_was_recognised() -> None:
     row = {"instruction": "Name a bird.", "chosen": 3, "rejected": "Trout"}
     assert stops(row).splitlines()[-1] == (

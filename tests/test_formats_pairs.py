@@ -365,6 +365,13 @@ def several(row):
 def record(row):
     return PreferenceRecord("p", "c", "r", "elsewhere", 99)
 
+def weighed(row):
+    return good({"n": 1}) | {"chosen_weights": row["w"]}
+
+def weighed_record(row):
+    weights = {"chosen_weights": [2.0]}
+    return PreferenceRecord("p", "c", "r", truncation_mode="keep_start", weights=weights)
+
 def strange(row):
     return {"answer": 42}
 
@@ -394,6 +401,10 @@ def test_a_function_of_the_users_converts_rows() -> None:
     assert (report.read, report.kept, report.format) == (3, 3, "my_functions:good")
     assert one({"n": 1}, "my_functions:record") == PreferenceRecord("p", "c", "r", "pairs.jsonl", 1)
     assert len(to_records(from_memory([{}], "pairs.jsonl"), "my_functions:several")[0]) == 2
+    assert one({"w": [3.0]}, "my_functions:weighed").weights == {"chosen_weights": [3.0]}
+    kept = one({"chosen_weights": [7.0]}, "my_functions:weighed_record")  # not those of the row it was made from
+    assert (kept.weights, kept.truncation_mode) == ({"chosen_weights": [2.0]}, "keep_start")
+    assert one({"n": 1, "chosen_weights": [7.0]}, "my_functions:good").weights is None
     assert error_of({}, "my_functions:strange").endswith("with prompt, chosen and rejected, found the fields 'answer'")
     assert error_of({}, "my_functions:number").endswith("with prompt, chosen and rejected, found the number 42")
     assert error_of({}, "my_functions:broken") == "my_functions:broken raised KeyError: 'missing'"

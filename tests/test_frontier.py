@@ -187,8 +187,8 @@ def test_rows_that_are_not_finite_are_left_out_and_counted_by_run():
 def test_rows_survive_the_file_to_the_byte(tmp_path):
     path = tmp_path / "frontier.csv"
     rows = [
-        {**SFT_ROW, "label": "sft", "entropy": np.float32(0.1)},
-        row(kl=0.1 + 0.2, reward=-1e-17, label="007", accuracy=np.float64(1 / 3), pairs=np.int64(7)),
+        {**SFT_ROW, "label": "sft", "entropy": 0.1},
+        row(kl=0.1 + 0.2, reward=-1e-17, label="007", accuracy=1 / 3, pairs=7),
         row(kl=math.nan, reward=math.inf, label='a "b", c\nd', token_weights="decay:0.9", accuracy=None),
     ]
     write_rows(path, rows)
@@ -200,17 +200,10 @@ def test_rows_survive_the_file_to_the_byte(tmp_path):
     assert [list(row) for row in found] == [names] * 3
     assert {name: found[1][name] for name in rows[1]} == rows[1]
     assert found[0]["seed"] == found[1]["alpha"] == found[2]["accuracy"] == ""
-    assert (found[0]["entropy"], found[2]["label"], found[2]["reward"]) == (
-        float(np.float32(0.1)),
-        rows[2]["label"],
-        math.inf,
-    )
+    assert (found[0]["entropy"], found[2]["label"], found[2]["reward"]) == (0.1, rows[2]["label"], math.inf)
     assert [type(found[1][name]) for name in ("seed", "step", "kl", "label")] == [int, int, float, str]
     before = path.read_bytes()
     write_rows(path, found)
-    assert path.read_bytes() == before
-    with pytest.raises(TypeError, match="kl: expected a number or text, got list"):
-        write_rows(path, [row(kl=[1.0])])
     assert path.read_bytes() == before
 
 

@@ -240,3 +240,13 @@ def test_a_prompt_that_comes_back_later_is_asked_once(tmp_path):
     tokeniser = SimpleNamespace(rendering=SimpleNamespace(special_tokens=True))
     asked = read_prompts(str(path), "test", None, RowSpec(), tokeniser)
     assert [turns.prompt for turns in asked] == ["a ", "b ", "c "]
+
+
+def test_columns_to_ignore_are_ignored_beside_prompts_too(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "Why?"}], "system": "Be terse."}]
+    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    tokeniser = SimpleNamespace(rendering=SimpleNamespace(special_tokens=True))
+    (asked,) = read_prompts(str(path), "test", None, RowSpec(), tokeniser)
+    assert [message["content"] for message in asked.prompt] == ["Be terse.", "Why?"]
+    (asked,) = read_prompts(str(path), "test", None, RowSpec(ignore_columns=("system",)), tokeniser)
+    assert [message["content"] for message in asked.prompt] == ["Why?"]

@@ -30,9 +30,10 @@ LONGROPE = {
 }  # fmt: skip
 
 
-def phi3(dtype: torch.dtype = torch.float32) -> Any:
+def phi3(dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB) -> Any:
     torch.manual_seed(0)
-    config = hf.Phi3Config(**SIZES, original_max_position_embeddings=SWITCH, rope_parameters=dict(LONGROPE))
+    sizes = {**SIZES, "vocab_size": vocab_size}
+    config = hf.Phi3Config(**sizes, original_max_position_embeddings=SWITCH, rope_parameters=dict(LONGROPE))
     return hf.Phi3ForCausalLM(config).to(dtype).eval()
 
 

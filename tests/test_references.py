@@ -133,7 +133,7 @@ def test_the_body_of_a_cached_reference_is_let_go(tmp_path: Path, tokenizer: Any
     gc.collect()
     assert body() is None
     assert trainer.evaluate(preference_rows(4))["eval_kl/chosen"] > 0.1
-    assert (tmp_path / "a" / "reference-cache" / "manifest.json").is_file()
+    assert (tmp_path / "a" / "_reference-cache" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize(

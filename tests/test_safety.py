@@ -56,7 +56,8 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     code = (
         "import runpy, signal, time\n"
         f"own = runpy.run_path({str(REPOSITORY / 'src/tdpo/train/stopping.py')!r})\n"
-        "with own['handle_signals'](own['StopRequest']()) as request:\n"
+        "request = own['StopRequest']()\n"
+        "with own['handle_signals'](request.handle):\n"
         "    print('ready', flush=True)\n"
         "    while not request.poll(): time.sleep(0.01)\n"
         "    print('asked', flush=True)\n"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import END, make_model, make_tokenizer, write_jsonl
+from test_probe_neighbours import SWITCH, phi3
 
 from tdpo import SFTConfig, SFTTrainer, UserError
 from tdpo.cli import main
@@ -151,6 +152,17 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_turns(tmp_path: Path, layou
         batch = trainer.data_collator(trainer.eval_dataset.examples)
         assert batch[trainer.items_key].numel() == sum(count for _, count in sums) == sum(batch["lengths"])
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_turns_that_are_not_learnt_are_read_beyond_a_switch_of_rotary_frequencies(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer()
+    model = phi3(vocab_size=len(tokenizer))
+    conversation = [*TWO_TURNS, *TWO_TURNS]
+    expected, count = by_hand(model, tokenizer, conversation)
+    assert len(tokenizer.apply_chat_template(conversation, return_dict=False)) > SWITCH
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True)
+    trainer = SFTTrainer(model, args, eval_dataset=[{"messages": conversation}], processing_class=tokenizer)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected / count, rel=1e-5)
 
 
 def test_accumulation_over_conversations_equals_the_large_batch(tmp_path: Path) -> None:

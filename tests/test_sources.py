@@ -28,6 +28,7 @@ from tdpo.config.row_spec import RowSpec, Side
 from tdpo.data.cache import fingerprint
 from tdpo.data.formats import DataReport, iter_records, to_records
 from tdpo.data.mixture import open_mixture, parse_entry
+from tdpo.data.options import open_training
 from tdpo.data.sources import Source, open_source, read_source
 
 ROWS = preference_rows(3)
@@ -418,6 +419,17 @@ def test_options_of_data_that_contradict_are_named() -> None:
     mixed = EvalDataConfig(datasets=["a.jsonl"])
     with pytest.raises(UserError, match="--pairs_from, --dataset_format and --datasets contradict"):
         mixed.check_row_spec(RowSpec("hh", pairs_from="all"))
+
+
+def test_parts_of_a_split_are_refused_for_files(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"a\.jsonl, split 'train\[:1\]': parts of a split are for hub datasets"):
+        open_source(str(path), "train[:1]")
+
+
+def test_a_mixture_of_hub_datasets_has_one_configuration_unless_they_name_their_own() -> None:
+    data = EvalDataConfig(datasets=["org/a", "org/b,config=fr"], dataset_config="en")
+    assert [part.read.args[-1] for part in open_training(data, RowSpec()).parts] == ["en", "fr"]
 
 
 def test_a_fingerprint_changes_with_what_is_read_and_how(tmp_path: Path) -> None:

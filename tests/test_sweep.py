@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import preference_rows, write_jsonl
+from conftest import make_model, make_tokenizer, preference_rows, write_jsonl
 from filelock import FileLock
 from runs import finish, start
 
@@ -20,8 +20,12 @@ from tdpo.cli import main
 from tdpo.commands import frontier
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig
+from tdpo.config.tokens import Rendering
+from tdpo.data.tokenise import Tokeniser
 from tdpo.demo import world
 from tdpo.demo.run import DemoOptions, _build, _make_pairs
+from tdpo.rl.common import ScoredPrompts
+from tdpo.rl.ppo import PPOOptions
 from tdpo.sweep import Sweep, SweepOptions, plan
 
 REWARD = "tdpo.demo.grammar:rewards"
@@ -72,12 +76,12 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-GRID = ["--objectives", "dpo", "tdpo1", "tdpo2", "--alphas", "0.5", "--betas", "0.1", "--seeds", "0", "1"]
+GRID = ["--objectives", "dpo", "tdpo2", "--alphas", "0.5", "--betas", "0.1", "--seeds", "0", "1"]
 
 
 @pytest.fixture(scope="module")
 def whole(small_world, tmp_path_factory) -> Path:
-    """A sweep of three objectives and two seeds that nothing interrupts."""
+    """A sweep of two objectives and two seeds that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole") / "out"
     code, output = finish(start(sweep_words(small_world, out, *GRID)), timeout=240)
     assert code == 0, output
@@ -92,7 +96,7 @@ def test_rows_are_of_every_run_and_measurement(whole):
     found = [(row["objective"], row["beta"], row["alpha"], row["seed"], row["step"]) for row in rows]
     assert found == [("sft", "", "", "", "0")] + [
         (objective, "0.1", "0.5" if objective == "tdpo2" else "", seed, step)
-        for objective in ("dpo", "tdpo1", "tdpo2")
+        for objective in ("dpo", "tdpo2")
         for seed in ("0", "1")
         for step in ("2", "4")
     ]
@@ -239,6 +243,19 @@ def test_of_a_mixture_no_prompts_are_held_out():
         frontier._prompts(data, options(), config(), None, None)
 
 
+def test_prompts_of_ppo_and_rloo_are_rendered_as_those_of_training(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ place }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    said = [[{"role": role, "content": text}] for role, text in (("user", " Why?"), ("assistant", " So."))]
+    rows = [{"prompt": said[0], "chosen": said[1], "rejected": [{"role": "assistant", "content": " No."}]}]
+    data = EvalDataConfig(dataset_name=str(write_jsonl(tmp_path / "chats.jsonl", rows)))
+    tokeniser = Tokeniser(tokenizer, rendering=Rendering({"place": "The garden"}))
+    (prompt,) = frontier._train_prompts(data, config(), tokeniser)
+    assert (prompt.content, tokenizer.decode(prompt.ids)) == (said[0], "The garden Why?")
+    scored = ScoredPrompts(make_model(len(tokenizer)), tokenizer, [prompt], len, PPOOptions(max_new_tokens=4))
+    assert (scored.prompts, scored.ids) == ([said[0]], [prompt.ids])
+
+
 def test_ppo_and_rloo_are_curves_too(small_world, tmp_path):
     pytest.importorskip("trl")
     out = tmp_path / "out"
@@ -285,6 +302,16 @@ def test_an_adapter_and_other_pairs(small_world, tmp_path, capsys):
     capsys.readouterr()
     assert main([*words, "--objectives", "ppo"]) == 2
     assert "leave --use_peft out" in capsys.readouterr().err
+
+
+def test_runs_may_differ_in_precision_and_move_their_reference(small_world, tmp_path):
+    runs = [
+        {"objective": "dpo"}, {"objective": "dpo", "bf16": True, "label": "half"},
+        {"objective": "dpo", "sync_ref_model": True, "ref_model_sync_steps": 1, "label": "moved"},
+    ]  # fmt: skip
+    assert main(sweep_words(small_world, tmp_path / "out", "--runs", *map(json.dumps, runs))) == 0
+    found = {row["label"]: float(row["kl"]) for row in read(tmp_path / "out" / "frontier.csv") if row["step"] == "4"}
+    assert set(found) == {"dpo", "half", "moved"} and len(set(found.values())) == 3
 
 
 def options(**fields) -> SweepOptions:

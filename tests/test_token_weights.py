@@ -20,6 +20,7 @@ from tdpo.cli import main
 from tdpo.config.tokens import Lengths
 from tdpo.data.dataset import prepare_pairs
 from tdpo.data.pack import as_padded, pack_padded, pack_trees
+from tdpo.data.sources import open_source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.objectives import PositionWeights, weighted
 from tdpo.types import WEIGHTS, PairTokens
@@ -273,6 +274,8 @@ def test_one_kind_of_weights_at_a_time(tmp_path: Path, model_folder: Path, capsy
         tmp_path / "w",
     ]
     assert "give either --positive_model and --negative_model" in mistake(capsys, *words)
+    held_out = ["--eval_dataset_name", "y.jsonl", "--guide_model", "c"]
+    assert "--eval_dataset_name: weights are of one dataset" in mistake(capsys, *words, *held_out)
     assert "give either" in mistake(capsys, *words, "--positive_model", "a")
     assert "give either" in mistake(
         capsys, *words, "--positive_model", "a", "--negative_model", "b", "--guide_model", "c"
@@ -323,3 +326,15 @@ def test_rows_of_token_ids_are_split_and_weighed_as_texts_are(tmp_path: Path, to
     assert len(prepare_pairs(rows, Tokeniser(tokenizer), RowSpec("auto", weight=2))) == 80
     with pytest.raises(UserError, match="row 2: no column 'prompt_ids', and the first row has token ids"):
         prepare_pairs([rows[0], ROW], Tokeniser(tokenizer))
+    dropped = prepare_pairs([rows[0], ROW, rows[1]], Tokeniser(tokenizer), on_bad_row="drop")
+    assert (len(dropped), dropped.report.read, [*dropped.report.dropped.values()]) == (2, 3, [[2]])
+    weighed = [rows[0] | {"chosen_weights": [0.5, 2.0]}]
+    assert prepare_pairs(weighed, Tokeniser(tokenizer))[0].chosen_weights == [0.5, 2.0]
+    ignored = RowSpec("auto", ignore_columns=("chosen_weights",))
+    assert prepare_pairs(weighed, Tokeniser(tokenizer), ignored)[0].chosen_weights is None
+    with pytest.raises(UserError, match="--ignore_columns: there is no column 'chosen_weight'"):
+        prepare_pairs(weighed, Tokeniser(tokenizer), RowSpec("auto", ignore_columns=("chosen_weight",)))
+    broken = tmp_path / "ids.jsonl"
+    broken.write_text(json.dumps(rows[0]) + "\n{broken\n")
+    with pytest.raises(UserError, match=r"ids\.jsonl, row 2: not valid JSON"):
+        prepare_pairs(open_source(str(broken), "train"), Tokeniser(tokenizer))

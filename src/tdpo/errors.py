@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in the user's input, with a message that names the place and says what would be right.
+    """A mistake in the user's input, with a message that says where the mistake is and how to mend it.
 
     The command line prints the message alone and exits with code 2; from Python it is an ordinary exception.
     """
@@ -17,6 +17,11 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its type."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

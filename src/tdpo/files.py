@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tdpo.errors import UserError
 
@@ -28,6 +31,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         raise
 
 
+def json_lines(rows: Iterable[Any]) -> str:
+    """Returns rows as JSON, one a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def flush(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -49,3 +57,9 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def check_outputs(*files: str | None) -> None:
+    """Checks the folders of output files as :func:`check_writable` does; None is no file."""
+    for file in filter(None, files):
+        check_writable(Path(file).expanduser().absolute().parent)

@@ -27,7 +27,7 @@ from tdpo.config import PairOptions, TDPOConfig
 from tdpo.config.checks import check_values, documented, option
 from tdpo.errors import Stopped, UserError, nearest
 from tdpo.evaluate.measure import Evaluator, Measurement, MeasureOptions, Samples
-from tdpo.files import atomic_write
+from tdpo.files import atomic_write, json_lines
 from tdpo.models.fingerprint import weights_hash
 from tdpo.models.store import pairs_hash
 from tdpo.rl.common import RLOptions
@@ -263,7 +263,6 @@ class Sweep:
         evaluator: Measures policies; its reference is the SFT model.
         report: Called with a line of text for every run and measurement.
         save_models: Keep the final model of every run.
-        output: Page to write at the end; default: report.html in --output_dir.
         peft_config: Wraps every policy in an adapter.
     """
 
@@ -408,8 +407,10 @@ class Sweep:
     def _train_pairs(self, run: Run, args: TDPOConfig, measure: Callable[..., None]) -> None:
         """Trains on preference pairs; an interrupted run resumes from its latest checkpoint, bit for bit."""
         folder = self._folder(run)
-        cache = self.folder / "reference" / (hashlib.sha256((run.dataset_name or "").encode()).hexdigest()[:8])
-        uses_reference = args.build_objective().uses_reference and args.reference in ("auto", "cached")
+        made_of = [run.dataset_name or "", args.layout, args.bf16, args.fp16]
+        cache = self.folder / "reference" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
+        fixed = args.reference in ("auto", "cached") and not args.sync_ref_model
+        uses_reference = args.build_objective().uses_reference and fixed
         args = replace(
             args, output_dir=str(folder), resume=bool(checkpoints(folder)), eval_strategy="steps",
             save_strategy="steps", save_steps=args.eval_steps or 0, save_total_limit=1, disable_tqdm=True,
@@ -421,7 +422,7 @@ class Sweep:
                 eval_dataset=self.held_out, processing_class=self.tokenizer, peft_config=self.peft_config,
             )  # fmt: skip
         trainer.add_callback(MeasureCallback(measure))
-        with handle_signals(trainer.stop_request):
+        with handle_signals(trainer.stop_request.handle):
             trainer.train()
         # A signal at the last step, which its checkpoint has, stops the sweep too: the next run must not begin.
         if code := trainer.stop_request.stop_code(trainer.state) or trainer.stop_request.code:
@@ -444,12 +445,12 @@ class Sweep:
     def _write_samples(self, path: Path, samples: Samples) -> None:
         """Writes prompts, responses and rewards as JSON lines, which ``tdpo judge`` reads."""
         rewards = [None] * len(samples.texts) if samples.rewards is None else samples.rewards.tolist()
-        lines = [
-            json.dumps({"prompt": prompt.content, "response": text, "reward": reward}, ensure_ascii=False)
+        rows = (
+            {"prompt": prompt.content, "response": text, "reward": reward}
             for prompt, texts, found in zip(self.evaluator.prompts, samples.texts, rewards, strict=True)
             for text, reward in zip(texts, found or [None] * len(texts), strict=True)
-        ]
-        atomic_write(path, "\n".join(lines) + "\n")
+        )
+        atomic_write(path, json_lines(rows))
 
 
 def _check(path: Path, made_of: Mapping[str, Any]) -> None:

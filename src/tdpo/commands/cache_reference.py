@@ -63,7 +63,6 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command; under torchrun or accelerate launch each process computes a part."""
     model_config, data, options = parse("cache-reference", (ModelConfig, EvalDataConfig, CacheOptions), argv)
     quieten()
-    data.check_row_spec(options.row_spec())
     folder = Path(options.reference_cache).expanduser()
     check_writable(folder)
     tokenizer, *datasets = read_datasets(model_config, data, options)

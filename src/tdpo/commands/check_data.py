@@ -1,10 +1,9 @@
-"""``tdpo check-data``: what training would make of a dataset, before it is paid for."""
+"""``tdpo check-data``: checks a dataset as training would read it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -12,32 +11,32 @@ from rich.console import Console
 from tdpo.commands.common import console, is_main_process, quieten, write_json, write_text
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, ModelConfig, PairOptions
-from tdpo.config.checks import check_values
+from tdpo.config.checks import check_values, documented
 from tdpo.data.check import DataCheck, check, whole
 from tdpo.data.options import check_format, make_tokeniser, open_held_out, open_training, pair_cache
 from tdpo.data.sources import Source
 from tdpo.errors import UserError
-from tdpo.files import check_writable
+from tdpo.files import check_outputs, json_lines
 from tdpo.models.load import load_tokenizer, model_limits
 from tdpo.report.data import counts_table, example, histogram, legend, lengths_table
 from tdpo.types import PreferenceRecord
 
 
+@documented
 @dataclass
 class CheckOptions(PairOptions):
-    """How rows are read and cut, as for training, and what is reported of them."""
+    """Options of reading, truncating and reporting rows.
 
-    num_examples: int = field(
-        default=2, metadata={"help": "Pairs to show with their parts marked, and with their ids in --json."}
-    )
-    json: str | None = field(default=None, metadata={"help": "File to write the findings to, as one object."})
-    fix: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSONL file to write the clean pairs to, as prompt, chosen and rejected: without bad, dropped and "
-            "repeated rows and without those whose prompt is in the evaluation data."
-        },
-    )
+    Attributes:
+        num_examples: Pairs to show with their parts marked, and with their ids in --json.
+        json: File to write the findings to, as one object.
+        fix: JSONL file to write the clean pairs to, as prompt, chosen and rejected: without bad, dropped and repeated
+            rows and without those whose prompt is in the evaluation data.
+    """
+
+    num_examples: int = 2
+    json: str | None = None
+    fix: str | None = None
 
     def __post_init__(self) -> None:
         check_values(self, num_examples=0)
@@ -45,9 +44,7 @@ class CheckOptions(PairOptions):
         check_format(self)
         if self.fix and not self.fix.endswith(".jsonl"):
             raise UserError(f"--fix {self.fix}: JSONL is written, so its name has to end in .jsonl")
-        for name in ("json", "fix"):
-            if getattr(self, name):
-                check_writable(Path(getattr(self, name)).absolute().parent)
+        check_outputs(self.json, self.fix)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -58,7 +55,6 @@ def run(argv: Sequence[str]) -> None:
     """
     model_config, data, options = parse("check-data", (ModelConfig, EvalDataConfig, CheckOptions), argv)
     spec = options.row_spec()
-    data.check_row_spec(spec)
     source, held_out_rows = open_training(data, spec), open_held_out(data, spec)
     _check_outputs(options, source, held_out_rows)
     quieten()
@@ -85,7 +81,7 @@ def run(argv: Sequence[str]) -> None:
         out.print(f"written to {options.json}", soft_wrap=True)
     if options.fix and is_main_process():
         rows = train.clean_rows()
-        write_text(options.fix, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(options.fix, json_lines(rows))
         out.print(f"{len(rows):,} clean pairs written to {options.fix}", soft_wrap=True)
     errors = [found.errors for found in ((held_out,) if options.fix else (train, held_out)) if found and found.errors]
     if errors:

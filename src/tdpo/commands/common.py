@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,15 +18,18 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from tdpo.config import EvalDataConfig, ModelConfig, ObjectiveOptions
+from tdpo.data.dataset import check_fits
 from tdpo.data.options import make_tokeniser, open_held_out, open_training, prepare
 from tdpo.data.sources import Source
 from tdpo.data.tokenise import Tokeniser
-from tdpo.errors import UserError
+from tdpo.errors import UserError, first_line
 from tdpo.files import atomic_write
-from tdpo.models.load import load_tokenizer
+from tdpo.models.load import check_folder, load_model, load_tokenizer
+from tdpo.models.policy import head_of, position_limit
 from tdpo.objectives import Objective
 from tdpo.objectives.remembered import FILE, read_objective
 
@@ -77,7 +80,7 @@ def user_errors(trainer: Any = None) -> Iterator[None]:
         raise UserError(f"{error}. Earlier checkpoints stay as they are (--resume continues from them)") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the device has no more'} A lower "
+            f"out of memory: {first_line(error)} A lower "
             "--per_device_train_batch_size with a higher --gradient_accumulation_steps gives the same result in less "
             "memory; so do --logits_budget, --gradient_checkpointing and --accelerate_config fsdp2; --max_length "
             "shortens the data"
@@ -107,14 +110,45 @@ def read_datasets(model_config: ModelConfig, data: EvalDataConfig, options: Any)
     return tokenizer, train, held_out
 
 
+def device() -> str:
+    """Returns the device that commands without training run on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_scoring_models(
+    config: ModelConfig, names: Iterable[str], pairs: Any, source: str, tokenizer: Any
+) -> list[PreTrainedModel]:
+    """Loads models that score pairs, in evaluation mode, on :func:`device`.
+
+    Args:
+        config: Options of loading them.
+        names: Hub names or folders.
+        pairs: The pairs.
+        source: Name of the pairs, for messages.
+        tokenizer: Their tokenizer.
+
+    Raises:
+        UserError: if a model cannot be loaded, or has too few words or positions for the pairs.
+    """
+    models = [load_model(config, name).to(device()).eval() for name in names]
+    for model in models:
+        check_fits(pairs, head_of(model).vocab_size, position_limit(model), source, len(tokenizer))
+    return models
+
+
 def saved_objective(model_config: ModelConfig, options: ObjectiveOptions) -> Objective:
     """Returns the objective of the options, or the one the model was trained with where they name none.
 
     Raises:
-        UserError: naming the model's file if what it says does not go together with the options.
+        UserError: if there is no such model, and naming the model's file if what it says does not go together with the
+            options.
     """
     folder, revision = model_config.model_name_or_path, model_config.model_revision
-    saved = cached_file(folder, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    check_folder(folder)
+    try:
+        saved = cached_file(folder, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise UserError(f"model {folder!r} cannot be loaded: {first_line(error)}") from error
     remembered = None if saved is None else read_objective(saved)
     try:
         return options.build_objective(remembered)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from tdpo.commands.common import console, metric_table, quieten, read_dataset, saved_objective, write_json
+from tdpo.commands.common import (
+    console,
+    load_scoring_models,
+    metric_table,
+    quieten,
+    read_dataset,
+    saved_objective,
+    write_json,
+)
 from tdpo.commands.options import parse
-from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions
+from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions, ScoringOptions
 from tdpo.config.checks import check_defaults, check_values, documented
-from tdpo.config.data import DATASET_HELP
-from tdpo.data.dataset import check_fits
+from tdpo.config.data import DATASET_HELP, HeldOutOptions
 from tdpo.data.options import check_format, make_tokeniser
 from tdpo.data.sources import open_source
+from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.evaluate.divergence import response_stats
 from tdpo.evaluate.estimates import Estimate
@@ -24,22 +29,19 @@ from tdpo.evaluate.measure import Evaluator, MeasureOptions
 from tdpo.evaluate.preference import evaluate_pairs
 from tdpo.evaluate.prompts import encode_prompts, read_prompts
 from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
-from tdpo.files import check_writable
-from tdpo.models.load import load_model, load_tokenizer
-from tdpo.models.policy import head_of, position_limit
+from tdpo.files import check_outputs
+from tdpo.models.load import load_tokenizer
 from tdpo.report.samples import sample_table
 
 
 @documented
 @dataclass
-class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
+class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, HeldOutOptions):
     """Options of the evaluation and its output.
 
     Attributes:
         ref_model_name_or_path: Reference model: a hub name or a folder; needed unless the objective has no reference.
         objective: Objective that defines loss and rewards; default: the one that the policy was trained with.
-        dataset_config: Configuration of a hub dataset.
-        dataset_test_split: Split to evaluate on: of a hub dataset, or the beginning of file names.
         per_device_eval_batch_size: Pairs per batch.
         generate: Also sample responses from both models, and measure reward, KL, entropy and diversity.
         num_prompts: Number of prompts to sample from with --generate, from the beginning of the dataset.
@@ -49,8 +51,6 @@ class EvalOptions(ObjectiveOptions, PairOptions, ScoringOptions, SplitOptions):
     ref_model_name_or_path: str | None = None
     objective: str | None = None
     dataset_name: str = field(metadata={"help": DATASET_HELP}, kw_only=True)
-    dataset_config: str | None = None
-    dataset_test_split: str = "test"
     per_device_eval_batch_size: int = 8
     generate: bool = False
     num_prompts: int = 100
@@ -72,45 +72,38 @@ def run(argv: Sequence[str]) -> None:
     if not options.ref_model_name_or_path and (objective.uses_reference or options.generate):
         what = objective.spelling() if objective.uses_reference else "--generate"
         raise UserError(f"--ref_model_name_or_path is missing: {what} compares with a reference")
-    spec = replace(options.row_spec(), side=options.side(test=True))
-    if options.json:
-        check_writable(Path(options.json).absolute().parent)
+    check_outputs(options.json)
     tokenizer = load_tokenizer(model_config)
-    source = open_source(options.dataset_name, options.dataset_test_split, options.dataset_config, spec)
-    dataset = read_dataset(source, options, make_tokeniser(options, tokenizer))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_model(model_config).to(device).eval()
-    reference = None
-    if options.ref_model_name_or_path:
-        reference = load_model(model_config, options.ref_model_name_or_path).to(device).eval()
-    limit = position_limit(policy, *([] if reference is None else [reference]))
-    check_fits(dataset, head_of(policy).vocab_size, limit, dataset.report.source, len(tokenizer))
+    tokeniser = make_tokeniser(options, tokenizer)
+    where = options.dataset_name, options.dataset_test_split, options.dataset_config, options.held_out_spec()
+    dataset = read_dataset(open_source(*where), options, tokeniser)
+    names = filter(None, (model_config.model_name_or_path, options.ref_model_name_or_path))
+    policy, *others = load_scoring_models(model_config, names, dataset, dataset.report.source, tokenizer)
+    reference = others[0] if others else None
     how = options.per_device_eval_batch_size, options.layout, options.backend, options.logits_budget
     used = reference if objective.uses_reference else None
     metrics = evaluate_pairs(policy, used, dataset, objective, *how, True, options.token_weights)
     console().print(metric_table(metrics, f"{objective}, {len(dataset)} pairs"))
     if options.generate:
-        metrics |= _measure(policy, reference, dataset, tokenizer, options, *sampling)
+        metrics |= _measure(policy, reference, dataset, tokeniser, options, *sampling)
     if options.json:
         write_json(options.json, metrics)
         console().print(f"written to {options.json}", soft_wrap=True)
 
 
 def _measure(
-    policy: Any, reference: Any, pairs: Any, tokenizer: Any, options: EvalOptions, measure: MeasureOptions,
+    policy: Any, reference: Any, pairs: Any, tokeniser: Tokeniser, options: EvalOptions, measure: MeasureOptions,
     reward_options: RewardOptions,
 ) -> dict[str, float]:  # fmt: skip
     """Measures samples of both models, and the responses of the dataset; prints tables and returns flat metrics."""
-    reward = load_reward(reward_options, tokenizer) if reward_options.reward else None
-    tokeniser = make_tokeniser(options, tokenizer)
-    spec = replace(options.row_spec(), side=options.side(test=True))
-    where = options.dataset_name, options.dataset_test_split, options.dataset_config
-    asked = read_prompts(*where, spec, tokeniser, options.num_prompts)
+    reward = load_reward(reward_options, tokeniser.tokenizer) if reward_options.reward else None
+    where = options.dataset_name, options.dataset_test_split, options.dataset_config, options.held_out_spec()
+    asked = read_prompts(*where, tokeniser, options.num_prompts)
     lengths = measure.max_new_tokens, options.lengths().max_prompt_length, options.dataset_name
     prompts = encode_prompts(tokeniser, asked, [policy, reference], *lengths)
     if reward:
         check_reward(reward, [{"prompt": prompt.content, "response": " a"} for prompt in prompts[:2]])
-    evaluator = Evaluator(reference, tokenizer, prompts, reward, measure)
+    evaluator = Evaluator(reference, tokeniser.tokenizer, prompts, reward, measure)
     samples = evaluator.reference_samples
     found = {"policy": evaluator.measure(policy), "reference": evaluator.measure(reference, samples)}
     console().print(sample_table(found, f"samples: {len(prompts)} prompts, {measure.num_samples} each"))

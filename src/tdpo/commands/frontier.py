@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from tdpo.report.frontier import report_frontier
 from tdpo.report.run import run_page
 from tdpo.rl.registry import RL
 from tdpo.sweep import Sweep, SweepOptions, plan
-from tdpo.train.stopping import SIGNALS
+from tdpo.train.stopping import handle_signals
 
 WORKER = "TDPO_FRONTIER_WORKER"
 """Environment variable with the number of a worker process."""
@@ -115,7 +114,6 @@ def _check(reward: RewardOptions, args: TDPOConfig, data: EvalDataConfig) -> Non
     """Checks the options that a sweep requires, before anything is loaded."""
     check_format(args)
     spec = args.row_spec()
-    data.check_row_spec(spec)
     open_training(data, spec)
     if open_held_out(data, spec) is None:
         raise UserError("a frontier is measured on held-out pairs: set --eval_dataset_name or --test_fraction")
@@ -146,13 +144,13 @@ def _prompts(
     return encode_prompts(tokeniser, asked, [model], options.max_new_tokens, args.lengths().max_prompt_length, name)
 
 
-def _train_prompts(data: EvalDataConfig, args: TDPOConfig, tokeniser: Tokeniser) -> list[Any]:
+def _train_prompts(data: EvalDataConfig, args: TDPOConfig, tokeniser: Tokeniser) -> list[Prompt]:
     """Reads the prompts of the training data, for PPO and RLOO."""
     if data.datasets:
         raise UserError("ppo and rloo read their prompts from one dataset: set --dataset_name, not --datasets")
     spec = replace(args.row_spec(), side=data.side(test=False))
     asked = read_prompts(str(data.dataset_name), data.dataset_train_split, data.dataset_config, spec, tokeniser)
-    return [turns.prompt for turns in asked]
+    return [Prompt(turns.prompt, ids) for turns, ids in zip(asked, tokeniser.prompts(asked), strict=True)]
 
 
 def _print(worker: str | None, line: str) -> None:
@@ -176,8 +174,7 @@ def _start_workers(argv: Sequence[str], count: int) -> list[str]:
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS.values()}
-    try:
+    with handle_signals(forward):
         for number in range(count):
             if received:
                 break
@@ -189,9 +186,6 @@ def _start_workers(argv: Sequence[str], count: int) -> list[str]:
             command = [sys.executable, "-m", "tdpo", "frontier", *argv]
             processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
         codes = [process.wait() for process in processes]
-    finally:
-        for signal_number, handler in before.items():
-            signal.signal(signal_number, handler)
     if received:
         raise Stopped("interrupted: run the same command to resume", 128 + received[0])
     return [f"worker {number} ended with code {code}" for number, code in enumerate(codes) if code]

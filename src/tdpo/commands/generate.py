@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.table import Table
 from rich.text import Text as Styled
 
-from tdpo.commands.common import console, quieten, write_text
+from tdpo.commands.common import console, device, quieten, write_text
 from tdpo.commands.options import parse
-from tdpo.config import FormatOptions, ModelConfig, ReferenceConfig, SplitOptions
+from tdpo.config import ModelConfig, ReferenceConfig
 from tdpo.config.checks import check_values, documented, option
-from tdpo.config.data import DATASET_HELP
+from tdpo.config.data import DATASET_HELP, HeldOutOptions
 from tdpo.data.tokenise import Tokeniser, Turns
 from tdpo.errors import UserError
 from tdpo.evaluate.generate import Sampling, decode_response, end_tokens, sample_ids
 from tdpo.evaluate.prompts import encode_prompts, read_prompts
-from tdpo.files import check_writable
+from tdpo.files import check_outputs, json_lines
 from tdpo.models.load import load_model, load_tokenizer
 from tdpo.types import PreferenceRecord
 
 
 @documented
 @dataclass
-class GenerateOptions(Sampling, FormatOptions, SplitOptions):
+class GenerateOptions(Sampling, HeldOutOptions):
     """Options of the prompts, the sampling and the output.
 
     Attributes:
         prompt: One or more prompts, as plain text.
-        dataset_config: Configuration of a hub dataset.
-        dataset_test_split: Split to take prompts from, as in the other commands.
         num_prompts: Number of prompts to use from the beginning of the dataset.
         max_prompt_length: Longer prompts are cut to their last N tokens. Default: all that the model's positions allow.
         json: JSON lines file to write: one object per prompt, with prompt, policy and reference.
@@ -44,8 +39,6 @@ class GenerateOptions(Sampling, FormatOptions, SplitOptions):
     dataset_name: str | None = option(
         None, f"{DATASET_HELP} Its prompts are encoded as in training; rows may lack responses."
     )
-    dataset_config: str | None = None
-    dataset_test_split: str = "test"
     num_prompts: int = 8
     max_prompt_length: int | None = None
     json: str | None = None
@@ -61,8 +54,7 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command."""
     model_config, ref, options = parse("generate", (ModelConfig, ReferenceConfig, GenerateOptions), argv)
     quieten()
-    if options.json:
-        check_writable(Path(options.json).absolute().parent)
+    check_outputs(options.json)
     tokenizer = load_tokenizer(model_config)
     tokeniser = Tokeniser(tokenizer, rendering=options.rendering())
     given = [PreferenceRecord(text, "", "", "--prompt", number) for number, text in enumerate(options.prompt, 1)]
@@ -72,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
     answers: dict[str, list[list[str]]] = {}
     for side, name in names.items():
         if name:
-            model = load_model(model_config, name).to("cuda" if torch.cuda.is_available() else "cpu")
+            model = load_model(model_config, name).to(device())
             ids = [prompt.ids for prompt in encode_prompts(tokeniser, asked, [model], *lengths)]
             sampled = sample_ids(model, ids, options, end_tokens(model, tokenizer))
             answers[side] = [
@@ -85,14 +77,13 @@ def run(argv: Sequence[str]) -> None:
     for line in lines:
         _show(**line)
     if options.json:
-        write_text(options.json, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_text(options.json, json_lines(lines))
         console().print(f"written to {options.json}", soft_wrap=True)
 
 
 def _prompts_of_dataset(options: GenerateOptions, tokeniser: Tokeniser) -> list[Turns]:
-    spec = replace(options.row_spec(), side=options.side(test=True))
     where = str(options.dataset_name), options.dataset_test_split, options.dataset_config
-    return read_prompts(*where, spec, tokeniser, options.num_prompts)
+    return read_prompts(*where, options.held_out_spec(), tokeniser, options.num_prompts)
 
 
 def _show(prompt: Any, **answers: list[str]) -> None:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from tdpo.commands.common import console, quieten, read_dataset, saved_objective, write_text
+from tdpo.commands.common import console, load_scoring_models, quieten, read_dataset, saved_objective, write_text
 from tdpo.commands.options import parse
-from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions, SplitOptions
+from tdpo.config import ModelConfig, ObjectiveOptions, PairOptions
 from tdpo.config.checks import check_values, documented, option
-from tdpo.config.data import DATASET_HELP
-from tdpo.data.dataset import check_fits
+from tdpo.config.data import DATASET_HELP, HeldOutOptions
 from tdpo.data.formats import DataReport
 from tdpo.data.options import check_format, make_tokeniser
 from tdpo.data.sources import open_source
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
-from tdpo.files import check_writable
-from tdpo.models.load import load_model, load_tokenizer
-from tdpo.models.policy import head_of, position_limit
+from tdpo.files import check_outputs, json_lines
+from tdpo.models.load import load_tokenizer
 from tdpo.report.inspect import LARGEST_PAGE, inspect
 from tdpo.types import PreferenceRecord, TokenisedPair
 
@@ -33,7 +27,7 @@ logger = logging.getLogger("tdpo")
 
 @documented
 @dataclass
-class InspectOptions(ObjectiveOptions, PairOptions, SplitOptions):
+class InspectOptions(ObjectiveOptions, PairOptions, HeldOutOptions):
     """Options of the pairs and the output.
 
     Attributes:
@@ -42,8 +36,6 @@ class InspectOptions(ObjectiveOptions, PairOptions, SplitOptions):
         prompt: Prompt of a pair given on the command line instead of a dataset, as plain text.
         chosen: Its preferred response.
         rejected: Its other response.
-        dataset_config: Configuration of a hub dataset.
-        dataset_test_split: Split to take pairs from: of a hub dataset, or the beginning of file names.
         max_pairs: Number of pairs from the beginning of the dataset.
         per_device_eval_batch_size: Pairs per batch.
         output: File to write: a page to open in a browser, or JSON lines.
@@ -56,8 +48,6 @@ class InspectOptions(ObjectiveOptions, PairOptions, SplitOptions):
     prompt: str | None = None
     chosen: str | None = None
     rejected: str | None = None
-    dataset_config: str | None = None
-    dataset_test_split: str = "test"
     max_pairs: int = 200
     per_device_eval_batch_size: int = 8
     output: str | None = None
@@ -79,8 +69,7 @@ class InspectOptions(ObjectiveOptions, PairOptions, SplitOptions):
                 if self.output
                 else f"--output is missing: the file for --format {self.format}"
             )
-        if self.output:
-            check_writable(Path(self.output).absolute().parent)
+        check_outputs(self.output)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -91,10 +80,8 @@ def run(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(model_config)
     tokeniser = make_tokeniser(options, tokenizer)
     pairs, source = _typed(options, tokeniser) if options.prompt is not None else _from_dataset(options, tokeniser)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     names = model_config.model_name_or_path, str(options.ref_model_name_or_path)
-    policy, reference = (load_model(model_config, name).to(device).eval() for name in names)
-    check_fits(pairs, head_of(policy).vocab_size, position_limit(policy, reference), source, len(tokenizer))
+    policy, reference = load_scoring_models(model_config, names, pairs, source, tokenizer)
     inspection = inspect(
         policy, reference, pairs, objective, tokenizer, options.per_device_eval_batch_size, options.token_weights,
         progress=True, policy_name=names[0], reference_name=names[1], dataset_name=source,
@@ -108,8 +95,7 @@ def run(argv: Sequence[str]) -> None:
             logger.warning("the page has %d MB and opens slowly; a lower --max_pairs helps", len(page) / 1e6)
         write_text(options.output, page)
     else:
-        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in inspection.lines())
-        write_text(options.output, "".join(lines))
+        write_text(options.output, json_lines(inspection.lines()))
     console().print(f"{len(pairs):,} pairs written to {options.output}", soft_wrap=True)
 
 
@@ -123,7 +109,7 @@ def _typed(options: InspectOptions, tokeniser: Tokeniser) -> tuple[list[Tokenise
 
 
 def _from_dataset(options: InspectOptions, tokeniser: Tokeniser) -> tuple[Sequence[TokenisedPair], str]:
-    spec = replace(options.row_spec(), side=options.side(test=True))
-    source = open_source(str(options.dataset_name), options.dataset_test_split, options.dataset_config, spec)
+    where = str(options.dataset_name), options.dataset_test_split, options.dataset_config
+    source = open_source(*where, options.held_out_spec())
     dataset = read_dataset(source, options, tokeniser)
     return [dataset[i] for i in range(min(options.max_pairs, len(dataset)))], dataset.report.source

@@ -31,7 +31,7 @@ from tdpo.evaluate.judge_client import AnswerCache, Completion, EndpointOptions,
 from tdpo.evaluate.responses import Matched, alpaca_eval_rows, match_answers, read_answers, read_questions
 from tdpo.evaluate.rewards import RewardOptions, check_reward, load_reward
 from tdpo.evaluate.win_rate import WinRate
-from tdpo.files import check_writable
+from tdpo.files import check_outputs, json_lines
 from tdpo.models.load import load_tokenizer
 from tdpo.train.progress import bar
 
@@ -129,9 +129,7 @@ def _check(options: JudgeOptions, endpoint: EndpointOptions, reward: RewardOptio
         for name in ("json", "verdicts"):
             if getattr(options, name):
                 raise UserError(f"--{name} has no effect without --endpoint or --reward")
-    for path in (options.json, options.verdicts, *options.alpaca_eval):
-        if path:
-            check_writable(Path(path).absolute().parent)
+    check_outputs(options.json, options.verdicts, *options.alpaca_eval)
 
 
 def _ask(matched: Matched, options: JudgeOptions, endpoint: EndpointOptions) -> tuple[list[Judgement], dict[str, Any]]:
@@ -200,8 +198,7 @@ def _report(options: JudgeOptions, matched: Matched, judgements: Sequence[Judgem
     for line in _notes(overall, figures):
         console().print(line, soft_wrap=True)
     if options.verdicts:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in verdict_rows(judgements))
-        write_text(options.verdicts, "".join(lines))
+        write_text(options.verdicts, json_lines(verdict_rows(judgements)))
     if options.json:
         write_json(options.json, figures)
     for path in filter(None, (options.json, options.verdicts)):

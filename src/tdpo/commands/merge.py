@@ -26,7 +26,7 @@ class MergeOptions:
     """Options of the merged model.
 
     Attributes:
-        output_dir: Folder for the model and its tokenizer; it may hold no model yet.
+        output_dir: Folder for the model and its tokenizer; it must not contain a model.
     """
 
     output_dir: str

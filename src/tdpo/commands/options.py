@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,8 @@ from tdpo.errors import UserError
 CONFIG = "--config"
 NONE = "none"
 VALUE_NAMES = {bool: "[BOOL]", int: "INT", float: "FLOAT", list: "X ...", str: "TEXT", dict: "JSON"}
+TEXTS = ("prompt", "chosen", "rejected")
+"""Options whose value is never a path."""
 LONGEST_CHOICES = 60
 """Characters beyond which help leaves out the choices of an option, such as the names of all optimizers."""
 
@@ -137,9 +140,10 @@ def parse(command: str, dataclass_types: Sequence[Any], argv: Sequence[str], req
     try:
         namespace, stray = parser.parse_known_args([*given, *words])
         values = vars(namespace)
-        for name, value in values.items():  # an option that takes one text or a list of them
+        for name, value in values.items():
             if {str, list} <= parser.kinds[name] and isinstance(value, list) and len(value) == 1:
-                values[name] = value[0]
+                value = value[0]  # an option that takes one text or a list of them
+            values[name] = value if name in TEXTS else _from_home(value)
         parsed = [
             kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind) if field.name in values})
             for kind in dataclass_types
@@ -156,6 +160,16 @@ def advice(name: str, known: Iterable[str], entry: bool = False) -> str:
     from tdpo.counterparts import ENTRY_SPELLINGS, OPTIONS, hint  # long tables that only a mistake needs
 
     return hint(name, known, ENTRY_SPELLINGS if entry else OPTIONS)
+
+
+def _from_home(value: Any) -> Any:
+    """Returns a value with ``~/`` at its beginning, or at that of a list's entries, as the home folder.
+
+    A shell does so only for words of their own: neither for ``--option=~/x`` nor in a file of options.
+    """
+    if isinstance(value, list):
+        return [_from_home(entry) for entry in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _or_none(kind: Callable[[str], Any], text: str) -> Any:

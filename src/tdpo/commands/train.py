@@ -35,7 +35,7 @@ from tdpo.train.trainer import TDPOTrainer
 @documented
 @dataclass
 class ShowOptions:
-    """What is shown of a run; pairs and prompts are of the held-out data, else of the training data.
+    """Samples and token view of a run; pairs and prompts are of the held-out data, else of the training data.
 
     Attributes:
         sample_prompts: Number of prompts whose most likely responses before training, at every evaluation and after
@@ -114,7 +114,7 @@ def prepare_run(command: str, classes: Sequence[type], argv: Sequence[str]) -> t
 def train_and_save(trainer: Any) -> dict[str, float] | None:
     """Trains, saves the model and the metrics, and returns those of the held-out data, None without such data."""
     args = trainer.args
-    with user_errors(trainer), handle_signals(trainer.stop_request):
+    with user_errors(trainer), handle_signals(trainer.stop_request.handle):
         if args.overwrite_output_dir and is_main_process():
             _clear(Path(args.output_dir).expanduser())
         result = trainer.train()
@@ -140,7 +140,6 @@ def _read_options(command: str, classes: Sequence[type], argv: Sequence[str]) ->
     data, args = options[-2:]
     check_format(args)
     spec = args.row_spec()
-    data.check_row_spec(spec)
     open_training(data, spec)
     check_arguments(args, open_held_out(data, spec) is not None)
     return options

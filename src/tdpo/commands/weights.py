@@ -12,22 +12,19 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
-from tdpo.commands.common import console, quieten, read_dataset
+from tdpo.commands.common import console, load_scoring_models, quieten, read_dataset
 from tdpo.commands.options import parse
 from tdpo.config import EvalDataConfig, LayoutOptions, ModelConfig, PairOptions
 from tdpo.config.checks import check_values, option
-from tdpo.data.dataset import check_fits
 from tdpo.data.options import check_format, make_tokeniser, open_training
 from tdpo.data.table import SIDES
 from tdpo.errors import UserError
 from tdpo.evaluate.weights import guidance_weights, importance_weights, response_logps
 from tdpo.files import atomic_write, check_writable
 from tdpo.models.fingerprint import weights_hash
-from tdpo.models.load import load_model, load_tokenizer
-from tdpo.models.policy import head_of, position_limit
+from tdpo.models.load import load_tokenizer
 from tdpo.score import packer
 from tdpo.types import WEIGHTS, TokenisedPair
 
@@ -38,7 +35,7 @@ FINGERPRINT = b"tdpo.weights"
 
 @dataclass
 class WeightOptions(PairOptions, LayoutOptions):
-    """Which weights are computed, and where they go."""
+    """Options of the weights and the output folder."""
 
     output_dir: str = option("", "Folder for the tokenised pairs with their weights; --dataset_name of tdpo train.")
     positive_model: str | None = option(None, "Model trained towards chosen responses (TIS-DPO).")
@@ -82,6 +79,8 @@ def run(argv: Sequence[str]) -> None:
     """Runs the command; run again after an interruption, it computes the files that are missing."""
     model_config, data, options = parse("weights", (ModelConfig, EvalDataConfig, WeightOptions), argv)
     quieten()
+    if data.eval_dataset_name:
+        raise UserError("--eval_dataset_name: weights are of one dataset; run the command once for each")
     folder = Path(options.output_dir).expanduser()
     check_writable(folder)
     tokenizer = load_tokenizer(model_config)
@@ -89,11 +88,8 @@ def run(argv: Sequence[str]) -> None:
     dataset = read_dataset(open_training(data, spec), options, make_tokeniser(options, tokenizer))
     if taken := {"chosen_weights", "rejected_weights"} & set(dataset.weights):
         raise UserError(f"{dataset.report.source} has {min(taken)!r} already; leave it out with --ignore_columns")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     names = options.models(model_config.model_name_or_path)
-    models = [load_model(model_config, name).to(device).eval() for name in names]
-    for model in models:
-        check_fits(dataset, head_of(model).vocab_size, position_limit(model), dataset.report.source, len(tokenizer))
+    models = load_scoring_models(model_config, names, dataset, dataset.report.source, tokenizer)
     pack, weigh = packer(options.layout, models), options.weigh()
     kept = [(pair.key, pair.chosen_kl_weights, pair.rejected_kl_weights) for pair in dataset]
     about = {"models": [weights_hash(model) for model in models], "weigh": str(weigh.keywords), "pairs": kept}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tdpo.config.checks import documented, option
@@ -94,7 +94,7 @@ class EvalDataConfig(SplitOptions):
 @documented
 @dataclass
 class FormatOptions:
-    """How rows become records, and records text.
+    """Format of rows and rendering of chats.
 
     Attributes:
         dataset_format: Format of the rows: preference, swift, openai, sharegpt, alpaca, hh, implicit, shp,
@@ -177,8 +177,26 @@ def _json_or_text(value: str) -> Any:
 
 @documented
 @dataclass
+class HeldOutOptions(FormatOptions, SplitOptions):
+    """Part of a dataset that is evaluated, and format of its rows.
+
+    Attributes:
+        dataset_config: Configuration of a hub dataset.
+        dataset_test_split: Split to read: of a hub dataset, or the beginning of file names.
+    """
+
+    dataset_config: str | None = None
+    dataset_test_split: str = "test"
+
+    def held_out_spec(self) -> RowSpec:
+        """Returns the specification of the rows, or of those that ``test_fraction`` holds out."""
+        return replace(self.row_spec(), side=self.side(test=True))
+
+
+@documented
+@dataclass
 class LengthOptions:
-    """How long sequences may be, and what happens to rows that do not fit.
+    """Limits of length, and treatment of rows that do not fit.
 
     See :class:`tdpo.config.tokens.Lengths`.
 
@@ -198,7 +216,7 @@ class LengthOptions:
 @documented
 @dataclass
 class PairOptions(FormatOptions, LengthOptions):
-    """How preference rows are read and cut.
+    """Reading and truncation of preference rows.
 
     Attributes:
         max_prompt_length: Longest prompt in tokens once a pair has to be cut to --max_length, half of a shorter one

@@ -29,7 +29,7 @@ REFUSED_INIT_KWARGS = {
 @documented
 @dataclass
 class ModelConfig:
-    """Which model and tokenizer, and how they are loaded.
+    """Model and tokenizer, and options of loading them.
 
     Attributes:
         model_name_or_path: Model to train or evaluate: a hub name or a folder.
@@ -157,18 +157,18 @@ class AdapterOptions:
 
         # One text is names with commas, all-linear or a regular expression; peft takes the last two as a text.
         targets: Any = self.lora_target_modules
-        if targets and len(targets) == 1:
+        if targets and len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.,-]+", targets[0])):
             (targets,) = targets
-            if targets != "all-linear" and re.fullmatch(r"[\w.,-]+", targets):
-                targets = targets.split(",")
+        else:
+            targets = _split_names(targets)
         return LoraConfig(
             task_type=self.lora_task_type,
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=targets,
-            target_parameters=self.lora_target_parameters,
-            modules_to_save=self.lora_modules_to_save,
+            target_parameters=_split_names(self.lora_target_parameters),
+            modules_to_save=_split_names(self.lora_modules_to_save),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )
@@ -182,3 +182,8 @@ class AdapterOptions:
         nested, storage = self.use_bnb_nested_quant, self.bnb_4bit_quant_storage
         chosen = {"bnb_4bit_quant_type": self.bnb_4bit_quant_type, "bnb_4bit_use_double_quant": nested}
         return {"load_in_4bit": True, **chosen} | ({} if storage is None else {"bnb_4bit_quant_storage": storage})
+
+
+def _split_names(names: list[str] | None) -> list[str] | None:
+    """Splits names that are separated by commas too."""
+    return [part for name in names for part in name.split(",")] if names else None

@@ -7,15 +7,17 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from tdpo.errors import UserError
 from tdpo.types import Text
 
 AUTO = "auto"
 """The format that is inferred from the columns."""
-PairsFrom = Literal["all", "best_worst", "margin"]
+PairsFrom = Literal["all", "best_worst", "margin", "best"]
 PAIRS_FROM = ("all", "best_worst", "margin")
+BEST: Final = "best"
+"""Takes the best of several answers alone, for supervised training; no option of a user's."""
 SHP_SCORE_RATIO = 2.0
 """The filter of the DPO and TDPO authors' code."""
 
@@ -72,7 +74,7 @@ class RowSpec:
     ignore_columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.pairs_from not in (None, *PAIRS_FROM):
+        if self.pairs_from not in (None, *PAIRS_FROM, BEST):
             raise UserError(f"--pairs_from {self.pairs_from}: there are {', '.join(PAIRS_FROM)}")
         if (self.min_margin is not None) != (self.pairs_from == "margin"):
             raise UserError("--pairs_from margin and --min_margin belong together: give both or neither")

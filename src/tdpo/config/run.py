@@ -45,7 +45,7 @@ class RunOptions(TrainingArguments):
         resume: Resume from the newest checkpoint in --output_dir, if there is one.
         overwrite_output_dir: Write into --output_dir although it holds a model or checkpoints.
         max_time: Time training may take (90s, 45m, 11h30m): then it saves a checkpoint and exits with code 124.
-        restore_callback_states_from_checkpoint: Give callbacks such as early stopping back their state when resuming.
+        restore_callback_states_from_checkpoint: Restore the state of callbacks such as early stopping when resuming.
         accelerate_config: How processes divide the run: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate's.
             Starts the processes where no launcher has.
         num_processes: Processes that --accelerate_config starts on this machine; default: one for each GPU.

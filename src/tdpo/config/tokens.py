@@ -1,4 +1,4 @@
-"""How text becomes token ids: rendering of chats, special tokens and limits of length."""
+"""Options of tokenising: rendering of chats, special tokens and limits of length."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SpecialTokens = Literal["text", "tokens"]
 
 @dataclass(frozen=True)
 class Rendering:
-    """How chats are rendered, and what special-token text in plain texts is.
+    """Rendering of chats, and treatment of special-token text in plain texts.
 
     Attributes:
         template_arguments: Arguments of the chat template for all rows; a row's ``chat_template_kwargs`` win.
@@ -35,7 +35,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long sequences may be, in tokens, and what happens to longer ones.
+    """Largest lengths of sequences, in tokens, and treatment of longer ones.
 
     A pair is overlong if its prompt and its longer response together exceed ``max_length``. Truncation first cuts the
     prompt to ``max_prompt_length``, then the responses to what remains, so a response never becomes empty. A response

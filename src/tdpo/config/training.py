@@ -81,7 +81,7 @@ class ObjectiveOptions:
 @documented
 @dataclass
 class LayoutOptions:
-    """How sequences are packed into rows; it does not change a result.
+    """Layout of sequences in rows; it does not change a result.
 
     Attributes:
         layout: tree packs sequences into shared rows and runs a prompt once, padded gives each a row; auto is tree
@@ -94,7 +94,7 @@ class LayoutOptions:
 @documented
 @dataclass
 class ScoringOptions(LayoutOptions):
-    """How pairs are scored; it does not change a result.
+    """Implementation of scoring; it does not change a result.
 
     Attributes:
         backend: Implementation of the token statistics: naive keeps all logits, chunked a bounded part of them, triton
@@ -119,7 +119,7 @@ class TDPOConfig(ObjectiveOptions, PairOptions, ScoringOptions, RunOptions):
             hidden states on disk; auto is adapter_off under a new adapter, cached with --reference_cache, frozen
             elsewhere.
         reference_cache: Folder with the reference's hidden states; filled where it is empty, refused where it belongs
-            to other weights, tokens or settings. Default with --reference cached: reference-cache in --output_dir.
+            to other weights, tokens or settings. Default with --reference cached: _reference-cache in --output_dir.
         reference_cache_dtype: Dtype of the cached hidden states; auto is that of the reference, which loses nothing.
         sync_ref_model: Let the frozen reference follow the policy in steps (TR-DPO, arXiv 2404.09656).
         ref_model_mixup_alpha: How far it follows, under --sync_ref_model: this share of the policy, the rest stays; 1

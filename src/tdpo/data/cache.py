@@ -29,7 +29,7 @@ from tdpo.files import atomic_write
 
 logger = logging.getLogger("tdpo")
 
-VERSION = 5
+VERSION = 6
 """Raised whenever the same data and options would become other ids."""
 Build = Callable[[], tuple[DataReport, Iterable[Any]]]
 """Starts to tokenise: the report, which is complete once the record batches are read."""

@@ -18,7 +18,16 @@ import pyarrow.compute as pc
 
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.cache import cache_key, cached_pairs, in_memory
-from tdpo.data.formats import DataReport, OnBadRow, iter_records, name_of
+from tdpo.data.formats import (
+    BAD_ROW_ADVICE,
+    BadRows,
+    DataReport,
+    OnBadRow,
+    RowError,
+    iter_records,
+    name_of,
+    usable_rows,
+)
 from tdpo.data.sources import Source, SourceRow, from_memory, groups_of
 from tdpo.data.table import SIDES, record_batch
 from tdpo.data.tokenise import Tokeniser
@@ -172,7 +181,7 @@ def _build(
     first, report = next(iter(rows), None), DataReport(name_of(rows))
     if isinstance(first, SourceRow) and first.fields.keys() >= set(SIDES):
         report = DataReport(first.source, "tokenised")
-        return report, [record_batch(list(_tokenised_pairs(rows, spec, report)))]
+        return report, [record_batch(list(_tokenised_pairs(rows, spec, report, on_bad_row)))]
     if tokeniser is None:
         raise UserError(f"{report.source}: text has to be tokenised and there is no tokenizer; pass processing_class")
     if isinstance(first, PreferenceRecord):
@@ -202,12 +211,19 @@ def _batches(
     report.kept = kept
 
 
-def _tokenised_pairs(rows: Iterable[SourceRow], spec: RowSpec, report: DataReport) -> Iterator[TokenisedPair]:
+def _tokenised_pairs(
+    rows: Iterable[SourceRow], spec: RowSpec, report: DataReport, on_bad_row: OnBadRow
+) -> Iterator[TokenisedPair]:
     """Yields the pairs of rows that are token ids already: those of the spec's side, as often as its weight says."""
+    bad = BadRows(report, on_bad_row)
     for own, group in groups_of(rows):
         used = own or spec
-        for index, row in enumerate(group):
-            pair, report.read = _tokenised(row), report.read + 1
+        for index, row in enumerate(usable_rows(group, used, bad)):
+            try:
+                pair = _tokenised(row)
+            except RowError as error:
+                bad.add(row, error)
+                continue
             prompt = str(pair.prompt_ids)
             if used.side is not None and not used.side.holds(prompt):
                 report.elsewhere += 1
@@ -215,18 +231,19 @@ def _tokenised_pairs(rows: Iterable[SourceRow], spec: RowSpec, report: DataRepor
             copies = 1 if used.weight == 1 else used.copies(index, prompt)
             report.kept += copies
             yield from repeat(pair, copies)
+    bad.raise_error(BAD_ROW_ADVICE)
 
 
 def _tokenised(row: SourceRow) -> TokenisedPair:
     if missing := [name for name in SIDES if name not in row.fields]:
-        raise UserError(f"{row.location}: no column {missing[0]!r}, and the first row has token ids; do not mix them")
+        raise RowError(f"no column {missing[0]!r}, and the first row has token ids; do not mix them")
     try:
         prompt, chosen, rejected = (array("i", row.fields[column]).tolist() for column in SIDES)
         weights = {name: list(row.fields[name]) for name in WEIGHTS if row.fields.get(name) is not None}
         return TokenisedPair(prompt, chosen, rejected, row.row, **weights)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{row.location}: {', '.join(SIDES)} must be lists of token ids, weights lists of as many numbers: {error}"
+        raise RowError(
+            f"{', '.join(SIDES)} must be lists of token ids, weights lists of as many numbers: {error}"
         ) from error
 
 

@@ -11,7 +11,9 @@ from tdpo.data.sources import ENTRY_FIELDS, Source, describe, open_source
 from tdpo.errors import UserError
 
 
-def open_mixture(datasets: Sequence[Any], split: str, seed: int, side: Side | None = None) -> Source:
+def open_mixture(
+    datasets: Sequence[Any], split: str, seed: int, side: Side | None = None, config: str | None = None
+) -> Source:
     """Opens several datasets as one source, each with its own specification.
 
     Args:
@@ -19,6 +21,7 @@ def open_mixture(datasets: Sequence[Any], split: str, seed: int, side: Side | No
         split: Split of those that name none.
         seed: Seed of weights that are not whole numbers.
         side: The side of a split to take of each.
+        config: Configuration of hub datasets that name none.
 
     Raises:
         UserError: naming the entry and what is wrong with it.
@@ -28,12 +31,12 @@ def open_mixture(datasets: Sequence[Any], split: str, seed: int, side: Side | No
     sources = []
     for number, entry in enumerate(datasets, 1):
         fields = parse_entry(entry, number)
-        name, own_split, config = (fields.pop(key, None) for key in ("name", "split", "config"))
+        name, own_split, own_config = (fields.pop(key, None) for key in ("name", "split", "config"))
         try:
             spec = RowSpec(**fields, seed=seed, side=side)
         except UserError as error:
             raise UserError(f"--datasets, entry {number} ({name}): {error}") from error
-        sources.append(open_source(name, own_split or split, config, spec))
+        sources.append(open_source(name, own_split or split, own_config or config, spec))
     return Source(" + ".join(source.name for source in sources), [part for one in sources for part in one.parts])
 
 

@@ -27,13 +27,17 @@ def open_training(data: EvalDataConfig, spec: RowSpec, held_out: bool = False) -
         data: The options that name the data.
         spec: How rows of ``dataset_name`` become records; those of ``datasets`` have their own.
         held_out: Opens the rows that ``test_fraction`` holds out instead.
+
+    Raises:
+        UserError: for options of a single dataset beside ``datasets``, and for data that is not there.
     """
+    data.check_row_spec(spec)
     split, side = data.dataset_train_split, data.side(held_out)
     if data.dataset_name:
         return open_source(data.dataset_name, split, data.dataset_config, replace(spec, side=side))
     from tdpo.data.mixture import open_mixture
 
-    return open_mixture(data.datasets, split, data.split_seed, side)
+    return open_mixture(data.datasets, split, data.split_seed, side, data.dataset_config)
 
 
 def open_held_out(data: EvalDataConfig, spec: RowSpec) -> Source | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from tdpo.data.json_layouts import rows_of_json
-from tdpo.errors import UserError
+from tdpo.errors import UserError, first_line
 
 Rows = Iterator[tuple[int, Any]]
 BATCH = 512
@@ -128,11 +128,6 @@ def table_values(batches: Iterable[Any]) -> Rows:
             for value in batch.slice(start, BATCH).to_pylist():
                 number += 1
                 yield number, value
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or the name of its type."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _foreign_content(head: bytes, kind: str) -> str:

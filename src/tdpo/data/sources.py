@@ -17,8 +17,8 @@ from typing import Any
 
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.json_layouts import SPLITS
-from tdpo.data.readers import READERS, Unreadable, check_kind, first_line, kind_of, read_values, table_values
-from tdpo.errors import UserError
+from tdpo.data.readers import READERS, Unreadable, check_kind, kind_of, read_values, table_values
+from tdpo.errors import UserError, first_line
 
 STDIN = "-"
 ENTRY_FIELDS = [
@@ -122,6 +122,8 @@ def open_source(name: str, split: str, config: str | None = None, spec: RowSpec 
             check_kind(file)
     except OSError as error:
         raise UserError(f"{name[:200]}: cannot be read: {error.strerror}") from error
+    if found is not None and "[" in split:
+        raise UserError(f"{name}, split {split!r}: parts of a split are for hub datasets; of files name other ones")
     if found is None:
         return Source(shown, [Part(functools.partial(_dataset_rows, shown, name, split, config), spec=spec)])
     one_name = shown if name == STDIN else str(found[0]) if len(found) == 1 else ""
@@ -135,13 +137,13 @@ def groups_of(rows: Iterable[Any]) -> list[tuple[RowSpec | None, Iterable[Any]]]
     return [(part.spec, part.read()) for part in rows.parts] if isinstance(rows, Source) else [(None, rows)]
 
 
-def read_source(name: str, split: str, config: str | None = None) -> list[SourceRow]:
+def read_source(name: str, split: str) -> list[SourceRow]:
     """Reads all rows of a dataset at once; see :func:`open_source`.
 
     Raises:
         UserError: also if there are none.
     """
-    rows = list(open_source(name, split, config))
+    rows = list(open_source(name, split))
     if not rows:
         raise UserError(f"{name}: no rows in it")
     return rows

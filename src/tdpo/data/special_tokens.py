@@ -1,4 +1,4 @@
-"""Special-token text: where it ends a response, is a user's own words, or shows that texts are rendered chats."""
+"""Finds special-token text: at the end of responses, in users' words, and in chats that are rendered already."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from tdpo.config.row_spec import RowSpec, parse_json
+from tdpo.config.row_spec import BEST, RowSpec, parse_json
 from tdpo.data.formats import FORMATS, DataReport, Format, RowDropped, RowError, chat_options, is_empty
 from tdpo.data.formats.fields import as_text, assistant_turn, field_of, first_of, read_turns
 from tdpo.data.formats.prompts import CHAT_USES, QUESTIONS, SYSTEMS, history_messages, joined_question, with_system
@@ -110,7 +110,8 @@ def has_conversation(fields: Mapping[str, Any]) -> bool:
 
 SFT_FORMATS: dict[str, Format] = {
     "completion": Format(
-        "prompt, completion", completion, ("prompt", "completion", *ANSWER_USES), needs=("prompt", "completion")
+        "prompt, completion", completion, ("prompt", "completion", *ANSWER_USES), needs=("prompt", "completion"),
+        matches=lambda fields: not FORMATS["scored"].recognises(dict(fields)),
     ),
     "messages": Format(
         "messages", messages, ("messages", *CHAT_USES), needs=("messages",), matches=lambda fields: not _is_pair(fields)
@@ -139,7 +140,7 @@ SFT_FORMATS: dict[str, Format] = {
 
 
 def _best(spec: RowSpec) -> RowSpec:
-    return spec if spec.pairs_from else replace(spec, pairs_from="best_worst")
+    return spec if spec.pairs_from else replace(spec, pairs_from=BEST)
 
 
 def _learnt(record: Any) -> Any:

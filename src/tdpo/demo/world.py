@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, islice
@@ -17,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tdpo.demo.grammar import distinct_texts, reward
 from tdpo.errors import UserError
 from tdpo.evaluate.generate import Sampling, sample_ids
+from tdpo.files import json_lines
 
 END_OF_TEXT = "<|endoftext|>"
 POSITIONS = 512
@@ -132,4 +132,4 @@ def extreme_pairs(ranked: Iterable[Ranked], margin: float) -> list[dict[str, Any
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(json_lines(rows), encoding="utf-8")

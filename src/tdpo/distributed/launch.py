@@ -69,10 +69,24 @@ def read_config(name: str) -> dict[str, Any]:
     return config
 
 
+def on_cpu(config: Mapping[str, Any]) -> bool:
+    """Returns whether such a file asks for CPUs."""
+    return bool(config.get("use_cpu")) or config["distributed_type"] == "MULTI_CPU"
+
+
+def named_gpus(config: Mapping[str, Any]) -> list[str]:
+    """Returns the GPUs that such a file names, none where it leaves all of them to the run."""
+    named = config.get("gpu_ids")
+    return [] if named in (None, "all") else [device.strip() for device in str(named).split(",")]
+
+
 def environment_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the environment variables that ``accelerate launch`` sets for such a file."""
     kind = config["distributed_type"]
     made = {"ACCELERATE_MIXED_PRECISION": config.get("mixed_precision") or "no"}  # an unquoted no is False
+    if on_cpu(config):
+        made["ACCELERATE_USE_CPU"] = True
+    made["CUDA_VISIBLE_DEVICES"] = ",".join(named_gpus(config))
     if kind in ("FSDP", "DEEPSPEED"):
         made[f"ACCELERATE_USE_{kind}"] = True
         prefix = "" if kind == "FSDP" else "ACCELERATE_DEEPSPEED_"
@@ -100,10 +114,11 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
     if name is None:
         return
     config = read_config(name)
-    cpu = "--use_cpu" in argv or "--use-cpu" in argv or bool(config.get("use_cpu")) or not torch.cuda.is_available()
+    cpu = "--use_cpu" in argv or "--use-cpu" in argv or on_cpu(config) or not torch.cuda.is_available()
     if config["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{OPTION} {name} needs deepspeed: pip install 'tdpo[deepspeed]'")
-    processes = early.num_processes or config.get("num_processes") or (1 if cpu else torch.cuda.device_count())
+    devices = 1 if cpu else len(named_gpus(config)) or torch.cuda.device_count()
+    processes = early.num_processes or config.get("num_processes") or devices
     if not str(processes).isdecimal() or int(processes) < 1:
         raise UserError(f"{PROCESSES} must be at least 1, got {processes}")
     launched = "LOCAL_RANK" in os.environ

@@ -84,14 +84,14 @@ class Estimate:
         return {name: self.mean, **(spread if self.count > 1 else {})}
 
 
-def bootstrap_interval(values: np.ndarray, confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """Computes the percentile bootstrap interval of the mean of ``[P]`` values; NaNs for fewer than two.
 
     Resamples are drawn with a fixed seed, so equal values give equal intervals.
     """
     if len(values) < 2:
         return math.nan, math.nan
-    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    tail = (1 - confidence) / 2
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(values[drawn].mean(1), [tail, 1 - tail])
     return float(low), float(high)

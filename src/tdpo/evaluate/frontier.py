@@ -307,24 +307,13 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
     Raises:
         OSError: if it cannot be written.
-        TypeError: for a value that is neither a number nor text.
     """
     names = dict.fromkeys([*FIRST_COLUMNS, *(name for row in rows for name in row)])
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([_cell(name, row.get(name)) for name in names] for row in rows)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     atomic_write(path, text.getvalue())
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None or isinstance(value, str | bool):
-        return "" if value is None else str(value)
-    if isinstance(value, numbers.Integral):
-        return str(int(value))
-    if isinstance(value, numbers.Real):
-        return repr(float(value))  # float: NumPy's numbers have a repr of their own
-    raise TypeError(f"{name}: expected a number or text, got {type(value).__name__}")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A pair with its verdicts, or with the rewards of its responses.
+    """A pair with its verdicts; a reward model gives one.
 
     Attributes:
         pair: The answers of A and B.

@@ -167,14 +167,9 @@ class Evaluator:
         rewards = self.reference_samples.rewards
         return math.nan if rewards is None else rewards.median().item()
 
-    def sample(self, model: nn.Module, sampling: Sampling | None = None) -> Samples:
-        """Draws and scores responses of a model.
-
-        Args:
-            model: A causal language model.
-            sampling: Sampling options; default: those of the evaluator.
-        """
-        drawn = sample_ids(model, self._prompt_ids, sampling or self.options, end_tokens(model, self.tokenizer))
+    def sample(self, model: nn.Module) -> Samples:
+        """Draws and scores responses of a causal language model."""
+        drawn = sample_ids(model, self._prompt_ids, self.options, end_tokens(model, self.tokenizer))
         texts = [
             [decode_response(self.tokenizer, prompt.ids, ids) for ids in found]
             for prompt, found in zip(self.prompts, drawn, strict=True)

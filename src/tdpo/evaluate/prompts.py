@@ -12,7 +12,7 @@ from torch import nn
 from tdpo.config.data import UNLIMITED
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.dataset import check_fits
-from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed
+from tdpo.data.formats import AUTO, FORMATS, DataReport, RowError, chat_options, iter_records, renamed, without
 from tdpo.data.formats.convert import LOOKED_AT
 from tdpo.data.formats.prompts import PROMPTS, prompt_of, with_system
 from tdpo.data.formats.registry import recognise
@@ -134,7 +134,7 @@ def _records(
         try:
             if row.error:
                 raise RowError(row.error)
-            row = renamed(row, spec.columns)
+            row = renamed(without(row, spec.ignore_columns), spec.columns)
             (prompt,) = with_system(row, prompt_of(row))
             record = PreferenceRecord(prompt, "", "", row.source, row.row, **chat_options(row, prompt))
         except RowError as error:
@@ -144,6 +144,7 @@ def _records(
 
 
 def _renamed(row: SourceRow, spec: RowSpec) -> SourceRow:
+    row = without(row, spec.ignore_columns)
     try:
         return renamed(row, spec.columns)
     except RowError:

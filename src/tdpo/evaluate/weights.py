@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tdpo import ops
-from tdpo.models.hidden import response_states
-from tdpo.models.policy import head_of
+from tdpo.models.hidden import response_hidden
 from tdpo.models.probe import evaluating
-from tdpo.models.redirect import run_in_head
-from tdpo.types import Hidden, PackedBatch, TokenisedPair
+from tdpo.types import PackedBatch, TokenisedPair
 
 Packer = Callable[[Sequence[TokenisedPair]], PackedBatch]
 
@@ -85,11 +83,7 @@ def response_logps(
     device = next(model.parameters()).device
     for start in range(0, len(pairs), batch_size):
         batch = pack(pairs[start : start + batch_size]).to(device)
-
-        def logps(states: Tensor, batch: PackedBatch = batch) -> tuple[Tensor]:
-            return (ops.response_logp(Hidden(states, head_of(model)), batch.labels, logits_budget),)
-
         with evaluating(model), torch.no_grad():  # within a step: a generator's modes would be its caller's
-            (logp_N,) = run_in_head(model, response_states(model, batch), logps)
+            logp_N = ops.response_logp(response_hidden(model, batch), batch.labels, logits_budget)
         sides = logp_N.float().cpu().split(list(batch.lengths))
         yield from zip(sides[::2], sides[1::2], strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -126,6 +127,14 @@ def base_tensors(model: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tu
                 ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter")),
                 tensor,
             )
+
+
+def adapter_settings(model: Any) -> dict[str, dict[str, Any]]:
+    """Returns what decides the weights of a model's adapters, by adapter, as JSON; nothing for a model without one."""
+    names = ("peft_type", "r", "target_modules", "target_parameters", "modules_to_save")
+    configs = model.peft_config if has_adapter(model) else {}
+    found = {adapter: {name: getattr(config, name, None) for name in names} for adapter, config in configs.items()}
+    return json.loads(json.dumps(found, default=sorted))  # targets are sets
 
 
 def find_changed_base(model: Any) -> str:

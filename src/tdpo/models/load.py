@@ -25,11 +25,12 @@ from transformers.utils import find_adapter_config_file
 
 from tdpo.config import ModelConfig
 from tdpo.data.templates import TEMPLATES
-from tdpo.errors import UserError, nearest
+from tdpo.errors import UserError, first_line, nearest
 from tdpo.models.adapters import silence_tied_warnings
 from tdpo.models.generation import adopt_generation_config
 from tdpo.models.multimodal import processor_template
 
+MODEL_CONFIGS = ("config.json", "adapter_config.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 LANGUAGE_MODELS = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
 """Auto classes of models that continue a text; the last has the text half alone of some multimodal checkpoints."""
@@ -51,13 +52,13 @@ def load_model(
     """
     own = name is None or name == config.model_name_or_path
     name = name or config.model_name_or_path
-    _check_folder(name, ("config.json", "adapter_config.json"), "model")
+    check_folder(name)
     revision = config.model_revision if own else "main"
     base = adapter_base(name, revision)
     if base is None:
         return _load_base(config, name, revision, quantization)
     try:
-        _check_folder(base, ("config.json",), "model")
+        check_folder(base, MODEL_CONFIGS[:1])
         model = _load_base(config, base, "main", quantization)
     except UserError as error:
         raise UserError(f"the base of the adapter {name!r}: {error}") from error
@@ -67,7 +68,7 @@ def load_model(
         with silence_tied_warnings():
             adapted = PeftModel.from_pretrained(model, name, revision=revision, is_trainable=trainable)
     except Exception as error:  # a broken folder or the network may raise anything
-        raise UserError(f"adapter {name!r} cannot be put on {base!r}: {_first_line(error)}") from error
+        raise UserError(f"adapter {name!r} cannot be put on {base!r}: {first_line(error)}") from error
     adopt_generation_config(adapted, name)
     return adapted
 
@@ -82,20 +83,14 @@ def load_classifier(name: str) -> tuple[Any, Any]:
         UserError: naming the model and what is wrong with it, such as a language model, whose weights lack the head.
     """
     config = ModelConfig(model_name_or_path=name)
-    _check_folder(name, ("config.json", "adapter_config.json"), "model")
+    check_folder(name)
     base = adapter_base(name)
     if base is not None:
         raise UserError(
             f"model {name!r} is an adapter on {base!r}: save the two as one model (merge_and_unload() of peft)"
         )
-    loader = AutoModelForSequenceClassification
-    model, info = _from_pretrained(loader, "model", name, "main", config, output_loading_info=True)
-    missing = _missing_weights(info)
-    if missing:
-        raise UserError(
-            f"model {name!r} lacks weights of {type(model).__name__}, which would be drawn at random: {missing}. It is "
-            "not a sequence-classification or reward model"
-        )
+    kind = "sequence-classification or reward model"
+    model = _load_complete(AutoModelForSequenceClassification, kind, name, "main", config)
     return model.eval(), load_tokenizer(config)
 
 
@@ -174,13 +169,17 @@ def _load_base(config: ModelConfig, name: str, revision: str, quantization: dict
     if model_class is None:
         kind = (described.architectures or [f"{described.model_type} model"])[0]
         raise UserError(f"model {name!r} is a {kind}, not a causal language model")
-    options |= {"dtype": dtype, "attn_implementation": config.attn_implementation, "output_loading_info": True}
-    model, info = _from_pretrained(model_class, "model", name, revision, config, **options)
-    missing = _missing_weights(info)
-    if missing:
+    options |= {"dtype": dtype, "attn_implementation": config.attn_implementation}
+    return _load_complete(model_class, "complete causal language model", name, revision, config, **options)
+
+
+def _load_complete(loader: Any, kind: str, name: str, revision: str, config: ModelConfig, **options: Any) -> Any:
+    """Loads a model none of whose weights is missing; transformers would draw such weights at random."""
+    model, info = _from_pretrained(loader, "model", name, revision, config, output_loading_info=True, **options)
+    if missing := _missing_weights(info):
         raise UserError(
             f"model {name!r} lacks weights of {type(model).__name__}, which would be drawn at random: {missing}. It is "
-            "not a complete causal language model"
+            f"not a {kind}"
         )
     return model
 
@@ -190,7 +189,7 @@ def _from_pretrained(loader: Any, what: str, name: str, revision: str, config: M
     try:
         return loader.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:  # a broken folder or the network may raise anything
-        raise UserError(f"{what} {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{what} {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _model_class(described: Any, remote_code: bool) -> Any:
@@ -229,7 +228,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         base = adapter_base(name)  # an adapter saved without the tokenizer has its base's
         name, revision = (name, revision) if base is None else (base, "main")
-    _check_folder(name, TOKENIZER_FILES, "tokenizer")
+    check_folder(name, TOKENIZER_FILES, "tokenizer")
     tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name, revision, config)
     if config.eos_token is not None:
         if config.eos_token not in tokenizer.get_vocab():
@@ -276,15 +275,20 @@ def model_limits(config: ModelConfig) -> tuple[int | None, int | None]:
         found = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a broken config or the network may raise anything
         if (Path(name).expanduser() / "config.json").is_file():
-            raise UserError(f"model {name!r}: its config.json cannot be read: {_first_line(error)}") from error
+            raise UserError(f"model {name!r}: its config.json cannot be read: {first_line(error)}") from error
         return None, None  # a tokenizer without a model beside it is enough to look at data
     text = found.get_text_config()
     vocab_size, positions = (getattr(text, key, None) for key in ("vocab_size", "max_position_embeddings"))
     return vocab_size, positions if isinstance(positions, int) and positions > 0 else None
 
 
-def _check_folder(name: str, files: tuple[str, ...], what: str) -> None:
-    folder = Path(name).expanduser()
+def check_folder(name: str, files: tuple[str, ...] = MODEL_CONFIGS, what: str = "model") -> None:
+    """Refuses a folder that is not there or has none of the files; a hub name passes.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    folder = Path(name)
     if folder.is_dir():
         if not any((folder / file).is_file() for file in files):
             raise UserError(f"{name}: no {what} in this folder (it has no {files[0]})")
@@ -292,7 +296,3 @@ def _check_folder(name: str, files: tuple[str, ...], what: str) -> None:
         raise UserError(f"{name}: is a file; a {what} is a folder or a hub name")
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such folder")
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdpo.errors import UserError
+from tdpo.errors import UserError, first_line
 from tdpo.models.probe import HALF, causal_lm, measured, probe_ids, probing, relative_difference, tolerance
 from tdpo.ops.numerics import finish_logits, head_logits
 from tdpo.types import Head
@@ -175,7 +175,7 @@ def _causal_states(lm: Any, head: Head) -> Tensor:
     try:
         states, others = (body_states(lm, input_ids=sequence)[0] for sequence in (ids, changed))
     except TypeError as error:
-        raise UserError(f"{name} is not a causal language model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name} is not a causal language model: {first_line(error)}") from error
     if not states.isfinite().all():
         raise UserError(f"{name}: its weights give hidden states that are not finite")
     leak = 5e-2 if head.weight.dtype in HALF else 1e-4

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tdpo.errors import UserError
+from tdpo.errors import UserError, first_line
 
 HALF = (torch.float16, torch.bfloat16)
 ABSENT = torch.finfo(torch.float16).min
@@ -91,8 +91,8 @@ def probing(lm: nn.Module, gradients: bool = False) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        line = next(iter(str(error).splitlines()), "")
-        raise UserError(f"{type(lm).__name__} fails on a short probe: {type(error).__name__}: {line}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{type(lm).__name__} fails on a short probe: {reason}") from error
 
 
 def probe_ids(lm: Any, rows: int, tokens: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tdpo.data.pack import pack_padded, pack_trees
+from tdpo.errors import first_line
 from tdpo.models.policy import body_states
 from tdpo.models.probe import evaluating, measured, tolerance
 from tdpo.types import PackedBatch, TokenisedPair
@@ -67,7 +68,7 @@ def tree_plan(lm: Any) -> TreePlan:
         try:
             misfit = _misfit(lm, masks)
         except Exception as error:  # whatever a model may raise
-            refusal = refusal or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            refusal = refusal or f"{type(error).__name__}: {first_line(error)}"
             continue
         if misfit < tolerance(dtype):
             return TreePlan("", masks)

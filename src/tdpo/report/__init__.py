@@ -1,1 +1,1 @@
-"""What a run shows: tables and plots."""
+"""Reports: tables, plots and pages."""

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 from tdpo.config.data import UNLIMITED
+from tdpo.errors import first_line
 from tdpo.evaluate.generate import Sampling, decode_response, end_tokens, sample_ids
 from tdpo.models.policy import position_limit
 from tdpo.report.inspect import inspect
@@ -77,8 +78,7 @@ class ShowCallback(TrainerCallback):
         try:
             work(model, state)
         except Exception as error:
-            lines = str(error).splitlines() or [type(error).__name__]
-            logger.warning("step %d cannot be shown: %s", state.global_step, lines[0])
+            logger.warning("step %d cannot be shown: %s", state.global_step, first_line(error))
 
     def _sample(self, model: Any, state: Any) -> None:
         if not self.prompts:

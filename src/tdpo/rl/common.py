@@ -17,6 +17,7 @@ from tdpo.config.checks import check_values, documented
 from tdpo.data.tokenise import Tokeniser
 from tdpo.errors import UserError
 from tdpo.evaluate.generate import decode_response, end_tokens
+from tdpo.evaluate.prompts import Prompt
 from tdpo.files import atomic_write, check_writable
 from tdpo.models.fingerprint import weights_hash
 from tdpo.models.policy import position_limit
@@ -94,12 +95,12 @@ class ScoredPrompts:
     Args:
         policy: The policy, whose end tokens end responses.
         tokenizer: Its tokenizer.
-        prompts: Texts, or lists of chat messages.
+        prompts: Texts or lists of chat messages, or :class:`~tdpo.evaluate.prompts.Prompt` with their token ids.
         reward: Scores responses.
         options: The options of the run.
 
     Attributes:
-        prompts: The prompts, unchanged.
+        prompts: The prompts as texts or messages.
         ids: Token ids of each prompt.
         ends: Tokens that end a response.
         order: Prompt indices of all iterations, ``batch_size`` for each: random permutations of all prompts.
@@ -113,8 +114,10 @@ class ScoredPrompts:
     ) -> None:
         if not len(prompts):
             raise UserError("there are no prompts to train on")
-        self.prompts, self.tokenizer, self.reward, self.options = list(prompts), tokenizer, reward, options
-        self.ids = Tokeniser(tokenizer).prompts(self.prompts)
+        self.tokenizer, self.reward, self.options = tokenizer, reward, options
+        encoded = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+        self.prompts = [prompt.content for prompt in encoded] or list(prompts)
+        self.ids = [prompt.ids for prompt in encoded] or Tokeniser(tokenizer).prompts(self.prompts)
         self.ends = end_tokens(policy, tokenizer)
         self.order = random_passes(len(self.prompts), options.steps * options.batch_size, options.seed)
         positions, longest = position_limit(policy), max(map(len, self.ids))

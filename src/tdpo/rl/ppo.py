@@ -109,7 +109,7 @@ def train_ppo(
         policy: A causal language model. Models run without dropout; the policy's training mode is restored.
         reference: The reference, which is not changed; the value model starts as a copy of it.
         tokenizer: The tokenizer of both.
-        prompts: Texts, or lists of chat messages.
+        prompts: Texts or lists of chat messages, or :class:`~tdpo.evaluate.prompts.Prompt` with their token ids.
         reward: Scores rows with ``prompt`` and ``response``.
         options: Options of the run.
         on_measure: Called with the number of finished iterations and the policy, every ``eval_every`` of them and at

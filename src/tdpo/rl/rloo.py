@@ -83,7 +83,7 @@ def train_rloo(
         policy: A causal language model without an adapter. It runs without dropout.
         reference: The reference, which is not changed. TRL loads a copy of it from a temporary folder.
         tokenizer: The tokenizer of both.
-        prompts: Texts, or lists of chat messages.
+        prompts: Texts or lists of chat messages, or :class:`~tdpo.evaluate.prompts.Prompt` with their token ids.
         reward: Scores rows with ``prompt`` and ``response``.
         options: Options of the run.
         on_measure: Called with the number of finished iterations and the policy, every ``eval_every`` of them and at

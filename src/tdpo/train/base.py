@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin, parse_flag_from_env
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from typing_extensions import override
@@ -33,7 +33,20 @@ def load_policy(model: str | nn.Module, args: RunOptions) -> tuple[Any, ModelCon
     """Returns the model to train, loaded if it is a name, and the options it is loaded with."""
     set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
     config = args.model_config(model)
-    return load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model), config
+    policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
+    place(policy, args)
+    return policy, config
+
+
+def place(model: Any, args: RunOptions) -> None:
+    """Moves a model to the device it will run on, before it is probed: what attention can do depends on the device.
+
+    A model that an engine will shard, or whose place is decided already, stays where it is, as in transformers.
+    """
+    sharded = args.fsdp or args.deepspeed_plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    decided = getattr(model, "hf_device_map", None) is not None or hasattr(model, "quantization_method")
+    if not (sharded or decided):
+        model.to(args.device)
 
 
 def prepare_policy(policy: nn.Module, args: RunOptions, peft_config: Any) -> RouterLoss | None:
@@ -152,6 +165,26 @@ class BatchMeanTrainer(StepTrainer):
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         return self.get_eval_dataloader(test_dataset)
 
+    @override
+    def stopping(self) -> bool:
+        return bool(self.stop_request.stop_code(self.state))
+
+    @override
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Also asks for a checkpoint of a run that stops: --save_strategy best would save none."""
+        return super()._determine_best_metric(metrics, trial) or self.stopping()
+
+    @override
+    def _finalize_training(self, *args: Any) -> Any:
+        """Keeps the checkpoint that a stopped run resumes from: with a limit of one only the best would stay."""
+        limit = self.args.save_total_limit
+        if self.stopping():
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit = limit
+
     def compile_models(self, *models: nn.Module) -> None:
         """Compiles the layers of some models as ``args`` say."""
         compile_layers(models, self.args.torch_compile_backend, self.args.torch_compile_mode)
@@ -226,3 +259,9 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.stop_request.stop_code(state):
             control.should_save = control.should_training_stop = True
+
+    @override
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Undoes what transformers asks for after a stop within an epoch: the end of the epoch is yet to come."""
+        if self.trainer.stop_request.stop_code(state):
+            control.should_log = control.should_evaluate = control.should_save = False

@@ -65,7 +65,7 @@ def model_card(trainer: Any, start: dict[str, Any], name: str, tags: Any = None,
         f"---\n{data.to_yaml()}\n---\n{MARK}",
         f"# {name}",
         f"Trained from `{start['model'] or 'a model in memory'}` with {method} by tdpo {start['environment']['tdpo']}.",
-        _results(trainer.state),
+        _results(trainer.state, trainer.args.load_best_model_at_end),
         "## Data",
         _table(
             [(part, *_data(found)) for part, found in start["data"].items()], "data", "source", "rows", "fingerprint"
@@ -79,10 +79,10 @@ def model_card(trainer: Any, start: dict[str, Any], name: str, tags: Any = None,
     return "\n\n".join(parts) + "\n"
 
 
-def _results(state: Any) -> str:
-    """Returns the last metrics of each held-out dataset; those of the best step if its model was loaded."""
+def _results(state: Any, best: bool) -> str:
+    """Returns the last metrics of each held-out dataset, those of the best step if its model is ``best`` and loaded."""
     logs = state.log_history
-    if state.best_global_step and state.best_model_checkpoint:
+    if best and state.best_global_step and state.best_model_checkpoint:
         logs = [log for log in logs if log["step"] <= state.best_global_step]
     last: dict[str, dict[str, Any]] = {}
     for log in logs:

@@ -11,10 +11,11 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import ProcessorMixin, Trainer
@@ -23,14 +24,14 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from typing_extensions import override
 
 from tdpo.config import RunOptions
-from tdpo.errors import UserError
+from tdpo.errors import UserError, first_line
 from tdpo.files import PARTIAL, flush
-from tdpo.models.adapters import has_adapter
+from tdpo.models.adapters import adapter_settings, has_adapter
 from tdpo.models.load import load_weights
 from tdpo.models.multimodal import copy_processor
 from tdpo.train.card import FILE as CARD
 from tdpo.train.card import write_card
-from tdpo.train.record import public
+from tdpo.train.record import Shown, public
 
 logger = logging.getLogger("tdpo")
 
@@ -64,6 +65,18 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def _age(folder: Path) -> tuple[float, int]:
+    """Returns the time a checkpoint was written at, and its step.
+
+    The time comes first: after resuming from an earlier checkpoint, later steps of the abandoned run are the old ones.
+    """
+    try:
+        written = float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        written = 0.0
+    return written, step_of(folder)
+
+
 def find_defect(folder: str | Path) -> str:
     """Describes what is wrong with a checkpoint; empty if it is complete."""
     folder = Path(folder)
@@ -83,7 +96,7 @@ def find_defect(folder: str | Path) -> str:
 def latest_complete(output_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Finds the newest complete checkpoint, and returns a line for each newer one that was passed over."""
     passed: list[str] = []
-    for folder in reversed(checkpoints(output_dir)):
+    for folder in sorted(checkpoints(output_dir), key=_age, reverse=True):
         defect = find_defect(folder)
         if not defect and (folder / run_state_name(0)).is_file():
             return folder, passed
@@ -114,8 +127,7 @@ def rotate(output_dir: str | Path, keep: int | None, written: Path, best: str | 
     if not keep or keep < 0 or find_defect(written):
         return
     complete = [path for path in checkpoints(output_dir) if not find_defect(path)]
-    # By age, not by step: after resuming from an earlier checkpoint, later steps of the abandoned run are the old ones.
-    complete.sort(key=lambda path: (path.stat().st_mtime_ns, step_of(path)))
+    complete.sort(key=_age)
     protected = {written.resolve()} | ({Path(best).resolve()} if best else set())
     spare = [path for path in complete if path.resolve() not in protected]
     for path in spare[: max(len(complete) - keep, 0)]:
@@ -130,8 +142,10 @@ def find_checkpoint(args: RunOptions, resume: str | bool | None) -> Path | None:
         resume: A folder, or True for the newest complete checkpoint of ``output_dir``.
 
     Raises:
-        UserError: if True finds none.
+        UserError: if True finds none, and for both options at once.
     """
+    if resume is None and args.resume and args.resume_from_checkpoint:
+        raise UserError("--resume and --resume_from_checkpoint contradict each other; --resume takes the newest")
     resume = args.resume_from_checkpoint if resume is None else resume
     if resume is not True and (resume is not None or not args.resume):
         return Path(resume) if resume else None
@@ -159,7 +173,8 @@ def seal(folder: Path) -> None:
     for path in files:
         flush(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"sizes": {str(p.relative_to(folder)): p.stat().st_size for p in files}}, indent=1))
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    manifest.write_text(json.dumps({"time": time.time(), "sizes": sizes}, indent=1))
     flush(manifest)
     for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(inner)
@@ -205,7 +220,7 @@ def write_errors(what: str, partial: Path, output_dir: str | Path) -> Iterator[N
         shutil.rmtree(partial, ignore_errors=True)
         latest, _ = latest_complete(output_dir)
         stays = f"{latest.name} is complete, --resume continues from it" if latest else "there is no earlier checkpoint"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if writers and "No space left" not in reason and free < FULL:
             reason = f"No space left on device ({reason})"  # torch's writer does not say why it failed
         raise UserError(
@@ -220,7 +235,7 @@ def restore_run(trainer: Any, folder: Path) -> dict[str, Any]:
         The states of ``trainer.run_parts`` in this process; none where the checkpoint has none for it.
 
     Raises:
-        UserError: if data or batch size are others than those of the checkpoint.
+        UserError: if data, batch size, optimizer or adapter are others than those of the checkpoint.
     """
     trainer._loading = str(folder)
     args, accelerator = trainer.args, trainer.accelerator
@@ -243,6 +258,17 @@ def restore_run(trainer: Any, folder: Path) -> dict[str, Any]:
                 "--per_device_train_batch_size and --gradient_accumulation_steps; --ignore_data_skip starts the "
                 "data from its beginning"
             )
+    for name, what in (("optim", "--optim"), ("adapter", "an adapter with the settings")):
+        if state.get(name, now[name]) != now[name]:
+            raise UserError(
+                f"{folder} was written with {what} {state[name] or 'none'}, now it is {now[name] or 'none'}: the "
+                "weights of the model or of the optimizer would not fit. Resume with the options it was begun with"
+            )
+    if (rate := state.get("learning_rate", args.learning_rate)) != args.learning_rate:
+        logger.warning(
+            "%s continues its schedule with a learning rate of %g; --learning_rate %g has no effect",
+            folder, rate, args.learning_rate,
+        )  # fmt: skip
     if state["processes"] != now["processes"]:
         logger.warning(
             "%s was written by %d processes, now there are %d: random numbers and the first log will differ",
@@ -272,8 +298,15 @@ class CheckpointingTrainer(Trainer):
             "pairs": len(self.train_dataset),  # type: ignore[arg-type]
             "pairs_per_step": self._train_batch_size * self.args.gradient_accumulation_steps * processes,
             "processes": processes,
+            "optim": str(getattr(self.args.optim, "value", self.args.optim)),
+            "learning_rate": self.args.learning_rate,
+            "adapter": adapter_settings(self.model),
             "parts": {name: part.state() for name, part in self.run_parts.items()},
         }
+
+    def stopping(self) -> bool:
+        """Returns whether the run stops before its end and will be resumed."""
+        return False
 
     @override
     def _get_output_dir(self, trial: Any) -> str:
@@ -281,8 +314,14 @@ class CheckpointingTrainer(Trainer):
 
     @override
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._partial is None:  # not before the checkpoint has its name
+        if self._partial is not None:  # not before the checkpoint has its name
+            return
+        args = self.args
+        self.args = cast("RunOptions", Shown(args))  # saved there for the upload, whose token it needs
+        try:
             super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self.args = args
 
     @override
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -296,16 +335,19 @@ class CheckpointingTrainer(Trainer):
         partial = final.with_name(final.name + PARTIAL)
         written = partial / final.name
         with write_errors(final.name, partial, output_dir):
-            self._partial = partial
+            self._partial, only_model = partial, self.args.save_only_model
+            if self.stopping():  # what it resumes from must be there
+                self.args.save_only_model = False
             try:
                 super()._save_checkpoint(model, trial)
+                resumable = not self.args.save_only_model
             finally:
-                self._partial = None
+                self._partial, self.args.save_only_model = None, only_model
             if self.state.best_global_step == self.state.global_step:  # noted under the name of the partial one
                 self.state.best_model_checkpoint = str(final)
                 if self.args.should_save:
                     self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            if not self.args.save_only_model:
+            if resumable:
                 own = written / run_state_name(self.accelerator.process_index)
                 own.write_text(json.dumps(self.run_state()), encoding="utf-8")
                 for file in self.checkpoint_files if self.args.should_save else ():
@@ -378,8 +420,8 @@ class CheckpointingTrainer(Trainer):
         try:
             super().init_hf_repo(token, private)
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise UserError(f"--push_to_hub: no repository can be made: {type(error).__name__}: {reason}") from error
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"--push_to_hub: no repository can be made: {reason}") from error
 
     @override
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -47,14 +47,15 @@ class RecordCallback(TrainerCallback):
 
     Args:
         trainer: The trainer.
-        about: What else the first line says, by name.
 
     Attributes:
+        about: Further content of the first line, by name.
         start: The content of the first line; empty before training, and in other processes than the first.
     """
 
-    def __init__(self, trainer: Any, **about: Any) -> None:
-        self.trainer, self.about = trainer, about
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.about: dict[str, Any] = {}
         self.start: dict[str, Any] = {}
         self._failed = False
 
@@ -157,6 +158,19 @@ def public(args: RunOptions) -> RunOptions:
         value = getattr(args, field.name)
         setattr(shown, field.name, None if _is_secret(field.name) else _without_secrets(value))
     return shown
+
+
+class Shown:
+    """Options of a run that are saved without secrets, as :func:`public` gives them, and else are the options."""
+
+    def __init__(self, args: RunOptions) -> None:
+        self._args = args
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._args, name)
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (public(self._args),)
 
 
 def settings(args: RunOptions) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from tdpo.models.reference import AdapterOff, FrozenCopy, LiveReference, NoRefer
 from tdpo.objectives import Objective
 
 logger = logging.getLogger("tdpo")
-DEFAULT_CACHE = "reference-cache"
+DEFAULT_CACHE = "_reference-cache"
+"""Name of the cache in the output folder; transformers uploads nothing whose name begins so."""
 
 
 def prepare_models(

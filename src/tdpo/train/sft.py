@@ -23,7 +23,7 @@ from tdpo.models.adapters import check_tunes_weights, with_adapter
 from tdpo.models.hidden import response_states
 from tdpo.models.modes import prepare_training_mode
 from tdpo.models.multimodal import tokenizer_of
-from tdpo.models.neighbours import laid_out
+from tdpo.models.neighbours import laid_out, neighbour_plan
 from tdpo.models.own_loss import collect_router_logits
 from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.models.redirect import run_in_forward, run_in_head
@@ -82,7 +82,8 @@ class SFTTrainer(BatchMeanTrainer):
         prepare_training_mode(policy, args.disable_dropout)
         self._router = prepare_policy(policy, args, peft_config)
         self._vocab_size, self._positions = head_of(policy).vocab_size, position_limit(policy)
-        trees = packer(args.layout, [policy]) is pack_trees
+        # Beyond a switch of rotary frequencies trees run as padded rows, which lack the turns that are not learnt.
+        trees = packer(args.layout, [policy]) is pack_trees and neighbour_plan(policy).switch is None
         super().__init__(
             model=policy,
             args=args,

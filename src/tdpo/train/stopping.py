@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -91,14 +91,14 @@ class StopRequest:
 
 
 @contextmanager
-def handle_signals(request: StopRequest) -> Iterator[StopRequest]:
-    """Passes SIGINT and SIGTERM to ``request`` inside the block; does nothing outside the main thread."""
+def handle_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Passes SIGINT and SIGTERM to ``handle`` inside the block; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
-    before = {number: signal.signal(number, request.handle) for number in SIGNALS.values()}
+    before = {number: signal.signal(number, handle) for number in SIGNALS.values()}
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)

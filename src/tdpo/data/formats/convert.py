@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from tdpo.config.row_spec import RowSpec
 from tdpo.data.formats.columns import UnusedColumns
-from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, renamed
+from tdpo.data.formats.fields import CHAT_AS_TEXT, first_of, renamed, without
 from tdpo.data.formats.prompts import ASKED, SYSTEMS
-from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recognise
+from tdpo.data.formats.registry import AUTO, FORMATS, Format, find_format, recognise, with_weights
 from tdpo.data.formats.report import BadRows, DataReport, OnBadRow, RowDropped, RowError
 from tdpo.data.sources import SourceRow, groups_of
 from tdpo.errors import UserError, nearest
-from tdpo.types import WEIGHTS, PreferenceRecord
+from tdpo.types import PreferenceRecord
 
 BAD_ROW_ADVICE = "--on_bad_row drop leaves such rows out"
 PAIRS_BY_NAME = (
@@ -66,7 +66,7 @@ def iter_records(
     recognised: dict[str, str] = {}
     for own, group in groups_of(rows):
         spec = own or default
-        usable = _usable(group, spec, bad)
+        usable = usable_rows(group, spec, bad)
         head = list(itertools.islice(usable, LOOKED_AT))
         if not head:
             continue
@@ -100,7 +100,7 @@ def name_of(rows: Iterable[SourceRow]) -> str:
     return getattr(rows, "name", first) or "dataset"
 
 
-def _usable(rows: Iterable[SourceRow], spec: RowSpec, bad: BadRows) -> Iterator[SourceRow]:
+def usable_rows(rows: Iterable[SourceRow], spec: RowSpec, bad: BadRows) -> Iterator[SourceRow]:
     """Yields rows that could be read, without the columns to ignore and with other columns renamed.
 
     Raises:
@@ -112,10 +112,7 @@ def _usable(rows: Iterable[SourceRow], spec: RowSpec, bad: BadRows) -> Iterator[
         if pending:
             pending -= row.fields.keys()
             names.update(dict.fromkeys(row.fields))
-        if spec.ignore_columns:
-            row = replace(
-                row, fields={name: row.fields[name] for name in row.fields if name not in spec.ignore_columns}
-            )
+        row = without(row, spec.ignore_columns)
         try:
             if row.error:
                 raise RowError(row.error)
@@ -171,7 +168,8 @@ def _convert(
         elif filled and not chats:
             _check_late_system(row, filled)
         try:
-            yield from _with_weights(known.convert(row, spec), row)
+            records = known.convert(row, spec)  # a user's function, which names no columns, gives weights of its own
+            yield from with_weights(records, row) if known.uses else records
         except RowDropped as reason:
             bad.report.drop(row, str(reason))
         except RowError as error:
@@ -181,16 +179,6 @@ def _convert(
         for note in row.notes:
             bad.report.notice(row, note)
         row.notes.clear()
-
-
-def _with_weights(records: Sequence[Any], row: SourceRow) -> Sequence[Any]:
-    """Adds the token weights of a row to the pair that it holds."""
-    weights = {name: row.fields[name] for name in WEIGHTS if row.fields.get(name) is not None}
-    if not weights or not all(isinstance(record, PreferenceRecord) and record.rejected for record in records):
-        return records
-    if len(records) != 1:
-        raise RowError(f"{next(iter(weights))!r} needs one pair per row, and this row gives {len(records)}")
-    return [replace(records[0], weights=weights)]
 
 
 def _check_late_system(row: SourceRow, column: str) -> None:

@@ -174,6 +174,13 @@ def mixed_kinds(**texts: Text) -> RowError:
     return RowError(f"texts and chat messages are mixed: {found}")
 
 
+def without(row: SourceRow, names: Sequence[str]) -> SourceRow:
+    """Returns the row without these columns."""
+    if not names:
+        return row
+    return replace(row, fields={name: value for name, value in row.fields.items() if name not in names})
+
+
 def renamed(row: SourceRow, columns: Sequence[tuple[str, str]]) -> SourceRow:
     """Returns the row with its columns under the names of a format's fields.
 

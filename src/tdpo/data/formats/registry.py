@@ -20,7 +20,7 @@ from tdpo.data.formats.prompts import CHAT_OPTIONS, CHAT_USES, PROMPT_USES, TURN
 from tdpo.data.formats.report import DataReport, RowError
 from tdpo.data.sources import SourceRow, describe
 from tdpo.errors import UserError, nearest
-from tdpo.types import PreferenceRecord
+from tdpo.types import WEIGHTS, PreferenceRecord
 
 PAIRING_OPTIONS = ("pairs_from", "min_margin")
 
@@ -160,6 +160,16 @@ def recognise(fields: dict[str, Any], formats: Mapping[str, Format]) -> str | No
     return next((name for name, known in formats.items() if known.recognises(fields)), None)
 
 
+def with_weights(records: Sequence[Any], row: SourceRow) -> Sequence[Any]:
+    """Adds the token weights in a row's columns to the pair that it holds."""
+    weights = {name: row.fields[name] for name in WEIGHTS if row.fields.get(name) is not None}
+    if not weights or not all(isinstance(record, PreferenceRecord) and record.rejected for record in records):
+        return records
+    if len(records) != 1:
+        raise RowError(f"{next(iter(weights))!r} needs one pair per row, and this row gives {len(records)}")
+    return [replace(records[0], weights=weights)]
+
+
 def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
     """Makes a format of a user's function, which may be in the current folder.
 
@@ -186,16 +196,21 @@ def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
         except Exception as error:  # a user's function can raise anything; the caller adds the row's location
             raise RowError(f"{name} raised {type(error).__name__}: {error}") from error
         records: list[Any] = []
-        for fields in items:
-            if isinstance(fields, PreferenceRecord):
+        for item in items:
+            fields, options = item, {}
+            if isinstance(item, PreferenceRecord):
                 columns = ("prompt", *PAIR, *CHAT_OPTIONS)
-                fields = {key: value for key in columns if (value := getattr(fields, key)) is not None}
+                fields = {key: value for key in columns if (value := getattr(item, key)) is not None}
+                fields |= item.weights or {}
+                options = {"truncation_mode": item.truncation_mode}
             if not isinstance(fields, dict):
                 raise RowError(f"{wanted} {describe(fields)}")
             found = recognise(fields, single_row_formats)
             if found is None:
                 raise RowError(f"{wanted} the fields {', '.join(map(repr, fields)) or 'none'}")
-            records += single_row_formats[found].convert(replace(row, fields=fields), spec)
+            made = replace(row, fields=fields)
+            converted = with_weights(single_row_formats[found].convert(made, spec), made)
+            records += [replace(record, **options) for record in converted] if options else converted
         return records
 
     return Format("the columns that your function reads", convert, options=(*PAIRING_OPTIONS, "min_score_ratio"))
