@@ -15,6 +15,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from op import loss_of, problem
 from rich.console import Console
 from rich.table import Table
 from step import SHORT, draw_pairs, models, step_of
+from transformers.utils import is_flash_attn_2_available
 
 from tdpo import TDPOConfig, TDPOTrainer, objectives, ops
 from tdpo.data.pack import pack_padded, pack_trees
@@ -142,8 +144,8 @@ def half_precision() -> list[Row]:
 
 
 def layouts() -> list[Row]:
-    """Compares trees with padded rows, under every attention that takes trees here."""
-    pairs = draw_pairs(SHORT, tokenizer_folder(), 0, 2, 0)[0]
+    """Compares trees with padded rows, under every attention that takes trees here, and trains under each."""
+    pairs, tokenizer = draw_pairs(SHORT, tokenizer_folder(), 0, 2, 0)
     pairs = [replace(pair, chosen_ids=pair.chosen_ids[:40], rejected_ids=pair.rejected_ids[:60]) for pair in pairs]
 
     def compared(attention: str) -> list[Row]:
@@ -165,8 +167,27 @@ def layouts() -> list[Row]:
         name = f"trees against padded rows, {attention}"
         return [row(f"{name}: {what}", error, "relative", error < 1e-4) for what, error in errors.items()]
 
+    def trained(attention: str) -> list[Row]:
+        """Trains a step of models that are on the CPU when the trainer gets them, as from the command line."""
+        takes_trees = attention != "flash_attention_2"
+        policy, reference = models(1_500, 512, 128, 2)
+        for model in (policy, reference.model):
+            model.to(torch.float32 if takes_trees else torch.bfloat16)
+            model.set_attn_implementation(attention)  # type: ignore[operator]
+        with tempfile.TemporaryDirectory() as folder:
+            args = TDPOConfig(
+                output_dir=folder, max_steps=1, per_device_train_batch_size=2, save_strategy="no", report_to="none",
+                disable_tqdm=True, use_cpu=not ON_GPU,
+            )  # fmt: skip
+            trainer = TDPOTrainer(policy, reference.model, args, train_dataset=pairs, processing_class=tokenizer)
+            loss = trainer.train().training_loss
+        passed = math.isfinite(loss) and trainer.layout.startswith("layout: trees") == takes_trees
+        return [row(f"trainer, {attention}, {trainer.layout}: loss", loss, "nats", passed)]
+
     attentions = ("sdpa", "flex_attention") if ON_GPU else ("sdpa",)
-    return [found for name in attentions for found in attempt(name, partial(compared, name))]
+    found = [one for name in attentions for one in attempt(name, partial(compared, name))]
+    trained_with = (*attentions, *(["flash_attention_2"] if ON_GPU and is_flash_attn_2_available() else []))
+    return found + [one for name in trained_with for one in attempt(f"trainer, {name}", partial(trained, name))]
 
 
 def resumption() -> list[Row]:

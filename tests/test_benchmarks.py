@@ -85,7 +85,7 @@ def test_the_benchmark_for_a_gpu_runs_whole(tmp_path: Path) -> None:
     with (tmp_path / "gpu.csv").open() as file:
         rows = list(csv.DictReader(file))
     checks = [row for row in rows if row["passed"]]
-    assert len(checks) >= 11 and all(row["passed"] == "True" for row in checks)
+    assert len(checks) >= 12 and all(row["passed"] == "True" for row in checks)
     parts = {row["part"].split()[0] for row in rows}
     assert parts == {"half", "layouts", "resumption", "fsdp2", "operation", "step"}
     assert {row["name"] for row in rows} >= {"autograd", "chunked", "TRL's parts", "TRL's DPO", "tdpo2, trees, sdpa"}
