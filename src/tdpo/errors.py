@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in the user's input, with a message that says where the mistake is and how to mend it.
+    """A mistake in the user's input, with a message that says where the mistake is and how to fix it.
 
     The command line prints the message alone and exits with code 2; from Python it is an ordinary exception.
     """

@@ -60,6 +60,6 @@ def check_writable(folder: Path) -> None:
 
 
 def check_outputs(*files: str | None) -> None:
-    """Checks the folders of output files as :func:`check_writable` does; None is no file."""
+    """Checks the folders of output files as :func:`check_writable` does; None is skipped."""
     for file in filter(None, files):
         check_writable(Path(file).expanduser().absolute().parent)
