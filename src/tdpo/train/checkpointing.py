@@ -73,7 +73,7 @@ def _age(folder: Path) -> tuple[float, int]:
     try:
         written = float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["time"])
     except (OSError, ValueError, KeyError, TypeError):
-        written = 0.0
+        written = folder.stat().st_mtime
     return written, step_of(folder)
 
 
