@@ -38,12 +38,12 @@ IN_PLACE = {torch.ops.aten.addmm_: _addmm_flops}
 class LogitsCounter(TorchDispatchMode):
     """Counts products with the head and the bytes of logits alive at a time.
 
-    A product is one with the head if its dimensions are D and one that is larger than all tokens of the batch: V, or
+    A product is one with the head if its dimensions are D and one that is larger than any other of the step: V, or
     the part of it that is computed at a time. Logits are tensors with such a dimension that are not ``[V, D]`` as the
     head and its gradient are; views of a storage count once.
 
     Args:
-        tokens: Tokens of the batch, padding included; fewer than words are computed at a time.
+        bound: Largest of the other dimensions: tokens of the batch, padding included, or width of a layer.
         width: D.
 
     Attributes:
@@ -51,9 +51,9 @@ class LogitsCounter(TorchDispatchMode):
         peak: Largest number of bytes of logits alive at a time.
     """
 
-    def __init__(self, tokens: int, width: int) -> None:
+    def __init__(self, bound: int, width: int) -> None:
         super().__init__()
-        self.tokens, self.width = tokens, width
+        self.bound, self.width = bound, width
         self.multiplications, self.peak = 0, 0
         self._alive: dict[int, int] = {}
 
@@ -63,7 +63,7 @@ class LogitsCounter(TorchDispatchMode):
         if places is not None:
             left, right = (args[place].shape for place in places)
             sizes = [*left, right[-1]]
-            if max(sizes) > self.tokens and self.width in sizes:
+            if max(sizes) > self.bound and self.width in sizes:
                 self.multiplications += math.prod(sizes)
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
@@ -71,7 +71,7 @@ class LogitsCounter(TorchDispatchMode):
         return result
 
     def _note(self, value: Tensor) -> None:
-        if max(value.shape[-2:]) <= self.tokens or self.width in value.shape[-2:]:
+        if max(value.shape[-2:]) <= self.bound or self.width in value.shape[-2:]:
             return
         storage = value.untyped_storage()
         key = storage._cdata
@@ -115,10 +115,11 @@ def counts_of(
         bytes of logits alive; ``gigaflops``: floating-point operations of all products.
     """
     vocab_size, width = policy.lm_head.weight.shape
-    if vocab_size <= tokens or 0 < vocab_size % 32768 <= tokens:  # TRL computes 32,768 words at a time
-        raise ValueError(f"{tokens} tokens are too many: products with a vocabulary of {vocab_size} look like others")
+    bound = max(tokens, policy.config.intermediate_size)
+    if vocab_size <= bound or 0 < vocab_size % 32768 <= bound:  # TRL computes 32,768 words at a time
+        raise ValueError(f"products with a vocabulary of {vocab_size} look like others, which have up to {bound} rows")
     step()  # what is found out once, such as whether the model takes trees, is not counted
-    counter, flops = LogitsCounter(tokens, width), FlopCounterMode(display=False, custom_mapping=IN_PLACE)
+    counter, flops = LogitsCounter(bound, width), FlopCounterMode(display=False, custom_mapping=IN_PLACE)
     with body_tokens(policy.model, reference.model) as passed, flops, counter:
         step()
     return {

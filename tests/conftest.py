@@ -13,6 +13,7 @@ import pytest
 import torch
 from browser import BROWSER
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test needs the network
 if not torch.cuda.is_available():  # triton reads it once, when it is first imported, and transformers imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

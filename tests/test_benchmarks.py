@@ -71,6 +71,24 @@ def test_the_counts_of_the_documentation_are_those_of_the_result_file() -> None:
     assert len(losses) == 1
 
 
+def test_the_ratios_of_the_documentation_are_those_of_the_result_files() -> None:
+    text = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    files = sorted((BENCHMARKS / "results").glob("step*.csv"))
+    assert len(files) == 6
+    for path in files:
+        with path.open(encoding="utf-8") as file:
+            rows = {row["implementation"]: row for row in csv.DictReader(file)}
+        assert {"tdpo2", "trl-dpo-compacted"} <= set(rows)
+        shown = set(rows) if path.name == "step.csv" else {*rows} & {"trl-dpo-compacted", "trl-tdpo2"}
+        for row in (rows[name] for name in shown - {"tdpo2"}):
+            for figure in ("seconds_over_tdpo2", "mebibytes_over_tdpo2"):
+                median, low, high = (float(row[figure + end]) for end in ("", "_min", "_max"))
+                assert f"| {median:.2f} ({low:.2f} to {high:.2f}) |" in text, (path.name, row["implementation"])
+    with (BENCHMARKS / "results" / "counts-frozen.csv").open(encoding="utf-8") as file:
+        products = {row["implementation"]: float(row["head_products"]) for row in csv.DictReader(file)}
+    assert products == {"tdpo2": 3, "trl-dpo-compacted": 4, "trl-tdpo2": 9}
+
+
 def test_trls_parts_compute_the_same_loss(step: Any) -> None:
     policy, reference = step.models(300, 512, 64, 2)
     pairs = [step.TokenisedPair([1, 2, 3], [4, 5], [6, 7, 8]), step.TokenisedPair([9], [10, 11, 12], [13])]

@@ -464,8 +464,7 @@ def test_options_that_do_not_fit_are_refused(options, message):
      ("none/such.skops", "no such file"), ("none-such-folder", "model 'none-such-folder' cannot be loaded"),
      ("./none", r"--reward: \./none: no such folder"), ("math:pi", "expected a function, got 3.14")],
 )  # fmt: skip
-def test_what_cannot_be_loaded_is_named(name, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_cannot_be_loaded_is_named(name, message):
     with pytest.raises(UserError, match=message):
         reward(name)
 

@@ -33,9 +33,7 @@ def load_policy(model: str | nn.Module, args: RunOptions) -> tuple[Any, ModelCon
     """Returns the model to train, loaded if it is a name, and the options it is loaded with."""
     set_seed(args.seed)  # a new adapter's weights are drawn before the Trainer does it
     config = args.model_config(model)
-    policy = load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model)
-    place(policy, args)
-    return policy, config
+    return load_model(config, trainable=True) if isinstance(model, str) else uncompiled(model), config
 
 
 def place(model: Any, args: RunOptions) -> None:
@@ -45,7 +43,8 @@ def place(model: Any, args: RunOptions) -> None:
     """
     sharded = args.fsdp or args.deepspeed_plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
     decided = getattr(model, "hf_device_map", None) is not None or hasattr(model, "quantization_method")
-    if not (sharded or decided):
+    elsewhere = {weight.device.type for weight in model.parameters()} - {args.device.type, "meta"}
+    if elsewhere and not (sharded or decided):
         model.to(args.device)
 
 

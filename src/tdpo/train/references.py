@@ -19,6 +19,7 @@ from tdpo.models.neighbours import neighbour_plan
 from tdpo.models.policy import causal_lm, prove_head
 from tdpo.models.reference import AdapterOff, FrozenCopy, LiveReference, NoReference, Reference, check_comparable
 from tdpo.objectives import Objective
+from tdpo.train.base import place
 
 logger = logging.getLogger("tdpo")
 DEFAULT_CACHE = "_reference-cache"
@@ -40,9 +41,11 @@ def prepare_models(
     if peft_config is not None and has_adapter(policy):  # with_adapter checks it too, after a copy is made
         raise UserError("model has an adapter already; leave peft_config (--use_peft) out to continue training it")
     check_tunes_weights(policy)
-    prove_head(policy)
+    for model in (policy, ref_model):
+        if model is not None:
+            place(model, args)
+            prove_head(model)
     if ref_model is not None:
-        prove_head(ref_model)
         check_comparable(policy, ref_model)
     if not objective.uses_reference:
         _check_without(objective, ref_model, args)

@@ -28,7 +28,7 @@ from tdpo.models.own_loss import collect_router_logits
 from tdpo.models.policy import head_of, position_limit, prove_head
 from tdpo.models.redirect import run_in_forward, run_in_head
 from tdpo.score import packer
-from tdpo.train.base import BatchMeanTrainer, load_policy, prepare_policy
+from tdpo.train.base import BatchMeanTrainer, load_policy, place, prepare_policy
 from tdpo.train.preflight import check_call
 from tdpo.types import Hidden, PackedBatch
 
@@ -75,6 +75,7 @@ class SFTTrainer(BatchMeanTrainer):
         if peft_config is not None:
             policy = with_adapter(policy, peft_config)
         check_tunes_weights(policy)
+        place(policy, args)
         if processing_class is None:
             raise UserError("SFTTrainer needs the tokenizer: pass processing_class")
         self.args, self._tokenizer = args, tokenizer_of(processing_class)

@@ -37,7 +37,7 @@ from tdpo.models.reference import FrozenCopy, Reference
 from tdpo.objectives import Objective, weighted
 from tdpo.objectives.remembered import ObjectiveFile
 from tdpo.score import LogitsBudget, PairScores, batch_loss, packer, tree_refusal
-from tdpo.train.base import BatchMeanTrainer, load_policy, place, prepare_policy
+from tdpo.train.base import BatchMeanTrainer, load_policy, prepare_policy
 from tdpo.train.metrics import displacement, metric_names, pair_columns, pair_means
 from tdpo.train.preflight import check_call
 from tdpo.train.references import prepare_models
@@ -98,8 +98,6 @@ class TDPOTrainer(BatchMeanTrainer):
         check_format(args)
         policy, config = load_policy(model, args)
         given = load_model(config, ref_model) if isinstance(ref_model, str) else unwrapped(ref_model)
-        if given is not None:
-            place(given, args)
         if given is policy:
             raise UserError("model and ref_model are one object; leave ref_model out and a frozen copy is made")
         self.args, self.objective = args, args.build_objective()
