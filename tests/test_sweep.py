@@ -400,6 +400,9 @@ def test_names_what_is_missing_before_anything_is_loaded(leave_out, message, tmp
     assert message in capsys.readouterr().err
     assert main([*words, "--reference_cache", str(tmp_path / "cache")]) == 2
     assert "--reference_cache: a sweep keeps its own" in capsys.readouterr().err
+    for option, value in (("--save_steps", "7"), ("--save_total_limit", "2"), ("--report_to", "tensorboard")):
+        assert main([*words, option, value]) == 2
+        assert f"{option}: " in capsys.readouterr().err
     assert main([*words, "--baseline", "tdpo1"]) == 2
     assert "--baseline tdpo1: there are dpo" in capsys.readouterr().err
 

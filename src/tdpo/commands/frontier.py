@@ -110,6 +110,15 @@ def _write_report(rows: Sequence[Row], folder: Path, options: SweepOptions) -> P
     return path
 
 
+DECIDED = {
+    "reference_cache": "a sweep keeps its own in --output_dir",
+    "save_steps": "the runs of a sweep are saved at every measurement (--eval_steps)",
+    "save_total_limit": "of each run of a sweep the newest checkpoint stays until it is finished",
+    "report_to": "the runs of a sweep are in its own report",
+}
+"""Options that a sweep decides for its runs."""
+
+
 def _check(reward: RewardOptions, args: TDPOConfig, data: EvalDataConfig) -> None:
     """Checks the options that a sweep requires, before anything is loaded."""
     check_format(args)
@@ -120,8 +129,10 @@ def _check(reward: RewardOptions, args: TDPOConfig, data: EvalDataConfig) -> Non
     if not reward.reward:
         raise UserError("--reward is missing: a frontier plots reward against KL")
     reward.check_for_samples()
-    if args.reference_cache:
-        raise UserError("--reference_cache: a sweep keeps its own in --output_dir; leave it out")
+    standard = TDPOConfig(output_dir=args.output_dir)
+    for name, reason in DECIDED.items():
+        if getattr(args, name) != getattr(standard, name):
+            raise UserError(f"--{name}: {reason}; leave it out")
     if not args.eval_steps or args.eval_steps < 1:
         raise UserError("--eval_steps is missing: the number of optimizer steps between measurements of a run")
 
