@@ -394,17 +394,20 @@ def test_a_preset_sets_the_environment_of_accelerate_launch(preset: str, monkeyp
 @pytest.mark.parametrize("kind", ["MULTI_CPU", "MULTI_GPU"])
 def test_a_file_says_which_devices_are_used(kind: str, tmp_path: Path) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
     file = tmp_path / "file.yaml"
     devices = "use_cpu: true" if kind == "MULTI_CPU" else "gpu_ids: 2,3"
     file.write_text(f"distributed_type: {kind}\nnum_processes: 2\n{devices}\n")
     words = ["--config_file", str(file), "--main_process_port", "0", "x.py"]
-    theirs = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(words))[0])
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    theirs = prepare_multi_gpu_env(args) if kind == "MULTI_GPU" else prepare_simple_launcher_cmd_env(args)[1]
     ours = launch.environment_of(launch.read_config(str(file)))
     named = {"ACCELERATE_USE_CPU": "true"} if kind == "MULTI_CPU" else {"CUDA_VISIBLE_DEVICES": "2,3"}
     assert ours == named
-    assert kind == "MULTI_CPU" or theirs["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert {name: theirs[name].lower() for name in named} == named
+    assert launch.named_gpus({"gpu_ids": [0, 1]}) == launch.named_gpus({"gpu_ids": "0, 1,"}) == ["0", "1"]
+    assert launch.named_gpus({"gpu_ids": "all"}) == launch.named_gpus({"gpu_ids": ""}) == launch.named_gpus({}) == []
 
 
 def test_the_command_starts_its_own_processes(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:

@@ -114,7 +114,7 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path: Path, tokenizer: Any) 
     (tmp_path / "checkpoint-2" / "manifest.json").unlink()
     newest, passed = checkpointing.latest_complete(tmp_path)
     assert newest == tmp_path / "checkpoint-1"
-    assert sorted(passed, reverse=True) == [
+    assert passed == [
         f"checkpoint-4 is incomplete and is passed over: optimizer.pt has {size // 2} of {size} bytes",
         "checkpoint-3 is incomplete and is passed over: rng_state.pth is missing",
         "checkpoint-2 is incomplete and is passed over: manifest.json is missing, which is written last",

@@ -423,7 +423,9 @@ def test_options_of_data_that_contradict_are_named() -> None:
 
 def test_parts_of_a_split_are_refused_for_files(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(UserError, match=r"a\.jsonl, split 'train\[:1\]': parts of a split are for hub datasets"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: a part of a split, as in 'train\[:1\]', exists for hub datasets alone"
+    ):
         open_source(str(path), "train[:1]")
 
 

@@ -14,7 +14,7 @@ from runs import history, weights
 from tiny_training import tiny_config, tiny_trainer, train_tiny
 from transformers import EarlyStoppingCallback
 
-from tdpo import TDPOTrainer, UserError
+from tdpo import SFTConfig, SFTTrainer, TDPOConfig, TDPOTrainer, UserError
 from tdpo.errors import Stopped
 from tdpo.train import checkpointing
 from tdpo.train.base import place
@@ -68,7 +68,8 @@ def test_what_a_stop_saved_is_there_and_resumes(
     assert resumed.state.global_step == 6
 
 
-def test_a_stop_within_an_epoch_is_not_its_end(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_stop_in_an_epoch_or_at_its_end_changes_no_evaluation(step: int, tokenizer: Any, tmp_path: Path) -> None:
     def trainer(folder: Path) -> TDPOTrainer:
         return tiny_trainer(
             folder, tokenizer, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=4,
@@ -78,8 +79,9 @@ def test_a_stop_within_an_epoch_is_not_its_end(tokenizer: Any, tmp_path: Path) -
 
     whole, parts = trainer(tmp_path / "whole"), trainer(tmp_path / "parts")
     whole.train()
-    stop(parts, 2)
-    assert complete(tmp_path / "parts") == ["checkpoint-2"] and parts.state.best_global_step is None
+    stop(parts, step)
+    assert complete(tmp_path / "parts") == [f"checkpoint-{step}"]
+    assert parts.state.best_global_step == (None if step == 2 else 6)
     parts = trainer(tmp_path / "parts")
     parts.train(True)
     for one in (whole, parts):
@@ -96,10 +98,16 @@ LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ({"r": 4}, {"r": 8}, r"written with an adapter with the settings .*'r': 4.*, now it is .*'r': 8"),
-        ({"r": 4}, {"r": 4, "target_modules": ["q_proj"]}, r"'target_modules': \['q_proj', 'v_proj'\].*now it is"),
-        (None, {"r": 4}, "written with an adapter with the settings none, now it is"),
-        ({"r": 4}, None, "now it is none"),
+        ({"r": 4}, {"r": 8}, "written with r of the adapter 4, now it is 8"),
+        (
+            {"r": 4},
+            {"r": 4, "target_modules": ["q_proj"]},
+            r"target_modules of .* \['q_proj', 'v_proj'\], now",
+        ),
+        ({"r": 4}, {"r": 4, "use_dora": True}, "use_dora of the adapter False, now it is True"),
+        ({"r": 4}, {"r": 4, "lora_alpha": 64}, "lora_alpha of the adapter 8, now it is 64"),
+        (None, {"r": 4}, "written with adapters none, now it is default"),
+        ({"r": 4}, None, "written with adapters default, now it is none"),
     ],
 )
 def test_another_adapter_is_refused(before: Any, after: Any, message: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -113,8 +121,10 @@ def test_another_optimizer_is_refused_and_another_rate_reported(
     tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train_tiny(tmp_path, tokenizer, max_steps=1, save_strategy="steps", save_steps=1, learning_rate=1e-2)
-    with pytest.raises(UserError, match=r"written with --optim adamw_torch.*, now it is rmsprop"):
+    with pytest.raises(UserError, match="written with --optim adamw_torch, now it is rmsprop"):
         tiny_trainer(tmp_path, tokenizer, max_steps=2, optim="rmsprop").train(True)
+    for optim in ("adamw_torch", "adamw_torch_fused"):  # they share their states
+        tiny_trainer(tmp_path, tokenizer, max_steps=2, optim=optim).train(True)
     trainer = tiny_trainer(tmp_path, tokenizer, max_steps=2, learning_rate=1e-4)
     with caplog.at_level(logging.WARNING, "tdpo"):
         trainer.train(True)
@@ -156,3 +166,23 @@ def test_a_model_is_on_its_device_before_it_is_probed(
         setattr(model, kept or "unused", {})
     place(model, args)
     assert {weight.device.type for weight in model.parameters()} == {"cpu" if kept else "meta"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "references"])
+def test_a_trainer_moves_a_model_before_it_proves_its_head(
+    kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Proven(Exception):
+        pass
+
+    def prove(model: Any) -> None:
+        raise Proven({weight.device.type for weight in model.parameters()})
+
+    monkeypatch.setattr(f"tdpo.train.{kind}.prove_head", prove)
+    model, args = make_model(len(tokenizer)), tiny_config(tmp_path, SFTConfig if kind == "sft" else TDPOConfig)
+    monkeypatch.setattr(type(args), "device", torch.device("meta"))
+    with pytest.raises(Proven, match="meta"):
+        if kind == "sft":
+            SFTTrainer(model, args, [{"prompt": "a", "completion": " b"}], processing_class=tokenizer)
+        else:
+            TDPOTrainer(model, None, args, preference_rows(), processing_class=tokenizer)

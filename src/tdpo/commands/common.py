@@ -80,7 +80,7 @@ def user_errors(trainer: Any = None) -> Iterator[None]:
         raise UserError(f"{error}. Earlier checkpoints stay as they are (--resume continues from them)") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory: {first_line(error)} A lower "
+            f"out of memory: {first_line(error).rstrip('.')}. A lower "
             "--per_device_train_batch_size with a higher --gradient_accumulation_steps gives the same result in less "
             "memory; so do --logits_budget, --gradient_checkpointing and --accelerate_config fsdp2; --max_length "
             "shortens the data"

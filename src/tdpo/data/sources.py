@@ -123,7 +123,10 @@ def open_source(name: str, split: str, config: str | None = None, spec: RowSpec 
     except OSError as error:
         raise UserError(f"{name[:200]}: cannot be read: {error.strerror}") from error
     if found is not None and "[" in split:
-        raise UserError(f"{name}, split {split!r}: parts of a split are for hub datasets; of files name other ones")
+        raise UserError(
+            f"{name}: a part of a split, as in {split!r}, exists for hub datasets alone; give a smaller file, or in "
+            "--datasets a split= of its own to each hub dataset"
+        )
     if found is None:
         return Source(shown, [Part(functools.partial(_dataset_rows, shown, name, split, config), spec=spec)])
     one_name = shown if name == STDIN else str(found[0]) if len(found) == 1 else ""

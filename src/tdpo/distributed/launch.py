@@ -77,7 +77,8 @@ def on_cpu(config: Mapping[str, Any]) -> bool:
 def named_gpus(config: Mapping[str, Any]) -> list[str]:
     """Returns the GPUs that such a file names, none where it leaves all of them to the run."""
     named = config.get("gpu_ids")
-    return [] if named in (None, "all") else [device.strip() for device in str(named).split(",")]
+    devices = named if isinstance(named, list) else str(named or "all").split(",")
+    return [] if named == "all" else [word for device in devices if (word := str(device).strip()) not in ("", "all")]
 
 
 def environment_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -114,6 +115,9 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
     if name is None:
         return
     config = read_config(name)
+    launched = "LOCAL_RANK" in os.environ
+    if launched:
+        os.environ.update(environment_of(config))  # before CUDA is asked for anything, which reads the devices once
     cpu = "--use_cpu" in argv or "--use-cpu" in argv or on_cpu(config) or not torch.cuda.is_available()
     if config["distributed_type"] == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"{OPTION} {name} needs deepspeed: pip install 'tdpo[deepspeed]'")
@@ -121,7 +125,6 @@ def apply(argv: Sequence[str], command: str, check: Callable[[], object]) -> Non
     processes = early.num_processes or config.get("num_processes") or devices
     if not str(processes).isdecimal() or int(processes) < 1:
         raise UserError(f"{PROCESSES} must be at least 1, got {processes}")
-    launched = "LOCAL_RANK" in os.environ
     os.environ[APPLIED] = name
     if not launched:
         try:

@@ -130,8 +130,11 @@ def base_tensors(model: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tu
 
 
 def adapter_settings(model: Any) -> dict[str, dict[str, Any]]:
-    """Returns what decides the weights of a model's adapters, by adapter, as JSON; nothing for a model without one."""
-    names = ("peft_type", "r", "target_modules", "target_parameters", "modules_to_save")
+    """Returns, by adapter, the settings that decide which weights it has and their scale; empty without adapters."""
+    names = (
+        "peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "modules_to_save", "use_dora",
+        "use_rslora", "bias", "layers_to_transform", "rank_pattern", "alpha_pattern",
+    )  # fmt: skip
     configs = model.peft_config if has_adapter(model) else {}
     found = {adapter: {name: getattr(config, name, None) for name in names} for adapter, config in configs.items()}
     return json.loads(json.dumps(found, default=sorted))  # targets are sets

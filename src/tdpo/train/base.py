@@ -262,5 +262,5 @@ class RunCallback(TrainerCallback):
     @override
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Undoes what transformers asks for after a stop within an epoch: the end of the epoch is yet to come."""
-        if self.trainer.stop_request.stop_code(state):
+        if state.epoch % 1 and self.trainer.stop_request.stop_code(state):
             control.should_log = control.should_evaluate = control.should_save = False

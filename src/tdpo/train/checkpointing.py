@@ -65,16 +65,18 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def _age(folder: Path) -> tuple[float, int]:
-    """Returns the time a checkpoint was written at, and its step.
+def by_age(folders: list[Path]) -> list[Path]:
+    """Sorts checkpoints by the time in their manifests; by step where one has none.
 
-    The time comes first: after resuming from an earlier checkpoint, later steps of the abandoned run are the old ones.
+    After resuming from an earlier checkpoint, later steps of the abandoned run are the old ones.
     """
-    try:
-        written = float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["time"])
-    except (OSError, ValueError, KeyError, TypeError):
-        written = folder.stat().st_mtime
-    return written, step_of(folder)
+    times = {}
+    for folder in folders:
+        try:
+            times[folder] = float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["time"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return sorted(folders, key=step_of)
+    return sorted(folders, key=lambda folder: (times[folder], step_of(folder)))
 
 
 def find_defect(folder: str | Path) -> str:
@@ -96,7 +98,7 @@ def find_defect(folder: str | Path) -> str:
 def latest_complete(output_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Finds the newest complete checkpoint, and returns a line for each newer one that was passed over."""
     passed: list[str] = []
-    for folder in sorted(checkpoints(output_dir), key=_age, reverse=True):
+    for folder in reversed(by_age(checkpoints(output_dir))):
         defect = find_defect(folder)
         if not defect and (folder / run_state_name(0)).is_file():
             return folder, passed
@@ -126,8 +128,7 @@ def rotate(output_dir: str | Path, keep: int | None, written: Path, best: str | 
     """
     if not keep or keep < 0 or find_defect(written):
         return
-    complete = [path for path in checkpoints(output_dir) if not find_defect(path)]
-    complete.sort(key=_age)
+    complete = by_age([path for path in checkpoints(output_dir) if not find_defect(path)])
     protected = {written.resolve()} | ({Path(best).resolve()} if best else set())
     spare = [path for path in complete if path.resolve() not in protected]
     for path in spare[: max(len(complete) - keep, 0)]:
@@ -258,12 +259,11 @@ def restore_run(trainer: Any, folder: Path) -> dict[str, Any]:
                 "--per_device_train_batch_size and --gradient_accumulation_steps; --ignore_data_skip starts the "
                 "data from its beginning"
             )
-    for name, what in (("optim", "--optim"), ("adapter", "an adapter with the settings")):
-        if state.get(name, now[name]) != now[name]:
-            raise UserError(
-                f"{folder} was written with {what} {state[name] or 'none'}, now it is {now[name] or 'none'}: the "
-                "weights of the model or of the optimizer would not fit. Resume with the options it was begun with"
-            )
+    for what, then, since in _differing(state, now):
+        raise UserError(
+            f"{folder} was written with {what} {then}, now it is {since}: the weights of the model or of the optimizer "
+            "would not fit. Resume with the options it was begun with"
+        )
     if (rate := state.get("learning_rate", args.learning_rate)) != args.learning_rate:
         logger.warning(
             "%s continues its schedule with a learning rate of %g; --learning_rate %g has no effect",
@@ -276,6 +276,20 @@ def restore_run(trainer: Any, folder: Path) -> dict[str, Any]:
         )  # fmt: skip
         return {}
     return state["parts"] if own.is_file() else {}
+
+
+def _differing(state: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the options of optimizer and adapter that are others than a checkpoint's, with both values."""
+    if state.get("optim", now["optim"]) != now["optim"]:
+        yield "--optim", state["optim"], now["optim"]
+    then, since = state.get("adapter", now["adapter"]), now["adapter"]
+    if then.keys() != since.keys():
+        yield "adapters", ", ".join(then) or "none", ", ".join(since) or "none"
+        return
+    for adapter, settings in then.items():
+        for name, value in settings.items():
+            if since[adapter].get(name) != value:
+                yield f"{name} of the adapter", value, since[adapter].get(name)
 
 
 class CheckpointingTrainer(Trainer):
@@ -298,7 +312,7 @@ class CheckpointingTrainer(Trainer):
             "pairs": len(self.train_dataset),  # type: ignore[arg-type]
             "pairs_per_step": self._train_batch_size * self.args.gradient_accumulation_steps * processes,
             "processes": processes,
-            "optim": str(getattr(self.args.optim, "value", self.args.optim)),
+            "optim": str(getattr(self.args.optim, "value", self.args.optim)).removesuffix("_fused"),
             "learning_rate": self.args.learning_rate,
             "adapter": adapter_settings(self.model),
             "parts": {name: part.state() for name, part in self.run_parts.items()},
