@@ -407,6 +407,7 @@ def test_a_file_says_which_devices_are_used(kind: str, tmp_path: Path) -> None:
     assert ours == named
     assert {name: theirs[name].lower() for name in named} == named
     assert launch.named_gpus({"gpu_ids": [0, 1]}) == launch.named_gpus({"gpu_ids": "0, 1,"}) == ["0", "1"]
+    assert launch.named_gpus({"gpu_ids": 0}) == ["0"] and launch.named_gpus({"gpu_ids": None}) == []
     assert launch.named_gpus({"gpu_ids": "all"}) == launch.named_gpus({"gpu_ids": ""}) == launch.named_gpus({}) == []
 
 

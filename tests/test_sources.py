@@ -421,12 +421,21 @@ def test_options_of_data_that_contradict_are_named() -> None:
         mixed.check_row_spec(RowSpec("hh", pairs_from="all"))
 
 
+@pytest.mark.parametrize("field", ["pairs_from=best", "best_alone=1"])
+def test_the_best_answer_alone_is_no_option_of_preferences(field: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there are all, best_worst, margin|unknown field 'best_alone'"):
+        open_mixture([f"{write_jsonl(tmp_path / 'a.jsonl', ROWS)},{field}"], "train", 0)
+
+
 def test_parts_of_a_split_are_refused_for_files(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(
         UserError, match=r"a\.jsonl: a part of a split, as in 'train\[:1\]', exists for hub datasets alone"
     ):
         open_source(str(path), "train[:1]")
+    pytest.importorskip("datasets").Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match="exists for hub datasets alone"):
+        open_source(str(tmp_path / "saved"), "train[:1]")
 
 
 def test_a_mixture_of_hub_datasets_has_one_configuration_unless_they_name_their_own() -> None:

@@ -7,17 +7,15 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from tdpo.errors import UserError
 from tdpo.types import Text
 
 AUTO = "auto"
 """The format that is inferred from the columns."""
-PairsFrom = Literal["all", "best_worst", "margin", "best"]
+PairsFrom = Literal["all", "best_worst", "margin"]
 PAIRS_FROM = ("all", "best_worst", "margin")
-BEST: Final = "best"
-"""Takes the best of several answers alone, for supervised training; no option of a user's."""
 SHP_SCORE_RATIO = 2.0
 """The filter of the DPO and TDPO authors' code."""
 
@@ -59,6 +57,7 @@ class RowSpec:
         weight: Times that a record is seen in an epoch; 0.5 takes a seeded half of them.
         seed: Seed of that half.
         side: One side of a split, or None for all of it.
+        best_alone: Takes the best of several answers and makes no pair, for supervised training; no option of a user's.
         truncation_mode: The part of a prompt that stays when it is cut; None leaves it to the run.
     """
 
@@ -70,11 +69,12 @@ class RowSpec:
     weight: float = 1.0
     seed: int = 0
     side: Side | None = None
+    best_alone: bool = False
     truncation_mode: Literal["keep_end", "keep_start"] | None = None
     ignore_columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.pairs_from not in (None, *PAIRS_FROM, BEST):
+        if self.pairs_from not in (None, *PAIRS_FROM):
             raise UserError(f"--pairs_from {self.pairs_from}: there are {', '.join(PAIRS_FROM)}")
         if (self.min_margin is not None) != (self.pairs_from == "margin"):
             raise UserError("--pairs_from margin and --min_margin belong together: give both or neither")

@@ -25,7 +25,7 @@ ENTRY_FIELDS = [
     "name",
     "split",
     "config",
-    *(item.name for item in fields(RowSpec) if item.name not in ("seed", "side")),
+    *(item.name for item in fields(RowSpec) if item.name not in ("seed", "side", "best_alone")),
 ]
 """Fields of an entry of the option ``datasets``: what :func:`open_source` takes, and how its rows become records."""
 
@@ -107,6 +107,11 @@ def open_source(name: str, split: str, config: str | None = None, spec: RowSpec 
     path = Path(name).expanduser()
     shown = f"{name} ({split})"
     try:
+        if "[" in split and (name == STDIN or path.exists() or glob.has_magic(name)):
+            raise UserError(
+                f"{name}: a part of a split, as in {split!r}, exists for hub datasets alone; give a smaller file, or "
+                "in --datasets a split= of its own to each hub dataset"
+            )
         if name == STDIN:
             path, shown = _copied_input(int(os.environ.get("WORLD_SIZE", "1"))), "standard input"
         elif (path / "dataset_dict.json").is_file():
@@ -122,11 +127,6 @@ def open_source(name: str, split: str, config: str | None = None, spec: RowSpec 
             check_kind(file)
     except OSError as error:
         raise UserError(f"{name[:200]}: cannot be read: {error.strerror}") from error
-    if found is not None and "[" in split:
-        raise UserError(
-            f"{name}: a part of a split, as in {split!r}, exists for hub datasets alone; give a smaller file, or in "
-            "--datasets a split= of its own to each hub dataset"
-        )
     if found is None:
         return Source(shown, [Part(functools.partial(_dataset_rows, shown, name, split, config), spec=spec)])
     one_name = shown if name == STDIN else str(found[0]) if len(found) == 1 else ""

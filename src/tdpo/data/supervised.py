@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from tdpo.config.row_spec import BEST, RowSpec, parse_json
+from tdpo.config.row_spec import RowSpec, parse_json
 from tdpo.data.formats import FORMATS, DataReport, Format, RowDropped, RowError, chat_options, is_empty
 from tdpo.data.formats.fields import as_text, assistant_turn, field_of, first_of, read_turns
 from tdpo.data.formats.prompts import CHAT_USES, QUESTIONS, SYSTEMS, history_messages, joined_question, with_system
@@ -140,7 +140,7 @@ SFT_FORMATS: dict[str, Format] = {
 
 
 def _best(spec: RowSpec) -> RowSpec:
-    return spec if spec.pairs_from else replace(spec, pairs_from=BEST)
+    return spec if spec.pairs_from else replace(spec, best_alone=True)
 
 
 def _learnt(record: Any) -> Any:

@@ -76,9 +76,9 @@ def on_cpu(config: Mapping[str, Any]) -> bool:
 
 def named_gpus(config: Mapping[str, Any]) -> list[str]:
     """Returns the GPUs that such a file names, none where it leaves all of them to the run."""
-    named = config.get("gpu_ids")
-    devices = named if isinstance(named, list) else str(named or "all").split(",")
-    return [] if named == "all" else [word for device in devices if (word := str(device).strip()) not in ("", "all")]
+    named = config.get("gpu_ids", "all")
+    devices = named if isinstance(named, list) else str(named).split(",")
+    return [word for device in devices if (word := str(device).strip()) not in ("", "all", "None")]
 
 
 def environment_of(config: Mapping[str, Any]) -> dict[str, str]:

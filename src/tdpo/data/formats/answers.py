@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tdpo.config.row_spec import BEST, SHP_SCORE_RATIO, RowSpec
+from tdpo.config.row_spec import SHP_SCORE_RATIO, RowSpec
 from tdpo.data.formats.fields import (
     as_text,
     chat_options,
@@ -51,7 +51,7 @@ def listed(row: SourceRow, spec: RowSpec, names: tuple[str, ...]) -> list[Prefer
     """
     prompt = prompt_of(row)
     found = _read_list(row, names)
-    if len(found) < 2 and row.notes and not (found and spec.pairs_from == BEST):
+    if len(found) < 2 and row.notes and not (found and spec.best_alone):
         raise RowDropped(f"fewer than two answers: {row.notes[0]}")
     return pairs(_scored(row, prompt, found), spec)
 
@@ -129,7 +129,7 @@ def completion_pairs(completions: Sequence[Scored], spec: RowSpec, report: DataR
 
 
 def pairs(answers: Sequence[Scored], spec: RowSpec) -> list[PreferenceRecord]:
-    """Makes pairs of the answers to one prompt by ``spec.pairs_from``, or takes the best answer alone.
+    """Makes pairs of the answers to one prompt by ``spec.pairs_from``, or takes the best one (``spec.best_alone``).
 
     Args:
         answers: The answers in their order.
@@ -139,7 +139,7 @@ def pairs(answers: Sequence[Scored], spec: RowSpec) -> list[PreferenceRecord]:
         RowDropped: if they make no pair.
         RowError: if the best alone is taken and empty.
     """
-    if spec.pairs_from == BEST and answers:
+    if spec.best_alone and answers:
         _, best = max(answers, key=lambda answer: answer[0])
         if is_empty(best.chosen):
             raise RowError("the best response is empty")

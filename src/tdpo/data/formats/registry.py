@@ -197,20 +197,20 @@ def _format_of_function(name: str, formats: Mapping[str, Format]) -> Format:
             raise RowError(f"{name} raised {type(error).__name__}: {error}") from error
         records: list[Any] = []
         for item in items:
-            fields, options = item, {}
+            fields = item
             if isinstance(item, PreferenceRecord):
                 columns = ("prompt", *PAIR, *CHAT_OPTIONS)
                 fields = {key: value for key in columns if (value := getattr(item, key)) is not None}
                 fields |= item.weights or {}
-                options = {"truncation_mode": item.truncation_mode}
             if not isinstance(fields, dict):
                 raise RowError(f"{wanted} {describe(fields)}")
             found = recognise(fields, single_row_formats)
             if found is None:
                 raise RowError(f"{wanted} the fields {', '.join(map(repr, fields)) or 'none'}")
             made = replace(row, fields=fields)
+            mode = getattr(item, "truncation_mode", None)
             converted = with_weights(single_row_formats[found].convert(made, spec), made)
-            records += [replace(record, **options) for record in converted] if options else converted
+            records += [replace(record, truncation_mode=mode) for record in converted]
         return records
 
     return Format("the columns that your function reads", convert, options=(*PAIRING_OPTIONS, "min_score_ratio"))
